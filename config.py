@@ -1,0 +1,407 @@
+"""Every option of a run: its default, what it does, and how YAML files and the command line change it.
+
+Merged in this order, later wins: the defaults below, the YAML files that ``BASE`` lists, the YAML file given
+as ``--cfg``, ``--opts KEY VALUE ...``, the other command-line flags. Keys and defaults are those of the
+official release.
+"""
+
+import ast
+import difflib
+import os
+
+import yaml
+from yacs.config import CfgNode
+
+
+class ConfigError(ValueError):
+    """A config cannot be used; the message says which key of which file and what to do."""
+
+
+def default_config():
+    """The options and their defaults, as a fresh CfgNode."""
+    config = CfgNode()
+    # YAML files to merge first, relative to the file that names them.
+    config.BASE = [""]
+
+    config.DATA = CfgNode()
+    # Images per process and micro-batch.
+    config.DATA.BATCH_SIZE = 128
+    # Folder that holds train/<class>/<image> and val/<class>/<image>.
+    config.DATA.DATA_PATH = ""
+    # Kind of dataset: imagenet, which means any ImageFolder of that layout.
+    config.DATA.DATASET = "imagenet"
+    # Side of the square input, in pixels.
+    config.DATA.IMG_SIZE = 224
+    # Resampling when images are resized: bicubic, bilinear, lanczos, nearest, or random (training only).
+    config.DATA.INTERPOLATION = "bicubic"
+    # Page-locked host memory for faster copies to the GPU; without effect on the CPU.
+    config.DATA.PIN_MEMORY = True
+    # Data-loading worker processes for each training process; 0 loads in the training process itself.
+    config.DATA.NUM_WORKERS = 8
+
+    config.MODEL = CfgNode()
+    # Model family: msg.
+    config.MODEL.TYPE = "msg"
+    # Name of the run's folder below OUTPUT.
+    config.MODEL.NAME = "msg_tiny_p4_win7_224"
+    # Checkpoint file to continue from, or to evaluate with --eval.
+    config.MODEL.RESUME = ""
+    # Checkpoint file whose weights start a new run (fine-tuning). The head is new if the classes differ.
+    config.MODEL.PRETRAINED = ""
+    # Classes; taken from the data folder where there is one.
+    config.MODEL.NUM_CLASSES = 1000
+    # Dropout probability, in the residual branches and after the embedding.
+    config.MODEL.DROP_RATE = 0.0
+    # Stochastic depth: probability of dropping a branch of the last block; grows linearly from 0 at the
+    # first.
+    config.MODEL.DROP_PATH_RATE = 0.1
+    # Label smoothing.
+    config.MODEL.LABEL_SMOOTHING = 0.1
+
+    config.MODEL.MSG = CfgNode()
+    # Side of a patch, in pixels.
+    config.MODEL.MSG.PATCH_SIZE = 4
+    # Image channels.
+    config.MODEL.MSG.IN_CHANS = 3
+    # Channels of the first stage; they double in every stage.
+    config.MODEL.MSG.EMBED_DIM = 96
+    # Blocks of each stage; the number of entries is the number of stages.
+    config.MODEL.MSG.DEPTHS = [2, 2, 6, 2]
+    # Attention heads of each stage.
+    config.MODEL.MSG.NUM_HEADS = [3, 6, 12, 24]
+    # Patch tokens on a side of a window.
+    config.MODEL.MSG.WINDOW_SIZE = 7
+    # Hidden channels of the MLP, in multiples of the stage's channels.
+    config.MODEL.MSG.MLP_RATIO = 4.0
+    # Bias of the query, key and value linear layer.
+    config.MODEL.MSG.QKV_BIAS = True
+    # Factor of q k^T; None means (channels / heads)^-0.5.
+    config.MODEL.MSG.QK_SCALE = None
+    # Learned absolute position embedding.
+    config.MODEL.MSG.APE = False
+    # LayerNorm after the patch embedding.
+    config.MODEL.MSG.PATCH_NORM = True
+    # Windows on a side of a shuffle region, in each stage; the whole side where fewer are left.
+    config.MODEL.MSG.SHUF_SIZE = [4, 4, 2, 1]
+    # What messengers do in every block: shuf (exchange channel groups) or none.
+    config.MODEL.MSG.MANIP_TYPE = "shuf"
+    # False removes the messengers: plain local windows, classified by the mean of the final tokens.
+    config.MODEL.MSG.TOKENS = True
+    # Patch embedding: linear (v1, non-overlapping) or conv (CVPR 2022, overlapping 7x7).
+    config.MODEL.MSG.PATCH_EMBED = "linear"
+    # Patch merging: linear (v1, 2x2 neighbours) or conv (CVPR 2022, 3x3 of stride 2).
+    config.MODEL.MSG.DOWNSAMPLE = "linear"
+
+    config.TRAIN = CfgNode()
+    # First epoch of a run that does not resume.
+    config.TRAIN.START_EPOCH = 0
+    config.TRAIN.EPOCHS = 300
+    config.TRAIN.WARMUP_EPOCHS = 20
+    # Decoupled weight decay; none on 1-d parameters, position tables and messenger tokens.
+    config.TRAIN.WEIGHT_DECAY = 0.05
+    # Learning rates for 512 images per update; scaled linearly with the images per update of the run.
+    config.TRAIN.BASE_LR = 5e-4
+    config.TRAIN.WARMUP_LR = 5e-7
+    config.TRAIN.MIN_LR = 5e-6
+    # Largest global gradient norm; 0 does not clip.
+    config.TRAIN.CLIP_GRAD = 5.0
+    # Continue from the latest checkpoint of the output folder.
+    config.TRAIN.AUTO_RESUME = True
+    # Micro-batches per update; 0 and 1 both mean no accumulation.
+    config.TRAIN.ACCUMULATION_STEPS = 0
+    # Gradient checkpointing: less memory, about a third more compute.
+    config.TRAIN.USE_CHECKPOINT = False
+
+    config.TRAIN.LR_SCHEDULER = CfgNode()
+    # cosine, linear or step; all per update, all after a linear warm-up.
+    config.TRAIN.LR_SCHEDULER.NAME = "cosine"
+    # step: epochs between decays, and the factor of a decay.
+    config.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = 30
+    config.TRAIN.LR_SCHEDULER.DECAY_RATE = 0.1
+
+    config.TRAIN.OPTIMIZER = CfgNode()
+    # adamw or sgd (with Nesterov momentum).
+    config.TRAIN.OPTIMIZER.NAME = "adamw"
+    config.TRAIN.OPTIMIZER.EPS = 1e-8
+    config.TRAIN.OPTIMIZER.BETAS = (0.9, 0.999)
+    config.TRAIN.OPTIMIZER.MOMENTUM = 0.9
+
+    config.AUG = CfgNode()
+    # Colour jitter strength; only where AUTO_AUGMENT is none.
+    config.AUG.COLOR_JITTER = 0.4
+    # timm's AutoAugment / RandAugment / AugMix string, or none.
+    config.AUG.AUTO_AUGMENT = "rand-m9-mstd0.5-inc1"
+    # Probability of a horizontal flip.
+    config.AUG.HFLIP = 0.5
+    # Random erasing: probability, fill (pixel, rand, const), rectangles.
+    config.AUG.REPROB = 0.25
+    config.AUG.REMODE = "pixel"
+    config.AUG.RECOUNT = 1
+    # Mixup and CutMix: Beta parameters, 0 switches one off.
+    config.AUG.MIXUP = 0.8
+    config.AUG.CUTMIX = 1.0
+    # Smallest and largest side ratio of the CutMix box; replaces the Beta distribution.
+    config.AUG.CUTMIX_MINMAX = None
+    # Probability of mixing at all, and of CutMix instead of mixup where both are on.
+    config.AUG.MIXUP_PROB = 1.0
+    config.AUG.MIXUP_SWITCH_PROB = 0.5
+    # One mix per batch, pair or elem.
+    config.AUG.MIXUP_MODE = "batch"
+
+    config.TEST = CfgNode()
+    # True: resize the short side to 256/224 of the size, then centre crop. False: resize to the size.
+    config.TEST.CROP = True
+
+    # cuda or cpu; empty takes cuda where there is one.
+    config.DEVICE = ""
+    # O0 is float32; O1 is mixed precision; O2 existed only in apex and runs as O1.
+    config.AMP_OPT_LEVEL = "O1"
+    # Mixed-precision type on CUDA: float16 (with gradient scaling) or bfloat16. The CPU always uses bfloat16.
+    config.AMP_DTYPE = "float16"
+    # Root of the output folder; the run writes to OUTPUT/MODEL.NAME/TAG.
+    config.OUTPUT = "output"
+    config.TAG = "default"
+    # Epochs between checkpoints; the last epoch and the best are always kept.
+    config.SAVE_FREQ = 1
+    # Steps between log lines.
+    config.PRINT_FREQ = 100
+    config.SEED = 0
+    # Set by --eval, --throughput and the launcher.
+    config.EVAL_MODE = False
+    config.THROUGHPUT_MODE = False
+    config.LOCAL_RANK = 0
+    return config
+
+
+def get_config(args):
+    """Build the effective config of a run.
+
+    Args:
+        args: a namespace with ``cfg`` (path of a YAML file) and optionally ``opts`` (a flat list of keys and
+            values), ``batch_size``, ``data_path``, ``resume``, ``pretrained``, ``accumulation_steps``,
+            ``use_checkpoint``, ``amp_opt_level``, ``device``, ``output``, ``tag``, ``eval``, ``throughput``,
+            ``local_rank``.
+
+    Returns:
+        A frozen CfgNode whose ``OUTPUT`` is the run's own folder, OUTPUT/MODEL.NAME/TAG.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type or an impossible value, with its key, its source and a way
+            out.
+    """
+    config, sources = default_config(), {}
+    _merge_file(config, args.cfg, sources, ())
+    opts = list(getattr(args, "opts", None) or [])
+    if len(opts) % 2:
+        raise ConfigError(f"--opts takes pairs of KEY VALUE, but {opts[-1]!r} has no partner")
+    for key, value in zip(opts[::2], opts[1::2]):
+        _assign(config, key, value, "--opts", sources)
+    for flag, key in (
+        ("batch_size", "DATA.BATCH_SIZE"),
+        ("data_path", "DATA.DATA_PATH"),
+        ("resume", "MODEL.RESUME"),
+        ("pretrained", "MODEL.PRETRAINED"),
+        ("accumulation_steps", "TRAIN.ACCUMULATION_STEPS"),
+        ("use_checkpoint", "TRAIN.USE_CHECKPOINT"),
+        ("amp_opt_level", "AMP_OPT_LEVEL"),
+        ("device", "DEVICE"),
+        ("output", "OUTPUT"),
+        ("tag", "TAG"),
+        ("eval", "EVAL_MODE"),
+        ("throughput", "THROUGHPUT_MODE"),
+        ("local_rank", "LOCAL_RANK"),
+    ):
+        value = getattr(args, flag, None)
+        if value is not None and value is not False:
+            _assign(config, key, value, "--" + flag.replace("_", "-"), sources)
+    _check(config, sources)
+    config.OUTPUT = os.path.join(config.OUTPUT, config.MODEL.NAME, config.TAG)
+    config.freeze()
+    return config
+
+
+def dump_config(config):
+    """The config as YAML that ``--cfg`` takes again: OUTPUT is the root, as it was given."""
+    config = config.clone()
+    config.defrost()
+    suffix = os.path.join("", config.MODEL.NAME, config.TAG)
+    config.OUTPUT = config.OUTPUT.removesuffix(suffix).rstrip(os.sep) or os.curdir
+    config.BASE = [""]
+    return config.dump()
+
+
+def _merge_file(config, path, sources, parents):
+    """Merge a YAML file into ``config``, the files of its ``BASE`` first."""
+    path = os.path.normpath(path)
+    if path in parents:
+        raise ConfigError(f"{path}: BASE goes in a circle: {' -> '.join((*parents, path))}")
+    try:
+        with open(path, encoding="utf-8") as file:
+            tree = yaml.safe_load(file)
+    except OSError as error:
+        raise ConfigError(f"cannot read the config file {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected 'KEY: value' lines, found a {type(tree).__name__}")
+    bases = tree.pop("BASE", None) or []
+    for base in [bases] if isinstance(bases, str) else bases:
+        if base:
+            _merge_file(config, os.path.join(os.path.dirname(path), str(base)), sources, (*parents, path))
+    for key, value in _leaves(tree):
+        _assign(config, key, value, path, sources)
+
+
+def _leaves(tree, prefix=""):
+    """Dotted keys and values of a nested dict."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _assign(config, key, value, source, sources):
+    """Set one dotted key, after checking its name and type."""
+    node, *path = config, *key.split(".")
+    for name in path[:-1]:
+        node = node.get(name) if isinstance(node, CfgNode) else None
+    if not isinstance(node, CfgNode) or path[-1] not in node:
+        known = [name for name, _ in _leaves(default_config())]
+        # A key in the wrong section is as likely as a typing error: compare the last part too.
+        near = difflib.get_close_matches(key, known, 1, 0.75) or [
+            name
+            for last in difflib.get_close_matches(path[-1], [name.split(".")[-1] for name in known], 1, 0.8)
+            for name in known
+            if name.split(".")[-1] == last
+        ]
+        hint = f"did you mean {near[0]}?" if near else "config.py lists every key"
+        raise ConfigError(f"{source}: unknown key {key}; {hint}")
+    if isinstance(node[path[-1]], CfgNode):
+        if value is None:
+            return
+        raise ConfigError(
+            f"{source}: {key} is a section; set one of its keys, such as {key}.{next(iter(node[path[-1]]))}"
+        )
+    default = default_config()
+    for name in path:
+        default = default[name]
+    node[path[-1]] = _coerce(value, default, key, source)
+    sources[key] = source
+
+
+def _coerce(value, default, key, source):
+    """Bring a value to the type of its default, or refuse it."""
+    if isinstance(value, str) and not isinstance(default, str):
+        # YAML reads 5e-4 as a string, and so comes everything from the command line.
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            value = {"true": True, "false": False, "none": None, "null": None}.get(value.lower(), value)
+    optional = {"MODEL.MSG.QK_SCALE": float, "AUG.CUTMIX_MINMAX": list}
+    kind = optional.get(key, type(default))
+    if value is None and key in optional:
+        return None
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    if kind in (list, tuple) and isinstance(value, (list, tuple)):
+        return kind(value)
+    if type(value) is not kind:
+        raise ConfigError(f"{source}: {key} is {value!r}, but must be {_NAMES[kind]}, such as {default!r}")
+    return value
+
+
+_NAMES = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    tuple: "a list",
+}
+
+
+def _check(config, sources):
+    """Refuse impossible values. What only the model can judge, the model refuses itself."""
+
+    def require(key, possible, what):
+        value = config
+        for name in key.split("."):
+            value = value[name]
+        if not possible(value):
+            raise ConfigError(f"{sources.get(key, 'defaults')}: {key} is {value!r}, but must be {what}")
+
+    def choice(key, *names):
+        require(key, names.__contains__, "one of " + ", ".join(repr(name) for name in names))
+
+    choice("DATA.DATASET", "imagenet")
+    choice("DATA.INTERPOLATION", "bicubic", "bilinear", "lanczos", "nearest", "random")
+    choice("MODEL.TYPE", "msg")
+    choice("MODEL.MSG.MANIP_TYPE", "shuf", "none")
+    choice("MODEL.MSG.PATCH_EMBED", "linear", "conv")
+    choice("MODEL.MSG.DOWNSAMPLE", "linear", "conv")
+    choice("TRAIN.LR_SCHEDULER.NAME", "cosine", "linear", "step")
+    choice("TRAIN.OPTIMIZER.NAME", "adamw", "sgd")
+    choice("AUG.REMODE", "pixel", "rand", "const")
+    choice("AUG.MIXUP_MODE", "batch", "pair", "elem")
+    choice("DEVICE", "", "cpu", "cuda")
+    choice("AMP_OPT_LEVEL", "O0", "O1", "O2")
+    choice("AMP_DTYPE", "float16", "bfloat16")
+    for key in (
+        "DATA.BATCH_SIZE",
+        "DATA.IMG_SIZE",
+        "MODEL.NUM_CLASSES",
+        "TRAIN.EPOCHS",
+        "SAVE_FREQ",
+        "PRINT_FREQ",
+    ):
+        require(key, lambda value: value >= 1, "at least 1")
+    for key in ("PATCH_SIZE", "IN_CHANS", "EMBED_DIM", "WINDOW_SIZE"):
+        require(f"MODEL.MSG.{key}", lambda value: value >= 1, "at least 1")
+    require("MODEL.MSG.MLP_RATIO", lambda value: value > 0, "above 0")
+    for key in (
+        "DATA.NUM_WORKERS",
+        "SEED",
+        "LOCAL_RANK",
+        "AUG.RECOUNT",
+        "AUG.MIXUP",
+        "AUG.CUTMIX",
+        "AUG.COLOR_JITTER",
+    ):
+        require(key, lambda value: value >= 0, "0 or more")
+    for key in (
+        "START_EPOCH",
+        "WARMUP_EPOCHS",
+        "WEIGHT_DECAY",
+        "WARMUP_LR",
+        "MIN_LR",
+        "CLIP_GRAD",
+        "ACCUMULATION_STEPS",
+    ):
+        require(f"TRAIN.{key}", lambda value: value >= 0, "0 or more")
+    require("TRAIN.BASE_LR", lambda value: value > 0, "above 0")
+    require("TRAIN.WARMUP_EPOCHS", lambda value: value < config.TRAIN.EPOCHS, "less than TRAIN.EPOCHS")
+    require("TRAIN.LR_SCHEDULER.DECAY_EPOCHS", lambda value: value >= 1, "at least 1")
+    for key in ("MODEL.DROP_RATE", "MODEL.DROP_PATH_RATE", "MODEL.LABEL_SMOOTHING"):
+        require(key, lambda value: 0 <= value < 1, "at least 0 and below 1")
+    for key in ("HFLIP", "REPROB", "MIXUP_PROB", "MIXUP_SWITCH_PROB"):
+        require(f"AUG.{key}", lambda value: 0 <= value <= 1, "between 0 and 1")
+    require(
+        "TRAIN.OPTIMIZER.BETAS",
+        lambda value: len(value) == 2 and all(isinstance(b, (int, float)) and 0 <= b < 1 for b in value),
+        "two numbers, at least 0 and below 1",
+    )
+    require(
+        "AUG.CUTMIX_MINMAX",
+        lambda value: value is None or (len(value) == 2 and 0 < value[0] <= value[1] <= 1),
+        "None or two ratios, smallest first, above 0 and at most 1",
+    )
+    for key in ("MODEL.NAME", "TAG"):
+        require(key, lambda value: value and not os.path.isabs(value), "a name for a folder below OUTPUT")
+    mixes = config.AUG.MIXUP > 0 or config.AUG.CUTMIX > 0 or config.AUG.CUTMIX_MINMAX is not None
+    if mixes and not config.EVAL_MODE and not config.THROUGHPUT_MODE:
+        require("DATA.BATCH_SIZE", lambda value: value % 2 == 0, "even for mixup and CutMix, which mix pairs")
