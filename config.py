@@ -12,8 +12,10 @@ import os
 import yaml
 from yacs.config import CfgNode
 
+from utils import UserError
 
-class ConfigError(ValueError):
+
+class ConfigError(UserError):
     """A config cannot be used; the message says which key of which file and what to do."""
 
 
@@ -384,7 +386,6 @@ def _check(config, sources):
     ):
         require(f"TRAIN.{key}", lambda value: value >= 0, "0 or more")
     require("TRAIN.BASE_LR", lambda value: value > 0, "above 0")
-    require("TRAIN.WARMUP_EPOCHS", lambda value: value < config.TRAIN.EPOCHS, "less than TRAIN.EPOCHS")
     require("TRAIN.LR_SCHEDULER.DECAY_EPOCHS", lambda value: value >= 1, "at least 1")
     for key in ("MODEL.DROP_RATE", "MODEL.DROP_PATH_RATE", "MODEL.LABEL_SMOOTHING"):
         require(key, lambda value: 0 <= value < 1, "at least 0 and below 1")

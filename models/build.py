@@ -2,6 +2,8 @@
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
+from config import ConfigError
+
 from .msg_transformer import MSGTransformer
 
 
@@ -9,10 +11,10 @@ def build_model(config):
     """Build the classifier that ``config.MODEL`` and ``config.DATA.IMG_SIZE`` describe, freshly initialised.
 
     Raises:
-        ValueError: a combination that cannot be built; the message names the key to change.
+        ConfigError: a combination that cannot be built; the message names the key to change.
     """
     msg = config.MODEL.MSG
-    model = MSGTransformer(
+    arguments = dict(
         img_size=config.DATA.IMG_SIZE,
         patch_size=msg.PATCH_SIZE,
         in_chans=msg.IN_CHANS,
@@ -34,6 +36,10 @@ def build_model(config):
         patch_embed=msg.PATCH_EMBED,
         downsample=msg.DOWNSAMPLE,
     )
+    try:
+        model = MSGTransformer(**arguments)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     model.set_grad_checkpointing(config.TRAIN.USE_CHECKPOINT)
     return model
 

@@ -176,8 +176,8 @@ class PatchMerging(nn.Module):
     """Halve the sides of a token map and double its channels.
 
     ``linear`` (v1): the 2x2 neighbours are concatenated in the order (0,0), (1,0), (0,1), (1,1), row offset
-    first, then LayerNorm and a linear layer without bias. ``conv`` (CVPR 2022): a 3x3 convolution of stride 2,
-    then LayerNorm.
+    first, then LayerNorm and a linear layer without bias. ``conv`` (CVPR 2022): a 3x3 convolution of stride
+    2, then LayerNorm.
     """
 
     def __init__(self, dim, kind):
@@ -240,7 +240,7 @@ class Stage(nn.Module):
         return merge_windows(patches, self.window, self.region, self.side, self.side)
 
     def merge(self, x):
-        """Merge patches, and messengers as an image of their own, alike; then cut the next stage's windows."""
+        """Merge patches, and messengers as their own image, alike; then cut the next stage's windows."""
         patches = partition_windows(self.downsample(self.patch_map(x)), self.window, self.next_region)
         if not self.tokens:
             return patches
@@ -382,7 +382,7 @@ class MSGTransformer(nn.Module):
         return torch.cat([self.msg_tokens.expand(x.shape[0], -1, -1, -1), x], dim=2)
 
     def forward_features(self, x):
-        """Images (B, in_chans, S, S) to the normed tokens of the last window, messenger first: (B, 1+w*w, C)."""
+        """Images (B, in_chans, S, S) to normed tokens of the last window (B, 1+w*w, C), messenger first."""
         x = self.embed(x)
         for stage in self.layers:
             x = stage(x)

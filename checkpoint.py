@@ -1,0 +1,237 @@
+"""The one place that writes and reads checkpoint files.
+
+A checkpoint is a dict of plain types and tensors: ``model``, ``optimizer``, ``lr_scheduler``, ``scaler``,
+``epoch``, ``max_accuracy`` and ``config`` (YAML text). Files of the official release, with a pickled yacs
+config and apex's ``amp`` entry, are read too. Nothing in a file is ever run.
+"""
+
+import os
+import pickle
+import re
+
+import torch
+
+from utils import UserError
+
+
+class CheckpointError(UserError):
+    """A checkpoint cannot be used; the message says which file and what to do."""
+
+
+class _PickledConfig(dict):
+    """What stands in for yacs' CfgNode in a pickled config: a dict, no code of the file or of yacs."""
+
+
+def save_checkpoint(path, checkpoint):
+    """Write a checkpoint so that ``path`` holds, at any moment, the old file or the whole new one."""
+    temporary = f"{path}.tmp"
+    with open(temporary, "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    _sync_folder(path)
+
+
+def save_epoch(folder, checkpoint, due, best):
+    """Write the checkpoint of an epoch where it is due, and where it is the best so far.
+
+    Returns:
+        The files written.
+    """
+    paths = []
+    if due:
+        paths.append(epoch_checkpoint(folder, checkpoint["epoch"]))
+        save_checkpoint(paths[0], checkpoint)
+    if best:
+        paths.append(best_checkpoint(folder))
+        if not due or not _link(paths[0], paths[1]):
+            save_checkpoint(paths[-1], checkpoint)
+    return paths
+
+
+def _link(path, second):
+    """Give a file a second name, atomically; False where the file system has no hard links."""
+    temporary = f"{second}.tmp"
+    try:
+        if os.path.lexists(temporary):
+            os.remove(temporary)
+        os.link(path, temporary)
+    except OSError:
+        return False
+    os.replace(temporary, second)
+    _sync_folder(second)
+    return True
+
+
+def _sync_folder(path):
+    folder = os.open(os.path.dirname(path) or os.curdir, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def read_checkpoint(path):
+    """Read a checkpoint of this project or of the official release onto the CPU.
+
+    Raises:
+        CheckpointError: no such file, damaged, not a checkpoint, or holding objects that could run code.
+    """
+    if not os.path.isfile(path):
+        raise CheckpointError(f"no checkpoint file {path}")
+    try:
+        with torch.serialization.safe_globals([(_PickledConfig, "yacs.config.CfgNode")]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)|Unsupported (?:class|global)\w* ([\w.]+)", str(error))
+        what = f" ({next(filter(None, found.groups()))})" if found else ""
+        raise CheckpointError(
+            f"{path} is damaged, or holds objects other than tensors and plain values{what}; those are never "
+            "loaded, because they can run code"
+        ) from error
+    # torch.load raises nearly anything on a damaged file.
+    except Exception as error:
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise CheckpointError(f"{path} is damaged or not a checkpoint ({reason})") from error
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint")
+    return checkpoint
+
+
+def epoch_checkpoint(folder, epoch):
+    """Path of the checkpoint written at the end of ``epoch``, with the official name."""
+    return os.path.join(folder, f"ckpt_epoch_{epoch}.pth")
+
+
+def best_checkpoint(folder):
+    """Path of the checkpoint with the best top-1."""
+    return os.path.join(folder, "best.pth")
+
+
+def epoch_of(path):
+    """The epoch in the name of an epoch's checkpoint."""
+    return int(re.fullmatch(r"ckpt_epoch_(\d+)\.pth", os.path.basename(path))[1])
+
+
+def find_latest(folder, warn):
+    """Path of the intact checkpoint of the last epoch in ``folder``, or None.
+
+    Args:
+        warn: called with a message for every damaged file that is passed over.
+    """
+    if not os.path.isdir(folder):
+        return None
+    names = [re.fullmatch(r"ckpt_epoch_(\d+)\.pth", name) for name in os.listdir(folder)]
+    for match in sorted(filter(None, names), key=lambda match: -int(match[1])):
+        path = os.path.join(folder, match[0])
+        try:
+            read_checkpoint(path)
+        except CheckpointError as error:
+            warn(f"not resuming from a damaged checkpoint: {error}")
+            continue
+        return path
+    return None
+
+
+def load_weights(model, checkpoint, path, new_head=False):
+    """Load a checkpoint's weights into ``model``; every name and shape must agree.
+
+    Args:
+        checkpoint: what :func:`read_checkpoint` returned; a bare state dict will do.
+        path: its file, for messages.
+        new_head: leave the model's own head where the number of classes differs (fine-tuning).
+
+    Raises:
+        CheckpointError: weights of another architecture or class count, with what differs.
+    """
+    weights = checkpoint.get("model", checkpoint)
+    own = model.state_dict()
+    if not isinstance(weights, dict) or not any(torch.is_tensor(value) for value in weights.values()):
+        raise CheckpointError(f"{path} holds no model weights")
+    if new_head and "head.weight" in weights and weights["head.weight"].shape != own["head.weight"].shape:
+        weights = dict(weights, **{name: own[name] for name in ("head.weight", "head.bias")})
+    wrong = [
+        f"{name} is {tuple(weights[name].shape)}, the model's {tuple(own[name].shape)}"
+        for name in own
+        if name in weights and weights[name].shape != own[name].shape
+    ]
+    wrong += [f"{name} is missing" for name in own if name not in weights]
+    wrong += [f"{name} is not in the model" for name in weights if name not in own]
+    if wrong:
+        more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        what = _diagnosis(weights, own)
+        raise CheckpointError(f"{path} does not fit the model: {what}: {'; '.join(wrong[:4])}{more}")
+    model.load_state_dict(weights)
+
+
+def _diagnosis(weights, own):
+    """Name the difference between a checkpoint's weights and the model's in the words of the config."""
+
+    def shape(tensors, name):
+        return tuple(tensors[name].shape) if name in tensors else ()
+
+    def variant(tensors):
+        return "CVPR 2022" if len(shape(tensors, "layers.0.downsample.reduction.weight")) == 4 else "v1"
+
+    def blocks(tensors):
+        return len({name.rsplit(".norm1", 1)[0] for name in tensors if ".norm1." in name})
+
+    if not any(name.startswith("layers.") for name in weights):
+        return "it is not an MSG-Transformer"
+    if "layers.0.downsample.norm.weight" in own and variant(weights) != variant(own):
+        return (
+            f"it is the {variant(weights)} architecture and the config asks for {variant(own)} "
+            "(MODEL.MSG.PATCH_EMBED and DOWNSAMPLE: linear for v1, conv for CVPR 2022)"
+        )
+    if ("msg_tokens" in weights) != ("msg_tokens" in own):
+        return f"it was trained with MODEL.MSG.TOKENS {'msg_tokens' in weights}"
+    if shape(weights, "patch_embed.proj.weight") != shape(own, "patch_embed.proj.weight"):
+        return "another MODEL.MSG.EMBED_DIM, PATCH_SIZE or IN_CHANS"
+    if blocks(weights) != blocks(own):
+        return f"other MODEL.MSG.DEPTHS ({blocks(weights)} blocks, the model has {blocks(own)})"
+    if shape(weights, "head.weight") != shape(own, "head.weight"):
+        return (
+            f"it has {shape(weights, 'head.weight')[0]} classes, the model {shape(own, 'head.weight')[0]} "
+            "(to fine-tune on other classes use --pretrained)"
+        )
+    return "another architecture"
+
+
+def load_optimizer(optimizer, model, checkpoint, path):
+    """Load the optimizer's state, that of official checkpoints included.
+
+    The official code weight-decays the messenger tokens by mistake, so that its first parameter group has one
+    tensor more than ours; the state is put where it belongs.
+
+    Raises:
+        CheckpointError: the state belongs to other parameters.
+    """
+    if "optimizer" not in checkpoint:
+        raise CheckpointError(f"{path} holds weights only: start a new run from it with --pretrained")
+    state = checkpoint["optimizer"]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    ours = [len(group["params"]) for group in optimizer.param_groups]
+    theirs = [len(group["params"]) for group in state["param_groups"]]
+    if theirs == [ours[0] + 1, ours[1] - 1] and model.msg_tokens is not None:
+        decayed = {id(parameter) for parameter in parameters[: ours[0]]} | {id(model.msg_tokens)}
+        # A stable sort: the official order is decayed parameters first, each group in the model's order.
+        official = sorted(map(id, model.parameters()), key=lambda parameter: parameter not in decayed)
+        moments = {index: state["state"].get(official.index(id(p))) for index, p in enumerate(parameters)}
+        moments = {index: value for index, value in moments.items() if value is not None}
+    elif theirs == ours:
+        moments = state["state"]
+    else:
+        raise CheckpointError(
+            f"{path}: the optimizer state has groups of {theirs} parameters, this model {ours}; to start from "
+            "the weights alone use --pretrained"
+        )
+    for index, parameter in enumerate(parameters):
+        for name, value in moments.get(index, {}).items():
+            if torch.is_tensor(value) and value.ndim and value.shape != parameter.shape:
+                raise CheckpointError(
+                    f"{path}: the optimizer's {name} of parameter {index} is {tuple(value.shape)}, the "
+                    f"parameter {tuple(parameter.shape)}"
+                )
+    # Rates and decay come from this run's config, moments and step counts from the file.
+    optimizer.load_state_dict(dict(optimizer.state_dict(), state=moments))

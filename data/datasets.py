@@ -1,0 +1,101 @@
+"""ImageFolder datasets with clear errors and augmentation that depends on (seed, epoch, image) only."""
+
+import os
+
+import torchvision
+from torch.utils.data import Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
+
+from utils import UserError, seeded
+
+
+class DataError(UserError):
+    """The data cannot be used; the message says which path and what to do."""
+
+
+class ImageFolder(torchvision.datasets.ImageFolder):
+    """torchvision's ImageFolder that skips hidden folders and names the file that cannot be read."""
+
+    def __init__(self, root, transform=None):
+        super().__init__(root, transform, loader=load_image, allow_empty=True)
+
+    def find_classes(self, directory):
+        """Class folders of ``directory``, sorted: (names, index of each name)."""
+        classes = class_names(directory)
+        return classes, {name: index for index, name in enumerate(classes)}
+
+
+class SeededDataset(Dataset):
+    """A dataset whose random transforms see random numbers that depend on (seed, epoch, index) only.
+
+    Items are asked for by (epoch, index), so neither the number of workers nor the order in which they work
+    changes an image.
+    """
+
+    def __init__(self, dataset, seed):
+        self.dataset, self.seed = dataset, seed
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, key):
+        epoch, index = key
+        with seeded(self.seed, epoch, index):
+            return self.dataset[index]
+
+
+def load_image(path):
+    """Read an image file as PIL RGB.
+
+    Raises:
+        DataError: the file cannot be decoded.
+    """
+    try:
+        return default_loader(path)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise DataError(f"{path} cannot be read as an image ({error}): repair or remove it") from error
+
+
+def class_names(folder):
+    """Sorted names of the class folders in ``folder``, hidden ones left out.
+
+    Raises:
+        DataError: the folder is missing or holds no class folder.
+    """
+    if not os.path.isdir(folder):
+        raise DataError(
+            f"{folder} is not a folder: --data-path must hold train/<class>/<image> and val/<class>/<image>"
+        )
+    names = sorted(
+        entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")
+    )
+    if not names:
+        raise DataError(f"{folder} has no class folders: images belong in {folder}/<class>/<image>")
+    return names
+
+
+def build_dataset(root, split, transform):
+    """The images of ``root/split``.
+
+    Raises:
+        DataError: no images, an empty class in the training set, or classes that differ between train and
+            val.
+    """
+    folder = os.path.join(root, split)
+    other = os.path.join(root, "val" if split == "train" else "train")
+    classes = class_names(folder)
+    if os.path.isdir(other) and class_names(other) != classes:
+        difference = sorted(set(classes) ^ set(class_names(other)))
+        raise DataError(
+            f"{folder} and {other} have different classes ({len(classes)} and {len(class_names(other))}): "
+            f"only one of them has {', '.join(difference[:5])}{' ...' if len(difference) > 5 else ''}"
+        )
+    dataset = ImageFolder(folder, transform)
+    if not dataset.samples:
+        raise DataError(f"{folder} has class folders but no images ({', '.join(IMG_EXTENSIONS)})")
+    empty = sorted(set(range(len(classes))) - set(dataset.targets))
+    if split == "train" and empty:
+        raise DataError(
+            f"{os.path.join(folder, classes[empty[0]])} holds no images: add some or remove the class"
+        )
+    return dataset

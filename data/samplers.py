@@ -1,0 +1,44 @@
+"""Which images a process sees, and when."""
+
+import numpy as np
+from torch.utils.data import Sampler
+
+
+class TrainBatchSampler(Sampler):
+    """Micro-batches of one process, cut from one permutation of the training set for each epoch.
+
+    The permutation depends on (seed, epoch) only. An update takes the next ``batch_size * accumulation *
+    world_size`` images of it, so that what an update sees does not depend on how it is spread over processes
+    and micro-batches. Images that do not fill an update are left out of the epoch.
+
+    Args:
+        length: images in the training set.
+        batch_size: images of a micro-batch of one process.
+        accumulation: micro-batches of an update.
+        rank, world_size: this process and the number of processes.
+        seed: with the epoch, decides the permutation.
+    """
+
+    def __init__(self, length, batch_size, accumulation, rank, world_size, seed):
+        self.length, self.batch_size, self.accumulation = length, batch_size, accumulation
+        self.rank, self.world_size, self.seed = rank, world_size, seed
+        self.updates = length // (batch_size * accumulation * world_size)
+        self.epoch = 0
+
+    def set_epoch(self, epoch):
+        """Choose the epoch of the next iteration."""
+        self.epoch = epoch
+
+    def __len__(self):
+        return self.updates * self.accumulation
+
+    def __iter__(self):
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
+        used = order[: len(self) * self.world_size * self.batch_size]
+        for micro_batch in used.reshape(len(self), self.world_size, self.batch_size)[:, self.rank].tolist():
+            yield [(self.epoch, index) for index in micro_batch]
+
+
+def evaluation_shard(length, rank, world_size):
+    """Indices of the images that this process evaluates: every image belongs to exactly one process."""
+    return range(rank, length, world_size)

@@ -1,0 +1,73 @@
+"""The official augmentation recipe, through timm's transforms."""
+
+from PIL import ImageOps
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data.auto_augment import AugmentOp, AugMixAugment, AutoAugment, RandAugment, posterize
+from timm.data.transforms import str_to_interp_mode
+from torchvision import transforms
+
+
+def build_transform(config, is_train):
+    """PIL image to normalised float tensor (3, S, S), S being ``DATA.IMG_SIZE``.
+
+    Training images of more than 32 px: random resized crop, flip, AutoAugment or colour jitter, random
+    erasing. Up to 32 px a crop of the image padded by 4 px replaces the resized crop, as in the official
+    code. Evaluation: resize to 256/224 of the size and centre crop, or (``TEST.CROP`` off, or up to 32 px)
+    resize to the size.
+    """
+    size = config.DATA.IMG_SIZE
+    if is_train:
+        return _train_transform(config, size)
+    interpolation = "bicubic" if config.DATA.INTERPOLATION == "random" else config.DATA.INTERPOLATION
+    mode = str_to_interp_mode(interpolation)
+    if config.TEST.CROP and size > 32:
+        steps = [transforms.Resize(int(256 / 224 * size), mode), transforms.CenterCrop(size)]
+    else:
+        steps = [transforms.Resize((size, size), mode)]
+    normalize = transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    return transforms.Compose([*steps, transforms.ToTensor(), normalize])
+
+
+def _train_transform(config, size):
+    transform = create_transform(
+        input_size=size,
+        is_training=True,
+        hflip=config.AUG.HFLIP,
+        color_jitter=config.AUG.COLOR_JITTER or None,
+        auto_augment=config.AUG.AUTO_AUGMENT if config.AUG.AUTO_AUGMENT != "none" else None,
+        interpolation=config.DATA.INTERPOLATION,
+        re_prob=config.AUG.REPROB,
+        re_mode=config.AUG.REMODE,
+        re_count=config.AUG.RECOUNT,
+    )
+    if size <= 32:
+        interpolation = "bicubic" if config.DATA.INTERPOLATION == "random" else config.DATA.INTERPOLATION
+        whole = transforms.Resize((size, size), str_to_interp_mode(interpolation))
+        transform.transforms[:1] = [whole, transforms.RandomCrop(size, padding=4)]
+    for step in transform.transforms:
+        for op in _augment_ops(step):
+            if op.aug_fn is posterize:
+                op.aug_fn = posterize_from_0_bits
+    return transform
+
+
+def _augment_ops(step):
+    """The single operations inside a RandAugment, AugMix or AutoAugment step; none for any other step."""
+    if isinstance(step, (RandAugment, AugMixAugment)):
+        return step.ops
+    if isinstance(step, AutoAugment):
+        return [op for policy in step.policy for op in policy if isinstance(op, AugmentOp)]
+    return []
+
+
+def posterize_from_0_bits(img, bits_to_keep, **_):
+    """Keep the highest bits of every channel, 0 to 8 of them.
+
+    RandAugment asks for 0 bits now and then. Pillow used to answer with a black image and raises since
+    version 13; the recipe was tuned with the black image, so that is what 0 bits still give.
+    """
+    if bits_to_keep >= 8:
+        return img
+    if bits_to_keep <= 0:
+        return img.point(lambda _: 0)
+    return ImageOps.posterize(img, bits_to_keep)

@@ -1,0 +1,33 @@
+"""Write scikit-learn's bundled digits (1,797 real 8x8 scans) as an ImageFolder: 1,437 train, 360 val.
+
+    python tools/make_digits.py datasets/digits
+"""
+
+import argparse
+import os
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+
+def main():
+    """Write the folder; an image that is there already is written again with the same bytes."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", help="train/<digit>/<number>.png and val/<digit>/<number>.png go here")
+    folder = parser.parse_args().folder
+    digits = load_digits()
+    numbers = np.arange(len(digits.target))
+    train, val = train_test_split(numbers, test_size=360, stratify=digits.target, random_state=0)
+    for split, chosen in (("train", train), ("val", val)):
+        for number in chosen:
+            path = os.path.join(folder, split, str(digits.target[number]), f"{number:04d}.png")
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            grey = np.round(digits.images[number] * 255 / 16).astype(np.uint8)
+            Image.fromarray(grey).save(path)
+    print(f"{folder}: {len(train)} training and {len(val)} validation images of {len(digits.target_names)} digits")
+
+
+if __name__ == "__main__":
+    main()
