@@ -8,6 +8,7 @@ config and apex's ``amp`` entry, are read too. Nothing in a file is ever run.
 import os
 import pickle
 import re
+from collections import OrderedDict
 
 import torch
 
@@ -16,10 +17,6 @@ from utils import UserError
 
 class CheckpointError(UserError):
     """A checkpoint cannot be used; the message says which file and what to do."""
-
-
-class _PickledConfig(dict):
-    """What stands in for yacs' CfgNode in a pickled config: a dict, no code of the file or of yacs."""
 
 
 def save_checkpoint(path, checkpoint):
@@ -81,7 +78,8 @@ def read_checkpoint(path):
     if not os.path.isfile(path):
         raise CheckpointError(f"no checkpoint file {path}")
     try:
-        with torch.serialization.safe_globals([(_PickledConfig, "yacs.config.CfgNode")]):
+        # An ordered dict stands in for the pickled yacs config of official files.
+        with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)|Unsupported (?:class|global)\w* ([\w.]+)", str(error))
@@ -223,8 +221,8 @@ def load_optimizer(optimizer, model, checkpoint, path):
         moments = state["state"]
     else:
         raise CheckpointError(
-            f"{path}: the optimizer state has groups of {theirs} parameters, this model {ours}; to start from "
-            "the weights alone use --pretrained"
+            f"{path}: the optimizer state has groups of {theirs} parameters, this model {ours}; to start "
+            "from the weights alone use --pretrained"
         )
     for index, parameter in enumerate(parameters):
         for name, value in moments.get(index, {}).items():

@@ -23,7 +23,8 @@ def build_scheduler(config, optimizer, updates_per_epoch, lr_scale):
     lr_min = train.MIN_LR * lr_scale
     if train.LR_SCHEDULER.NAME == "step":
         decay = train.LR_SCHEDULER.DECAY_EPOCHS * updates_per_epoch
-        return StepLRScheduler(optimizer, decay_t=decay, decay_rate=train.LR_SCHEDULER.DECAY_RATE, **common)
+        rate = train.LR_SCHEDULER.DECAY_RATE
+        return StepLRScheduler(optimizer, decay_t=decay, decay_rate=rate, warmup_prefix=False, **common)
     if train.LR_SCHEDULER.NAME == "linear":
         rest = max(1, updates - warmup)
         return PolyLRScheduler(

@@ -60,7 +60,7 @@ def main(args):
     config = get_config(args)
     rank, world_size = utils.rank_and_world_size()
     device = utils.pick_device(config.DEVICE, config.LOCAL_RANK)
-    utils.seed_everything(config.SEED + rank)
+    utils.seed_everything(config.SEED)
     torch.backends.cudnn.benchmark = True
 
     train_loader = val_loader = None
@@ -148,6 +148,7 @@ def fit(model, train_loader, val_loader, config, device, amp_dtype, logger):
             config.TRAIN.EPOCHS,
             config.TRAIN.CLIP_GRAD,
             config.PRINT_FREQ,
+            (config.SEED, rank),
             record,
             logger,
         )
@@ -195,7 +196,10 @@ def restore(model, optimizer, scaler, config, logger):
         if resume:
             logger.warning(f"auto-resume: continuing from {latest} rather than from {resume}")
         resume = latest
-    epoch, best = config.TRAIN.START_EPOCH, 0.0
+    epoch, best = (
+        config.TRAIN.START_EPOCH,
+        -1.0,
+    )  # below 0, so that even a first top-1 of 0 is the best so far
     if resume:
         checkpoint = ckpt.read_checkpoint(resume)
         ckpt.load_weights(model, checkpoint, resume)
@@ -231,12 +235,14 @@ def train_one_epoch(
     epochs,
     clip_grad,
     print_freq,
+    seed,
     record,
     logger,
 ):
     """Train for one epoch; a step of the log is one optimizer update.
 
-    Nothing waits for the device between updates, but for a log line every ``print_freq`` updates.
+    Nothing waits for the device between updates, but for a log line every ``print_freq`` updates. Dropout and
+    drop path depend on (``seed``, epoch, update) only: a resumed run draws what an undisturbed one would.
 
     Returns:
         Mean train_loss over all processes, last lr, mean grad_norm, images_per_second and seconds.
@@ -256,6 +262,8 @@ def train_one_epoch(
             images, targets = mixup(images, targets, epoch, step)
         update, part = divmod(step, accumulation)
         whole = part + 1 == accumulation
+        if part == 0:
+            utils.seed_everything(*seed, epoch, update)
         with contextlib.nullcontext() if whole or not hasattr(model, "no_sync") else model.no_sync():
             with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
                 logits = model(images)
@@ -339,8 +347,8 @@ def evaluate(model, loader, device, amp_dtype, print_freq, logger):
             mean_time = (time.time() - begin) / (step + 1)
             logger.info(
                 f"Test: [{step}/{len(loader)}]\teta {clock((len(loader) - step - 1) * mean_time)}\t"
-                f"Time {mean_time:.3f}\tLoss {loss_mean:.4f}\tAcc@1 {100 * acc1:.3f}\tAcc@5 {100 * acc5:.3f}\t"
-                f"Mem {utils.peak_memory_mb(device):.0f}MB"
+                f"Time {mean_time:.3f}\tLoss {loss_mean:.4f}\t"
+                f"Acc@1 {100 * acc1:.3f}\tAcc@5 {100 * acc5:.3f}\tMem {utils.peak_memory_mb(device):.0f}MB"
             )
     sums = utils.sum_over_processes(sums).tolist()
     loss, acc1, acc5 = sums[0] / sums[3], 100 * sums[1] / sums[3], 100 * sums[2] / sums[3]
@@ -384,4 +392,6 @@ if __name__ == "__main__":
         # repeat it.
         if utils.rank_and_world_size()[0]:
             time.sleep(3)
-        sys.exit(f"error: {error}")
+        # An error of a data-loading worker comes with the worker's traceback in front of the message.
+        message = str(error).strip().rpartition(f"{type(error).__name__}: ")[2]
+        sys.exit(f"error: {message}")

@@ -73,10 +73,11 @@ def from_rank_0(make):
     return box[0]
 
 
-def seed_everything(seed):
-    """Seed Python's, NumPy's and torch's generators, CUDA included."""
+def seed_everything(*numbers):
+    """Seed Python's, NumPy's and torch's generators, CUDA included, from whole numbers."""
+    seed = _seed_of(numbers)
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed)
     torch.manual_seed(seed)
 
 
@@ -84,7 +85,7 @@ def seed_everything(seed):
 def seeded(*numbers):
     """Seed the CPU generators from whole numbers for the length of a block, then put them back."""
     state = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    seed = _seed_of(numbers)
     random.seed(seed)
     np.random.seed(seed)
     torch.default_generator.manual_seed(seed)
@@ -94,6 +95,10 @@ def seeded(*numbers):
         random.setstate(state[0])
         np.random.set_state(state[1])
         torch.set_rng_state(state[2])
+
+
+def _seed_of(numbers):
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def peak_memory_mb(device):

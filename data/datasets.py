@@ -3,6 +3,7 @@
 import os
 
 import torchvision
+from PIL import UnidentifiedImageError
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 
@@ -52,6 +53,8 @@ def load_image(path):
     """
     try:
         return default_loader(path)
+    except UnidentifiedImageError as error:
+        raise DataError(f"{path} cannot be read as an image (unknown format): repair or remove it") from error
     except (OSError, ValueError, SyntaxError) as error:
         raise DataError(f"{path} cannot be read as an image ({error}): repair or remove it") from error
 

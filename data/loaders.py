@@ -1,5 +1,6 @@
 """Datasets, transforms and samplers joined to loaders."""
 
+import torch
 from torch.utils.data import DataLoader
 
 from .datasets import DataError, SeededDataset, build_dataset
@@ -27,6 +28,8 @@ def build_loaders(config, rank=0, world_size=1, pin_memory=False):
         num_workers=config.DATA.NUM_WORKERS,
         persistent_workers=config.DATA.NUM_WORKERS > 0,
         pin_memory=pin_memory and config.DATA.PIN_MEMORY,
+        # The loaders' own generator: without it every epoch draws from the one that dropout uses.
+        generator=torch.Generator(),
     )
     val = build_dataset(root, "val", build_transform(config, is_train=False))
     val_loader = DataLoader(
@@ -48,8 +51,8 @@ def build_loaders(config, rank=0, world_size=1, pin_memory=False):
     )
     if not sampler.updates:
         raise DataError(
-            f"{root}/train has {len(train)} images, fewer than one update takes ({config.DATA.BATCH_SIZE} per "
-            f"process x {world_size} processes x {sampler.accumulation} accumulated): lower --batch-size"
+            f"{root}/train has {len(train)} images, fewer than an update takes: {config.DATA.BATCH_SIZE} per "
+            f"process, {world_size} processes, {sampler.accumulation} accumulated; lower --batch-size"
         )
     train_loader = DataLoader(SeededDataset(train, config.SEED), batch_sampler=sampler, **workers)
     return train_loader, val_loader, val.classes

@@ -332,7 +332,8 @@ class MSGTransformer(nn.Module):
         self.msg_tokens = nn.Parameter(torch.empty(1, regions[0] ** 2, 1, embed_dim)) if tokens else None
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, patch_norm, patch_embed)
         self.pos_drop = nn.Dropout(drop_rate)
-        rates = torch.linspace(0, drop_path_rate, sum(depths)).split(list(depths))
+        blocks = sum(depths)
+        rates = iter([drop_path_rate * i / max(1, blocks - 1) for i in range(blocks)])
         self.layers = nn.ModuleList(
             Stage(
                 dim=embed_dim * 2**i,
@@ -340,7 +341,7 @@ class MSGTransformer(nn.Module):
                 window=window_size,
                 region=regions[i],
                 next_region=regions[i + 1] if i + 1 < len(depths) else None,
-                drop_path=rates[i].tolist(),
+                drop_path=[next(rates) for _ in range(depths[i])],
                 tokens=tokens,
                 downsample=downsample if i + 1 < len(depths) else None,
                 heads=num_heads[i],
@@ -455,7 +456,7 @@ class MSGTransformer(nn.Module):
                 f"global_pool {global_pool!r}: this model only has {'token' if self.tokens else 'avg'}"
             )
         self.num_classes = num_classes
-        weight = self.norm.weight
+        weight = self.patch_embed.proj.weight
         head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         init_linear(head)
         self.head = head.to(weight.device, weight.dtype)
@@ -467,7 +468,7 @@ class MSGTransformer(nn.Module):
 
     def group_matcher(self, coarse=False):
         """Patterns that group parameters by depth, for layer-wise learning rates (timm's interface)."""
-        stem = r"^(absolute_pos_embed|msg_tokens|patch_embed)"
+        stem = r"^(?:absolute_pos_embed|msg_tokens|patch_embed)"
         if coarse:
             return dict(stem=stem, blocks=r"^layers\.(\d+)")
         return dict(

@@ -1,6 +1,6 @@
 """Write scikit-learn's bundled digits (1,797 real 8x8 scans) as an ImageFolder: 1,437 train, 360 val.
 
-    python tools/make_digits.py datasets/digits
+python tools/make_digits.py datasets/digits
 """
 
 import argparse
@@ -26,7 +26,7 @@ def main():
             os.makedirs(os.path.dirname(path), exist_ok=True)
             grey = np.round(digits.images[number] * 255 / 16).astype(np.uint8)
             Image.fromarray(grey).save(path)
-    print(f"{folder}: {len(train)} training and {len(val)} validation images of {len(digits.target_names)} digits")
+    print(f"{folder}: {len(train)} training and {len(val)} validation images")
 
 
 if __name__ == "__main__":

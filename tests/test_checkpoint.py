@@ -1,0 +1,176 @@
+"""Checkpoint files: atomic, never run, official ones too, refused with a reason where they do not fit."""
+
+import os
+import pickle
+
+import pytest
+import torch
+from helpers import CVPR22, MICRO, digits_config, micro
+from torch import nn
+from yacs.config import CfgNode
+
+import checkpoint as ckpt
+from models.msg_transformer import MSGTransformer
+from optimizer import build_optimizer
+
+
+def official_checkpoint(path):
+    """What the official code writes after an update: pickled yacs config, apex state, its own groups."""
+    model = MSGTransformer(**MICRO)
+    skip = ("relative_position_bias_table", "rel_pos_msg")
+    spared = [n for n, p in model.named_parameters() if p.ndim == 1 or n.endswith(skip)]
+    named = dict(model.named_parameters())
+    groups = [
+        {"params": [p for n, p in named.items() if n not in spared]},
+        {"params": [named[n] for n in spared], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=0.123, weight_decay=0.05)
+    model(torch.randn(2, 3, 32, 32)).square().sum().backward()
+    optimizer.step()
+    config = CfgNode({"MODEL": {"NAME": "micro", "MSG": {"DEPTHS": [2, 2, 2]}}, "BETAS": (0.9, 0.999)})
+    config.freeze()
+    state = dict(
+        model=model.state_dict(),
+        optimizer=optimizer.state_dict(),
+        lr_scheduler=dict(base_values=[0.123, 0.123], t_initial=300, metric=None),
+        max_accuracy=81.25,
+        epoch=7,
+        config=config,
+        amp={"loss_scaler0": {"loss_scale": 65536.0, "unskipped": 12}},
+    )
+    torch.save(state, path)
+    return model, optimizer
+
+
+def test_official_checkpoint_loads_weights_and_optimizer(tmp_path):
+    path = str(tmp_path / "ckpt_epoch_7.pth")
+    theirs, their_optimizer = official_checkpoint(path)
+    checkpoint = ckpt.read_checkpoint(path)
+    assert (checkpoint["epoch"], checkpoint["max_accuracy"]) == (7, 81.25)
+    assert not isinstance(checkpoint["config"], CfgNode)  # nothing of yacs runs
+    assert checkpoint["config"]["MODEL"]["MSG"]["DEPTHS"] == [2, 2, 2]
+    model = MSGTransformer(**MICRO)
+    optimizer = build_optimizer(digits_config(), model, 1.0)
+    ckpt.load_weights(model, checkpoint, path)
+    ckpt.load_optimizer(optimizer, model, checkpoint, path)
+    for ours, their in zip(model.parameters(), theirs.parameters()):
+        assert torch.equal(ours, their)
+        assert torch.equal(optimizer.state[ours]["exp_avg"], their_optimizer.state[their]["exp_avg"])
+        assert optimizer.state[ours]["step"] == 1
+    assert {group["lr"] for group in optimizer.param_groups} == {8e-3}  # the run's own
+
+
+def test_own_checkpoint_round_trip(tmp_path):
+    path = str(tmp_path / "c.pth")
+    model = micro()
+    optimizer = build_optimizer(digits_config(), model, 1.0)
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    ckpt.save_checkpoint(path, dict(model=model.state_dict(), optimizer=optimizer.state_dict(), epoch=3))
+    other = MSGTransformer(**MICRO)
+    other_optimizer = build_optimizer(digits_config(), other, 1.0)
+    checkpoint = ckpt.read_checkpoint(path)
+    ckpt.load_weights(other, checkpoint, path)
+    ckpt.load_optimizer(other_optimizer, other, checkpoint, path)
+    for a, b in zip(model.parameters(), other.parameters()):
+        assert torch.equal(a, b)
+        assert torch.equal(optimizer.state[a]["exp_avg_sq"], other_optimizer.state[b]["exp_avg_sq"])
+
+
+class RunsCode:
+    """Unpickling this makes a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_code_in_a_checkpoint_never_runs(tmp_path, legacy):
+    path, trap = str(tmp_path / "evil.pth"), tmp_path / "trap"
+    content = dict(model=micro().state_dict(), config=RunsCode(trap))
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(ckpt.CheckpointError, match="they can run code"):
+        ckpt.read_checkpoint(path)
+    with open(path, "wb") as file:
+        pickle.dump(content, file)
+    with pytest.raises(ckpt.CheckpointError, match="evil.pth"):
+        ckpt.read_checkpoint(path)
+    assert not trap.exists()
+
+
+def test_damaged_files_are_refused_and_passed_over(tmp_path):
+    good = tmp_path / "ckpt_epoch_4.pth"
+    ckpt.save_checkpoint(str(good), dict(model=micro().state_dict(), epoch=4))
+    content = good.read_bytes()
+    newest = tmp_path / "ckpt_epoch_11.pth"
+    for length in (0, 1, 100, len(content) // 2, len(content) - 1):
+        newest.write_bytes(content[:length])
+        with pytest.raises(ckpt.CheckpointError, match="ckpt_epoch_11.pth"):
+            ckpt.read_checkpoint(str(newest))
+    warnings = []
+    assert ckpt.find_latest(str(tmp_path), warnings.append) == str(good)
+    assert len(warnings) == 1 and "ckpt_epoch_11.pth" in warnings[0]
+    newest.write_bytes(content)
+    assert ckpt.find_latest(str(tmp_path), warnings.append) == str(newest)
+    assert ckpt.find_latest(str(tmp_path / "none"), warnings.append) is None
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = str(tmp_path / "c.pth")
+    ckpt.save_checkpoint(path, dict(model=micro().state_dict(), epoch=1))
+
+    def disk_full(checkpoint, file):
+        file.write(b"half a checkpoint")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", disk_full)
+    with pytest.raises(OSError, match="No space"):
+        ckpt.save_checkpoint(path, dict(epoch=2))
+    assert ckpt.read_checkpoint(path)["epoch"] == 1
+
+
+def test_best_is_kept_while_later_epochs_are_written(tmp_path):
+    folder, state = str(tmp_path), dict(model=micro().state_dict())
+    assert len(ckpt.save_epoch(folder, dict(state, epoch=0), due=True, best=True)) == 2
+    assert ckpt.save_epoch(folder, dict(state, epoch=1), due=False, best=False) == []
+    assert len(ckpt.save_epoch(folder, dict(state, epoch=2), due=False, best=True)) == 1
+    ckpt.save_epoch(folder, dict(state, epoch=3), due=True, best=False)
+    assert ckpt.read_checkpoint(ckpt.best_checkpoint(folder))["epoch"] == 2
+    assert sorted(os.listdir(folder)) == ["best.pth", "ckpt_epoch_0.pth", "ckpt_epoch_3.pth"]
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (CVPR22, ["the CVPR 2022 architecture and the config asks for v1", "PATCH_EMBED"]),
+        (dict(num_classes=7), ["7 classes, the model 10", "--pretrained", "head.weight"]),
+        (dict(depths=(2, 4, 2)), ["DEPTHS (8 blocks, the model has 6)", "layers.1.blocks.2"]),
+        (
+            dict(embed_dim=96),
+            ["EMBED_DIM", "patch_embed.proj.weight is (96, 3, 2, 2), the model's (48, 3, 2, 2)"],
+        ),
+        (dict(tokens=False), ["trained with MODEL.MSG.TOKENS False", "msg_tokens is missing"]),
+        (dict(ape=True), ["absolute_pos_embed is not in the model"]),
+    ],
+)
+def test_other_architectures_are_refused_with_what_differs(changes, words):
+    with pytest.raises(ckpt.CheckpointError) as error:
+        ckpt.load_weights(micro(), dict(model=micro(**changes).state_dict()), "other.pth")
+    assert all(word in str(error.value) for word in ["other.pth", *words]), error.value
+
+
+def test_fine_tuning_keeps_the_body_and_renews_the_head():
+    source, target = micro(num_classes=7), MSGTransformer(**MICRO)
+    head = target.head.weight.clone()
+    ckpt.load_weights(target, source.state_dict(), "bare.pth", new_head=True)
+    assert torch.equal(target.head.weight, head)
+    assert torch.equal(target.norm.weight, source.norm.weight)
+
+
+def test_weights_without_optimizer_are_not_resumed():
+    model = nn.Linear(2, 2)
+    with pytest.raises(ckpt.CheckpointError, match="weights only.*--pretrained"):
+        ckpt.load_optimizer(torch.optim.AdamW(model.parameters()), model, dict(model={}), "w.pth")

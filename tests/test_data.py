@@ -1,0 +1,169 @@
+"""Datasets, transforms, samplers and mixup."""
+
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+from helpers import digits_config, write_images
+from PIL import Image
+
+from data import DataError, build_loaders
+from data.datasets import build_dataset, load_image
+from data.mixup import build_mixup
+from data.samplers import TrainBatchSampler, evaluation_shard
+from data.transforms import build_transform, posterize_from_0_bits
+
+FULL_RECIPE = ["AUG.AUTO_AUGMENT", "rand-m9-mstd0.5-inc1", "AUG.HFLIP", 0.5, "AUG.REPROB", 0.5]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_images(tmp_path / "train", 8)
+    write_images(tmp_path / "val", 3, seed=1)
+    return str(tmp_path)
+
+
+def batches(folder, workers, epoch=0, opts=()):
+    config = digits_config("DATA.NUM_WORKERS", workers, *FULL_RECIPE, *opts, data_path=folder, batch_size=4)
+    loader, _, _ = build_loaders(config)
+    loader.batch_sampler.set_epoch(epoch)
+    return list(loader)
+
+
+def test_augmentation_depends_on_seed_epoch_and_image_only(folder):
+    alone, with_workers = batches(folder, 0), batches(folder, 2)
+    for (a, x), (b, y) in zip(alone, with_workers):
+        assert torch.equal(a, b) and torch.equal(x, y)
+    other_epoch, other_seed = batches(folder, 0, epoch=1), batches(folder, 0, opts=["SEED", 1])
+    assert not torch.equal(alone[0][0], other_epoch[0][0])
+    assert not torch.equal(alone[0][0], other_seed[0][0])
+
+
+def test_loading_in_the_training_process_leaves_its_random_numbers_alone(folder):
+    torch.manual_seed(3), random.seed(3), np.random.seed(3)
+    expected = torch.rand(1), random.random(), np.random.rand()
+    torch.manual_seed(3), random.seed(3), np.random.seed(3)
+    batches(folder, 0)
+    assert (torch.rand(1), random.random(), np.random.rand()) == expected
+
+
+def test_the_recipe_survives_posterize_to_0_bits(folder):
+    image = Image.new("RGB", (8, 8), (200, 100, 50))
+    assert posterize_from_0_bits(image, 0).getextrema() == ((0, 0), (0, 0), (0, 0))
+    assert posterize_from_0_bits(image, 1).getpixel((0, 0)) == (128, 0, 0)
+    assert posterize_from_0_bits(image, 8) is image
+    for policy in ("rand-m9-mstd0.5-inc1", "rand-m10-mstd101-inc1-n9", "original", "augmix-m10-mstd101"):
+        transform = build_transform(digits_config("AUG.AUTO_AUGMENT", policy), is_train=True)
+        random.seed(0), np.random.seed(0)
+        for _ in range(60):
+            assert transform(image).shape == (3, 32, 32)
+
+
+def test_an_update_sees_the_same_images_however_it_is_spread():
+    def updates(batch_size, accumulation, world_size):
+        ranks = [
+            list(TrainBatchSampler(50, batch_size, accumulation, rank, world_size, seed=1))
+            for rank in range(world_size)
+        ]
+        assert {len(micro_batches) for micro_batches in ranks} == {len(ranks[0])}
+        flat = [key for step in zip(*ranks) for micro_batch in step for key in micro_batch]
+        return [sorted(flat[i : i + 12]) for i in range(0, len(flat), 12)]
+
+    expected = updates(12, 1, 1)
+    assert len(expected) == 4 and len({key for update in expected for key in update}) == 48
+    for spread in ((4, 3, 1), (6, 1, 2), (2, 2, 3), (3, 4, 1)):
+        assert updates(*spread) == expected
+
+
+def test_epochs_are_permuted_differently():
+    sampler = TrainBatchSampler(100, 10, 1, 0, 1, seed=0)
+    first = [index for batch in sampler for _, index in batch]
+    sampler.set_epoch(1)
+    second = [index for batch in sampler for _, index in batch]
+    assert sorted(first) == sorted(second) == list(range(100)) and first != second
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_every_image_is_evaluated_by_exactly_one_process(world_size):
+    shards = [index for rank in range(world_size) for index in evaluation_shard(5, rank, world_size)]
+    assert sorted(shards) == list(range(5))
+
+
+def test_mixup_depends_on_seed_epoch_step_and_rank_only():
+    config = digits_config("AUG.MIXUP", 0.8, "AUG.CUTMIX", 1.0)
+    images, targets = torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
+    mixed = [
+        build_mixup(config, rank)(images.clone(), targets, 0, step)
+        for rank, step in ((0, 5), (0, 5), (0, 6), (1, 5))
+    ]
+    assert torch.equal(mixed[0][0], mixed[1][0]) and torch.equal(mixed[0][1], mixed[1][1])
+    assert not torch.equal(mixed[0][0], mixed[2][0]) and not torch.equal(mixed[0][0], mixed[3][0])
+    torch.testing.assert_close(mixed[0][1].sum(1), torch.ones(4))
+
+
+def test_mixup_is_off_when_both_parameters_are_0():
+    assert build_mixup(digits_config("AUG.MIXUP", 0.0, "AUG.CUTMIX", 0.0), 0) is None
+
+
+def test_evaluation_crops_the_centre_of_the_resized_image():
+    image = Image.new("RGB", (512, 256))
+    image.paste((255, 255, 255), (128, 0, 384, 256))  # a white square of the short side, in the middle
+    config = digits_config("DATA.IMG_SIZE", 224)
+    white = (1 - np.array([0.485, 0.456, 0.406])) / [0.229, 0.224, 0.225]
+    out = build_transform(config, is_train=False)(image)
+    assert out.shape == (3, 224, 224)
+    np.testing.assert_allclose(out.mean((1, 2)), white, rtol=1e-4)
+    squeezed = build_transform(digits_config("DATA.IMG_SIZE", 224, "TEST.CROP", False), is_train=False)(image)
+    assert squeezed[0, 112, 5] < 0 < squeezed[0, 112, 112]
+
+
+def test_small_images_are_brought_to_size(tmp_path):
+    write_images(tmp_path / "train", 4, size=8)
+    write_images(tmp_path / "val", 1, size=11)
+    train, val, _ = build_loaders(digits_config("DATA.NUM_WORKERS", 0, data_path=str(tmp_path), batch_size=4))
+    assert next(iter(train))[0].shape == (4, 3, 32, 32)
+    assert next(iter(val))[0].shape == (3, 3, 32, 32)
+
+
+def refusal(folder, **changes):
+    with pytest.raises(DataError) as error:
+        build_loaders(digits_config("DATA.NUM_WORKERS", 0, data_path=str(folder), **changes))
+    return str(error.value)
+
+
+def test_folders_that_cannot_be_used_are_named(tmp_path):
+    assert "give --data-path" in refusal("")
+    assert f"{tmp_path / 'none' / 'val'} is not a folder" in refusal(tmp_path / "none")
+    os.makedirs(tmp_path / "val")
+    assert "no class folders" in refusal(tmp_path)
+    write_images(tmp_path / "val", 0)
+    assert "no images" in refusal(tmp_path)
+    write_images(tmp_path / "val", 1)
+    assert f"{tmp_path / 'train'} is not a folder" in refusal(tmp_path)
+    write_images(tmp_path / "train", 2, classes=("a", "b", "d"))
+    assert "different classes" in refusal(tmp_path) and "c, d" in refusal(tmp_path)
+    os.rename(tmp_path / "train" / "d", tmp_path / "train" / "c")
+    assert "6 images, fewer than an update takes: 8 per process" in refusal(tmp_path, batch_size=8)
+    os.makedirs(tmp_path / "train" / "e"), os.makedirs(tmp_path / "val" / "e")
+    assert f"{tmp_path / 'train' / 'e'} holds no images" in refusal(tmp_path, batch_size=2)
+
+
+def test_hidden_folders_are_not_classes(folder):
+    os.makedirs(os.path.join(folder, "val", ".ipynb_checkpoints"))
+    assert build_dataset(folder, "val", None).classes == ["a", "b", "c"]
+
+
+def test_evaluation_needs_no_training_images(folder, tmp_path):
+    os.rename(os.path.join(folder, "train"), os.path.join(folder, "elsewhere"))
+    config = digits_config("DATA.NUM_WORKERS", 0, data_path=folder, eval=True)
+    train, val, classes = build_loaders(config)
+    assert train is None and len(val.dataset) == 9 and classes == ["a", "b", "c"]
+
+
+def test_an_unreadable_image_is_named(tmp_path):
+    path = tmp_path / "broken.png"
+    path.write_bytes(b"not an image")
+    with pytest.raises(DataError, match="broken.png cannot be read as an image"):
+        load_image(str(path))

@@ -1,0 +1,305 @@
+"""The model against the reference numbers and against a second implementation from the formulas."""
+
+import math
+
+import pytest
+import timm
+import torch
+from helpers import CVPR22, CVPR22_TINY, MICRO, fill_weights, golden_images, micro, reference
+from torch.nn.functional import cross_entropy
+
+from models.msg_transformer import Block, MSGTransformer, merge_windows, partition_windows, shuffle_messengers
+
+SIZES = [  # name, parameters, GMACs of the specification
+    ("msg_tiny_p4_win7_224", 28_290_166, 4.589),
+    ("msg_small_p4_win7_224", 49_608_358, 8.929),
+    ("msg_base_p4_win7_224", 87_771_024, 15.759),
+    ("msg_cvpr22_tiny_p4_win7_224", 25_086_116, 3.825),
+    ("msg_cvpr22_small_p4_win7_224", 55_968_514, 8.465),
+    ("msg_cvpr22_base_p4_win7_224", 84_392_770, 14.252),
+]
+
+
+@pytest.mark.parametrize("name, parameters, gmacs", SIZES)
+def test_parameters_and_macs_are_those_of_the_specification(name, parameters, gmacs):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert round(model.flops() / 1e9, 3) == gmacs
+
+
+@pytest.mark.parametrize("name", ["msg_tiny_p4_win7_224", "micro_32"])
+def test_golden_numbers_are_reproduced(name):
+    golden = reference("golden.json")[name]
+    model = MSGTransformer(drop_path_rate=0.0, **golden.get("kwargs", {})).double().eval()
+    logits = fill_weights(model)(golden_images(model.img_size))
+    expected = torch.tensor(golden["logits"], dtype=torch.float64)
+    torch.testing.assert_close(logits[:, :8], expected, rtol=1e-9, atol=1e-10)  # 10 decimals are given
+    assert logits.sum().item() == pytest.approx(golden["logits_sum"], rel=1e-9)
+    assert logits.square().sum().item() == pytest.approx(golden["logits_sqsum"], rel=1e-9)
+    assert model.flops() == golden["gmacs"] * 1e9
+    if "grad_norms" in golden:
+        loss = cross_entropy(logits, torch.arange(2))
+        loss.backward()
+        assert loss.item() == pytest.approx(golden["loss"], rel=1e-9)
+        norms = {n: p.grad.norm().item() for n, p in model.named_parameters()}
+        assert norms == pytest.approx(golden["grad_norms"], rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("file, kwargs", [("msg_tiny", {}), ("msg_cvpr22_tiny", CVPR22_TINY)])
+def test_checkpoint_names_and_shapes_are_the_official_ones(file, kwargs):
+    with torch.device("meta"):
+        state = MSGTransformer(**kwargs).state_dict()
+    assert [(k, list(v.shape)) for k, v in state.items()] == list(
+        reference(f"state_dict_keys_{file}.json").items()
+    )
+
+
+def loop_block(block, x, window):
+    """One block on (windows, 1+w*w, C), one region, from the formulas: loops over scalars."""
+
+    def layer_norm(v, norm):
+        mean = sum(v) / len(v)
+        variance = sum((c - mean) ** 2 for c in v) / len(v)
+        return [
+            (c - mean) / math.sqrt(variance + 1e-5) * w + b
+            for c, w, b in zip(v, norm.weight.tolist(), norm.bias.tolist())
+        ]
+
+    def linear(v, layer):
+        return [
+            sum(w * c for w, c in zip(row, v)) + b
+            for row, b in zip(layer.weight.tolist(), layer.bias.tolist())
+        ]
+
+    def gelu(c):
+        return c * 0.5 * (1 + math.erf(c / math.sqrt(2)))
+
+    def add(u, v):
+        return [a + b for a, b in zip(u, v)]
+
+    attention, heads = block.attn, block.attn.heads
+    table, rel_pos_msg = attention.relative_position_bias_table.tolist(), attention.rel_pos_msg.tolist()
+    x, channels = x.tolist(), x.shape[-1]
+    width = channels // heads
+
+    def bias(head, query, key):
+        if query == 0:
+            return rel_pos_msg[head][1][0][0]
+        if key == 0:
+            return rel_pos_msg[head][0][0][0]
+        dy = (query - 1) // window - (key - 1) // window
+        dx = (query - 1) % window - (key - 1) % window
+        return table[(dy + window - 1) * (2 * window - 1) + dx + window - 1][head]
+
+    for tokens in x:
+        qkv = [linear(layer_norm(t, block.norm1), attention.qkv) for t in tokens]
+        for query in range(len(tokens)):
+            out = []
+            for head in range(heads):
+                part = slice(head * width, (head + 1) * width)
+                q = qkv[query][:channels][part]
+                scores = [
+                    sum(a * b for a, b in zip(q, t[channels : 2 * channels][part])) / math.sqrt(width)
+                    + bias(head, query, key)
+                    for key, t in enumerate(qkv)
+                ]
+                weights = [math.exp(s) for s in scores]
+                for c in range(width):
+                    values = [t[2 * channels :][part][c] for t in qkv]
+                    out.append(sum(w * v for w, v in zip(weights, values)) / sum(weights))
+            tokens[query] = add(tokens[query], linear(out, attention.proj))
+    group = channels // len(x)
+    messengers = [tokens[0] for tokens in x]
+    for j, tokens in enumerate(x):
+        tokens[0] = [c for m in messengers for c in m[j * group : (j + 1) * group]]
+        for i, token in enumerate(tokens):
+            hidden = [gelu(c) for c in linear(layer_norm(token, block.norm2), block.mlp.fc1)]
+            tokens[i] = add(token, linear(hidden, block.mlp.fc2))
+    return torch.tensor(x, dtype=torch.float64)
+
+
+def test_block_equals_a_loop_over_the_formulas():
+    window, windows, dim = 3, 4, 8
+    block = Block(
+        dim, window, 2, 4.0, True, None, drop=0.0, drop_path=0.0, tokens=True, shuffle=True
+    ).double()
+    fill_weights(block)
+    x = torch.randn(1, windows, 1 + window**2, dim, dtype=torch.float64)
+    torch.testing.assert_close(block(x)[0], loop_block(block, x[0], window), rtol=1e-11, atol=1e-12)
+
+
+def test_windows_are_region_row_major_then_window_then_token():
+    x = torch.arange(8 * 8).reshape(1, 8, 8, 1)  # value = 8 * row + column
+    windows = partition_windows(x, 2, 2)  # 2x2 regions of 2x2 windows of 2x2 tokens
+    assert windows.shape == (4, 4, 4, 1)
+    assert windows[1, 2].flatten().tolist() == [20, 21, 28, 29]  # right upper region, left lower window
+    assert torch.equal(merge_windows(windows, 2, 2, 8, 8), x)
+
+
+def test_shuffle_sends_group_j_of_every_messenger_to_window_j():
+    x = torch.zeros(1, 4, 3, 8)
+    x[0, :, 0] = torch.arange(4)[:, None] * 10 + torch.arange(8) // 2  # window * 10 + group
+    x[0, :, 1:] = 5
+    y = shuffle_messengers(x)
+    for j in range(4):
+        assert y[0, j, 0].tolist() == [v for window in range(4) for v in (window * 10 + j,) * 2]
+    assert torch.equal(y[:, :, 1:], x[:, :, 1:])
+
+
+def reaches(model):
+    """Whether the lower right corner of an image changes the upper left window's patch map of stage 1."""
+    x = golden_images(32)
+    y = x.clone()
+    y[:, :, -4:, -4:] += 1
+    maps = [model.double().forward_intermediates(v, [0], intermediates_only=True)[0] for v in (x, y)]
+    return not torch.equal(maps[0][:, :, :4, :4], maps[1][:, :, :4, :4])
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({}, True),
+        (dict(manip_type="none"), False),
+        (dict(tokens=False), False),
+        (dict(shuffle_size=(2, 2, 1)), False),
+    ],
+)
+def test_information_crosses_windows_by_shuffled_messengers_only(changes, expected):
+    assert reaches(micro(**changes)) is expected
+
+
+def test_without_tokens_the_mean_of_the_final_patches_is_classified():
+    model = micro(tokens=False).double()
+    names = dict(model.named_parameters())
+    assert not any("msg" in name for name in names)
+    tokens = model.forward_features(golden_images(32))
+    assert tokens.shape == (2, 16, 192)
+    torch.testing.assert_close(model(golden_images(32)), model.head(tokens.mean(1)))
+
+
+def test_merging_concatenates_neighbours_row_offset_first():
+    merging = MSGTransformer(**MICRO).layers[0].downsample
+    merging.norm = merging.reduction = torch.nn.Identity()
+    x = torch.zeros(1, 2, 2, 48)
+    x[0, 0, 0], x[0, 1, 0], x[0, 0, 1], x[0, 1, 1] = 1, 2, 3, 4
+    assert merging(x).unflatten(-1, (4, 48))[0, 0, 0, :, 0].tolist() == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("changes", [{}, CVPR22, dict(tokens=False), dict(manip_type="none"), dict(ape=True)])
+def test_compiles_without_graph_breaks(changes):
+    torch._dynamo.reset()
+    model = micro(**changes).train()
+    x = torch.randn(2, 3, 32, 32)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+    compiled(x).sum().backward()
+
+
+@pytest.mark.slow
+def test_inductor_gives_the_same_logits():
+    torch._dynamo.reset()
+    model, x = micro(), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{}, CVPR22, dict(ape=True, patch_norm=False)])
+def test_reduced_precision_and_channels_last_stay_close_to_float32(changes):
+    model, x = micro(**changes), golden_images(32).float()
+    with torch.no_grad():
+        expected = model(x)
+        close = dict(rtol=0, atol=0.15)  # logits have a spread of about 1
+        torch.testing.assert_close(
+            model(x.to(memory_format=torch.channels_last)), expected, rtol=1e-5, atol=1e-5
+        )
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(model(x).float(), expected, **close)
+        torch.testing.assert_close(model.bfloat16()(x.bfloat16()).float(), expected, **close)
+
+
+def test_gradient_checkpointing_changes_nothing():
+    grads = []
+    for enabled in (False, True):
+        model = micro(drop_rate=0.1).train()
+        model.set_grad_checkpointing(enabled)
+        torch.manual_seed(0)
+        model(golden_images(32).float()).square().sum().backward()
+        grads.append([p.grad for p in model.parameters()])
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_drop_path_grows_linearly_to_its_rate():
+    model = MSGTransformer(**MICRO, drop_path_rate=0.5)
+    rates = [block.drop_path.drop_prob for stage in model.layers for block in stage.blocks]
+    assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5])
+
+
+def test_initialisation_is_that_of_the_specification():
+    torch.manual_seed(0)
+    model = MSGTransformer(**MICRO, ape=True)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            assert torch.all(parameter == (1 if name.endswith("weight") else 0)), name
+        elif name.endswith(".bias") and "patch_embed" not in name:
+            assert torch.all(parameter == 0), name
+        elif parameter.numel() > 500 and "patch_embed" not in name:
+            assert 0.018 < parameter.std() < 0.022, name
+            assert parameter.abs().max() < 2, name
+    assert model.layers[0].blocks[0].attn.rel_pos_msg.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(embed_dim=50), ["NUM_HEADS[0]", "EMBED_DIM"]),
+        (dict(embed_dim=24), ["EMBED_DIM a multiple of 16", "SHUF_SIZE[0]"]),
+        (dict(img_size=48), ["IMG_SIZE is 48", "need 32"]),
+        (dict(depths=(2, 2)), ["DEPTHS 2", "NUM_HEADS 3"]),
+        (dict(shuffle_size=(3, 2, 1)), ["SHUF_SIZE[0]=3", "power of two"]),
+        (dict(shuffle_size=(4, 0, 1)), ["SHUF_SIZE", "positive"]),
+        (dict(manip_type="mix"), ["MANIP_TYPE", "shuf or none"]),
+        (dict(downsample="pool"), ["DOWNSAMPLE", "linear or conv"]),
+    ],
+)
+def test_impossible_combinations_name_the_key_to_change(changes, words):
+    with pytest.raises(ValueError) as error:
+        MSGTransformer(**dict(MICRO, **changes))
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_other_image_sizes_are_refused():
+    with pytest.raises(ValueError, match="takes 32x32 images, these are 32x48"):
+        micro()(torch.zeros(1, 3, 32, 48))
+
+
+def test_shuffle_region_is_the_whole_side_where_fewer_windows_are_left():
+    wide, exact = MSGTransformer(**dict(MICRO, shuffle_size=(8, 8, 8))), MSGTransformer(**MICRO)
+    assert wide.regions == exact.regions == [4, 2, 1]
+    assert wide.msg_tokens.shape == exact.msg_tokens.shape
+
+
+def test_timm_interface():
+    x = torch.randn(1, 3, 224, 224)
+    features = timm.create_model("msg_tiny_p4_win7_224", features_only=True, out_indices=(1, 3)).eval()
+    model = timm.create_model("msg_tiny_p4_win7_224", num_classes=7).eval()
+    features.model.load_state_dict(
+        {k: v for k, v in model.state_dict().items() if not k.startswith(("head", "norm"))}
+    )
+    with torch.no_grad():
+        maps = features(x)
+        tokens, all_maps = model.forward_intermediates(x)
+        assert [m.shape for m in maps] == [(1, 192, 28, 28), (1, 768, 7, 7)]
+        assert features.feature_info.channels() == [192, 768]
+        assert features.feature_info.reduction() == [8, 32]
+        torch.testing.assert_close(maps, [all_maps[1], all_maps[3]])
+        torch.testing.assert_close(model.forward_head(tokens), model(x))
+        assert model.forward_head(tokens, pre_logits=True).shape == (1, 768)
+    model.reset_classifier(3)
+    assert model(x).shape == (1, 3)
+    groups = timm.models.group_parameters(model, model.group_matcher())
+    assert sorted(name for names in groups.values() for name in names) == sorted(
+        name for name, _ in model.named_parameters()
+    )
+    assert len(groups) == 1 + 12 + 3 + 1  # stem, blocks, mergings, head; the norm goes with the last block

@@ -1,0 +1,176 @@
+"""main.py as a user runs it: training, resuming, evaluating, timing, and what it says when it cannot."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import ROOT, run_main, write_images
+from PIL import Image
+
+import checkpoint as ckpt
+
+SMALL = [
+    "--cfg",
+    "configs/digits.yaml",
+    "--batch-size",
+    "4",
+    "--opts",
+    "DATA.NUM_WORKERS",
+    "1",
+    "PRINT_FREQ",
+    "1",
+]
+SMALL += ["SAVE_FREQ", "1", "TRAIN.WARMUP_EPOCHS", "1", "MODEL.DROP_RATE", "0.1", "TRAIN.EPOCHS"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_images(folder / "train", 8)
+    write_images(folder / "val", 3, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    """Folder of a run of two epochs in two processes, and what it printed."""
+    output = tmp_path_factory.mktemp("output")
+    done = run_main(*SMALL, 2, "AUG.MIXUP", 0.8, "--data-path", data, "--output", output, processes=2)
+    return output / "digits" / "default", done.stdout
+
+
+def figures(text):
+    """The last accuracy line: (top-1, top-5, loss, images)."""
+    found = re.findall(r"\* Acc@1 ([\d.]+) Acc@5 ([\d.]+) Loss ([\d.]+) on (\d+) images", text)
+    return tuple(map(float, found[-1]))
+
+
+def test_a_run_leaves_logs_metrics_curves_and_checkpoints(trained):
+    folder, printed = trained
+    assert "MODEL.NUM_CLASSES 1000 -> 3" in printed
+    assert "Train: [1/2][2/3]\teta 0:00:00 (run 0:00:00) lr " in printed
+    assert (
+        f"best checkpoint: {folder}/best.pth" in printed
+        and f"training curves: {folder}/curves.png" in printed
+    )
+    for name in (
+        "config.yaml",
+        "log_rank0.txt",
+        "log_rank1.txt",
+        "ckpt_epoch_0.pth",
+        "ckpt_epoch_1.pth",
+        "best.pth",
+    ):
+        assert (folder / name).stat().st_size > 0
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [0, 1]
+    assert figures(printed)[:3] == pytest.approx(
+        [rows[1]["acc1"], rows[1]["acc5"], rows[1]["val_loss"]], abs=1e-3
+    )
+    assert Image.open(folder / "curves.png").width > 800
+    assert any(name.startswith("events") for name in os.listdir(folder / "tensorboard"))
+
+
+def test_the_same_command_resumes_and_says_so(trained, data, tmp_path):
+    folder = tmp_path / "digits" / "default"
+    shutil.copytree(trained[0], folder)
+    arguments = ["AUG.MIXUP", 0.8, "--data-path", data, "--output", tmp_path]
+    assert "all 2 epochs are trained already" in run_main(*SMALL, 2, *arguments, processes=2).stdout
+    (folder / "ckpt_epoch_1.pth").unlink()
+    printed = run_main(*SMALL, 2, *arguments, processes=2).stdout
+    assert f"resuming from {folder}/ckpt_epoch_0.pth: epoch 1" in printed
+    expected, resumed = (ckpt.read_checkpoint(str(f / "ckpt_epoch_1.pth")) for f in (trained[0], folder))
+    for name, weight in expected["model"].items():
+        assert torch.equal(weight, resumed["model"][name]), name
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_another_run_does_not_overwrite_checkpoints(trained, data):
+    done = run_main(
+        *SMALL,
+        2,
+        "TRAIN.AUTO_RESUME",
+        False,
+        "--data-path",
+        data,
+        "--output",
+        trained[0].parents[1],
+        check=False,
+    )
+    assert done.returncode != 0 and "would be overwritten" in done.stderr
+
+
+@pytest.mark.parametrize("processes, batch_size", [(1, 1), (2, 64), (3, 7)])
+def test_evaluation_is_the_same_for_any_processes_and_batch_size(
+    trained, data, processes, batch_size, tmp_path
+):
+    printed = run_main(
+        "--cfg", "configs/digits.yaml", "--data-path", data, "--eval", "--batch-size", batch_size,
+        "--resume", trained[0] / "ckpt_epoch_1.pth", "--output", tmp_path, processes=processes,
+    ).stdout  # fmt: skip
+    assert figures(printed) == pytest.approx(figures(trained[1]), abs=1e-6)
+
+
+def test_evaluation_with_fewer_images_than_processes(trained, tmp_path):
+    write_images(tmp_path / "val", 1)
+    arguments = ["--cfg", "configs/digits.yaml", "--data-path", tmp_path, "--eval", "--output", tmp_path]
+    arguments += ["--resume", trained[0] / "best.pth"]
+    alone, spread = (figures(run_main(*arguments, processes=n).stdout) for n in (1, 4))
+    assert spread == pytest.approx(alone, abs=1e-6) and alone[3] == 3
+
+
+def test_fine_tuning_on_other_classes(trained, tmp_path):
+    write_images(tmp_path / "train", 4, classes="ab")
+    write_images(tmp_path / "val", 2, classes="ab")
+    printed = run_main(
+        *SMALL, 1, "--data-path", tmp_path, "--output", tmp_path, "--pretrained", trained[0] / "best.pth",
+        "--use-checkpoint", "--accumulation-steps", 2, "--amp-opt-level", "O2",
+    ).stdout  # fmt: skip
+    assert "starting from the weights of" in printed and "running as O1" in printed
+    assert (tmp_path / "digits" / "default" / "best.pth").exists()
+
+
+def test_throughput_without_data():
+    printed = run_main("--cfg", "configs/digits.yaml", "--throughput", "--batch-size", 2).stdout
+    assert float(re.search(r"batch_size 2 throughput ([\d.]+)", printed)[1]) > 0
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--cfg", "configs/none.yaml"], "cannot read the config file configs/none.yaml"),
+        (["--cfg", "configs/digits.yaml", "--data-path", "none"], "none/val is not a folder"),
+        (["--cfg", "configs/digits.yaml", "--opts", "TRAIN.EPOCS", "1"], "did you mean TRAIN.EPOCHS"),
+        (
+            ["--cfg", "configs/digits.yaml", "--resume", "none.pth", "--eval", "--data-path", "{data}"],
+            "none.pth",
+        ),
+        (["--cfg", "configs/digits.yaml", "--eval", "--data-path", "{data}"], "nothing to evaluate"),
+    ],
+)
+def test_mistakes_get_one_clear_message(arguments, words, data, tmp_path):
+    arguments = [str(data) if word == "{data}" else word for word in arguments]
+    done = run_main(*arguments, "--output", tmp_path, check=False)
+    assert done.returncode == 1
+    assert words in done.stderr and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+
+
+def test_an_unreadable_training_image_is_named(data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data" / "train" / "a" / "0.png").write_bytes(b"broken")
+    done = run_main(*SMALL, 1, "--data-path", tmp_path / "data", "--output", tmp_path, check=False)
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: \S*train/a/0.png cannot be read as an image .*", done.stderr.strip())
+
+
+def test_the_official_launcher_works(data, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.launch", "--standalone", "--nproc_per_node", "2"]
+    command += ["main.py", *SMALL, "1", "--data-path", data, "--output", tmp_path, "--device", "cpu"]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "trained epochs 0 to 0" in done.stdout
