@@ -107,7 +107,7 @@ def draw_curves(epochs, path):
     accuracy.plot(x, [row["acc1"] for row in epochs], marker=marker, ms=3, label="top-1")
     accuracy.plot(x, [row["acc5"] for row in epochs], marker=marker, ms=3, label="top-5")
     accuracy.axhline(best["acc1"], color="grey", lw=0.8, ls=":")
-    title = f"Validation accuracy, best top-1 {best['acc1']:.2f}% (epoch {best['epoch'] + 1})"
+    title = f"Validation: best top-1 {best['acc1']:.2f}% (epoch {best['epoch'] + 1})"
     accuracy.set(title=title, ylabel="%")
     accuracy.legend(loc="lower right")
     rate.plot(x, [row["lr"] for row in epochs], marker=marker, ms=3, color="tab:green")
