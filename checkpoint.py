@@ -1,8 +1,9 @@
 """The one place that writes and reads checkpoint files.
 
-A checkpoint is a dict of plain types and tensors: ``model``, ``optimizer``, ``lr_scheduler``, ``scaler``,
-``epoch``, ``max_accuracy`` and ``config`` (YAML text). Files of the official release, with a pickled yacs
-config and apex's ``amp`` entry, are read too. Nothing in a file is ever run.
+A checkpoint is a dict of plain types and tensors: ``model``, ``optimizer``, ``lr_scheduler``, ``updater``,
+``progress``, ``epoch`` (the last finished one), ``max_accuracy`` and ``config`` (YAML text). Files of the
+official release, with a pickled yacs config and apex's ``amp`` entry, are read too. Nothing in a file is ever
+run.
 """
 
 import os
@@ -13,6 +14,8 @@ from collections import OrderedDict
 import torch
 
 from utils import UserError
+
+BEST = "best.pth"
 
 
 class CheckpointError(UserError):
@@ -30,21 +33,41 @@ def save_checkpoint(path, checkpoint):
     _sync_folder(path)
 
 
-def save_epoch(folder, checkpoint, due, best):
-    """Write the checkpoint of an epoch where it is due, and where it is the best so far.
+def save_in_folder(folder, checkpoint, name, best, keep):
+    """Write a checkpoint into a run's folder, then delete those it makes superfluous.
+
+    Args:
+        name: file name from :func:`epoch_name` or :func:`within_epoch_name`, or None to write the best only.
+        best: also keep it as the best so far.
+        keep: epoch checkpoints to keep, 0 for all. Of those within an epoch only the newest file of all
+            stays.
 
     Returns:
         The files written.
+
+    Raises:
+        OSError: a file cannot be written; the files that were there are untouched.
     """
+    os.makedirs(folder, exist_ok=True)
     paths = []
-    if due:
-        paths.append(epoch_checkpoint(folder, checkpoint["epoch"]))
+    if name:
+        paths.append(os.path.join(folder, name))
         save_checkpoint(paths[0], checkpoint)
     if best:
-        paths.append(best_checkpoint(folder))
-        if not due or not _link(paths[0], paths[1]):
+        paths.append(os.path.join(folder, BEST))
+        if not name or not _link(paths[0], paths[1]):
             save_checkpoint(paths[-1], checkpoint)
+    if name:
+        _prune(folder, keep)
     return paths
+
+
+def _prune(folder, keep):
+    newest_first = in_order(folder)[::-1]
+    epochs = [name for name in newest_first if place_of(name)[1] == 0]
+    within = [name for name in newest_first[1:] if place_of(name)[1] > 0]
+    for name in within + (epochs[keep:] if keep else []):
+        os.remove(os.path.join(folder, name))
 
 
 def _link(path, second):
@@ -97,39 +120,46 @@ def read_checkpoint(path):
     return checkpoint
 
 
-def epoch_checkpoint(folder, epoch):
-    """Path of the checkpoint written at the end of ``epoch``, with the official name."""
-    return os.path.join(folder, f"ckpt_epoch_{epoch}.pth")
+def epoch_name(epoch):
+    """File name of the checkpoint at the end of ``epoch``, the official one."""
+    return f"ckpt_epoch_{epoch}.pth"
 
 
-def best_checkpoint(folder):
-    """Path of the checkpoint with the best top-1."""
-    return os.path.join(folder, "best.pth")
+def within_epoch_name(epoch, images):
+    """File name of a checkpoint within ``epoch``, after ``images`` of its images."""
+    return f"ckpt_epoch_{epoch}_images_{images}.pth"
 
 
-def epoch_of(path):
-    """The epoch in the name of an epoch's checkpoint."""
-    return int(re.fullmatch(r"ckpt_epoch_(\d+)\.pth", os.path.basename(path))[1])
+def place_of(path):
+    """Where in the run a checkpoint was written: (epochs finished, images of the next); None for others."""
+    match = re.fullmatch(r"ckpt_epoch_(\d+)(?:_images_(\d+))?\.pth", os.path.basename(path))
+    if not match:
+        return None
+    return (int(match[1]), int(match[2])) if match[2] else (int(match[1]) + 1, 0)
 
 
-def find_latest(folder, warn):
-    """Path of the intact checkpoint of the last epoch in ``folder``, or None.
+def in_order(folder):
+    """Names of the run's checkpoints in ``folder``, oldest place first, without the best."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return sorted(filter(place_of, names), key=place_of)
+
+
+def read_latest(folder, warn):
+    """Read the intact checkpoint of ``folder`` that is furthest in the run.
 
     Args:
         warn: called with a message for every damaged file that is passed over.
+
+    Returns:
+        Its path and content, or (None, None).
     """
-    if not os.path.isdir(folder):
-        return None
-    names = [re.fullmatch(r"ckpt_epoch_(\d+)\.pth", name) for name in os.listdir(folder)]
-    for match in sorted(filter(None, names), key=lambda match: -int(match[1])):
-        path = os.path.join(folder, match[0])
+    for name in reversed(in_order(folder)):
+        path = os.path.join(folder, name)
         try:
-            read_checkpoint(path)
+            return path, read_checkpoint(path)
         except CheckpointError as error:
             warn(f"not resuming from a damaged checkpoint: {error}")
-            continue
-        return path
-    return None
+    return None, None
 
 
 def load_weights(model, checkpoint, path, new_head=False):

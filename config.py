@@ -38,6 +38,9 @@ def default_config():
     config.DATA.INTERPOLATION = "bicubic"
     # Page-locked host memory for faster copies to the GPU; without effect on the CPU.
     config.DATA.PIN_MEMORY = True
+    # An image that cannot be read: raise ends the run; skip logs it, takes another in training and leaves it
+    # out in evaluation, and ends the run when more than 1% fail.
+    config.DATA.ON_ERROR = "raise"
     # Data-loading worker processes for each training process; 0 loads in the training process itself.
     config.DATA.NUM_WORKERS = 8
 
@@ -109,6 +112,16 @@ def default_config():
     config.TRAIN.CLIP_GRAD = 5.0
     # Continue from the latest checkpoint of the output folder.
     config.TRAIN.AUTO_RESUME = True
+    # Checkpoints within an epoch: every so many updates, every so many minutes; 0 for none.
+    config.TRAIN.SAVE_STEPS = 0
+    config.TRAIN.SAVE_MINUTES = 0.0
+    # Epoch checkpoints to keep, the newest; 0 keeps all. The best is always kept.
+    config.TRAIN.KEEP_CHECKPOINTS = 0
+    # When a checkpoint cannot be written: continue training, or stop.
+    config.TRAIN.ON_SAVE_ERROR = "continue"
+    # End the run after so many updates in a row whose loss or gradients are not finite (each is skipped); 0:
+    # never.
+    config.TRAIN.MAX_NONFINITE = 20
     # Micro-batches per update; 0 and 1 both mean no accumulation.
     config.TRAIN.ACCUMULATION_STEPS = 0
     # Gradient checkpointing: less memory, about a third more compute.
@@ -160,6 +173,13 @@ def default_config():
     config.AMP_OPT_LEVEL = "O1"
     # Mixed-precision type on CUDA: float16 (with gradient scaling) or bfloat16. The CPU always uses bfloat16.
     config.AMP_DTYPE = "float16"
+    # The same bits in every run of the same config on the same machine; slower on CUDA.
+    config.DETERMINISTIC = False
+
+    config.DIST = CfgNode()
+    # How long a process waits for the others before the run ends.
+    config.DIST.TIMEOUT_SECONDS = 600
+
     # Root of the output folder; the run writes to OUTPUT/MODEL.NAME/TAG.
     config.OUTPUT = "output"
     config.TAG = "default"
@@ -352,39 +372,21 @@ def _check(config, sources):
     choice("AUG.MIXUP_MODE", "batch", "pair", "elem")
     choice("DEVICE", "", "cpu", "cuda")
     choice("AMP_OPT_LEVEL", "O0", "O1", "O2")
+    choice("DATA.ON_ERROR", "raise", "skip")
+    choice("TRAIN.ON_SAVE_ERROR", "continue", "stop")
     choice("AMP_DTYPE", "float16", "bfloat16")
-    for key in (
-        "DATA.BATCH_SIZE",
-        "DATA.IMG_SIZE",
-        "MODEL.NUM_CLASSES",
-        "TRAIN.EPOCHS",
-        "SAVE_FREQ",
-        "PRINT_FREQ",
-    ):
+    positive = "DATA.BATCH_SIZE DATA.IMG_SIZE MODEL.NUM_CLASSES TRAIN.EPOCHS SAVE_FREQ PRINT_FREQ"
+    positive += " MODEL.MSG.PATCH_SIZE MODEL.MSG.IN_CHANS MODEL.MSG.EMBED_DIM MODEL.MSG.WINDOW_SIZE"
+    positive += " DIST.TIMEOUT_SECONDS"
+    for key in positive.split():
         require(key, lambda value: value >= 1, "at least 1")
-    for key in ("PATCH_SIZE", "IN_CHANS", "EMBED_DIM", "WINDOW_SIZE"):
-        require(f"MODEL.MSG.{key}", lambda value: value >= 1, "at least 1")
-    require("MODEL.MSG.MLP_RATIO", lambda value: value > 0, "above 0")
-    for key in (
-        "DATA.NUM_WORKERS",
-        "SEED",
-        "LOCAL_RANK",
-        "AUG.RECOUNT",
-        "AUG.MIXUP",
-        "AUG.CUTMIX",
-        "AUG.COLOR_JITTER",
-    ):
+    not_negative = "DATA.NUM_WORKERS SEED LOCAL_RANK AUG.RECOUNT AUG.MIXUP AUG.CUTMIX AUG.COLOR_JITTER"
+    not_negative += " TRAIN.START_EPOCH TRAIN.WARMUP_EPOCHS TRAIN.WEIGHT_DECAY TRAIN.WARMUP_LR TRAIN.MIN_LR"
+    not_negative += " TRAIN.CLIP_GRAD TRAIN.ACCUMULATION_STEPS TRAIN.SAVE_STEPS TRAIN.SAVE_MINUTES"
+    not_negative += " TRAIN.KEEP_CHECKPOINTS TRAIN.MAX_NONFINITE"
+    for key in not_negative.split():
         require(key, lambda value: value >= 0, "0 or more")
-    for key in (
-        "START_EPOCH",
-        "WARMUP_EPOCHS",
-        "WEIGHT_DECAY",
-        "WARMUP_LR",
-        "MIN_LR",
-        "CLIP_GRAD",
-        "ACCUMULATION_STEPS",
-    ):
-        require(f"TRAIN.{key}", lambda value: value >= 0, "0 or more")
+    require("MODEL.MSG.MLP_RATIO", lambda value: value > 0, "above 0")
     require("TRAIN.BASE_LR", lambda value: value > 0, "above 0")
     require("TRAIN.LR_SCHEDULER.DECAY_EPOCHS", lambda value: value >= 1, "at least 1")
     for key in ("MODEL.DROP_RATE", "MODEL.DROP_PATH_RATE", "MODEL.LABEL_SMOOTHING"):

@@ -1,5 +1,6 @@
 """What a run leaves for people: log files, TensorBoard scalars, metrics per epoch, and a picture of them."""
 
+import contextlib
 import json
 import logging
 import os
@@ -11,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 def create_logger(folder, rank):
     """A logger that writes ``folder/log_rank<rank>.txt``, and on rank 0 to the console, in colour."""
-    logger = logging.getLogger(f"msg_transformer.rank{rank}")
+    logger = logging.getLogger("msg_transformer")
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
     for handler in logger.handlers[:]:
@@ -40,9 +41,11 @@ class RunRecord:
     Args:
         folder: the run's output folder.
         start_epoch, start_update: where this process starts; what an interrupted run wrote beyond is dropped.
+        logger: is told what cannot be written; a full disk does not end the run here.
     """
 
-    def __init__(self, folder, start_epoch, start_update):
+    def __init__(self, folder, start_epoch, start_update, logger):
+        self.logger = logger
         self.path = os.path.join(folder, "metrics.jsonl")
         self.picture = os.path.join(folder, "curves.png")
         self.epochs = [row for row in read_metrics(self.path) if row["epoch"] < start_epoch]
@@ -50,24 +53,36 @@ class RunRecord:
 
     def scalars(self, update, **values):
         """Write TensorBoard scalars ``train/<name>`` of an update."""
-        for name, value in values.items():
-            self.board.add_scalar(f"train/{name}", value, update)
+        with self._told():
+            for name, value in values.items():
+                self.board.add_scalar(f"train/{name}", value, update)
 
     def end_epoch(self, update, **row):
         """Write the metrics of an epoch, which must include ``epoch``, and draw the curves again."""
         self.epochs.append(row)
-        temporary = f"{self.path}.tmp"
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(epoch) + "\n" for epoch in self.epochs)
-        os.replace(temporary, self.path)
-        for name, value in row.items():
-            self.board.add_scalar(f"epoch/{name}", value, update)
-        self.board.flush()
-        draw_curves(self.epochs, self.picture)
+        with self._told():
+            os.makedirs(os.path.dirname(self.path), exist_ok=True)
+            temporary = f"{self.path}.tmp"
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(epoch) + "\n" for epoch in self.epochs)
+            os.replace(temporary, self.path)
+            draw_curves(self.epochs, self.picture)
+        with self._told():
+            for name, value in row.items():
+                self.board.add_scalar(f"epoch/{name}", value, update)
+            self.board.flush()
 
     def close(self):
         """Finish the TensorBoard file."""
-        self.board.close()
+        with self._told():
+            self.board.close()
+
+    @contextlib.contextmanager
+    def _told(self):
+        try:
+            yield
+        except OSError as error:
+            self.logger.error(f"cannot write metrics: {error}; training goes on")
 
 
 def read_metrics(path):

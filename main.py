@@ -1,15 +1,14 @@
 """Train, evaluate or time an MSG-Transformer.
 
-python main.py --cfg configs/digits.yaml --data-path datasets/digits
-torchrun --nproc_per_node 8 main.py --cfg configs/msg_tiny_p4_win7_224.yaml --data-path <imagenet>
---batch-size 128 torchrun --nproc_per_node 8 main.py --cfg <config> --data-path <imagenet> --resume
-<checkpoint> --eval
+python main.py --cfg <config> --data-path <folder>
+torchrun --nproc_per_node 8 main.py --cfg <config> --data-path <folder> --batch-size 128
+torchrun --nproc_per_node 8 main.py --cfg <config> --data-path <folder> --eval --resume <checkpoint>
 """
 
 import argparse
-import contextlib
 import datetime
 import os
+import signal
 import sys
 import time
 
@@ -23,6 +22,7 @@ import utils
 from config import dump_config, get_config
 from data import build_loaders
 from data.mixup import build_mixup
+from engine import REQUEUE_EXIT_CODE, NonFiniteError, Run, SaveSchedule, Updater
 from logger import RunRecord, create_logger
 from lr_scheduler import build_scheduler
 from models import build_model
@@ -62,25 +62,27 @@ def main(args):
     device = utils.pick_device(config.DEVICE, config.LOCAL_RANK)
     utils.seed_everything(config.SEED)
     torch.backends.cudnn.benchmark = True
+    if config.DETERMINISTIC:
+        utils.be_deterministic()
 
-    train_loader = val_loader = None
+    train_loader = sampler = val_loader = None
     if config.DATA.DATA_PATH or not config.THROUGHPUT_MODE:
-        train_loader, val_loader, classes = build_loaders(config, rank, world_size, device.type == "cuda")
+        loaders = build_loaders(config, rank, world_size, pin_memory=device.type == "cuda")
+        train_loader, sampler, val_loader, classes = loaders
         named_classes = config.MODEL.NUM_CLASSES
         config.defrost()
         config.MODEL.NUM_CLASSES = len(classes)
         config.freeze()
     model = build_model(config).to(device)
 
-    utils.start_process_group(device)
     logger = create_logger(config.OUTPUT, rank)
+    utils.start_process_group(device, config.DIST.TIMEOUT_SECONDS)
     mode = "eval" if config.EVAL_MODE else "throughput" if config.THROUGHPUT_MODE else "train"
     logger.info(f"{mode} on {world_size} x {device}, PyTorch {torch.__version__}\n{dump_config(config)}")
     if rank == 0:
-        with open(
-            os.path.join(config.OUTPUT, "config.yaml" if mode == "train" else f"config_{mode}.yaml"), "w"
-        ) as f:
-            f.write(dump_config(config))
+        name = "config.yaml" if mode == "train" else f"config_{mode}.yaml"
+        with open(os.path.join(config.OUTPUT, name), "w", encoding="utf-8") as file:
+            file.write(dump_config(config))
     if val_loader is not None and named_classes != len(classes):
         logger.info(f"MODEL.NUM_CLASSES {named_classes} -> {len(classes)}, the class folders of the data")
     if config.AMP_OPT_LEVEL == "O2":
@@ -94,231 +96,183 @@ def main(args):
     if config.THROUGHPUT_MODE:
         throughput(model, val_loader, config, device, amp_dtype, logger)
     elif config.EVAL_MODE:
-        path = config.MODEL.RESUME or utils.from_rank_0(
-            lambda: ckpt.find_latest(config.OUTPUT, logger.warning)
-        )
-        if not path:
-            raise ckpt.CheckpointError(
-                f"nothing to evaluate: give --resume (no checkpoint in {config.OUTPUT})"
-            )
-        ckpt.load_weights(model, ckpt.read_checkpoint(path), path)
+        path, checkpoint = utils.from_rank_0(lambda: choose_for_evaluation(config, logger))
+        ckpt.load_weights(model, checkpoint, path)
         logger.info(f"evaluating {path}")
         evaluate(model, val_loader, device, amp_dtype, config.PRINT_FREQ, logger)
     else:
-        fit(model, train_loader, val_loader, config, device, amp_dtype, logger)
+        fit(model, train_loader, sampler, val_loader, config, device, amp_dtype, logger)
     utils.stop_process_group()
 
 
-def fit(model, train_loader, val_loader, config, device, amp_dtype, logger):
-    """Train up to ``TRAIN.EPOCHS``, evaluating and saving after every epoch."""
+def choose_for_evaluation(config, logger):
+    """Read ``--resume``, or else the latest checkpoint of the run's folder: (path, checkpoint)."""
+    if config.MODEL.RESUME:
+        return config.MODEL.RESUME, ckpt.read_checkpoint(config.MODEL.RESUME)
+    path, checkpoint = ckpt.read_latest(config.OUTPUT, logger.warning)
+    if path is None:
+        raise ckpt.CheckpointError(f"nothing to evaluate: give --resume (no checkpoint in {config.OUTPUT})")
+    return path, checkpoint
+
+
+def fit(model, loader, sampler, val_loader, config, device, amp_dtype, logger):
+    """Train up to ``TRAIN.EPOCHS``, evaluating after every epoch and saving as configured."""
     rank, world_size = utils.rank_and_world_size()
-    sampler = train_loader.batch_sampler
-    lr_scale = config.DATA.BATCH_SIZE * world_size * sampler.accumulation / 512
+    lr_scale = sampler.images_per_update / 512
     optimizer = build_optimizer(config, model, lr_scale)
-    scheduler = build_scheduler(config, optimizer, sampler.updates, lr_scale)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
+    scheduler = build_scheduler(config, optimizer, sampler.updates_per_epoch, lr_scale)
     mixup = build_mixup(config, rank)
     # Mixup smooths the labels itself.
     criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else config.MODEL.LABEL_SMOOTHING)
-
-    start_epoch, best = restore(model, optimizer, scaler, config, logger)
-    if start_epoch >= config.TRAIN.EPOCHS:
-        logger.info(f"all {config.TRAIN.EPOCHS} epochs are trained already; max accuracy {best:.2f}%")
+    train = config.TRAIN
+    updater = Updater(
+        model, optimizer, device, amp_dtype, sampler.accumulation, train.CLIP_GRAD, train.MAX_NONFINITE
+    )
+    run = Run(
+        model,
+        updater,
+        scheduler,
+        sampler,
+        config.OUTPUT,
+        dump_config(config),
+        train.KEEP_CHECKPOINTS,
+        train.ON_SAVE_ERROR == "stop",
+        logger,
+    )
+    start = run.restore(config.MODEL.RESUME, train.AUTO_RESUME, config.MODEL.PRETRAINED, train.START_EPOCH)
+    if start >= train.EPOCHS:
+        logger.info(f"all {train.EPOCHS} epochs are trained already; max accuracy {run.best:.2f}%")
         return
-    if config.TRAIN.WARMUP_EPOCHS >= config.TRAIN.EPOCHS:
+    if train.WARMUP_EPOCHS >= train.EPOCHS:
         logger.warning("TRAIN.WARMUP_EPOCHS covers the whole run: TRAIN.BASE_LR is never reached")
-    parallel = model
     if world_size > 1:
         ids = [device] if device.type == "cuda" else None
-        parallel = DistributedDataParallel(model, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
-    record = RunRecord(config.OUTPUT, start_epoch, start_epoch * sampler.updates) if rank == 0 else None
-    begin = time.time()
-    for epoch in range(start_epoch, config.TRAIN.EPOCHS):
-        trained = train_one_epoch(
-            parallel,
-            train_loader,
-            criterion,
-            mixup,
-            optimizer,
-            scheduler,
-            scaler,
-            device,
-            amp_dtype,
-            epoch,
-            config.TRAIN.EPOCHS,
-            config.TRAIN.CLIP_GRAD,
-            config.PRINT_FREQ,
-            (config.SEED, rank),
-            record,
-            logger,
+        updater.model = DistributedDataParallel(
+            model, ids, broadcast_buffers=False, gradient_as_bucket_view=True
         )
+    schedule = SaveSchedule(train.SAVE_STEPS, train.SAVE_MINUTES)
+    record = RunRecord(config.OUTPUT, start, int(run.position()), logger) if rank == 0 else None
+    begin = time.time()
+    for epoch in range(start, train.EPOCHS):
+        run.start_epoch(epoch)
+        trained = train_one_epoch(run, loader, criterion, mixup, schedule, config, record, logger)
         result = evaluate(model, val_loader, device, amp_dtype, config.PRINT_FREQ, logger)
-        improved = result["acc1"] > best
-        best = max(best, result["acc1"])
-        logger.info(f"Max accuracy: {best:.2f}%")
-        if rank == 0:
-            record.end_epoch((epoch + 1) * sampler.updates, epoch=epoch, **trained, **result)
-            state = dict(
-                model=model.state_dict(),
-                optimizer=optimizer.state_dict(),
-                lr_scheduler=scheduler.state_dict(),
-                scaler=scaler.state_dict(),
-                max_accuracy=best,
-                epoch=epoch,
-                config=dump_config(config),
-            )
-            due = epoch % config.SAVE_FREQ == 0 or epoch + 1 == config.TRAIN.EPOCHS
-            saved = ckpt.save_epoch(config.OUTPUT, state, due, improved)
-            logger.info(f"saved {', '.join(saved)}" if saved else "no checkpoint due (SAVE_FREQ)")
-    if rank == 0:
+        improved = result["acc1"] > run.best
+        run.best = max(run.best, result["acc1"])
+        logger.info(f"Max accuracy: {run.best:.2f}%")
+        if record is not None:
+            record.end_epoch((epoch + 1) * sampler.updates_per_epoch, epoch=epoch, **trained, **result)
+        due = epoch % config.SAVE_FREQ == 0 or epoch + 1 == train.EPOCHS
+        run.save(epoch_done=True, due=due, best=improved)
+    if record is not None:
         record.close()
         logger.info(
-            f"trained epochs {start_epoch} to {config.TRAIN.EPOCHS - 1} in {clock(time.time() - begin)}\n"
-            f"  max accuracy:    {best:.2f}% top-1\n"
-            f"  best checkpoint: {ckpt.best_checkpoint(config.OUTPUT)}\n"
+            f"trained epochs {start} to {train.EPOCHS - 1} in {clock(time.time() - begin)}\n"
+            f"  max accuracy:    {run.best:.2f}% top-1\n"
+            f"  best checkpoint: {os.path.join(config.OUTPUT, ckpt.BEST)}\n"
             f"  training curves: {record.picture}"
         )
 
 
-def restore(model, optimizer, scaler, config, logger):
-    """Load what the run continues from: the latest checkpoint of its folder, ``--resume``, or
-    ``--pretrained``.
+def train_one_epoch(run, loader, criterion, mixup, schedule, config, record, logger):
+    """Train for the rest of the run's epoch; a step of the log is one optimizer update.
 
-    Returns:
-        The first epoch to train and the best top-1 so far, in percent.
-
-    Raises:
-        CheckpointError: the file does not fit, or the run would overwrite later checkpoints of another.
-    """
-    latest = utils.from_rank_0(lambda: ckpt.find_latest(config.OUTPUT, logger.warning))
-    resume = config.MODEL.RESUME
-    if latest and config.TRAIN.AUTO_RESUME:
-        if resume:
-            logger.warning(f"auto-resume: continuing from {latest} rather than from {resume}")
-        resume = latest
-    epoch, best = (
-        config.TRAIN.START_EPOCH,
-        -1.0,
-    )  # below 0, so that even a first top-1 of 0 is the best so far
-    if resume:
-        checkpoint = ckpt.read_checkpoint(resume)
-        ckpt.load_weights(model, checkpoint, resume)
-        ckpt.load_optimizer(optimizer, model, checkpoint, resume)
-        if checkpoint.get("scaler"):
-            scaler.load_state_dict(checkpoint["scaler"])
-        epoch, best = checkpoint["epoch"] + 1, float(checkpoint.get("max_accuracy", 0.0))
-        logger.info(f"resuming from {resume}: epoch {epoch}, max accuracy {best:.2f}%")
-    elif config.MODEL.PRETRAINED:
-        path = config.MODEL.PRETRAINED
-        ckpt.load_weights(model, ckpt.read_checkpoint(path), path, new_head=True)
-        logger.info(f"starting from the weights of {path}")
-    else:
-        logger.info(f"starting from scratch: no checkpoint in {config.OUTPUT}")
-    if latest and ckpt.epoch_of(latest) >= epoch:
-        raise ckpt.CheckpointError(
-            f"{latest} would be overwritten: choose another --tag, or continue it with TRAIN.AUTO_RESUME True"
-        )
-    return epoch, best
-
-
-def train_one_epoch(
-    model,
-    loader,
-    criterion,
-    mixup,
-    optimizer,
-    scheduler,
-    scaler,
-    device,
-    amp_dtype,
-    epoch,
-    epochs,
-    clip_grad,
-    print_freq,
-    seed,
-    record,
-    logger,
-):
-    """Train for one epoch; a step of the log is one optimizer update.
-
-    Nothing waits for the device between updates, but for a log line every ``print_freq`` updates. Dropout and
-    drop path depend on (``seed``, epoch, update) only: a resumed run draws what an undisturbed one would.
+    Nothing waits for the device between updates, but for a log line every ``PRINT_FREQ`` updates. Dropout,
+    drop path and mixup depend on (seed, rank, epoch, images seen) only: a resumed run draws what an
+    undisturbed one would.
 
     Returns:
         Mean train_loss over all processes, last lr, mean grad_norm, images_per_second and seconds.
+
+    Raises:
+        SystemExit: a signal asked to stop; the run is saved and the exit code is ``REQUEUE_EXIT_CODE``.
+        NonFiniteError: too many updates in a row were not finite.
     """
-    model.train()
-    loader.batch_sampler.set_epoch(epoch)
-    updates, accumulation = loader.batch_sampler.updates, loader.batch_sampler.accumulation
-    images_per_update = loader.batch_sampler.batch_size * accumulation * loader.batch_sampler.world_size
-    loss_sum, norm_sum = torch.zeros((), device=device), torch.zeros((), device=device)
+    updater, progress, sampler, optimizer = run.updater, run.progress, run.sampler, run.updater.optimizer
+    device, rank, epoch, epochs = updater.device, sampler.rank, progress.epoch, config.TRAIN.EPOCHS
+    done, updates, per_epoch = progress.updates, progress.updates + sampler.updates, sampler.updates_per_epoch
+    run.model.train()
+    loss_sum = torch.zeros((), device=device)
     begin = printed = time.time()
-    printed_update = 0
-    optimizer.zero_grad()
+    printed_update = done
     for step, (images, targets) in enumerate(loader):
+        update, part = divmod(step, sampler.accumulation)
+        update += done
+        if part == 0:
+            utils.seed_everything(config.SEED, rank, epoch, progress.images)
+            loss_sum = torch.zeros((), device=device)
         images = images.to(device, non_blocking=True)
         targets = targets.to(device, non_blocking=True)
         if mixup is not None:
-            images, targets = mixup(images, targets, epoch, step)
-        update, part = divmod(step, accumulation)
-        whole = part + 1 == accumulation
-        if part == 0:
-            utils.seed_everything(*seed, epoch, update)
-        with contextlib.nullcontext() if whole or not hasattr(model, "no_sync") else model.no_sync():
-            with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-                logits = model(images)
-            loss = criterion(logits.float(), targets) / accumulation
-            scaler.scale(loss).backward()
+            images, targets = mixup(images, targets, epoch, progress.images, part)
+        with updater.micro_batch(part):
+            with updater.autocast():
+                logits = updater.model(images)
+            loss = criterion(logits.float(), targets)
+            updater.backward(loss)
         loss_sum += loss.detach()
-        if not whole:
+        if part + 1 < sampler.accumulation:
             continue
-        scheduler.step_update(epoch * updates + update)
-        scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), clip_grad or float("inf"))
-        norm_sum += torch.nan_to_num(norm, 0.0, 0.0, 0.0)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
+        run.scheduler.step_update(run.position())
+        try:
+            norm = updater.update()
+        except NonFiniteError as error:
+            raise explain_nonfinite(error, loader, sampler, update - done - 1, run.folder) from error
+        progress.add(sampler.images_per_update, loss_sum / sampler.accumulation, norm)
 
-        if update % print_freq == 0:
-            loss_now, loss_mean = loss.item() * accumulation, loss_sum.item() / (update + 1)
+        if update % config.PRINT_FREQ == 0:
             now = time.time()
-            mean_time = (now - begin) / (update + 1)
+            mean_time = (now - begin) / (update + 1 - done)
             time_now = (now - printed) / (update + 1 - printed_update)
             printed, printed_update = now, update + 1
-            lr = optimizer.param_groups[0]["lr"]
-            left, left_in_run = updates - update - 1, (epochs - epoch) * updates - update - 1
+            lr, loss_now = optimizer.param_groups[0]["lr"], loss_sum.item() / sampler.accumulation
+            left = updates - update - 1
+            left_in_run = left + (epochs - epoch - 1) * per_epoch
+            skipped = updater.skipped.item()
             logger.info(
                 f"Train: [{epoch}/{epochs}][{update}/{updates}]\t"
-                f"eta {clock(left * mean_time)} (run {clock(left_in_run * mean_time)}) lr {lr:.6f}\t"
-                f"time {time_now:.4f} ({mean_time:.4f})\t"
-                f"loss {loss_now:.4f} ({loss_mean:.4f})\t"
-                f"grad_norm {norm.item():.4f} ({norm_sum.item() / (update + 1):.4f})\t"
-                f"mem {utils.peak_memory_mb(device):.0f}MB"
+                f"eta {clock(left * mean_time)} (run {clock(left_in_run * mean_time)}) "
+                f"lr {lr:.6f}\ttime {time_now:.4f} ({mean_time:.4f})\t"
+                f"loss {loss_now:.4f} ({progress.loss.item() / progress.updates:.4f})\t"
+                f"grad_norm {norm.item():.4f} ({progress.norm.item() / progress.updates:.4f})\t"
+                f"mem {utils.peak_memory_mb(device):.0f}MB" + (f"\tskipped {skipped}" if skipped else "")
             )
             if record is not None:
-                speed = images_per_update / time_now
-                record.scalars(
-                    epoch * updates + update,
-                    loss=loss_now,
-                    lr=lr,
-                    grad_norm=norm.item(),
-                    images_per_second=speed,
-                )
-    means = (
-        utils.sum_over_processes(torch.stack([loss_sum, norm_sum]))
-        / updates
-        / loader.batch_sampler.world_size
-    )
-    train_loss, grad_norm = means.tolist()
+                speed = sampler.images_per_update / time_now
+                values = dict(loss=loss_now, lr=lr, grad_norm=norm.item(), images_per_second=speed)
+                record.scalars(epoch * per_epoch + update, **values)
+        save, stop = schedule.after_update()
+        if save:
+            files = run.save(epoch_done=False)
+        if stop:
+            if not files:
+                raise ckpt.CheckpointError(f"stopped by signal {stop}, but the run could not be saved")
+            name = signal.Signals(stop).name
+            logger.info(f"stopped by {name}: the same command goes on (exit code {REQUEUE_EXIT_CODE})")
+            sys.exit(REQUEUE_EXIT_CODE)
+    sums = utils.sum_over_processes(torch.stack([progress.loss, progress.norm]))
+    train_loss, grad_norm = (sums / progress.updates / sampler.world_size).tolist()
     seconds = time.time() - begin
     logger.info(f"EPOCH {epoch} training takes {clock(seconds)}")
     return dict(
         train_loss=train_loss,
         grad_norm=grad_norm,
         lr=optimizer.param_groups[0]["lr"],
-        images_per_second=updates * images_per_update / seconds,
+        images_per_second=(updates - done) * sampler.images_per_update / seconds,
         seconds=seconds,
+    )
+
+
+def explain_nonfinite(error, loader, sampler, update, folder):
+    """Add to the error the files of the update's batch, all of which go to ``nonfinite_rank<rank>.txt``."""
+    path = os.path.join(folder, f"nonfinite_rank{sampler.rank}.txt")
+    files = [loader.paths[index] for index in sampler.indices_of(update)]
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(f"{name}\n" for name in files)
+    return NonFiniteError(
+        f"{error}; the last batch of this process held {', '.join(files[:3])} ... (all of it in {path}). "
+        f"The last good checkpoint is in {folder}: lower TRAIN.BASE_LR, look at the files, or use AMP_DTYPE "
+        "bfloat16"
     )
 
 
@@ -335,6 +289,8 @@ def evaluate(model, loader, device, amp_dtype, print_freq, logger):
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # cross entropy, top-1, top-5, images
     begin = time.time()
     for step, (images, targets) in enumerate(loader):
+        if not len(targets):
+            continue
         images = images.to(device, non_blocking=True)
         targets = targets.to(device, non_blocking=True)
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
@@ -386,6 +342,7 @@ def clock(seconds):
 
 if __name__ == "__main__":
     try:
+        utils.adopt_slurm()
         main(parse_args())
     except utils.UserError as error:
         # Every process meets the same error: the others wait, so that the launcher ends them before they
@@ -395,3 +352,5 @@ if __name__ == "__main__":
         # An error of a data-loading worker comes with the worker's traceback in front of the message.
         message = str(error).strip().rpartition(f"{type(error).__name__}: ")[2]
         sys.exit(f"error: {message}")
+    finally:
+        utils.end_workers()

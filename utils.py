@@ -1,9 +1,12 @@
 """Process group and reductions, devices, seeds, memory."""
 
 import contextlib
+import datetime
+import multiprocessing
 import os
 import random
 import resource
+import signal
 import sys
 
 import numpy as np
@@ -13,6 +16,18 @@ import torch.distributed as dist
 
 class UserError(ValueError):
     """Something that the person who started the run can mend: shown as one message, without a traceback."""
+
+
+def adopt_slurm():
+    """Under ``srun`` with several tasks, take rank and world size from Slurm's variables."""
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        if "MASTER_ADDR" not in os.environ:
+            raise UserError(
+                "srun with several tasks needs MASTER_ADDR and MASTER_PORT set, see scripts/slurm.sh"
+            )
+        for name, slurm in (("RANK", "PROCID"), ("WORLD_SIZE", "STEP_NUM_TASKS"), ("LOCAL_RANK", "LOCALID")):
+            os.environ[name] = os.environ[f"SLURM_{slurm}"]
+        os.environ.setdefault("MASTER_PORT", "29500")
 
 
 def rank_and_world_size():
@@ -42,13 +57,19 @@ def pick_device(name, local_rank):
     return torch.device("cuda", local_rank)
 
 
-def start_process_group(device):
-    """Join the launcher's process group, if there is a launcher: NCCL on CUDA, gloo on the CPU."""
+def start_process_group(device, timeout_seconds):
+    """Join the launcher's process group, if there is a launcher: gloo on the CPU, and NCCL for CUDA tensors.
+
+    Args:
+        timeout_seconds: how long a collective waits for the other processes before it fails.
+    """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        if device.type == "cuda":
-            dist.init_process_group("nccl", device_id=device)
-        else:
-            dist.init_process_group("gloo")
+        cuda = device.type == "cuda"
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            timeout=datetime.timedelta(seconds=timeout_seconds),
+            device_id=device if cuda else None,
+        )
 
 
 def stop_process_group():
@@ -64,13 +85,49 @@ def sum_over_processes(tensor):
     return tensor
 
 
+def largest_over_processes(*numbers):
+    """The largest of each whole number over all processes, as a list; all of them must call it."""
+    if not dist.is_initialized():
+        return list(numbers)
+    largest = torch.tensor(numbers)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.tolist()
+
+
+def gather_floats(tensor):
+    """The value of a scalar tensor on every process, as a list by rank; all of them must call it."""
+    if not dist.is_initialized():
+        return [tensor.item()]
+    values = [torch.zeros(()) for _ in range(dist.get_world_size())]
+    dist.all_gather(values, tensor.detach().float().cpu())
+    return [value.item() for value in values]
+
+
 def from_rank_0(make):
-    """Call ``make`` on rank 0 and give every process what it returned."""
+    """Call ``make`` on rank 0 and give every process what it returned, or raise its UserError on every
+    process.
+
+    So one process alone decides, whatever the others would see in their file systems.
+    """
     if not dist.is_initialized():
         return make()
-    box = [make() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(box, src=0)
+    box = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = make()
+        except UserError as error:
+            box[1] = error
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    if box[1] is not None:
+        raise box[1]
     return box[0]
+
+
+def be_deterministic():
+    """Make PyTorch use deterministic kernels only: the same run gives the same bits, on CUDA more slowly."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 def seed_everything(*numbers):
@@ -99,6 +156,13 @@ def seeded(*numbers):
 
 def _seed_of(numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def end_workers():
+    """Kill data-loading workers that an error left behind: they ignore the signals that a run handles."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 def peak_memory_mb(device):

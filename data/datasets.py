@@ -2,6 +2,7 @@
 
 import os
 
+import numpy as np
 import torchvision
 from PIL import UnidentifiedImageError
 from torch.utils.data import Dataset
@@ -26,27 +27,55 @@ class ImageFolder(torchvision.datasets.ImageFolder):
         return classes, {name: index for index, name in enumerate(classes)}
 
 
-class SeededDataset(Dataset):
-    """A dataset whose random transforms see random numbers that depend on (seed, epoch, index) only.
+class TrainingSamples(Dataset):
+    """Training samples whose random transforms depend on (seed, epoch, index) only.
 
     Items are asked for by (epoch, index), so neither the number of workers nor the order in which they work
-    changes an image.
+    changes an image. An item is (image, target, failed): with ``skip``, an image that cannot be read is
+    replaced by another one, again a function of (seed, epoch, index), and its index is in the list
+    ``failed``.
     """
 
-    def __init__(self, dataset, seed):
-        self.dataset, self.seed = dataset, seed
+    def __init__(self, dataset, seed, skip):
+        self.dataset, self.seed, self.skip = dataset, seed, skip
 
     def __len__(self):
         return len(self.dataset)
 
     def __getitem__(self, key):
         epoch, index = key
-        with seeded(self.seed, epoch, index):
-            return self.dataset[index]
+        failed = []
+        while True:
+            try:
+                with seeded(self.seed, epoch, index):
+                    return *self.dataset[index], failed
+            except DataError:
+                failed.append(index)
+                if not self.skip or len(failed) > 20:
+                    raise
+                index = int(np.random.default_rng([self.seed, epoch, *failed]).integers(len(self)))
+
+
+class EvaluationSamples(Dataset):
+    """Evaluation samples (image, target, failed); with ``skip``, image None where it cannot be read."""
+
+    def __init__(self, dataset, skip):
+        self.dataset, self.skip = dataset, skip
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        try:
+            return *self.dataset[index], []
+        except DataError:
+            if not self.skip:
+                raise
+            return None, None, [index]
 
 
 def load_image(path):
-    """Read an image file as PIL RGB.
+    """Read an image file as PIL RGB; of an animation the first frame, EXIF rotation ignored, as PIL does it.
 
     Raises:
         DataError: the file cannot be decoded.
@@ -55,8 +84,10 @@ def load_image(path):
         return default_loader(path)
     except UnidentifiedImageError as error:
         raise DataError(f"{path} cannot be read as an image (unknown format): repair or remove it") from error
-    except (OSError, ValueError, SyntaxError) as error:
-        raise DataError(f"{path} cannot be read as an image ({error}): repair or remove it") from error
+    # A damaged file can make a decoder raise nearly anything.
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise DataError(f"{path} cannot be read as an image ({reason}): repair or remove it") from error
 
 
 def class_names(folder):

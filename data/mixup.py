@@ -6,23 +6,23 @@ from utils import seeded
 
 
 class SeededMixup:
-    """timm's Mixup, with random numbers that depend on (seed, epoch, step, rank) only."""
+    """timm's Mixup, with random numbers that depend on the seed and the place in the run only."""
 
     def __init__(self, mixup, seed, rank):
         self.mixup, self.seed, self.rank = mixup, seed, rank
 
-    def __call__(self, images, targets, epoch, step):
+    def __call__(self, images, targets, *place):
         """Mix a batch.
 
         Args:
             images: (B, 3, S, S) on any device, B even; changed in place.
             targets: (B,) class indices.
-            epoch, step: of this micro-batch.
+            place: whole numbers that tell this micro-batch from others of this process, such as the epoch.
 
         Returns:
             Mixed images, and soft targets (B, classes) with label smoothing applied.
         """
-        with seeded(self.seed, epoch, step, self.rank):
+        with seeded(self.seed, self.rank, *place):
             return self.mixup(images, targets)
 
 

@@ -22,21 +22,32 @@ class TrainBatchSampler(Sampler):
     def __init__(self, length, batch_size, accumulation, rank, world_size, seed):
         self.length, self.batch_size, self.accumulation = length, batch_size, accumulation
         self.rank, self.world_size, self.seed = rank, world_size, seed
-        self.updates = length // (batch_size * accumulation * world_size)
-        self.epoch = 0
+        self.images_per_update = batch_size * accumulation * world_size
+        self.updates_per_epoch = length // self.images_per_update
+        self.start(0)
 
-    def set_epoch(self, epoch):
-        """Choose the epoch of the next iteration."""
-        self.epoch = epoch
+    def start(self, epoch, images=0):
+        """Choose the epoch of the next iteration, and how many images of it were used already."""
+        self.epoch, self.images = epoch, images
+        self.updates = (self.length - images) // self.images_per_update
 
     def __len__(self):
         return self.updates * self.accumulation
 
-    def __iter__(self):
+    def _micro_batches(self):
+        """Image indices of what is left of the epoch: (micro-batches, processes, batch_size)."""
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
-        used = order[: len(self) * self.world_size * self.batch_size]
-        for micro_batch in used.reshape(len(self), self.world_size, self.batch_size)[:, self.rank].tolist():
+        used = order[self.images :][: self.updates * self.images_per_update]
+        return used.reshape(-1, self.world_size, self.batch_size)
+
+    def __iter__(self):
+        for micro_batch in self._micro_batches()[:, self.rank].tolist():
             yield [(self.epoch, index) for index in micro_batch]
+
+    def indices_of(self, update):
+        """Image indices that this process sees in an update, counted from where the iteration started."""
+        first = update * self.accumulation
+        return self._micro_batches()[first : first + self.accumulation, self.rank].flatten().tolist()
 
 
 def evaluation_shard(length, rank, world_size):

@@ -21,7 +21,7 @@ def build_transform(config, is_train):
     interpolation = "bicubic" if config.DATA.INTERPOLATION == "random" else config.DATA.INTERPOLATION
     mode = str_to_interp_mode(interpolation)
     if config.TEST.CROP and size > 32:
-        steps = [transforms.Resize(int(256 / 224 * size), mode), transforms.CenterCrop(size)]
+        steps = [limit_aspect, transforms.Resize(int(256 / 224 * size), mode), transforms.CenterCrop(size)]
     else:
         steps = [transforms.Resize((size, size), mode)]
     normalize = transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
@@ -49,6 +49,20 @@ def _train_transform(config, size):
             if op.aug_fn is posterize:
                 op.aug_fn = posterize_from_0_bits
     return transform
+
+
+def limit_aspect(image, most=8):
+    """Cut the ends off a PIL image whose long side is over ``most`` times the short one.
+
+    A 1x20000 image would need gigabytes once its short side is resized, all of which the centre crop throws
+    away.
+    """
+    width, height = image.size
+    if max(width, height) <= most * min(width, height):
+        return image
+    new_width, new_height = min(width, most * height), min(height, most * width)
+    left, top = (width - new_width) // 2, (height - new_height) // 2
+    return image.crop((left, top, left + new_width, top + new_height))
 
 
 def _augment_ops(step):

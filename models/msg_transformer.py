@@ -47,9 +47,7 @@ def merge_windows(x, window, region, height, width):
     C = x.shape[-1]
     rows, cols = height // (region * window), width // (region * window)
     x = x.reshape(-1, rows, cols, region, region, window, window, C)
-    x = x.permute(
-        0, 1, 3, 5, 2, 4, 6, 7
-    )  # B, region rows, window rows, token rows, and the same for columns, C
+    x = x.permute(0, 1, 3, 5, 2, 4, 6, 7)  # B, region, window and token rows, the same for columns, C
     return x.reshape(-1, height, width, C)
 
 
@@ -69,9 +67,7 @@ def shuffle_messengers(x):
     if windows == 1:
         return x
     messengers = x[:, :, 0].unflatten(2, (windows, -1))  # B*regions, windows, groups, C/G
-    messengers = messengers.transpose(1, 2).flatten(
-        2
-    )  # B*regions, groups, C: a group goes to the window of its number
+    messengers = messengers.transpose(1, 2).flatten(2)  # B*regions, groups, C: group j goes to window j
     return torch.cat([messengers.unsqueeze(2), x[:, :, 1:]], dim=2)
 
 
@@ -142,9 +138,8 @@ class LocalAttention(nn.Module):
     def forward(self, x):
         """Attend within windows: (B*regions, windows, tokens, C) to the same shape."""
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # B*regions, windows, tokens, 3, heads, C/heads
-        q, k, v = (
-            qkv.flatten(0, 1).movedim(2, 0).transpose(2, 3)
-        )  # each B*regions*windows, heads, tokens, C/heads
+        # Each of q, k, v: B*regions*windows, heads, tokens, C/heads.
+        q, k, v = qkv.flatten(0, 1).movedim(2, 0).transpose(2, 3)
         x_heads = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias().to(q.dtype), scale=self.scale)
         return self.proj_drop(self.proj(x_heads.transpose(1, 2).reshape(x.shape)))
 
@@ -212,13 +207,8 @@ class Stage(nn.Module):
 
     def __init__(self, dim, side, window, region, next_region, drop_path, tokens, downsample, **block_args):
         super().__init__()
-        self.side, self.window, self.region, self.next_region, self.tokens = (
-            side,
-            window,
-            region,
-            next_region,
-            tokens,
-        )
+        self.side, self.window, self.tokens = side, window, tokens
+        self.region, self.next_region = region, next_region
         self.blocks = nn.ModuleList(
             Block(dim, window, drop_path=rate, tokens=tokens, **block_args) for rate in drop_path
         )
@@ -488,9 +478,9 @@ class MSGTransformer(nn.Module):
     def flops(self):
         """Multiply-accumulate operations for one image.
 
-        Counted: the patch-embedding convolution, every linear layer, q k^T and attention times v over the
-            tokens of a window, a LayerNorm as one operation per element, merging of patches and messengers,
-            final norm and head.
+        These count: the patch-embedding convolution, every linear layer, q k^T and attention times v over the
+        tokens of a window, a LayerNorm as one operation per element, merging of patches and messengers, final
+        norm and head.
         """
         side = self.layers[0].side
         dim = self.layers[0].blocks[0].norm1.weight.numel()

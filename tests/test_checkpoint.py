@@ -111,11 +111,11 @@ def test_damaged_files_are_refused_and_passed_over(tmp_path):
         with pytest.raises(ckpt.CheckpointError, match="ckpt_epoch_11.pth"):
             ckpt.read_checkpoint(str(newest))
     warnings = []
-    assert ckpt.find_latest(str(tmp_path), warnings.append) == str(good)
+    assert ckpt.read_latest(str(tmp_path), warnings.append)[0] == str(good)
     assert len(warnings) == 1 and "ckpt_epoch_11.pth" in warnings[0]
     newest.write_bytes(content)
-    assert ckpt.find_latest(str(tmp_path), warnings.append) == str(newest)
-    assert ckpt.find_latest(str(tmp_path / "none"), warnings.append) is None
+    assert ckpt.read_latest(str(tmp_path), warnings.append)[0] == str(newest)
+    assert ckpt.read_latest(str(tmp_path / "none"), warnings.append) == (None, None)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -132,14 +132,23 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert ckpt.read_checkpoint(path)["epoch"] == 1
 
 
-def test_best_is_kept_while_later_epochs_are_written(tmp_path):
+def test_old_checkpoints_go_and_the_best_stays(tmp_path):
     folder, state = str(tmp_path), dict(model=micro().state_dict())
-    assert len(ckpt.save_epoch(folder, dict(state, epoch=0), due=True, best=True)) == 2
-    assert ckpt.save_epoch(folder, dict(state, epoch=1), due=False, best=False) == []
-    assert len(ckpt.save_epoch(folder, dict(state, epoch=2), due=False, best=True)) == 1
-    ckpt.save_epoch(folder, dict(state, epoch=3), due=True, best=False)
-    assert ckpt.read_checkpoint(ckpt.best_checkpoint(folder))["epoch"] == 2
-    assert sorted(os.listdir(folder)) == ["best.pth", "ckpt_epoch_0.pth", "ckpt_epoch_3.pth"]
+
+    def save(epoch, name, best=False, keep=2):
+        return ckpt.save_in_folder(folder, dict(state, epoch=epoch), name, best, keep)
+
+    assert len(save(0, ckpt.epoch_name(0), best=True)) == 2
+    save(1, ckpt.epoch_name(1))
+    save(1, ckpt.within_epoch_name(2, 640))
+    save(1, ckpt.within_epoch_name(2, 1280))
+    assert ckpt.in_order(folder) == ["ckpt_epoch_0.pth", "ckpt_epoch_1.pth", "ckpt_epoch_2_images_1280.pth"]
+    save(2, ckpt.epoch_name(2))
+    assert ckpt.in_order(folder) == ["ckpt_epoch_1.pth", "ckpt_epoch_2.pth"]
+    assert len(save(10, None, best=True)) == 1
+    save(10, ckpt.epoch_name(10))
+    assert sorted(os.listdir(folder)) == ["best.pth", "ckpt_epoch_10.pth", "ckpt_epoch_2.pth"]
+    assert ckpt.read_checkpoint(os.path.join(folder, ckpt.BEST))["epoch"] == 10
 
 
 @pytest.mark.parametrize(

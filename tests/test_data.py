@@ -27,8 +27,8 @@ def folder(tmp_path):
 
 def batches(folder, workers, epoch=0, opts=()):
     config = digits_config("DATA.NUM_WORKERS", workers, *FULL_RECIPE, *opts, data_path=folder, batch_size=4)
-    loader, _, _ = build_loaders(config)
-    loader.batch_sampler.set_epoch(epoch)
+    loader, sampler, _, _ = build_loaders(config)
+    sampler.start(epoch)
     return list(loader)
 
 
@@ -80,7 +80,7 @@ def test_an_update_sees_the_same_images_however_it_is_spread():
 def test_epochs_are_permuted_differently():
     sampler = TrainBatchSampler(100, 10, 1, 0, 1, seed=0)
     first = [index for batch in sampler for _, index in batch]
-    sampler.set_epoch(1)
+    sampler.start(1)
     second = [index for batch in sampler for _, index in batch]
     assert sorted(first) == sorted(second) == list(range(100)) and first != second
 
@@ -122,7 +122,9 @@ def test_evaluation_crops_the_centre_of_the_resized_image():
 def test_small_images_are_brought_to_size(tmp_path):
     write_images(tmp_path / "train", 4, size=8)
     write_images(tmp_path / "val", 1, size=11)
-    train, val, _ = build_loaders(digits_config("DATA.NUM_WORKERS", 0, data_path=str(tmp_path), batch_size=4))
+    train, _, val, _ = build_loaders(
+        digits_config("DATA.NUM_WORKERS", 0, data_path=str(tmp_path), batch_size=4)
+    )
     assert next(iter(train))[0].shape == (4, 3, 32, 32)
     assert next(iter(val))[0].shape == (3, 3, 32, 32)
 
@@ -158,8 +160,8 @@ def test_hidden_folders_are_not_classes(folder):
 def test_evaluation_needs_no_training_images(folder, tmp_path):
     os.rename(os.path.join(folder, "train"), os.path.join(folder, "elsewhere"))
     config = digits_config("DATA.NUM_WORKERS", 0, data_path=folder, eval=True)
-    train, val, classes = build_loaders(config)
-    assert train is None and len(val.dataset) == 9 and classes == ["a", "b", "c"]
+    train, _, val, classes = build_loaders(config)
+    assert train is None and len(val.paths) == 9 and classes == ["a", "b", "c"]
 
 
 def test_an_unreadable_image_is_named(tmp_path):

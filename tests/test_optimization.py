@@ -1,10 +1,14 @@
 """Learning rates, parameter groups, accumulation."""
 
+import signal
+
 import pytest
 import torch
 from helpers import digits_config, micro, reference
 from torch import nn
 
+from data.samplers import TrainBatchSampler
+from engine import NonFiniteError, Run, SaveSchedule, Updater
 from lr_scheduler import build_scheduler
 from main import evaluate, train_one_epoch
 from optimizer import build_optimizer, parameter_groups
@@ -73,17 +77,6 @@ def test_weight_decay_spares_norms_biases_positions_and_messengers():
     assert parameter_groups(model)[1]["weight_decay"] == 0.0
 
 
-class Fixed(list):
-    """A list of batches that passes for a training loader."""
-
-    class batch_sampler:  # noqa: N801
-        world_size = 1
-
-        @staticmethod
-        def set_epoch(epoch):
-            pass
-
-
 class Quiet:
     """A logger that keeps its lines."""
 
@@ -93,29 +86,47 @@ class Quiet:
     def info(self, line):
         self.lines.append(line)
 
+    warning = error = info
 
-def train(batches, accumulation, clip_grad=0.5, optimizer="sgd"):
-    model = micro().double()
-    config = digits_config("TRAIN.OPTIMIZER.NAME", optimizer)
-    loader = Fixed(batches)
-    loader.batch_sampler.accumulation = accumulation
-    loader.batch_sampler.batch_size = len(batches[0][0])
-    loader.batch_sampler.updates = len(batches) // accumulation
+
+class Batches(list):
+    """A list of batches that passes for a training loader."""
+
+    paths = [f"{index}.png" for index in range(64)]
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """Give pytest back the signals that a SaveSchedule takes."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    handlers = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, handlers):
+        signal.signal(number, handler)
+
+
+def train(batches, accumulation=1, clip_grad=0.5, max_nonfinite=3):
+    """Train the micro model on given micro-batches as epoch 3 of 20: (model, metrics, log, updater)."""
+    torch.manual_seed(0)
+    model, size = micro().to(batches[0][0].dtype), len(batches[0][0])
+    config = digits_config("TRAIN.OPTIMIZER.NAME", "sgd", "TRAIN.CLIP_GRAD", clip_grad, "PRINT_FREQ", 1)
+    sampler = TrainBatchSampler(size * len(batches), size, accumulation, 0, 1, seed=0)
     optimizer = build_optimizer(config, model, 1.0)
-    scheduler = build_scheduler(config, optimizer, loader.batch_sampler.updates, 1.0)
-    logger = Quiet()
-    result = train_one_epoch(
-        model, loader, nn.CrossEntropyLoss(), None, optimizer, scheduler, torch.amp.GradScaler(enabled=False),
-        torch.device("cpu"), None, 3, 20, clip_grad, 1, (0, 0), None, logger,
-    )  # fmt: skip
-    return model, result, logger
+    scheduler = build_scheduler(config, optimizer, sampler.updates_per_epoch, 1.0)
+    updater = Updater(model, optimizer, torch.device("cpu"), None, accumulation, clip_grad, max_nonfinite)
+    run = Run(model, updater, scheduler, sampler, "", "", 0, False, Quiet())
+    run.start_epoch(3)
+    metrics = train_one_epoch(
+        run, Batches(batches), nn.CrossEntropyLoss(), None, SaveSchedule(0, 0), config, None, run.logger
+    )
+    return model, metrics, run.logger.lines, updater
 
 
 def test_accumulation_equals_the_large_batch_and_clips_once():
     torch.manual_seed(0)
     images, targets = torch.randn(16, 3, 32, 32, dtype=torch.float64), torch.randint(10, (16,))
-    whole, result, _ = train(list(zip(images.split(8), targets.split(8))), 1)
-    parts, accumulated, _ = train(list(zip(images.split(2), targets.split(2))), 4)
+    whole, result, *_ = train(list(zip(images.split(8), targets.split(8))), 1)
+    parts, accumulated, *_ = train(list(zip(images.split(2), targets.split(2))), 4)
     assert result["grad_norm"] > 0.5  # the clipping did something
     for a, b in zip(whole.parameters(), parts.parameters()):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)  # the loss is taken in float32
@@ -124,13 +135,35 @@ def test_accumulation_equals_the_large_batch_and_clips_once():
 
 
 def test_log_lines_have_the_fields_of_swin():
-    batches = [(torch.randn(2, 3, 32, 32).double(), torch.tensor([1, 2]))] * 2
-    _, _, logger = train(batches, 1)
-    for update, line in enumerate(logger.lines[:2]):
+    _, _, lines, _ = train([(torch.randn(2, 3, 32, 32), torch.tensor([1, 2]))] * 2)
+    for update, line in enumerate(lines[:2]):
         assert line.startswith(f"Train: [3/20][{update}/2]\teta ")
         for field in (" lr ", "\ttime ", "\tloss ", "\tgrad_norm ", "\tmem "):
             assert field in line
-    assert logger.lines[2].startswith("EPOCH 3 training takes")
+    assert lines[2].startswith("EPOCH 3 training takes")
+
+
+def test_updates_with_bad_gradients_are_skipped_and_counted():
+    good, bad = torch.randn(2, 3, 32, 32), torch.full((2, 3, 32, 32), float("nan"))
+    targets = torch.tensor([1, 2])
+    with_bad, _, lines, updater = train(
+        [(x, targets) for x in [bad, good, *[bad, bad, good] * 80]], max_nonfinite=3
+    )
+    assert updater.skipped == 161 and updater.skipped_in_a_row == 0
+    assert lines[-2].endswith("skipped 161")
+    assert updater.scaler.get_scale() == 1.0
+    assert all(torch.isfinite(parameter).all() for parameter in with_bad.parameters())
+    untouched, *_ = train([(bad, targets)] * 3)
+    assert all(torch.equal(a, b) for a, b in zip(untouched.parameters(), micro().parameters()))
+
+
+def test_too_many_bad_updates_in_a_row_end_the_run_with_their_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bad = (torch.full((2, 3, 32, 32), float("nan")), torch.tensor([1, 2]))
+    with pytest.raises(NonFiniteError, match=r"3 updates in a row; .* held \d+.png, \d+.png") as error:
+        train([bad] * 8)
+    files = (tmp_path / "nonfinite_rank0.txt").read_text().split()
+    assert len(files) == 2 and files[0] in str(error.value)
 
 
 def test_evaluation_figures_are_means_over_images_not_batches():

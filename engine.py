@@ -1,0 +1,296 @@
+"""The optimizer update and its bookkeeping, the same for classification and detection.
+
+Where a run stands is counted in images, not in batches: a run can go on with another number of processes or
+another batch size, and everything random is a function of (seed, epoch, images seen), so nothing random has
+to be saved.
+"""
+
+import contextlib
+import signal
+import time
+
+import torch
+from torch import nn
+
+import checkpoint as ckpt
+from utils import UserError, from_rank_0, gather_floats, largest_over_processes, rank_and_world_size
+
+REQUEUE_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal, the same command goes on
+
+
+class NonFiniteError(UserError):
+    """Too many updates in a row had a non-finite gradient."""
+
+
+class Updater:
+    """Optimizer updates: accumulation, gradient scaling, clipping once per update, and no update from bad
+    gradients.
+
+    An update whose gradient norm is not finite is skipped on every process alike and counted. The gradient
+    scaler serves for that in every precision; it scales the loss only where it is float16.
+
+    Args:
+        model: the module that is called, a DistributedDataParallel one where there are several processes.
+        amp_dtype: dtype of autocast, None for float32.
+        accumulation: micro-batches of an update.
+        clip_grad: largest global gradient norm, 0 for no clipping.
+        max_nonfinite: skipped updates in a row after which the run ends.
+    """
+
+    def __init__(self, model, optimizer, device, amp_dtype, accumulation, clip_grad, max_nonfinite):
+        self.model, self.optimizer, self.device = model, optimizer, device
+        self.amp_dtype, self.accumulation = amp_dtype, accumulation
+        self.clip_grad, self.max_nonfinite = clip_grad or float("inf"), max_nonfinite
+        scaling = {} if amp_dtype == torch.float16 else dict(init_scale=1.0, growth_interval=2**31 - 1)
+        self.scaler = torch.amp.GradScaler(device.type, **scaling)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
+
+    @contextlib.contextmanager
+    def micro_batch(self, part):
+        """Context of forward and :meth:`backward` of micro-batch ``part``; the last sends gradients."""
+        if part == 0:
+            self.optimizer.zero_grad()
+        last = part + 1 == self.accumulation
+        quiet = not last and isinstance(self.model, nn.parallel.DistributedDataParallel)
+        with self.model.no_sync() if quiet else contextlib.nullcontext():
+            yield
+
+    def autocast(self):
+        """Mixed precision for the forward pass, as configured."""
+        return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
+
+    def backward(self, loss):
+        """Accumulate the gradients of a micro-batch's mean loss."""
+        self.scaler.scale(loss / self.accumulation).backward()
+
+    def update(self):
+        """Clip, then change the parameters unless a gradient is not finite.
+
+        Returns:
+            The global gradient norm before clipping, a tensor on the device.
+
+        Raises:
+            NonFiniteError: ``max_nonfinite`` updates in a row were skipped, the last but one among them.
+        """
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
+        self.scaler.step(self.optimizer)
+        # Only float16 has a scale to find; elsewhere a skipped update must not change it.
+        self.scaler.update(None if self.amp_dtype == torch.float16 else 1.0)
+        bad = (~torch.isfinite(norm)).long()
+        before, self.skipped_in_a_row = self.skipped_in_a_row, bad * (self.skipped_in_a_row + bad)
+        self.skipped = self.skipped + bad
+        # The count of the update before: the device need not have finished this one.
+        if self.max_nonfinite and before.item() >= self.max_nonfinite:
+            raise NonFiniteError(
+                f"loss or gradients were not finite in {self.max_nonfinite} updates in a row"
+            )
+        return norm
+
+    def state_dict(self):
+        """The gradient scale and the counts of skipped updates."""
+        counts = dict(skipped=self.skipped.item(), skipped_in_a_row=self.skipped_in_a_row.item())
+        return dict(scaler=self.scaler.state_dict(), **counts)
+
+    def load_state_dict(self, state):
+        """Continue from :meth:`state_dict`; a scale saved for another precision is left alone."""
+        scaler = state["scaler"]
+        if scaler.get("growth_interval") == self.scaler.state_dict()["growth_interval"]:
+            self.scaler.load_state_dict(scaler)
+        self.skipped.fill_(state["skipped"])
+        self.skipped_in_a_row.fill_(state["skipped_in_a_row"])
+
+
+class Progress:
+    """Where a run stands: the epoch, how many of its images were used, the sums behind the epoch's means."""
+
+    def __init__(self, epoch, device):
+        self.epoch, self.images, self.updates = epoch, 0, 0
+        self.loss, self.norm = torch.zeros((), device=device), torch.zeros((), device=device)
+
+    def add(self, images, loss, norm):
+        """Count an update: its images over all processes, its mean loss here, its gradient norm."""
+        self.images, self.updates = self.images + images, self.updates + 1
+        self.loss = self.loss + loss
+        self.norm = self.norm + torch.nan_to_num(norm, 0.0, 0.0, 0.0)
+
+    def state_dict(self):
+        """Plain numbers, the same on every process; all processes must call it."""
+        sums = [gather_floats(self.loss), gather_floats(self.norm)]
+        return dict(epoch=self.epoch, images=self.images, updates=self.updates, loss=sums[0], norm=sums[1])
+
+    def load_state_dict(self, state, rank, world_size):
+        """Continue from :meth:`state_dict`, on the same number of processes or another."""
+        self.epoch, self.images, self.updates = state["epoch"], state["images"], state["updates"]
+        for sums, total in ((state["loss"], self.loss), (state["norm"], self.norm)):
+            total.fill_(sums[rank] if len(sums) == world_size else sum(sums) / len(sums))
+
+
+class SaveSchedule:
+    """Decides after every update, for all processes alike, whether to save and whether to stop.
+
+    SIGTERM, SIGINT and SIGUSR1 of any process ask all of them to save and stop; a second SIGINT interrupts at
+    once.
+
+    Args:
+        steps: updates between checkpoints, 0 for none within an epoch.
+        minutes: minutes between checkpoints by rank 0's clock, 0 for none.
+    """
+
+    def __init__(self, steps, minutes):
+        self.steps, self.seconds = steps, 60 * minutes
+        self.updates, self.saved, self.signal = 0, time.monotonic(), 0
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number, frame):
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.signal = number
+
+    def after_update(self):
+        """Count an update.
+
+        Returns:
+            (whether to save now, number of the signal to stop for or 0), the same on every process.
+        """
+        self.updates += 1
+        late = self.seconds > 0 and time.monotonic() - self.saved >= self.seconds
+        late, stop = largest_over_processes(int(late), self.signal)
+        due = bool(late or stop) or (self.steps > 0 and self.updates % self.steps == 0)
+        if due:
+            self.saved = time.monotonic()
+        return due, stop
+
+
+class Run:
+    """What a training run consists of, and how it is saved and restored.
+
+    Args:
+        model: the plain module whose weights are saved.
+        updater, scheduler: the run's :class:`Updater` and timm scheduler.
+        sampler: the training sampler; it is told where to start.
+        folder: the run's output folder.
+        config: YAML text of the effective config, for people who open the checkpoint.
+        keep: epoch checkpoints to keep, 0 for all.
+        stop_on_save_error: end the run when a checkpoint cannot be written.
+    """
+
+    def __init__(self, model, updater, scheduler, sampler, folder, config, keep, stop_on_save_error, logger):
+        self.model, self.updater, self.scheduler, self.sampler = model, updater, scheduler, sampler
+        self.folder, self.config, self.keep, self.logger = folder, config, keep, logger
+        self.stop_on_save_error = stop_on_save_error
+        self.progress = Progress(0, updater.device)
+        self.best = -1.0  # below 0, so that even a first score of 0 is the best so far
+
+    def start_epoch(self, epoch):
+        """Set out for the rest of a restored epoch, or for a whole one."""
+        if self.progress.epoch != epoch:
+            self.progress = Progress(epoch, self.updater.device)
+        self.sampler.start(epoch, self.progress.images)
+
+    def position(self):
+        """Updates since the start of the run, had all been of today's size: the place in the schedule."""
+        per_epoch = self.sampler.updates_per_epoch
+        return self.progress.epoch * per_epoch + self.progress.images / self.sampler.images_per_update
+
+    def save(self, epoch_done, due=True, best=False):
+        """Write a checkpoint; all processes must call it, rank 0 writes.
+
+        Args:
+            epoch_done: at the end of an epoch, its evaluation included, rather than within it.
+            due: write the run's own checkpoint; otherwise the best only.
+            best: the score is the best so far.
+
+        Returns:
+            The files written; none where writing failed, which the log says.
+
+        Raises:
+            CheckpointError: writing failed and ``stop_on_save_error`` is set.
+        """
+        progress, updater = self.progress.state_dict(), self.updater.state_dict()
+        epoch = self.progress.epoch
+        checkpoint = dict(
+            model=self.model.state_dict(),
+            optimizer=self.updater.optimizer.state_dict(),
+            lr_scheduler=self.scheduler.state_dict(),
+            updater=updater,
+            progress=None if epoch_done else dict(progress, images_per_update=self.sampler.images_per_update),
+            max_accuracy=self.best,
+            epoch=epoch if epoch_done else epoch - 1,
+            config=self.config,
+        )
+        name = ckpt.epoch_name(epoch) if epoch_done else ckpt.within_epoch_name(epoch, self.progress.images)
+
+        def write():
+            try:
+                return ckpt.save_in_folder(
+                    self.folder, checkpoint, name if due else None, best, self.keep
+                ), None
+            except OSError as error:
+                return [], f"cannot write a checkpoint to {self.folder}: {error.strerror or error}"
+
+        files, problem = from_rank_0(write) if due or best else ([], None)
+        if problem and self.stop_on_save_error:
+            raise ckpt.CheckpointError(f"{problem}; stopping (TRAIN.ON_SAVE_ERROR)")
+        if problem:
+            self.logger.error(f"{problem}; training goes on, earlier checkpoints are untouched")
+        elif files:
+            self.logger.info(f"saved {', '.join(files)}")
+        return files
+
+    def restore(self, resume, auto_resume, pretrained, start_epoch):
+        """Load what the run continues from: the latest checkpoint of its folder, ``resume``, or
+        ``pretrained``.
+
+        Rank 0 alone reads files and decides; the others get what it read.
+
+        Returns:
+            The epoch to train first, or to go on with.
+
+        Raises:
+            CheckpointError: the file does not fit, or the run would overwrite later checkpoints of another.
+        """
+        path, checkpoint, latest = from_rank_0(lambda: self._choose(resume, auto_resume))
+        self.progress = Progress(start_epoch, self.updater.device)
+        if checkpoint is not None:
+            ckpt.load_weights(self.model, checkpoint, path)
+            ckpt.load_optimizer(self.updater.optimizer, self.model, checkpoint, path)
+            self.best = float(checkpoint.get("max_accuracy", self.best))
+            self.progress = Progress(checkpoint["epoch"] + 1, self.updater.device)
+            if "updater" in checkpoint:
+                self.updater.load_state_dict(checkpoint["updater"])
+            if checkpoint.get("progress"):
+                self._continue_epoch(checkpoint["progress"])
+            where = f"epoch {self.progress.epoch}, image {self.progress.images}"
+            self.logger.info(f"resuming from {path}: {where}, max accuracy {max(self.best, 0.0):.2f}%")
+        elif pretrained:
+            weights = from_rank_0(lambda: ckpt.read_checkpoint(pretrained))
+            ckpt.load_weights(self.model, weights, pretrained, new_head=True)
+            self.logger.info(f"starting from the weights of {pretrained}")
+        else:
+            self.logger.info(f"starting from scratch: no checkpoint in {self.folder}")
+        if latest and ckpt.place_of(latest) > (self.progress.epoch, self.progress.images):
+            raise ckpt.CheckpointError(
+                f"{latest} would be overwritten: choose another --tag, or set TRAIN.AUTO_RESUME True"
+            )
+        return self.progress.epoch
+
+    def _choose(self, resume, auto_resume):
+        latest, checkpoint = ckpt.read_latest(self.folder, self.logger.warning)
+        if latest and auto_resume:
+            if resume:
+                self.logger.warning(f"auto-resume: continuing from {latest} rather than from {resume}")
+            return latest, checkpoint, latest
+        return (resume, ckpt.read_checkpoint(resume), latest) if resume else (None, None, latest)
+
+    def _continue_epoch(self, state):
+        rank, world_size = rank_and_world_size()
+        self.progress.load_state_dict(state, rank, world_size)
+        before, now = state["images_per_update"], self.sampler.images_per_update
+        if before != now:
+            self.logger.warning(
+                f"images per update: {before} before, {now} now. The epoch goes on after its first "
+                f"{state['images']} images; the learning rate follows the images seen and the new size"
+            )
