@@ -1,13 +1,14 @@
 # make demo       set up, train on real digits with two CPU processes, evaluate the best checkpoint
 # make test       set up, lint, and run the tests
 # make test-slow  the tests that take minutes each
+# make test-chaos kills, mutated files and cut links, for many minutes
 PYTHON ?= python3
 SEED ?= 0
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := output/digits/seed$(SEED)
 
-.PHONY: demo demo-clean test test-slow
+.PHONY: demo demo-clean test test-slow test-chaos
 
 $(VENV)/.installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("error: Python 3.10 or newer is needed; make PYTHON=python3.11 ...")'
@@ -37,3 +38,6 @@ test: $(VENV)/.installed
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow
+
+test-chaos: $(VENV)/.installed
+	$(BIN)/python -m pytest -m chaos -s

@@ -6,9 +6,12 @@ official release, with a pickled yacs config and apex's ``amp`` entry, are read 
 run.
 """
 
+import contextlib
+import hashlib
 import os
 import pickle
 import re
+import urllib.parse
 from collections import OrderedDict
 
 import torch
@@ -23,14 +26,25 @@ class CheckpointError(UserError):
 
 
 def save_checkpoint(path, checkpoint):
-    """Write a checkpoint so that ``path`` holds, at any moment, the old file or the whole new one."""
+    """Write a checkpoint so that ``path`` holds, at any moment, the old file or the whole new one.
+
+    Raises:
+        OSError: the file cannot be written, for instance because the disk is full.
+    """
     temporary = f"{path}.tmp"
-    with open(temporary, "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync_folder(path)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path)
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        # torch.save wraps some failed writes.
+        cause = error if isinstance(error, OSError) else error.__context__
+        raise cause if isinstance(cause, OSError) else OSError(str(error).split("\n")[0]) from error
 
 
 def save_in_folder(folder, checkpoint, name, best, keep):
@@ -48,7 +62,6 @@ def save_in_folder(folder, checkpoint, name, best, keep):
     Raises:
         OSError: a file cannot be written; the files that were there are untouched.
     """
-    os.makedirs(folder, exist_ok=True)
     paths = []
     if name:
         paths.append(os.path.join(folder, name))
@@ -92,12 +105,45 @@ def _sync_folder(path):
         os.close(folder)
 
 
+def fetch_checkpoint(url):
+    """Download a checkpoint once; check it by the SHA-256 prefix in its name, as in ``name-1a2b3c4d.pth``.
+
+    Returns:
+        Path of the file in torch.hub's checkpoint folder.
+
+    Raises:
+        CheckpointError: not https, not to be had, or with another hash than its name says.
+    """
+    name = os.path.basename(urllib.parse.urlparse(url).path)
+    digest = re.search(r"-([0-9a-f]{8,64})\.\w+$", name)
+    path = os.path.join(torch.hub.get_dir(), "checkpoints", name)
+    if not url.startswith("https://"):
+        raise CheckpointError(f"{url}: only https addresses are loaded")
+    try:
+        if not os.path.isfile(path):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            torch.hub.download_url_to_file(url, path, digest[1] if digest else None)
+        elif digest:
+            with open(path, "rb") as file:
+                found = hashlib.sha256(file.read()).hexdigest()
+            if not found.startswith(digest[1]):
+                raise CheckpointError(f"{path} has another hash than its name says: delete it")
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"cannot fetch {url}: {error}") from error
+    return path
+
+
 def read_checkpoint(path):
     """Read a checkpoint of this project or of the official release onto the CPU.
+
+    Args:
+        path: a file, or an https address.
 
     Raises:
         CheckpointError: no such file, damaged, not a checkpoint, or holding objects that could run code.
     """
+    if "://" in path:
+        path = fetch_checkpoint(path)
     if not os.path.isfile(path):
         raise CheckpointError(f"no checkpoint file {path}")
     try:

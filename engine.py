@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import checkpoint as ckpt
+from logger import make_folder
 from utils import UserError, from_rank_0, gather_floats, largest_over_processes, rank_and_world_size
 
 REQUEUE_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal, the same command goes on
@@ -112,7 +113,7 @@ class Progress:
     def add(self, images, loss, norm):
         """Count an update: its images over all processes, its mean loss here, its gradient norm."""
         self.images, self.updates = self.images + images, self.updates + 1
-        self.loss = self.loss + loss
+        self.loss = self.loss + torch.nan_to_num(loss, 0.0, 0.0, 0.0)
         self.norm = self.norm + torch.nan_to_num(norm, 0.0, 0.0, 0.0)
 
     def state_dict(self):
@@ -135,7 +136,7 @@ class SaveSchedule:
 
     Args:
         steps: updates between checkpoints, 0 for none within an epoch.
-        minutes: minutes between checkpoints by rank 0's clock, 0 for none.
+        minutes: minutes between checkpoints by the fastest clock, 0 for none.
     """
 
     def __init__(self, steps, minutes):
@@ -225,6 +226,7 @@ class Run:
 
         def write():
             try:
+                make_folder(self.folder, self.logger)
                 return ckpt.save_in_folder(
                     self.folder, checkpoint, name if due else None, best, self.keep
                 ), None

@@ -9,9 +9,20 @@ import sys
 from termcolor import colored
 from torch.utils.tensorboard import SummaryWriter
 
+from utils import UserError
+
 
 def create_logger(folder, rank):
-    """A logger that writes ``folder/log_rank<rank>.txt``, and on rank 0 to the console, in colour."""
+    """A logger that writes ``folder/log_rank<rank>.txt``, and on rank 0 to the console, in colour.
+
+    Raises:
+        UserError: the folder cannot be written to.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        file = logging.FileHandler(os.path.join(folder, f"log_rank{rank}.txt"), mode="a")
+    except OSError as error:
+        raise UserError(f"cannot write to the output folder {folder}: {error.strerror}") from error
     logger = logging.getLogger("msg_transformer")
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
@@ -27,11 +38,16 @@ def create_logger(folder, rank):
         prefix += " " + colored(where, "yellow", force_color=tty, no_color=not tty)
         console.setFormatter(logging.Formatter(f"{prefix}: %(levelname)s %(message)s", date))
         logger.addHandler(console)
-    os.makedirs(folder, exist_ok=True)
-    file = logging.FileHandler(os.path.join(folder, f"log_rank{rank}.txt"), mode="a")
     file.setFormatter(logging.Formatter(f"[%(asctime)s] {where}: %(levelname)s %(message)s", date))
     logger.addHandler(file)
     return logger
+
+
+def make_folder(folder, logger):
+    """Make the run's folder again where somebody removed it, and say so."""
+    if not os.path.isdir(folder):
+        logger.warning(f"{folder} was removed; making it again")
+        os.makedirs(folder)
 
 
 class RunRecord:
@@ -61,7 +77,7 @@ class RunRecord:
         """Write the metrics of an epoch, which must include ``epoch``, and draw the curves again."""
         self.epochs.append(row)
         with self._told():
-            os.makedirs(os.path.dirname(self.path), exist_ok=True)
+            make_folder(os.path.dirname(self.path), self.logger)
             temporary = f"{self.path}.tmp"
             with open(temporary, "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(epoch) + "\n" for epoch in self.epochs)

@@ -163,7 +163,9 @@ def fit(model, loader, sampler, val_loader, config, device, amp_dtype, logger):
         if record is not None:
             record.end_epoch((epoch + 1) * sampler.updates_per_epoch, epoch=epoch, **trained, **result)
         due = epoch % config.SAVE_FREQ == 0 or epoch + 1 == train.EPOCHS
-        run.save(epoch_done=True, due=due, best=improved)
+        files = run.save(epoch_done=True, due=due, best=improved)
+    if not files:
+        raise ckpt.CheckpointError(f"the last checkpoint could not be written to {config.OUTPUT}")
     if record is not None:
         record.close()
         logger.info(
@@ -352,5 +354,13 @@ if __name__ == "__main__":
         # An error of a data-loading worker comes with the worker's traceback in front of the message.
         message = str(error).strip().rpartition(f"{type(error).__name__}: ")[2]
         sys.exit(f"error: {message}")
+    except RuntimeError as error:
+        if not utils.lost_contact(error):
+            raise
+        reason = str(error).split("\n")[0]
+        sys.exit(
+            f"error: lost contact with another process ({reason}); look for the first error of any. The "
+            "same command resumes from the latest checkpoint"
+        )
     finally:
         utils.end_workers()

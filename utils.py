@@ -158,6 +158,14 @@ def _seed_of(numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
+def lost_contact(error):
+    """Whether an error of PyTorch means that another process of the group is gone or does not answer."""
+    words = ("gloo", "nccl", "connection closed by peer", "connection reset", "broken pipe", "timed out")
+    return isinstance(error, dist.DistError) or (
+        dist.is_initialized() and any(word in str(error).lower() for word in words)
+    )
+
+
 def end_workers():
     """Kill data-loading workers that an error left behind: they ignore the signals that a run handles."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
