@@ -254,6 +254,8 @@ def train_one_epoch(run, loader, criterion, mixup, schedule, config, record, log
             sys.exit(REQUEUE_EXIT_CODE)
     sums = utils.sum_over_processes(torch.stack([progress.loss, progress.norm]))
     train_loss, grad_norm = (sums / progress.updates / sampler.world_size).tolist()
+    # A run resumed behind the last update of an epoch has not set its learning rate.
+    run.scheduler.step_update(run.position() - 1)
     seconds = time.time() - begin
     logger.info(f"EPOCH {epoch} training takes {clock(seconds)}")
     return dict(
