@@ -174,3 +174,22 @@ def test_the_official_launcher_works(data, tmp_path):
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "trained epochs 0 to 0" in done.stdout
+
+
+@pytest.mark.chaos
+def test_digits_evaluate_alike_in_1_to_4_processes_and_any_batch_size(tmp_path):
+    subprocess.run([sys.executable, "tools/make_digits.py", tmp_path / "digits"], cwd=ROOT, check=True)
+    where = ["--cfg", "configs/digits.yaml", "--data-path", tmp_path / "digits", "--output", tmp_path]
+    run_main(
+        *where, "--opts", "TRAIN.EPOCHS", 1, "TRAIN.WARMUP_EPOCHS", 0, "TRAIN.BASE_LR", 4e-3, processes=2
+    )
+    found = {}
+    for processes in (1, 2, 3, 4):
+        for batch_size in (1, 7, 64):
+            printed = run_main(*where, "--eval", "--batch-size", batch_size, processes=processes).stdout
+            found[processes, batch_size] = figures(printed)
+    first = found[1, 1]
+    print(f"\ntop-1 {first[0]} and top-5 {first[1]} on {first[3]:.0f} images in {len(found)} evaluations")
+    assert first[3] == 360 and first[0] > 30
+    for one in found.values():
+        assert one[:2] == first[:2] and one[2] == pytest.approx(first[2], abs=1e-6)
