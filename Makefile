@@ -40,4 +40,4 @@ test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow
 
 test-chaos: $(VENV)/.installed
-	$(BIN)/python -m pytest -m chaos -s
+	$(BIN)/python -m pytest -m chaos

@@ -182,3 +182,19 @@ def test_evaluation_figures_are_means_over_images_not_batches():
         assert evaluate(model, batches, torch.device("cpu"), None, 1, Quiet()) == pytest.approx(
             expected, rel=1e-6
         )
+
+
+def test_the_loss_scale_of_float16_goes_on_after_a_resume():
+    def updater():
+        model = micro()
+        optimizer = build_optimizer(digits_config(), model, 1.0)
+        return Updater(model, optimizer, torch.device("cpu"), torch.float16, 1, 5.0, 20)
+
+    first, second = updater(), updater()
+    with first.micro_batch(0):
+        first.backward(first.model(torch.randn(2, 3, 32, 32)).sum() * float("inf"))
+    first.update()
+    assert first.scaler.get_scale() == 2**15  # halved from 2**16
+    second.load_state_dict(first.state_dict())
+    assert second.scaler.get_scale() == 2**15
+    assert second.skipped == second.skipped_in_a_row == 1

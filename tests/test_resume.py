@@ -106,7 +106,7 @@ def unfinished(folder):
     return folder.exists() and any(name.endswith(".pth.tmp") for name in os.listdir(folder))
 
 
-def disturbed_run(tmp_path, data, processes, accumulation, kills, epochs):
+def disturbed_run(tmp_path, data, count, processes, accumulation, kills, epochs):
     arguments = [*ARGUMENTS, "TRAIN.ACCUMULATION_STEPS", accumulation, "TRAIN.EPOCHS", epochs]
     where = ["--data-path", data, "--output"]
     calm, folder = tmp_path / "calm", tmp_path / "disturbed" / "digits" / "default"
@@ -114,18 +114,19 @@ def disturbed_run(tmp_path, data, processes, accumulation, kills, epochs):
     arguments += ["TRAIN.SAVE_STEPS", 1, *where, tmp_path / "disturbed"]
     hits, torn = kill_until_done(arguments, processes, folder, kills, random.Random(accumulation))
     assert_same_run(folder, calm / "digits" / "default")
-    print(f"\n{hits} kills survived, {torn} in the middle of a save: {processes} processes, {accumulation=}")
+    count("kills survived bit for bit", hits)
+    count("of them in the middle of a save", torn)
     assert hits == kills
 
 
-def test_resume_is_bit_exact_after_kills(tmp_path, data):
-    disturbed_run(tmp_path, data, processes=1, accumulation=2, kills=3, epochs=2)
+def test_resume_is_bit_exact_after_kills(tmp_path, data, count):
+    disturbed_run(tmp_path, data, count, processes=1, accumulation=2, kills=3, epochs=2)
 
 
 @pytest.mark.chaos
 @pytest.mark.parametrize("processes, accumulation", [(1, 1), (1, 2), (2, 1), (2, 2)])
-def test_resume_is_bit_exact_after_20_kills(tmp_path, data, processes, accumulation):
-    disturbed_run(tmp_path, data, processes, accumulation, kills=20, epochs=3 * accumulation)
+def test_resume_is_bit_exact_after_20_kills(tmp_path, data, count, processes, accumulation):
+    disturbed_run(tmp_path, data, count, processes, accumulation, kills=20, epochs=3 * accumulation)
 
 
 def test_resuming_asks_for_unseen_images_only():

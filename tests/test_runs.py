@@ -177,7 +177,7 @@ def test_the_official_launcher_works(data, tmp_path):
 
 
 @pytest.mark.chaos
-def test_digits_evaluate_alike_in_1_to_4_processes_and_any_batch_size(tmp_path):
+def test_digits_evaluate_alike_in_1_to_4_processes_and_any_batch_size(tmp_path, count):
     subprocess.run([sys.executable, "tools/make_digits.py", tmp_path / "digits"], cwd=ROOT, check=True)
     where = ["--cfg", "configs/digits.yaml", "--data-path", tmp_path / "digits", "--output", tmp_path]
     run_main(
@@ -189,7 +189,7 @@ def test_digits_evaluate_alike_in_1_to_4_processes_and_any_batch_size(tmp_path):
             printed = run_main(*where, "--eval", "--batch-size", batch_size, processes=processes).stdout
             found[processes, batch_size] = figures(printed)
     first = found[1, 1]
-    print(f"\ntop-1 {first[0]} and top-5 {first[1]} on {first[3]:.0f} images in {len(found)} evaluations")
+    count("evaluations of the digits alike", len(found))
     assert first[3] == 360 and first[0] > 30
     for one in found.values():
         assert one[:2] == first[:2] and one[2] == pytest.approx(first[2], abs=1e-6)
