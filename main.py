@@ -219,7 +219,7 @@ def train_one_epoch(run, loader, criterion, mixup, schedule, config, record, log
         try:
             norm = updater.update()
         except NonFiniteError as error:
-            raise explain_nonfinite(error, loader, sampler, update - done - 1, run.folder) from error
+            raise explain_nonfinite(error, loader, sampler, max(0, update - done - 1), run.folder) from error
         progress.add(sampler.images_per_update, loss_sum / sampler.accumulation, norm)
 
         if update % config.PRINT_FREQ == 0:

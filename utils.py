@@ -64,12 +64,8 @@ def start_process_group(device, timeout_seconds):
         timeout_seconds: how long a collective waits for the other processes before it fails.
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        cuda = device.type == "cuda"
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo",
-            timeout=datetime.timedelta(seconds=timeout_seconds),
-            device_id=device if cuda else None,
-        )
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_seconds))
 
 
 def stop_process_group():
@@ -128,6 +124,8 @@ def be_deterministic():
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
+    # The memory-efficient attention adds up the gradient of its bias with atomics.
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
 
 
 def seed_everything(*numbers):
