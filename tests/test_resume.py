@@ -53,16 +53,14 @@ def assert_same_run(folder, undisturbed):
 
 
 def start(arguments, processes, log):
-    """Start main.py in a process group of its own; returns the Popen."""
+    """Start main.py on one process or more; returns the Popen."""
     command = [sys.executable, "main.py"]
     if processes > 1:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += [f"--nproc_per_node={processes}", "main.py"]
     command = [*command, *map(str, arguments), "--device", "cpu"]
     environment = dict(os.environ, OMP_NUM_THREADS="1")
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
-    )
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
 
 
 def kill_until_done(arguments, processes, folder, kills, rng, patience=900):
@@ -90,11 +88,10 @@ def kill_until_done(arguments, processes, folder, kills, rng, patience=900):
                     break
                 time.sleep(0.0005)
             if run.poll() is None and hits < kills:
-                os.killpg(run.pid, signal.SIGKILL)
+                # torchrun starts its workers in sessions of their own: the command line finds them all.
+                subprocess.run(["pkill", "-9", "-f", str(folder.parents[1])], check=False)
                 hits += 1
                 run.wait()
-                # torchrun starts its workers in sessions of their own.
-                subprocess.run(["pkill", "-9", "-f", str(folder.parents[1])], check=False)
                 torn += unfinished(folder)
                 continue
             assert run.wait() == 0, log_path.read_text()[-3000:]
