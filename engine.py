@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 import checkpoint as ckpt
+from distributed import from_rank_0, gather_floats, largest_over_processes, rank_and_world_size
 from logger import make_folder
-from utils import UserError, from_rank_0, gather_floats, largest_over_processes, rank_and_world_size
+from utils import UserError
 
 REQUEUE_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal, the same command goes on
 

@@ -7,6 +7,7 @@ torchrun --nproc_per_node 8 main.py --cfg <config> --data-path <folder> --eval -
 
 import argparse
 import datetime
+import inspect
 import os
 import signal
 import sys
@@ -18,6 +19,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint as ckpt
+import distributed
 import utils
 from config import dump_config, get_config
 from data import build_loaders
@@ -58,7 +60,7 @@ def parse_args(argv=None):
 def main(args):
     """Set up a run and do it."""
     config = get_config(args)
-    rank, world_size = utils.rank_and_world_size()
+    rank, world_size = distributed.rank_and_world_size()
     device = utils.pick_device(config.DEVICE, config.LOCAL_RANK)
     utils.seed_everything(config.SEED)
     torch.backends.cudnn.benchmark = True
@@ -76,7 +78,7 @@ def main(args):
     model = build_model(config).to(device)
 
     logger = create_logger(config.OUTPUT, rank)
-    utils.start_process_group(device, config.DIST.TIMEOUT_SECONDS)
+    distributed.start_process_group(device, config.DIST.TIMEOUT_SECONDS)
     mode = "eval" if config.EVAL_MODE else "throughput" if config.THROUGHPUT_MODE else "train"
     logger.info(f"{mode} on {world_size} x {device}, PyTorch {torch.__version__}\n{dump_config(config)}")
     if rank == 0:
@@ -96,13 +98,13 @@ def main(args):
     if config.THROUGHPUT_MODE:
         throughput(model, val_loader, config, device, amp_dtype, logger)
     elif config.EVAL_MODE:
-        path, checkpoint = utils.from_rank_0(lambda: choose_for_evaluation(config, logger))
+        path, checkpoint = distributed.from_rank_0(lambda: choose_for_evaluation(config, logger))
         ckpt.load_weights(model, checkpoint, path)
         logger.info(f"evaluating {path}")
         evaluate(model, val_loader, device, amp_dtype, config.PRINT_FREQ, logger)
     else:
         fit(model, train_loader, sampler, val_loader, config, device, amp_dtype, logger)
-    utils.stop_process_group()
+    distributed.stop_process_group()
 
 
 def choose_for_evaluation(config, logger):
@@ -117,7 +119,7 @@ def choose_for_evaluation(config, logger):
 
 def fit(model, loader, sampler, val_loader, config, device, amp_dtype, logger):
     """Train up to ``TRAIN.EPOCHS``, evaluating after every epoch and saving as configured."""
-    rank, world_size = utils.rank_and_world_size()
+    rank, world_size = distributed.rank_and_world_size()
     lr_scale = sampler.images_per_update / 512
     optimizer = build_optimizer(config, model, lr_scale)
     scheduler = build_scheduler(config, optimizer, sampler.updates_per_epoch, lr_scale)
@@ -147,8 +149,11 @@ def fit(model, loader, sampler, val_loader, config, device, amp_dtype, logger):
         logger.warning("TRAIN.WARMUP_EPOCHS covers the whole run: TRAIN.BASE_LR is never reached")
     if world_size > 1:
         ids = [device] if device.type == "cuda" else None
+        # The model's only buffers are constant indices.
+        known = inspect.signature(DistributedDataParallel).parameters
+        sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         updater.model = DistributedDataParallel(
-            model, ids, broadcast_buffers=False, gradient_as_bucket_view=True
+            model, ids, gradient_as_bucket_view=True, **{sync_buffers: False}
         )
     schedule = SaveSchedule(train.SAVE_STEPS, train.SAVE_MINUTES)
     record = RunRecord(config.OUTPUT, start, int(run.position()), logger) if rank == 0 else None
@@ -252,7 +257,7 @@ def train_one_epoch(run, loader, criterion, mixup, schedule, config, record, log
             name = signal.Signals(stop).name
             logger.info(f"stopped by {name}: the same command goes on (exit code {REQUEUE_EXIT_CODE})")
             sys.exit(REQUEUE_EXIT_CODE)
-    sums = utils.sum_over_processes(torch.stack([progress.loss, progress.norm]))
+    sums = distributed.sum_over_processes(torch.stack([progress.loss, progress.norm]))
     train_loss, grad_norm = (sums / progress.updates / sampler.world_size).tolist()
     # A run resumed behind the last update of an epoch has not set its learning rate.
     run.scheduler.step_update(run.position() - 1)
@@ -310,7 +315,7 @@ def evaluate(model, loader, device, amp_dtype, print_freq, logger):
                 f"Time {mean_time:.3f}\tLoss {loss_mean:.4f}\t"
                 f"Acc@1 {100 * acc1:.3f}\tAcc@5 {100 * acc5:.3f}\tMem {utils.peak_memory_mb(device):.0f}MB"
             )
-    sums = utils.sum_over_processes(sums).tolist()
+    sums = distributed.sum_over_processes(sums).tolist()
     loss, acc1, acc5 = sums[0] / sums[3], 100 * sums[1] / sums[3], 100 * sums[2] / sums[3]
     logger.info(f" * Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} Loss {loss:.6f} on {sums[3]:.0f} images")
     return dict(val_loss=loss, acc1=acc1, acc5=acc5)
@@ -346,20 +351,20 @@ def clock(seconds):
 
 if __name__ == "__main__":
     try:
-        utils.adopt_slurm()
+        distributed.adopt_slurm()
         main(parse_args())
     except utils.UserError as error:
         # Every process meets the same error: the others wait, so that the launcher ends them before they
         # repeat it.
-        if utils.rank_and_world_size()[0]:
+        if distributed.rank_and_world_size()[0]:
             time.sleep(3)
         # An error of a data-loading worker comes with the worker's traceback in front of the message.
         message = str(error).strip().rpartition(f"{type(error).__name__}: ")[2]
         sys.exit(f"error: {message}")
     except RuntimeError as error:
-        if not utils.lost_contact(error):
+        if not distributed.lost_contact(error):
             raise
-        reason = str(error).split("\n")[0]
+        reason = str(error).split("\n")[0][:160]
         sys.exit(
             f"error: lost contact with another process ({reason}); look for the first error of any. The "
             "same command resumes from the latest checkpoint"

@@ -1,0 +1,134 @@
+"""The process group: who is in it, how it starts, reductions, and one process deciding for all."""
+
+import datetime
+import os
+import time
+import uuid
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from utils import UserError
+
+
+def adopt_slurm():
+    """Under ``srun`` with several tasks, take rank and world size from Slurm's variables."""
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        if "MASTER_ADDR" not in os.environ:
+            raise UserError(
+                "srun with several tasks needs MASTER_ADDR and MASTER_PORT set, see scripts/slurm.sh"
+            )
+        for name, slurm in (("RANK", "PROCID"), ("WORLD_SIZE", "STEP_NUM_TASKS"), ("LOCAL_RANK", "LOCALID")):
+            os.environ[name] = os.environ[f"SLURM_{slurm}"]
+        os.environ.setdefault("MASTER_PORT", "29500")
+
+
+def rank_and_world_size():
+    """This process's rank and the number of processes, as the launcher set them; (0, 1) without one."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def start_process_group(device, timeout_seconds):
+    """Join the launcher's process group, if there is a launcher: gloo on the CPU, and NCCL for CUDA tensors.
+
+    Args:
+        timeout_seconds: how long a collective waits for the other processes before it fails.
+    """
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    name = _agree_on_a_name(store, rank, world_size, timeout)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend, store=dist.PrefixStore(name, store), rank=rank, world_size=world_size, timeout=timeout
+    )
+
+
+def _agree_on_a_name(store, rank, world_size, timeout):
+    """A name that these processes share and no earlier ones knew.
+
+    torchrun's store outlives a restart of the processes. Under the old names they would find the addresses of
+    those that died. So each tells rank 0 a name of its own, and waits for an answer that only rank 0 of this
+    start can give.
+    """
+    own = uuid.uuid4().hex
+    if rank:
+        store.set(f"hello/{rank}", own)
+        store.wait([f"answer/{own}"], timeout)
+        name = store.get(f"answer/{own}").decode()
+        store.set(f"met/{name}/{rank}", "")
+        return name
+    end, missing = time.monotonic() + timeout.total_seconds(), set(range(1, world_size))
+    while missing:
+        if time.monotonic() > end:
+            raise UserError(
+                f"processes {sorted(missing)} did not join within DIST.TIMEOUT_SECONDS ({timeout})"
+            )
+        for other in sorted(missing):
+            if store.check([f"met/{own}/{other}"]):
+                missing.remove(other)
+            elif store.check([f"hello/{other}"]):
+                store.set(f"answer/{store.get(f'hello/{other}').decode()}", own)
+        time.sleep(0.02)
+    return own
+
+
+def stop_process_group():
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sum_over_processes(tensor):
+    """Sum a tensor over all processes, in place; all of them must call it."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def largest_over_processes(*numbers):
+    """The largest of each whole number over all processes, as a list; all of them must call it."""
+    if not dist.is_initialized():
+        return list(numbers)
+    largest = torch.tensor(numbers)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.tolist()
+
+
+def gather_floats(tensor):
+    """The value of a scalar tensor on every process, as a list by rank; all of them must call it."""
+    if not dist.is_initialized():
+        return [tensor.item()]
+    values = [torch.zeros(()) for _ in range(dist.get_world_size())]
+    dist.all_gather(values, tensor.detach().float().cpu())
+    return [value.item() for value in values]
+
+
+def from_rank_0(make):
+    """Call ``make`` on rank 0 and give every process what it returned, or raise its UserError on every
+    process.
+
+    So one process alone decides, whatever the others would see in their file systems.
+    """
+    if not dist.is_initialized():
+        return make()
+    box = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = make()
+        except UserError as error:
+            box[1] = error
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
+
+
+def lost_contact(error):
+    """Whether an error of PyTorch means that another process of the group is gone or does not answer."""
+    words = ("gloo", "nccl", "connection closed by peer", "connection reset", "broken pipe", "timed out")
+    if isinstance(error, dist.DistError):
+        return True
+    return "RANK" in os.environ and any(word in str(error).lower() for word in words)

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Train under Slurm on one node or many, and go on by itself after a preemption.
+#
+#   sbatch --nodes 2 --ntasks-per-node 8 scripts/slurm.sh \
+#       --cfg configs/msg_base_p4_win7_224.yaml --data-path <folder> --batch-size 64
+#
+# One task is one process and one GPU. Two minutes before the time limit, and at a preemption with a grace time, Slurm
+# sends SIGUSR1 to the tasks: they save after the update that is running and exit with code 75, and the job is queued
+# again. Started again, it resumes from its output folder.
+#SBATCH --job-name=msg-transformer
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-task=1
+#SBATCH --cpus-per-task=8
+#SBATCH --requeue
+#SBATCH --signal=USR1@120
+#SBATCH --open-mode=append
+set -uo pipefail
+
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-29500}
+
+srun --kill-on-bad-exit=0 python main.py "$@"
+code=$?
+if [ "$code" -eq 75 ]; then
+    echo "stopped by Slurm and saved: queueing job $SLURM_JOB_ID again"
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"
