@@ -71,12 +71,13 @@ def save_in_folder(folder, checkpoint, name, best, keep):
         if not name or not _link(paths[0], paths[1]):
             save_checkpoint(paths[-1], checkpoint)
     if name:
-        _prune(folder, keep)
+        _prune(folder, keep, name)
     return paths
 
 
-def _prune(folder, keep):
-    newest_first = in_order(folder)[::-1]
+def _prune(folder, keep, newest):
+    # Files of a later place were damaged when the run resumed: they must not push out good ones.
+    newest_first = [name for name in in_order(folder) if place_of(name) <= place_of(newest)][::-1]
     epochs = [name for name in newest_first if place_of(name)[1] == 0]
     within = [name for name in newest_first[1:] if place_of(name)[1] > 0]
     for name in within + (epochs[keep:] if keep else []):
@@ -202,7 +203,10 @@ def read_latest(folder, warn):
     for name in reversed(in_order(folder)):
         path = os.path.join(folder, name)
         try:
-            return path, read_checkpoint(path)
+            checkpoint = read_checkpoint(path)
+            if not isinstance(checkpoint.get("model"), dict) or not isinstance(checkpoint.get("epoch"), int):
+                raise CheckpointError(f"{path} is not the checkpoint of a run")
+            return path, checkpoint
         except CheckpointError as error:
             warn(f"not resuming from a damaged checkpoint: {error}")
     return None, None
@@ -221,7 +225,7 @@ def load_weights(model, checkpoint, path, new_head=False):
     """
     weights = checkpoint.get("model", checkpoint)
     own = model.state_dict()
-    if not isinstance(weights, dict) or not any(torch.is_tensor(value) for value in weights.values()):
+    if not isinstance(weights, dict) or not weights or not all(map(_is_weight, *zip(*weights.items()))):
         raise CheckpointError(f"{path} holds no model weights")
     if new_head and "head.weight" in weights and weights["head.weight"].shape != own["head.weight"].shape:
         weights = dict(weights, **{name: own[name] for name in ("head.weight", "head.bias")})
@@ -237,6 +241,11 @@ def load_weights(model, checkpoint, path, new_head=False):
         what = _diagnosis(weights, own)
         raise CheckpointError(f"{path} does not fit the model: {what}: {'; '.join(wrong[:4])}{more}")
     model.load_state_dict(weights)
+
+
+def _is_weight(name, value):
+    dense = torch.is_tensor(value) and value.layout == torch.strided and not value.is_meta
+    return isinstance(name, str) and dense
 
 
 def _diagnosis(weights, own):

@@ -252,6 +252,15 @@ def dump_config(config):
     return config.dump()
 
 
+class _Loader(yaml.SafeLoader):
+    """Plain YAML without aliases: a few lines of them can unfold to gigabytes, or to a circle."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"configs may not use aliases{self.peek_event().start_mark}")
+        return super().compose_node(parent, index)
+
+
 def _merge_file(config, path, sources, parents):
     """Merge a YAML file into ``config``, the files of its ``BASE`` first."""
     path = os.path.normpath(path)
@@ -259,19 +268,22 @@ def _merge_file(config, path, sources, parents):
         raise ConfigError(f"{path}: BASE goes in a circle: {' -> '.join((*parents, path))}")
     try:
         with open(path, encoding="utf-8") as file:
-            tree = yaml.safe_load(file)
+            tree = yaml.load(file, _Loader)
     except OSError as error:
         raise ConfigError(f"cannot read the config file {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    # The reader leaves impossible dates and numbers, and lists in lists in lists, to Python.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected 'KEY: value' lines, found a {type(tree).__name__}")
     bases = tree.pop("BASE", None) or []
-    for base in [bases] if isinstance(bases, str) else bases:
-        if base:
-            _merge_file(config, os.path.join(os.path.dirname(path), str(base)), sources, (*parents, path))
+    bases = bases if isinstance(bases, list) else [bases]
+    if not all(isinstance(base, str) and "\0" not in base for base in bases):
+        raise ConfigError(f"{path}: BASE is {bases!r}, but must be a list of YAML files")
+    for base in filter(None, bases):
+        _merge_file(config, os.path.join(os.path.dirname(path), base), sources, (*parents, path))
     for key, value in _leaves(tree):
         _assign(config, key, value, path, sources)
 
@@ -320,7 +332,7 @@ def _coerce(value, default, key, source):
         # YAML reads 5e-4 as a string, and so comes everything from the command line.
         try:
             value = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
             value = {"true": True, "false": False, "none": None, "null": None}.get(value.lower(), value)
     optional = {"MODEL.MSG.QK_SCALE": float, "AUG.CUTMIX_MINMAX": list}
     kind = optional.get(key, type(default))

@@ -258,14 +258,14 @@ class Run:
         path, checkpoint, latest = from_rank_0(lambda: self._choose(resume, auto_resume))
         self.progress = Progress(start_epoch, self.updater.device)
         if checkpoint is not None:
-            ckpt.load_weights(self.model, checkpoint, path)
-            ckpt.load_optimizer(self.updater.optimizer, self.model, checkpoint, path)
-            self.best = float(checkpoint.get("max_accuracy", self.best))
-            self.progress = Progress(checkpoint["epoch"] + 1, self.updater.device)
-            if "updater" in checkpoint:
-                self.updater.load_state_dict(checkpoint["updater"])
-            if checkpoint.get("progress"):
-                self._continue_epoch(checkpoint["progress"])
+            try:
+                self._load(path, checkpoint)
+            except ckpt.CheckpointError:
+                raise
+            # The entries of a stranger's file can be anything.
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}".split("\n")[0]
+                raise ckpt.CheckpointError(f"{path} is not the checkpoint of a run ({reason})") from error
             where = f"epoch {self.progress.epoch}, image {self.progress.images}"
             self.logger.info(f"resuming from {path}: {where}, max accuracy {max(self.best, 0.0):.2f}%")
         elif pretrained:
@@ -279,6 +279,16 @@ class Run:
                 f"{latest} would be overwritten: choose another --tag, or set TRAIN.AUTO_RESUME True"
             )
         return self.progress.epoch
+
+    def _load(self, path, checkpoint):
+        ckpt.load_weights(self.model, checkpoint, path)
+        ckpt.load_optimizer(self.updater.optimizer, self.model, checkpoint, path)
+        self.best = float(checkpoint.get("max_accuracy", self.best))
+        self.progress = Progress(checkpoint["epoch"] + 1, self.updater.device)
+        if "updater" in checkpoint:
+            self.updater.load_state_dict(checkpoint["updater"])
+        if checkpoint.get("progress"):
+            self._continue_epoch(checkpoint["progress"])
 
     def _choose(self, resume, auto_resume):
         latest, checkpoint = ckpt.read_latest(self.folder, self.logger.warning)

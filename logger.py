@@ -20,7 +20,8 @@ def create_logger(folder, rank):
     """
     try:
         os.makedirs(folder, exist_ok=True)
-        file = logging.FileHandler(os.path.join(folder, f"log_rank{rank}.txt"), mode="a")
+        path = os.path.join(folder, f"log_rank{rank}.txt")
+        file = logging.FileHandler(path, mode="a", encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise UserError(f"cannot write to the output folder {folder}: {error.strerror}") from error
     logger = logging.getLogger("msg_transformer")

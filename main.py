@@ -276,7 +276,7 @@ def explain_nonfinite(error, loader, sampler, update, folder):
     """Add to the error the files of the update's batch, all of which go to ``nonfinite_rank<rank>.txt``."""
     path = os.path.join(folder, f"nonfinite_rank{sampler.rank}.txt")
     files = [loader.paths[index] for index in sampler.indices_of(update)]
-    with open(path, "w", encoding="utf-8") as file:
+    with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
         file.writelines(f"{name}\n" for name in files)
     return NonFiniteError(
         f"{error}; the last batch of this process held {', '.join(files[:3])} ... (all of it in {path}). "

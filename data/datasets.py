@@ -4,11 +4,15 @@ import os
 
 import numpy as np
 import torchvision
-from PIL import UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from utils import UserError, seeded
+
+# Formats of the file names that ImageFolder takes, and GIF, which hides behind them. Not all that Pillow
+# knows: an EPS file would run Ghostscript.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 
 class DataError(UserError):
@@ -81,7 +85,8 @@ def load_image(path):
         DataError: the file cannot be decoded.
     """
     try:
-        return default_loader(path)
+        with Image.open(path, formats=FORMATS) as image:
+            return image.convert("RGB")
     except UnidentifiedImageError as error:
         raise DataError(f"{path} cannot be read as an image (unknown format): repair or remove it") from error
     # A damaged file can make a decoder raise nearly anything.

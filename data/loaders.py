@@ -20,35 +20,38 @@ class Loader:
     Args:
         loader: a DataLoader over samples (image, target, failed), collated by :func:`collate`.
         paths: the file of every index.
+        world_size: processes that share the files.
 
     Raises:
-        DataError: while iterating, when more than 1% of the files could not be read.
+        DataError: while iterating, when more than 1% of this process's share of the files could not be read.
     """
 
-    def __init__(self, loader, paths):
+    def __init__(self, loader, paths, world_size):
         self.loader, self.paths, self.failed = loader, paths, set()
+        self.share = max(1, len(paths) // world_size)
 
     def __len__(self):
         return len(self.loader)
 
     def __iter__(self):
+        failed_now = set()  # an epoch's: over many epochs, a process sees the files of the others
         for images, targets, failed in self.loader:
             for index in failed:
-                self._count(index)
+                self._report(index)
+                failed_now.add(index)
+                if len(failed_now) > LARGEST_FAILED_SHARE * self.share:
+                    raise DataError(
+                        f"{len(failed_now)} of {self.share} images cannot be read, more than "
+                        f"{LARGEST_FAILED_SHARE:.0%}: the log names them; repair or remove them"
+                    )
             yield images, targets
 
-    def _count(self, index):
-        if index in self.failed:
-            return
-        self.failed.add(index)
-        share = len(self.failed) / len(self.paths)
-        logging.getLogger("msg_transformer").warning(
-            f"skipping {self.paths[index]}, which cannot be read ({len(self.failed)} so far, {share:.2%})"
-        )
-        if share > LARGEST_FAILED_SHARE:
-            raise DataError(
-                f"{len(self.failed)} of {len(self.paths)} images cannot be read, more than "
-                f"{LARGEST_FAILED_SHARE:.0%}: the log names them; repair or remove them"
+    def _report(self, index):
+        if index not in self.failed:
+            self.failed.add(index)
+            share = len(self.failed) / len(self.paths)
+            logging.getLogger("msg_transformer").warning(
+                f"skipping {self.paths[index]}, which cannot be read ({len(self.failed)} so far, {share:.2%})"
             )
 
 
@@ -93,7 +96,7 @@ def build_loaders(config, rank=0, world_size=1, pin_memory=False):
     val = build_dataset(root, "val", build_transform(config, is_train=False))
     shard = evaluation_shard(len(val), rank, world_size)
     val_loader = DataLoader(EvaluationSamples(val, skip), config.DATA.BATCH_SIZE, sampler=shard, **options)
-    val_loader = Loader(val_loader, [path for path, _ in val.samples])
+    val_loader = Loader(val_loader, [path for path, _ in val.samples], world_size)
     if config.EVAL_MODE or config.THROUGHPUT_MODE:
         return None, None, val_loader, val.classes
     train = build_dataset(root, "train", build_transform(config, is_train=True))
@@ -108,6 +111,8 @@ def build_loaders(config, rank=0, world_size=1, pin_memory=False):
         )
     samples = TrainingSamples(train, config.SEED, skip)
     train_loader = Loader(
-        DataLoader(samples, batch_sampler=sampler, **options), [path for path, _ in train.samples]
+        DataLoader(samples, batch_sampler=sampler, **options),
+        [path for path, _ in train.samples],
+        world_size,
     )
     return train_loader, sampler, val_loader, val.classes

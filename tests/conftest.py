@@ -2,6 +2,8 @@
 
 import pytest
 
+import utils
+
 COUNTS = pytest.StashKey()
 
 
@@ -14,6 +16,11 @@ def count(request):
         counts[what] = counts.get(what, 0) + number
 
     return add
+
+
+def pytest_unconfigure(config):
+    """End the workers of loaders that a failed test left alive: they ignore SIGTERM."""
+    utils.end_workers()
 
 
 def pytest_terminal_summary(terminalreporter, config):
