@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
 # Train under Slurm on one node or many, and go on by itself after a preemption.
 #
-#   sbatch --nodes 2 --ntasks-per-node 8 scripts/slurm.sh \
+#   sbatch --nodes 2 scripts/slurm.sh \
 #       --cfg configs/msg_base_p4_win7_224.yaml --data-path <folder> --batch-size 64
 #
-# One task is one process and one GPU. Two minutes before the time limit, and at a preemption with a grace time, Slurm
-# sends SIGUSR1 to the tasks: they save after the update that is running and exit with code 75, and the job is queued
-# again. Started again, it resumes from its output folder.
+# One task is one process and one GPU; on nodes with 4 GPUs give --ntasks-per-node 4 and
+# --gpus-per-node 4 to sbatch. Two minutes before the time limit Slurm sends SIGUSR1 to the tasks, at
+# a preemption with a grace time SIGTERM: they save after the update that is running and exit with
+# code 75, and the job is queued again. Started again, it resumes from its output folder.
 #SBATCH --job-name=msg-transformer
 #SBATCH --ntasks-per-node=8
-#SBATCH --gpus-per-task=1
+# Not --gpus-per-task, which hides from each task all GPUs but one, while SLURM_LOCALID counts on.
+#SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=8
 #SBATCH --requeue
 #SBATCH --signal=USR1@120
@@ -18,6 +20,8 @@ set -uo pipefail
 
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-29500}
+# Since Slurm 22.05 srun does not take --cpus-per-task from sbatch.
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-8}
 
 srun --kill-on-bad-exit=0 python main.py "$@"
 code=$?
