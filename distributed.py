@@ -1,6 +1,7 @@
 """The process group: who is in it, how it starts, reductions, and one process deciding for all."""
 
 import datetime
+import inspect
 import os
 import time
 import uuid
@@ -8,6 +9,7 @@ import uuid
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
 
 from utils import UserError
 
@@ -73,6 +75,21 @@ def _agree_on_a_name(store, rank, world_size, timeout):
                 store.set(f"answer/{store.get(f'hello/{other}').decode()}", own)
         time.sleep(0.02)
     return own
+
+
+def parallelize(model, device):
+    """The model as DistributedDataParallel.
+
+    Without the search for unused parameters, DDP would order its gradient buckets anew behind the first
+    update of every start, and a resumed run would add up the gradients of three or more processes in another
+    order.
+    """
+    # The model's only buffers are constant indices. The option has two names among the supported versions.
+    known = inspect.signature(DistributedDataParallel).parameters
+    sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    ids = [device] if device.type == "cuda" else None
+    options = dict(gradient_as_bucket_view=True, find_unused_parameters=True)
+    return DistributedDataParallel(model, ids, **options, **{sync_buffers: False})
 
 
 def stop_process_group():

@@ -42,11 +42,14 @@ class Updater:
     def __init__(self, model, optimizer, device, amp_dtype, accumulation, clip_grad, max_nonfinite):
         self.model, self.optimizer, self.device = model, optimizer, device
         self.amp_dtype, self.accumulation = amp_dtype, accumulation
-        self.clip_grad, self.max_nonfinite = clip_grad or float("inf"), max_nonfinite
+        self.clip_grad, self.max_nonfinite = clip_grad, max_nonfinite
         scaling = {} if amp_dtype == torch.float16 else dict(init_scale=1.0, growth_interval=2**31 - 1)
         self.scaler = torch.amp.GradScaler(device.type, **scaling)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
+        cuda = device.type == "cuda"
+        self.counted = torch.zeros((), dtype=torch.int64, pin_memory=cuda)
+        self.counted_event = torch.cuda.Event() if cuda else None
 
     @contextlib.contextmanager
     def micro_batch(self, part):
@@ -75,20 +78,36 @@ class Updater:
         Raises:
             NonFiniteError: ``max_nonfinite`` updates in a row were skipped, the last but one among them.
         """
+        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        bad = ~torch.isfinite(norm)
+        # The scaler looks at single elements: it must see what makes the norm alone overflow, too.
+        first = parameters[0].grad.view(-1)[:1]
+        first += torch.where(bad, torch.nan, 0.0)
+        norm = norm / self.scaler.scale(torch.ones((), device=self.device))
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
+        if self.clip_grad:
+            nn.utils.clip_grads_with_norm_(parameters, self.clip_grad, norm)
         self.scaler.step(self.optimizer)
         # Only float16 has a scale to find; elsewhere a skipped update must not change it.
         self.scaler.update(None if self.amp_dtype == torch.float16 else 1.0)
-        bad = (~torch.isfinite(norm)).long()
-        before, self.skipped_in_a_row = self.skipped_in_a_row, bad * (self.skipped_in_a_row + bad)
-        self.skipped = self.skipped + bad
-        # The count of the update before: the device need not have finished this one.
-        if self.max_nonfinite and before.item() >= self.max_nonfinite:
+        self.skipped = self.skipped + bad.long()
+        self.skipped_in_a_row = bad.long() * (self.skipped_in_a_row + 1)
+        self._check_the_update_before()
+        return norm
+
+    def _check_the_update_before(self):
+        """End the run after too many skips; the update that the device has just been given is not waited for."""
+        if self.counted_event is not None:
+            self.counted_event.synchronize()
+        in_a_row = int(self.counted)
+        self.counted.copy_(self.skipped_in_a_row, non_blocking=True)
+        if self.counted_event is not None:
+            self.counted_event.record()
+        if self.max_nonfinite and in_a_row >= self.max_nonfinite:
             raise NonFiniteError(
                 f"loss or gradients were not finite in {self.max_nonfinite} updates in a row"
             )
-        return norm
 
     def state_dict(self):
         """The gradient scale and the counts of skipped updates."""
@@ -102,6 +121,7 @@ class Updater:
             self.scaler.load_state_dict(scaler)
         self.skipped.fill_(state["skipped"])
         self.skipped_in_a_row.fill_(state["skipped_in_a_row"])
+        self.counted.fill_(state["skipped_in_a_row"])
 
 
 class Progress:

@@ -7,7 +7,6 @@ torchrun --nproc_per_node 8 main.py --cfg <config> --data-path <folder> --eval -
 
 import argparse
 import datetime
-import inspect
 import os
 import signal
 import sys
@@ -16,7 +15,6 @@ import time
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint as ckpt
 import distributed
@@ -81,10 +79,6 @@ def main(args):
     distributed.start_process_group(device, config.DIST.TIMEOUT_SECONDS)
     mode = "eval" if config.EVAL_MODE else "throughput" if config.THROUGHPUT_MODE else "train"
     logger.info(f"{mode} on {world_size} x {device}, PyTorch {torch.__version__}\n{dump_config(config)}")
-    if rank == 0:
-        name = "config.yaml" if mode == "train" else f"config_{mode}.yaml"
-        with open(os.path.join(config.OUTPUT, name), "w", encoding="utf-8") as file:
-            file.write(dump_config(config))
     if val_loader is not None and named_classes != len(classes):
         logger.info(f"MODEL.NUM_CLASSES {named_classes} -> {len(classes)}, the class folders of the data")
     if config.AMP_OPT_LEVEL == "O2":
@@ -96,15 +90,29 @@ def main(args):
     if config.AMP_OPT_LEVEL != "O0":
         amp_dtype = getattr(torch, config.AMP_DTYPE) if device.type == "cuda" else torch.bfloat16
     if config.THROUGHPUT_MODE:
+        write_config(config, "config_throughput.yaml", logger)
         throughput(model, val_loader, config, device, amp_dtype, logger)
     elif config.EVAL_MODE:
         path, checkpoint = distributed.from_rank_0(lambda: choose_for_evaluation(config, logger))
         ckpt.load_weights(model, checkpoint, path)
         logger.info(f"evaluating {path}")
+        write_config(config, "config_eval.yaml", logger)
         evaluate(model, val_loader, device, amp_dtype, config.PRINT_FREQ, logger)
     else:
         fit(model, train_loader, sampler, val_loader, config, device, amp_dtype, logger)
     distributed.stop_process_group()
+
+
+def write_config(config, name, logger):
+    """Write the effective config to the run's folder, on rank 0."""
+    path = os.path.join(config.OUTPUT, name)
+    if distributed.rank_and_world_size()[0] == 0:
+        try:
+            with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+                file.write(dump_config(config))
+            os.replace(f"{path}.tmp", path)
+        except OSError as error:
+            logger.error(f"cannot write {path}: {error.strerror}")
 
 
 def choose_for_evaluation(config, logger):
@@ -142,19 +150,14 @@ def fit(model, loader, sampler, val_loader, config, device, amp_dtype, logger):
         logger,
     )
     start = run.restore(config.MODEL.RESUME, train.AUTO_RESUME, config.MODEL.PRETRAINED, train.START_EPOCH)
+    write_config(config, "config.yaml", logger)
     if start >= train.EPOCHS:
         logger.info(f"all {train.EPOCHS} epochs are trained already; max accuracy {run.best:.2f}%")
         return
     if train.WARMUP_EPOCHS >= train.EPOCHS:
         logger.warning("TRAIN.WARMUP_EPOCHS covers the whole run: TRAIN.BASE_LR is never reached")
     if world_size > 1:
-        ids = [device] if device.type == "cuda" else None
-        # The model's only buffers are constant indices.
-        known = inspect.signature(DistributedDataParallel).parameters
-        sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-        updater.model = DistributedDataParallel(
-            model, ids, gradient_as_bucket_view=True, **{sync_buffers: False}
-        )
+        updater.model = distributed.parallelize(model, device)
     schedule = SaveSchedule(train.SAVE_STEPS, train.SAVE_MINUTES)
     record = RunRecord(config.OUTPUT, start, int(run.position()), logger) if rank == 0 else None
     begin = time.time()
@@ -162,13 +165,15 @@ def fit(model, loader, sampler, val_loader, config, device, amp_dtype, logger):
         run.start_epoch(epoch)
         trained = train_one_epoch(run, loader, criterion, mixup, schedule, config, record, logger)
         result = evaluate(model, val_loader, device, amp_dtype, config.PRINT_FREQ, logger)
-        improved = result["acc1"] > run.best
-        run.best = max(run.best, result["acc1"])
+        before, run.best = run.best, max(run.best, result["acc1"])
+        improved = run.best > before
         logger.info(f"Max accuracy: {run.best:.2f}%")
         if record is not None:
             record.end_epoch((epoch + 1) * sampler.updates_per_epoch, epoch=epoch, **trained, **result)
         due = epoch % config.SAVE_FREQ == 0 or epoch + 1 == train.EPOCHS
         files = run.save(epoch_done=True, due=due, best=improved)
+        if improved and not files:
+            run.best = before  # the next epoch may still write a best checkpoint
     if not files:
         raise ckpt.CheckpointError(f"the last checkpoint could not be written to {config.OUTPUT}")
     if record is not None:
@@ -228,11 +233,14 @@ def train_one_epoch(run, loader, criterion, mixup, schedule, config, record, log
         progress.add(sampler.images_per_update, loss_sum / sampler.accumulation, norm)
 
         if update % config.PRINT_FREQ == 0:
+            loss_now = (
+                loss_sum.item() / sampler.accumulation
+            )  # waits for the device, so that the time is true
             now = time.time()
             mean_time = (now - begin) / (update + 1 - done)
             time_now = (now - printed) / (update + 1 - printed_update)
             printed, printed_update = now, update + 1
-            lr, loss_now = optimizer.param_groups[0]["lr"], loss_sum.item() / sampler.accumulation
+            lr = optimizer.param_groups[0]["lr"]
             left = updates - update - 1
             left_in_run = left + (epochs - epoch - 1) * per_epoch
             skipped = updater.skipped.item()
@@ -252,6 +260,8 @@ def train_one_epoch(run, loader, criterion, mixup, schedule, config, record, log
         if save:
             files = run.save(epoch_done=False)
         if stop:
+            if record is not None:
+                record.close()
             if not files:
                 raise ckpt.CheckpointError(f"stopped by signal {stop}, but the run could not be saved")
             name = signal.Signals(stop).name
@@ -306,7 +316,7 @@ def evaluate(model, loader, device, amp_dtype, print_freq, logger):
             logits = model(images)
         hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]  # B, 5
         loss = cross_entropy(logits.double(), targets, reduction="sum")
-        sums += torch.stack([loss, hits[:, 0].sum(), hits.sum(), torch.tensor(len(targets), device=device)])
+        sums += torch.stack([loss, hits[:, 0].sum(), hits.sum(), torch.full((), len(targets), device=device)])
         if step % print_freq == 0:
             loss_mean, acc1, acc5 = (sums[:3] / sums[3]).tolist()
             mean_time = (time.time() - begin) / (step + 1)

@@ -25,10 +25,9 @@ def build_optimizer(config, model, lr_scale):
     """
     settings = config.TRAIN.OPTIMIZER
     common = dict(lr=config.TRAIN.BASE_LR * lr_scale, weight_decay=config.TRAIN.WEIGHT_DECAY)
-    fused = next(model.parameters()).is_cuda
     groups = parameter_groups(model)
     if settings.NAME == "sgd":
-        return optim.SGD(
-            groups, momentum=settings.MOMENTUM, nesterov=settings.MOMENTUM > 0, fused=fused, **common
-        )
+        # Not fused: that SGD leaves its momentum uninitialised where a scaler skips the first update.
+        return optim.SGD(groups, momentum=settings.MOMENTUM, nesterov=settings.MOMENTUM > 0, **common)
+    fused = next(model.parameters()).is_cuda
     return optim.AdamW(groups, eps=settings.EPS, betas=settings.BETAS, fused=fused, **common)

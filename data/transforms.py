@@ -6,6 +6,8 @@ from timm.data.auto_augment import AugmentOp, AugMixAugment, AutoAugment, RandAu
 from timm.data.transforms import str_to_interp_mode
 from torchvision import transforms
 
+from config import ConfigError
+
 
 def build_transform(config, is_train):
     """PIL image to normalised float tensor (3, S, S), S being ``DATA.IMG_SIZE``.
@@ -29,17 +31,23 @@ def build_transform(config, is_train):
 
 
 def _train_transform(config, size):
-    transform = create_transform(
-        input_size=size,
-        is_training=True,
-        hflip=config.AUG.HFLIP,
-        color_jitter=config.AUG.COLOR_JITTER or None,
-        auto_augment=config.AUG.AUTO_AUGMENT if config.AUG.AUTO_AUGMENT != "none" else None,
-        interpolation=config.DATA.INTERPOLATION,
-        re_prob=config.AUG.REPROB,
-        re_mode=config.AUG.REMODE,
-        re_count=config.AUG.RECOUNT,
-    )
+    try:
+        transform = create_transform(
+            input_size=size,
+            is_training=True,
+            hflip=config.AUG.HFLIP,
+            color_jitter=config.AUG.COLOR_JITTER or None,
+            auto_augment=config.AUG.AUTO_AUGMENT if config.AUG.AUTO_AUGMENT != "none" else None,
+            interpolation=config.DATA.INTERPOLATION,
+            re_prob=config.AUG.REPROB,
+            re_mode=config.AUG.REMODE,
+            re_count=config.AUG.RECOUNT,
+        )
+    except (AssertionError, ValueError, KeyError, NotImplementedError) as error:
+        raise ConfigError(
+            f"AUG.AUTO_AUGMENT is {config.AUG.AUTO_AUGMENT!r}, which timm cannot read ({error}): "
+            "use a string such as rand-m9-mstd0.5-inc1, or none"
+        ) from error
     if size <= 32:
         interpolation = "bicubic" if config.DATA.INTERPOLATION == "random" else config.DATA.INTERPOLATION
         whole = transforms.Resize((size, size), str_to_interp_mode(interpolation))

@@ -9,6 +9,7 @@ import torch
 from helpers import digits_config, write_images
 from PIL import Image
 
+from config import ConfigError
 from data import DataError, build_loaders
 from data.datasets import build_dataset, load_image
 from data.mixup import build_mixup
@@ -127,6 +128,12 @@ def test_small_images_are_brought_to_size(tmp_path):
     )
     assert next(iter(train))[0].shape == (4, 3, 32, 32)
     assert next(iter(val))[0].shape == (3, 3, 32, 32)
+
+
+@pytest.mark.parametrize("policy", ["rnd-m9", "rand-m9-q5", "randm", "augmixx"])
+def test_a_wrong_augmentation_string_names_its_key(policy):
+    with pytest.raises(ConfigError, match="AUG.AUTO_AUGMENT is"):
+        build_transform(digits_config("AUG.AUTO_AUGMENT", policy), is_train=True)
 
 
 def refusal(folder, **changes):

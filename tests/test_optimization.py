@@ -198,3 +198,18 @@ def test_the_loss_scale_of_float16_goes_on_after_a_resume():
     second.load_state_dict(first.state_dict())
     assert second.scaler.get_scale() == 2**15
     assert second.skipped == second.skipped_in_a_row == 1
+
+
+@pytest.mark.parametrize("clip_grad", [0.0, 5.0])
+def test_finite_gradients_whose_norm_overflows_change_nothing(clip_grad):
+    model = micro()
+    updater = Updater(
+        model, build_optimizer(digits_config(), model, 1.0), torch.device("cpu"), None, 1, clip_grad, 20
+    )
+    before = [parameter.clone() for parameter in model.parameters()]
+    with updater.micro_batch(0):
+        updater.backward(model(torch.randn(2, 3, 32, 32)).sum() * 1e30)
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+    assert not torch.isfinite(updater.update())
+    assert updater.skipped == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))

@@ -121,7 +121,7 @@ def test_resume_is_bit_exact_after_kills(tmp_path, data, count):
 
 
 @pytest.mark.chaos
-@pytest.mark.parametrize("processes, accumulation", [(1, 1), (1, 2), (2, 1), (2, 2)])
+@pytest.mark.parametrize("processes, accumulation", [(1, 1), (1, 2), (2, 1), (2, 2), (3, 1)])
 def test_resume_is_bit_exact_after_20_kills(tmp_path, data, count, processes, accumulation):
     disturbed_run(tmp_path, data, count, processes, accumulation, kills=20, epochs=3 * accumulation)
 

@@ -90,19 +90,14 @@ def test_the_same_command_resumes_and_says_so(trained, data, tmp_path):
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
 
 
-def test_another_run_does_not_overwrite_checkpoints(trained, data):
-    done = run_main(
-        *SMALL,
-        2,
-        "TRAIN.AUTO_RESUME",
-        False,
-        "--data-path",
-        data,
-        "--output",
-        trained[0].parents[1],
-        check=False,
-    )
+def test_another_run_does_not_change_the_files_of_the_first(trained, data, tmp_path):
+    folder = tmp_path / "digits" / "default"
+    shutil.copytree(trained[0], folder)
+    files = {path: path.read_bytes() for path in folder.glob("*.*") if not path.name.startswith("log_")}
+    where = ["--data-path", data, "--output", tmp_path]
+    done = run_main(*SMALL, 9, "TRAIN.AUTO_RESUME", False, *where, check=False)
     assert done.returncode != 0 and "would be overwritten" in done.stderr
+    assert {path: path.read_bytes() for path in files} == files
 
 
 @pytest.mark.parametrize("processes, batch_size", [(1, 1), (2, 64), (3, 7)])
