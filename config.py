@@ -7,6 +7,7 @@ official release.
 
 import ast
 import difflib
+import math
 import os
 
 import yaml
@@ -216,6 +217,8 @@ def get_config(args):
     opts = list(getattr(args, "opts", None) or [])
     if len(opts) % 2:
         raise ConfigError(f"--opts takes pairs of KEY VALUE, but {opts[-1]!r} has no partner")
+    if "BASE" in opts[::2]:
+        raise ConfigError("--opts: BASE belongs in a YAML file")
     for key, value in zip(opts[::2], opts[1::2]):
         _assign(config, key, value, "--opts", sources)
     for flag, key in (
@@ -359,6 +362,11 @@ _NAMES = {
 }
 
 
+def _is_below(name):
+    """Whether a path stays below the folder that it is joined to."""
+    return bool(name) and not os.path.isabs(name) and ".." not in name.split(os.sep)
+
+
 def _check(config, sources):
     """Refuse impossible values. What only the model can judge, the model refuses itself."""
 
@@ -397,9 +405,16 @@ def _check(config, sources):
     not_negative += " TRAIN.CLIP_GRAD TRAIN.ACCUMULATION_STEPS TRAIN.SAVE_STEPS TRAIN.SAVE_MINUTES"
     not_negative += " TRAIN.KEEP_CHECKPOINTS TRAIN.MAX_NONFINITE"
     for key in not_negative.split():
-        require(key, lambda value: value >= 0, "0 or more")
+        require(key, lambda value: 0 <= value < math.inf, "0 or more, and finite")
     require("MODEL.MSG.MLP_RATIO", lambda value: value > 0, "above 0")
-    require("TRAIN.BASE_LR", lambda value: value > 0, "above 0")
+    above_0 = "TRAIN.BASE_LR TRAIN.OPTIMIZER.EPS TRAIN.LR_SCHEDULER.DECAY_RATE"
+    for key in above_0.split():
+        require(key, lambda value: 0 < value < math.inf, "above 0 and finite")
+    require("TRAIN.OPTIMIZER.MOMENTUM", lambda value: 0 <= value < 1, "at least 0 and below 1")
+    require("MODEL.MSG.QK_SCALE", lambda value: value is None or value > 0, "None or above 0")
+    require(
+        "MODEL.MSG.IN_CHANS", lambda value: value == 3 or not config.DATA.DATA_PATH, "3 for image folders"
+    )
     require("TRAIN.LR_SCHEDULER.DECAY_EPOCHS", lambda value: value >= 1, "at least 1")
     for key in ("MODEL.DROP_RATE", "MODEL.DROP_PATH_RATE", "MODEL.LABEL_SMOOTHING"):
         require(key, lambda value: 0 <= value < 1, "at least 0 and below 1")
@@ -416,7 +431,7 @@ def _check(config, sources):
         "None or two ratios, smallest first, above 0 and at most 1",
     )
     for key in ("MODEL.NAME", "TAG"):
-        require(key, lambda value: value and not os.path.isabs(value), "a name for a folder below OUTPUT")
+        require(key, _is_below, "a name for a folder below OUTPUT")
     mixes = config.AUG.MIXUP > 0 or config.AUG.CUTMIX > 0 or config.AUG.CUTMIX_MINMAX is not None
     if mixes and not config.EVAL_MODE and not config.THROUGHPUT_MODE:
         require("DATA.BATCH_SIZE", lambda value: value % 2 == 0, "even for mixup and CutMix, which mix pairs")

@@ -97,7 +97,7 @@ class Updater:
         return norm
 
     def _check_the_update_before(self):
-        """End the run after too many skips; the update that the device has just been given is not waited for."""
+        """End the run after too many skips, without waiting for the update that was just queued."""
         if self.counted_event is not None:
             self.counted_event.synchronize()
         in_a_row = int(self.counted)
