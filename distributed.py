@@ -124,8 +124,7 @@ def gather_floats(tensor):
 
 
 def from_rank_0(make):
-    """Call ``make`` on rank 0 and give every process what it returned, or raise its UserError on every
-    process.
+    """Call ``make`` on rank 0 and give every process what it returned, or raise its UserError there.
 
     So one process alone decides, whatever the others would see in their file systems.
     """

@@ -1,4 +1,4 @@
-"""The optimizer update and its bookkeeping, the same for classification and detection.
+"""The optimizer update, where a run stands, and when and how it is saved and restored.
 
 Where a run stands is counted in images, not in batches: a run can go on with another number of processes or
 another batch size, and everything random is a function of (seed, epoch, images seen), so nothing random has
@@ -6,6 +6,7 @@ to be saved.
 """
 
 import contextlib
+import os
 import signal
 import time
 
@@ -15,7 +16,7 @@ from torch import nn
 import checkpoint as ckpt
 from distributed import from_rank_0, gather_floats, largest_over_processes, rank_and_world_size
 from logger import make_folder
-from utils import UserError
+from utils import UserError, autocast
 
 REQUEUE_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal, the same command goes on
 
@@ -25,8 +26,7 @@ class NonFiniteError(UserError):
 
 
 class Updater:
-    """Optimizer updates: accumulation, gradient scaling, clipping once per update, and no update from bad
-    gradients.
+    """Optimizer updates: accumulation, gradient scaling, clipping, and no change from bad gradients.
 
     An update whose gradient norm is not finite is skipped on every process alike and counted. The gradient
     scaler serves for that in every precision; it scales the loss only where it is float16.
@@ -43,13 +43,15 @@ class Updater:
         self.model, self.optimizer, self.device = model, optimizer, device
         self.amp_dtype, self.accumulation = amp_dtype, accumulation
         self.clip_grad, self.max_nonfinite = clip_grad, max_nonfinite
-        scaling = {} if amp_dtype == torch.float16 else dict(init_scale=1.0, growth_interval=2**31 - 1)
-        self.scaler = torch.amp.GradScaler(device.type, **scaling)
+        self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if self._scales() else 1.0)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
         cuda = device.type == "cuda"
         self.counted = torch.zeros((), dtype=torch.int64, pin_memory=cuda)
         self.counted_event = torch.cuda.Event() if cuda else None
+
+    def _scales(self):
+        return self.amp_dtype == torch.float16
 
     @contextlib.contextmanager
     def micro_batch(self, part):
@@ -63,7 +65,7 @@ class Updater:
 
     def autocast(self):
         """Mixed precision for the forward pass, as configured."""
-        return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
+        return autocast(self.device, self.amp_dtype)
 
     def backward(self, loss):
         """Accumulate the gradients of a micro-batch's mean loss."""
@@ -82,15 +84,14 @@ class Updater:
         norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
         bad = ~torch.isfinite(norm)
         # The scaler looks at single elements: it must see what makes the norm alone overflow, too.
-        first = parameters[0].grad.view(-1)[:1]
-        first += torch.where(bad, torch.nan, 0.0)
+        parameters[0].grad.add_(torch.where(bad, torch.nan, 0.0))
         norm = norm / self.scaler.scale(torch.ones((), device=self.device))
         self.scaler.unscale_(self.optimizer)
         if self.clip_grad:
             nn.utils.clip_grads_with_norm_(parameters, self.clip_grad, norm)
         self.scaler.step(self.optimizer)
         # Only float16 has a scale to find; elsewhere a skipped update must not change it.
-        self.scaler.update(None if self.amp_dtype == torch.float16 else 1.0)
+        self.scaler.update(None if self._scales() else 1.0)
         self.skipped = self.skipped + bad.long()
         self.skipped_in_a_row = bad.long() * (self.skipped_in_a_row + 1)
         self._check_the_update_before()
@@ -110,15 +111,14 @@ class Updater:
             )
 
     def state_dict(self):
-        """The gradient scale and the counts of skipped updates."""
+        """The gradient scale, the precision it is for, and the counts of skipped updates."""
         counts = dict(skipped=self.skipped.item(), skipped_in_a_row=self.skipped_in_a_row.item())
-        return dict(scaler=self.scaler.state_dict(), **counts)
+        return dict(scaler=self.scaler.state_dict(), amp_dtype=str(self.amp_dtype), **counts)
 
     def load_state_dict(self, state):
         """Continue from :meth:`state_dict`; a scale saved for another precision is left alone."""
-        scaler = state["scaler"]
-        if scaler.get("growth_interval") == self.scaler.state_dict()["growth_interval"]:
-            self.scaler.load_state_dict(scaler)
+        if state["amp_dtype"] == str(self.amp_dtype):
+            self.scaler.load_state_dict(state["scaler"])
         self.skipped.fill_(state["skipped"])
         self.skipped_in_a_row.fill_(state["skipped_in_a_row"])
         self.counted.fill_(state["skipped_in_a_row"])
@@ -236,6 +236,7 @@ class Run:
         checkpoint = dict(
             model=self.model.state_dict(),
             optimizer=self.updater.optimizer.state_dict(),
+            # For the official code, which reads it; here the rate is a function of the place in the run.
             lr_scheduler=self.scheduler.state_dict(),
             updater=updater,
             progress=None if epoch_done else dict(progress, images_per_update=self.sampler.images_per_update),
@@ -264,8 +265,7 @@ class Run:
         return files
 
     def restore(self, resume, auto_resume, pretrained, start_epoch):
-        """Load what the run continues from: the latest checkpoint of its folder, ``resume``, or
-        ``pretrained``.
+        """Load what the run continues from: its own latest checkpoint, ``resume``, or ``pretrained``.
 
         Rank 0 alone reads files and decides; the others get what it read.
 
@@ -327,3 +327,21 @@ class Run:
                 f"images per update: {before} before, {now} now. The epoch goes on after its first "
                 f"{state['images']} images; the learning rate follows the images seen and the new size"
             )
+
+
+def explain_nonfinite(error, paths, sampler, update, folder):
+    """Add to a NonFiniteError the files of an update's batch; ``nonfinite_rank<rank>.txt`` lists them all.
+
+    Args:
+        paths: the file of every image index.
+        update: counted from where the sampler's iteration started.
+    """
+    path = os.path.join(folder, f"nonfinite_rank{sampler.rank}.txt")
+    files = [paths[index] for index in sampler.indices_of(update)]
+    with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
+        file.writelines(f"{name}\n" for name in files)
+    return NonFiniteError(
+        f"{error}; the last batch of this process held {', '.join(files[:3])} ... (all of it in {path}). "
+        f"The last good checkpoint is in {folder}: lower TRAIN.BASE_LR, look at the files, or use AMP_DTYPE "
+        "bfloat16"
+    )

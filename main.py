@@ -22,7 +22,7 @@ import utils
 from config import dump_config, get_config
 from data import build_loaders
 from data.mixup import build_mixup
-from engine import REQUEUE_EXIT_CODE, NonFiniteError, Run, SaveSchedule, Updater
+from engine import REQUEUE_EXIT_CODE, NonFiniteError, Run, SaveSchedule, Updater, explain_nonfinite
 from logger import RunRecord, create_logger
 from lr_scheduler import build_scheduler
 from models import build_model
@@ -91,7 +91,13 @@ def main(args):
         amp_dtype = getattr(torch, config.AMP_DTYPE) if device.type == "cuda" else torch.bfloat16
     if config.THROUGHPUT_MODE:
         write_config(config, "config_throughput.yaml", logger)
-        throughput(model, val_loader, config, device, amp_dtype, logger)
+        if val_loader is not None:
+            images = next(iter(val_loader))[0].to(device)
+        else:
+            logger.info("no --data-path: synthetic images")
+            shape = (config.DATA.BATCH_SIZE, config.MODEL.MSG.IN_CHANS, *[config.DATA.IMG_SIZE] * 2)
+            images = torch.randn(shape, device=device)
+        throughput(model, images, amp_dtype, logger)
     elif config.EVAL_MODE:
         path, checkpoint = distributed.from_rank_0(lambda: choose_for_evaluation(config, logger))
         ckpt.load_weights(model, checkpoint, path)
@@ -163,7 +169,18 @@ def fit(model, loader, sampler, val_loader, config, device, amp_dtype, logger):
     begin = time.time()
     for epoch in range(start, train.EPOCHS):
         run.start_epoch(epoch)
-        trained = train_one_epoch(run, loader, criterion, mixup, schedule, config, record, logger)
+        trained = train_one_epoch(
+            run,
+            loader,
+            criterion,
+            mixup,
+            schedule,
+            config.SEED,
+            train.EPOCHS,
+            config.PRINT_FREQ,
+            record,
+            logger,
+        )
         result = evaluate(model, val_loader, device, amp_dtype, config.PRINT_FREQ, logger)
         before, run.best = run.best, max(run.best, result["acc1"])
         improved = run.best > before
@@ -186,10 +203,10 @@ def fit(model, loader, sampler, val_loader, config, device, amp_dtype, logger):
         )
 
 
-def train_one_epoch(run, loader, criterion, mixup, schedule, config, record, logger):
+def train_one_epoch(run, loader, criterion, mixup, schedule, seed, epochs, print_freq, record, logger):
     """Train for the rest of the run's epoch; a step of the log is one optimizer update.
 
-    Nothing waits for the device between updates, but for a log line every ``PRINT_FREQ`` updates. Dropout,
+    Nothing waits for the device between updates, but for a log line every ``print_freq`` updates. Dropout,
     drop path and mixup depend on (seed, rank, epoch, images seen) only: a resumed run draws what an
     undisturbed one would.
 
@@ -200,9 +217,9 @@ def train_one_epoch(run, loader, criterion, mixup, schedule, config, record, log
         SystemExit: a signal asked to stop; the run is saved and the exit code is ``REQUEUE_EXIT_CODE``.
         NonFiniteError: too many updates in a row were not finite.
     """
-    updater, progress, sampler, optimizer = run.updater, run.progress, run.sampler, run.updater.optimizer
-    device, rank, epoch, epochs = updater.device, sampler.rank, progress.epoch, config.TRAIN.EPOCHS
-    done, updates, per_epoch = progress.updates, progress.updates + sampler.updates, sampler.updates_per_epoch
+    updater, progress, sampler = run.updater, run.progress, run.sampler
+    device, rank, epoch = updater.device, sampler.rank, progress.epoch
+    done, updates = progress.updates, progress.updates + sampler.updates
     run.model.train()
     loss_sum = torch.zeros((), device=device)
     begin = printed = time.time()
@@ -211,7 +228,7 @@ def train_one_epoch(run, loader, criterion, mixup, schedule, config, record, log
         update, part = divmod(step, sampler.accumulation)
         update += done
         if part == 0:
-            utils.seed_everything(config.SEED, rank, epoch, progress.images)
+            utils.seed_everything(seed, rank, epoch, progress.images)
             loss_sum = torch.zeros((), device=device)
         images = images.to(device, non_blocking=True)
         targets = targets.to(device, non_blocking=True)
@@ -229,33 +246,19 @@ def train_one_epoch(run, loader, criterion, mixup, schedule, config, record, log
         try:
             norm = updater.update()
         except NonFiniteError as error:
-            raise explain_nonfinite(error, loader, sampler, max(0, update - done - 1), run.folder) from error
+            raise explain_nonfinite(
+                error, loader.paths, sampler, max(0, update - done - 1), run.folder
+            ) from error
         progress.add(sampler.images_per_update, loss_sum / sampler.accumulation, norm)
 
-        if update % config.PRINT_FREQ == 0:
-            loss_now = (
-                loss_sum.item() / sampler.accumulation
-            )  # waits for the device, so that the time is true
+        if update % print_freq == 0:
+            # Reading the loss waits for the device, so that the time is true.
+            values = dict(loss=loss_sum.item() / sampler.accumulation, grad_norm=norm.item())
             now = time.time()
             mean_time = (now - begin) / (update + 1 - done)
             time_now = (now - printed) / (update + 1 - printed_update)
             printed, printed_update = now, update + 1
-            lr = optimizer.param_groups[0]["lr"]
-            left = updates - update - 1
-            left_in_run = left + (epochs - epoch - 1) * per_epoch
-            skipped = updater.skipped.item()
-            logger.info(
-                f"Train: [{epoch}/{epochs}][{update}/{updates}]\t"
-                f"eta {clock(left * mean_time)} (run {clock(left_in_run * mean_time)}) "
-                f"lr {lr:.6f}\ttime {time_now:.4f} ({mean_time:.4f})\t"
-                f"loss {loss_now:.4f} ({progress.loss.item() / progress.updates:.4f})\t"
-                f"grad_norm {norm.item():.4f} ({progress.norm.item() / progress.updates:.4f})\t"
-                f"mem {utils.peak_memory_mb(device):.0f}MB" + (f"\tskipped {skipped}" if skipped else "")
-            )
-            if record is not None:
-                speed = sampler.images_per_update / time_now
-                values = dict(loss=loss_now, lr=lr, grad_norm=norm.item(), images_per_second=speed)
-                record.scalars(epoch * per_epoch + update, **values)
+            log_update(run, update, updates, epochs, values, time_now, mean_time, record, logger)
         save, stop = schedule.after_update()
         if save:
             files = run.save(epoch_done=False)
@@ -276,23 +279,40 @@ def train_one_epoch(run, loader, criterion, mixup, schedule, config, record, log
     return dict(
         train_loss=train_loss,
         grad_norm=grad_norm,
-        lr=optimizer.param_groups[0]["lr"],
+        lr=learning_rate(run),
         images_per_second=(updates - done) * sampler.images_per_update / seconds,
         seconds=seconds,
     )
 
 
-def explain_nonfinite(error, loader, sampler, update, folder):
-    """Add to the error the files of the update's batch, all of which go to ``nonfinite_rank<rank>.txt``."""
-    path = os.path.join(folder, f"nonfinite_rank{sampler.rank}.txt")
-    files = [loader.paths[index] for index in sampler.indices_of(update)]
-    with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
-        file.writelines(f"{name}\n" for name in files)
-    return NonFiniteError(
-        f"{error}; the last batch of this process held {', '.join(files[:3])} ... (all of it in {path}). "
-        f"The last good checkpoint is in {folder}: lower TRAIN.BASE_LR, look at the files, or use AMP_DTYPE "
-        "bfloat16"
+def log_update(run, update, updates, epochs, values, time_now, mean_time, record, logger):
+    """Write the log line of an update, and its TensorBoard scalars.
+
+    Args:
+        update, updates: of this epoch, number and count.
+        values: loss and grad_norm of the update.
+        time_now, mean_time: seconds per update, since the last line and since the epoch's start or resume.
+    """
+    progress, per_epoch = run.progress, run.sampler.updates_per_epoch
+    lr, skipped = learning_rate(run), run.updater.skipped.item()
+    left = updates - update - 1
+    left_in_run = left + (epochs - progress.epoch - 1) * per_epoch
+    logger.info(
+        f"Train: [{progress.epoch}/{epochs}][{update}/{updates}]\t"
+        f"eta {clock(left * mean_time)} (run {clock(left_in_run * mean_time)}) "
+        f"lr {lr:.6f}\ttime {time_now:.4f} ({mean_time:.4f})\t"
+        f"loss {values['loss']:.4f} ({progress.loss.item() / progress.updates:.4f})\t"
+        f"grad_norm {values['grad_norm']:.4f} ({progress.norm.item() / progress.updates:.4f})\t"
+        f"mem {utils.peak_memory_mb(run.updater.device):.0f}MB" + (f"\tskipped {skipped}" if skipped else "")
     )
+    if record is not None:
+        speed = run.sampler.images_per_update / time_now
+        record.scalars(progress.epoch * per_epoch + update, lr=lr, images_per_second=speed, **values)
+
+
+def learning_rate(run):
+    """The learning rate that the last update used."""
+    return run.updater.optimizer.param_groups[0]["lr"]
 
 
 @torch.inference_mode()
@@ -312,7 +332,7 @@ def evaluate(model, loader, device, amp_dtype, print_freq, logger):
             continue
         images = images.to(device, non_blocking=True)
         targets = targets.to(device, non_blocking=True)
-        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
+        with utils.autocast(device, amp_dtype):
             logits = model(images)
         hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]  # B, 5
         loss = cross_entropy(logits.double(), targets, reduction="sum")
@@ -332,19 +352,14 @@ def evaluate(model, loader, device, amp_dtype, print_freq, logger):
 
 
 @torch.inference_mode()
-def throughput(model, loader, config, device, amp_dtype, logger):
-    """Log the inference images/s of this process: 50 warm-up runs, then 30 timed, on one batch."""
+def throughput(model, images, amp_dtype, logger):
+    """Log the inference images/s of this process on one batch: 50 warm-up runs, then 30 timed."""
     model.eval()
-    if loader is not None:
-        images = next(iter(loader))[0].to(device)
-    else:
-        size = config.DATA.IMG_SIZE
-        images = torch.randn(config.DATA.BATCH_SIZE, config.MODEL.MSG.IN_CHANS, size, size, device=device)
-        logger.info("no --data-path: synthetic images")
+    device = images.device
     for runs, what in ((50, "warm-up"), (30, "timed")):
         begin = time.time()
         for run in range(runs):
-            with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
+            with utils.autocast(device, amp_dtype):
                 model(images)
             if device.type == "cpu" and run == 4:
                 logger.info(f"{runs} {what} runs, about {clock((time.time() - begin) / 5 * runs)}")

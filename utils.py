@@ -1,4 +1,4 @@
-"""Devices, seeds, worker processes, memory."""
+"""Devices, precision, seeds, worker processes, memory."""
 
 import contextlib
 import multiprocessing
@@ -36,6 +36,11 @@ def pick_device(name, local_rank):
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def autocast(device, dtype):
+    """Context of mixed precision on a device: ``dtype``, or float32 where it is None."""
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 def be_deterministic():

@@ -121,12 +121,13 @@ def build_dataset(root, split, transform):
             val.
     """
     folder = os.path.join(root, split)
-    other = os.path.join(root, "val" if split == "train" else "train")
     classes = class_names(folder)
-    if os.path.isdir(other) and class_names(other) != classes:
-        difference = sorted(set(classes) ^ set(class_names(other)))
+    other = os.path.join(root, "val" if split == "train" else "train")
+    other_classes = class_names(other) if os.path.isdir(other) else classes
+    if other_classes != classes:
+        difference = sorted(set(classes) ^ set(other_classes))
         raise DataError(
-            f"{folder} and {other} have different classes ({len(classes)} and {len(class_names(other))}): "
+            f"{folder} and {other} have different classes ({len(classes)} and {len(other_classes)}): "
             f"only one of them has {', '.join(difference[:5])}{' ...' if len(difference) > 5 else ''}"
         )
     dataset = ImageFolder(folder, transform)

@@ -14,8 +14,7 @@ LARGEST_FAILED_SHARE = 0.01
 
 
 class Loader:
-    """Batches of images (B, 3, S, S) and class indices (B,), and an account of the files that could not be
-    read.
+    """Batches of images (B, 3, S, S) and class indices (B,), and an account of unreadable files.
 
     Args:
         loader: a DataLoader over samples (image, target, failed), collated by :func:`collate`.

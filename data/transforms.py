@@ -20,14 +20,18 @@ def build_transform(config, is_train):
     size = config.DATA.IMG_SIZE
     if is_train:
         return _train_transform(config, size)
-    interpolation = "bicubic" if config.DATA.INTERPOLATION == "random" else config.DATA.INTERPOLATION
-    mode = str_to_interp_mode(interpolation)
+    mode = _resize_mode(config.DATA.INTERPOLATION)
     if config.TEST.CROP and size > 32:
         steps = [limit_aspect, transforms.Resize(int(256 / 224 * size), mode), transforms.CenterCrop(size)]
     else:
         steps = [transforms.Resize((size, size), mode)]
     normalize = transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     return transforms.Compose([*steps, transforms.ToTensor(), normalize])
+
+
+def _resize_mode(interpolation):
+    """torchvision's mode of a plain resize; bicubic for ``random``, which timm's random crop takes."""
+    return str_to_interp_mode("bicubic" if interpolation == "random" else interpolation)
 
 
 def _train_transform(config, size):
@@ -49,8 +53,7 @@ def _train_transform(config, size):
             "use a string such as rand-m9-mstd0.5-inc1, or none"
         ) from error
     if size <= 32:
-        interpolation = "bicubic" if config.DATA.INTERPOLATION == "random" else config.DATA.INTERPOLATION
-        whole = transforms.Resize((size, size), str_to_interp_mode(interpolation))
+        whole = transforms.Resize((size, size), _resize_mode(config.DATA.INTERPOLATION))
         transform.transforms[:1] = [whole, transforms.RandomCrop(size, padding=4)]
     for step in transform.transforms:
         for op in _augment_ops(step):

@@ -531,8 +531,8 @@ def check_geometry(
     num_heads,
     window_size,
     shuffle_size,
-    tokens=True,
-    manip_type="shuf",
+    tokens,
+    manip_type,
 ):
     """Check that a classifier of these sizes can be built.
 

@@ -109,16 +109,15 @@ def train(batches, accumulation=1, clip_grad=0.5, max_nonfinite=3):
     """Train the micro model on given micro-batches as epoch 3 of 20: (model, metrics, log, updater)."""
     torch.manual_seed(0)
     model, size = micro().to(batches[0][0].dtype), len(batches[0][0])
-    config = digits_config("TRAIN.OPTIMIZER.NAME", "sgd", "TRAIN.CLIP_GRAD", clip_grad, "PRINT_FREQ", 1)
+    config = digits_config("TRAIN.OPTIMIZER.NAME", "sgd")
     sampler = TrainBatchSampler(size * len(batches), size, accumulation, 0, 1, seed=0)
     optimizer = build_optimizer(config, model, 1.0)
     scheduler = build_scheduler(config, optimizer, sampler.updates_per_epoch, 1.0)
     updater = Updater(model, optimizer, torch.device("cpu"), None, accumulation, clip_grad, max_nonfinite)
     run = Run(model, updater, scheduler, sampler, "", "", 0, False, Quiet())
     run.start_epoch(3)
-    metrics = train_one_epoch(
-        run, Batches(batches), nn.CrossEntropyLoss(), None, SaveSchedule(0, 0), config, None, run.logger
-    )
+    schedule, criterion = SaveSchedule(0, 0), nn.CrossEntropyLoss()
+    metrics = train_one_epoch(run, Batches(batches), criterion, None, schedule, 0, 20, 1, None, run.logger)
     return model, metrics, run.logger.lines, updater
 
 
