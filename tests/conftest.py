@@ -1,10 +1,30 @@
-"""Counts that tests leave for the end of a pytest run: kills survived, files read, files refused."""
+"""The images that runs in tests train on, and the counts that tests leave for the end of a pytest run."""
+
+import socket
 
 import pytest
+from helpers import write_images
 
 import utils
 
 COUNTS = pytest.StashKey()
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """An ImageFolder of three classes of small noise images: 72 for training, 9 for validation."""
+    folder = tmp_path_factory.mktemp("data")
+    write_images(folder / "train", 24)
+    write_images(folder / "val", 3, seed=1)
+    return folder
+
+
+@pytest.fixture
+def port():
+    """A port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @pytest.fixture

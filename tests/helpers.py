@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+import checkpoint as ckpt
 from config import get_config
 from models.msg_transformer import MSGTransformer
 
@@ -77,17 +79,17 @@ def write_images(folder, per_class, classes=("a", "b", "c"), size=32, seed=0):
             Image.fromarray(pixels.astype(np.uint8)).save(os.path.join(folder, name, f"{i}.png"))
 
 
-def run_main(*arguments, processes=1, check=True, timeout=300):
-    """Run main.py as a user would, on the CPU; more processes go through torchrun.
-
-    Returns:
-        The finished process, with stdout and stderr as text.
-    """
-    command = [sys.executable, "main.py"]
+def main_command(*arguments, processes=1, torchrun=()):
+    """The words of a main.py command on the CPU; more processes than one go through torchrun."""
+    command = [sys.executable]
     if processes > 1:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc_per_node={processes}", "main.py"]
-    command += [*map(str, arguments), "--device", "cpu"]
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *torchrun]
+    return [*command, "main.py", *map(str, arguments), "--device", "cpu"]
+
+
+def run_main(*arguments, processes=1, check=True, timeout=300):
+    """Run main.py as a user would; returns the finished process, with stdout and stderr as text."""
+    command = main_command(*arguments, processes=processes)
     environment = dict(os.environ, OMP_NUM_THREADS="1")
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
@@ -95,3 +97,64 @@ def run_main(*arguments, processes=1, check=True, timeout=300):
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+class Started:
+    """A command that runs in a session of its own, with its output in a new file of ``folder``."""
+
+    def __init__(self, folder, command, **environment):
+        self.path = folder / f"console{len(list(folder.glob('console*')))}.txt"
+        environment = dict(os.environ, OMP_NUM_THREADS="1", **environment)
+        with open(self.path, "wb") as log:
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def text(self):
+        """What it has printed so far."""
+        return self.path.read_text()
+
+    def runs(self):
+        """Whether it has not ended yet."""
+        return self.process.poll() is None
+
+    def wait_for(self, words, seconds=90):
+        """Wait until the output holds ``words``."""
+        end = time.monotonic() + seconds
+        while words not in self.text():
+            assert self.runs() and time.monotonic() < end, self.text()
+            time.sleep(0.02)
+
+    def wait(self, seconds=180):
+        """Wait for the end; returns the exit code."""
+        return self.process.wait(seconds)
+
+
+def start_ranks(folder, *arguments_of_ranks, **environment):
+    """Processes without a launcher, one for each rank; ``{rank}`` in the environment is its number."""
+    return [
+        Started(folder, main_command(*arguments), **{k: v.format(rank=rank) for k, v in environment.items()})
+        for rank, arguments in enumerate(arguments_of_ranks)
+    ]
+
+
+def group_of_two(port):
+    """What a launcher would put into the environment of two processes."""
+    group = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    return dict(group, RANK="{rank}", LOCAL_RANK="{rank}")
+
+
+def run_folder(output):
+    """Where a run of configs/digits.yaml below ``output`` writes."""
+    return Path(output) / "digits" / "default"
+
+
+def assert_same_weights(output, expected):
+    """The last checkpoints of two runs, given by their ``--output``, hold the same bits."""
+    name = ckpt.in_order(run_folder(expected))[-1]
+    found, wanted = (
+        ckpt.read_checkpoint(str(run_folder(root) / name))["model"] for root in (output, expected)
+    )
+    assert found.keys() == wanted.keys()
+    for name, weight in wanted.items():
+        assert torch.equal(weight, found[name]), name

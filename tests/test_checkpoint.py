@@ -21,7 +21,7 @@ from models.msg_transformer import MSGTransformer
 from optimizer import build_optimizer
 
 
-def official_checkpoint(path):
+def official_checkpoint(path, old_torch):
     """What the official code writes after an update: pickled yacs config, apex state, its own groups."""
     model = MSGTransformer(**MICRO)
     skip = ("relative_position_bias_table", "rel_pos_msg")
@@ -45,13 +45,17 @@ def official_checkpoint(path):
         config=config,
         amp={"loss_scaler0": {"loss_scale": 65536.0, "unskipped": 12}},
     )
+    if old_torch:  # which counted steps in a Python number
+        for moments in state["optimizer"]["state"].values():
+            moments["step"] = int(moments["step"])
     torch.save(state, path)
     return model, optimizer
 
 
-def test_official_checkpoint_loads_weights_and_optimizer(tmp_path):
+@pytest.mark.parametrize("old_torch", [False, True])
+def test_official_checkpoint_loads_weights_and_optimizer(tmp_path, old_torch):
     path = str(tmp_path / "ckpt_epoch_7.pth")
-    theirs, their_optimizer = official_checkpoint(path)
+    theirs, their_optimizer = official_checkpoint(path, old_torch)
     checkpoint = ckpt.read_checkpoint(path)
     assert (checkpoint["epoch"], checkpoint["max_accuracy"]) == (7, 81.25)
     assert not isinstance(checkpoint["config"], CfgNode)  # nothing of yacs runs
@@ -65,6 +69,8 @@ def test_official_checkpoint_loads_weights_and_optimizer(tmp_path):
         assert torch.equal(optimizer.state[ours]["exp_avg"], their_optimizer.state[their]["exp_avg"])
         assert optimizer.state[ours]["step"] == 1
     assert {group["lr"] for group in optimizer.param_groups} == {8e-3}  # the run's own
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    optimizer.step()
 
 
 def test_own_checkpoint_round_trip(tmp_path):

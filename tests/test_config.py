@@ -63,12 +63,12 @@ def test_official_keys_have_official_defaults():
 
 
 @pytest.mark.parametrize("path", CONFIGS)
-def test_every_config_builds_its_model(path):
+def test_every_config_builds_its_model_and_begins_with_its_command(path):
     config = get_config(argparse.Namespace(cfg=str(ROOT / path)))
     model = build_model(config)
     assert model.flops() > 0
-    first_line = (ROOT / path).read_text().splitlines()[0]
-    assert first_line.startswith("# ")
+    header = "".join(line for line in (ROOT / path).read_text().splitlines() if line.startswith("#"))
+    assert f"main.py --cfg {path} --data-path" in header
 
 
 def test_later_sources_win(tmp_path):

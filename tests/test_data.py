@@ -35,6 +35,7 @@ def batches(folder, workers, epoch=0, opts=()):
 
 def test_augmentation_depends_on_seed_epoch_and_image_only(folder):
     alone, with_workers = batches(folder, 0), batches(folder, 2)
+    assert len(alone) == len(with_workers) == 6
     for (a, x), (b, y) in zip(alone, with_workers):
         assert torch.equal(a, b) and torch.equal(x, y)
     other_epoch, other_seed = batches(folder, 0, epoch=1), batches(folder, 0, opts=["SEED", 1])
@@ -50,7 +51,7 @@ def test_loading_in_the_training_process_leaves_its_random_numbers_alone(folder)
     assert (torch.rand(1), random.random(), np.random.rand()) == expected
 
 
-def test_the_recipe_survives_posterize_to_0_bits(folder):
+def test_the_recipe_survives_posterize_to_0_bits():
     image = Image.new("RGB", (8, 8), (200, 100, 50))
     assert posterize_from_0_bits(image, 0).getextrema() == ((0, 0), (0, 0), (0, 0))
     assert posterize_from_0_bits(image, 1).getpixel((0, 0)) == (128, 0, 0)

@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import runpy
+import shlex
 import subprocess
 import tarfile
 import time
@@ -18,7 +19,7 @@ import pytest
 import torch
 import torch.utils.collect_env
 import yaml
-from helpers import digits_config, micro, run_main, write_images
+from helpers import digits_config, micro, run_main
 from torch.jit.unsupported_tensor_ops import execWrapper
 from yacs.config import CfgNode
 
@@ -311,16 +312,8 @@ def test_foreign_files_are_passed_over(tmp_path, official):
     assert "ckpt_epoch_6.pth" in warnings[0] and "ckpt_epoch_5.pth" in warnings[1]
 
 
-SMALL = ["--cfg", "configs/digits.yaml", "--batch-size", 4, "--opts", "DATA.NUM_WORKERS", 0]
-SMALL += ["TRAIN.WARMUP_EPOCHS", 0, "TRAIN.EPOCHS"]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    write_images(folder / "train", 4)
-    write_images(folder / "val", 1, seed=1)
-    return folder
+SMALL = shlex.split("--cfg configs/digits.yaml --batch-size 4 --opts DATA.NUM_WORKERS 0")
+SMALL += shlex.split("TRAIN.WARMUP_EPOCHS 0 TRAIN.EPOCHS")
 
 
 @pytest.mark.parametrize("way", [["--resume"], ["--eval", "--resume"], ["--pretrained"]], ids=" ".join)

@@ -3,6 +3,8 @@
 import contextlib
 import os
 import re
+import shlex
+import shutil
 import signal
 import stat
 import subprocess
@@ -11,79 +13,39 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from helpers import ROOT, run_main, write_images
+from helpers import (
+    ROOT,
+    Started,
+    assert_same_weights,
+    group_of_two,
+    main_command,
+    run_folder,
+    run_main,
+    start_ranks,
+)
 
 import checkpoint as ckpt
 
-OPTS = ["--opts", "DATA.NUM_WORKERS", "1", "MODEL.DROP_RATE", "0.1", "PRINT_FREQ", "1", "SAVE_FREQ", "1"]
-OPTS += ["TRAIN.WARMUP_EPOCHS", "0", "TRAIN.EPOCHS", "1", "TRAIN.SAVE_STEPS", "1"]
-OPTS += ["DIST.TIMEOUT_SECONDS", "20"]
-ARGUMENTS = ["--cfg", "configs/digits.yaml", "--batch-size", "4", "--device", "cpu", *OPTS]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    write_images(folder / "train", 24)
-    write_images(folder / "val", 2, seed=1)
-    return folder
+ARGUMENTS = shlex.split(
+    "--cfg configs/digits.yaml --batch-size 4 --opts DATA.NUM_WORKERS 1 MODEL.DROP_RATE 0.1"
+)
+ARGUMENTS += shlex.split("PRINT_FREQ 1 SAVE_FREQ 1 TRAIN.WARMUP_EPOCHS 0 TRAIN.EPOCHS 1 TRAIN.SAVE_STEPS 1")
+ARGUMENTS += shlex.split("DIST.TIMEOUT_SECONDS 20")
 
 
 @pytest.fixture(scope="module")
 def undisturbed(data, tmp_path_factory):
-    """Final weights of runs that nothing disturbed, by number of processes."""
-    weights = {}
+    """``--output`` of runs that nothing disturbed, by number of processes."""
+    outputs = {}
 
     def of(processes):
-        if processes not in weights:
-            output = tmp_path_factory.mktemp("calm")
-            run_main(*ARGUMENTS, "--data-path", data, "--output", output, processes=processes)
-            weights[processes] = final_weights(output)
-        return weights[processes]
+        if processes not in outputs:
+            outputs[processes] = tmp_path_factory.mktemp("calm")
+            where = ["--data-path", data, "--output", outputs[processes]]
+            run_main(*ARGUMENTS, *where, processes=processes)
+        return outputs[processes]
 
     return of
-
-
-def final_weights(output):
-    path = output / "digits" / "default" / "ckpt_epoch_0.pth"
-    return ckpt.read_checkpoint(str(path))["model"]
-
-
-def assert_equal(ours, expected):
-    assert all(torch.equal(weight, ours[name]) for name, weight in expected.items())
-
-
-class Started:
-    """A command that runs with its output in a file."""
-
-    def __init__(self, folder, *command, **environment):
-        self.path = folder / f"console{len(list(folder.glob('console*')))}.txt"
-        environment = dict(os.environ, OMP_NUM_THREADS="1", **environment)
-        with open(self.path, "wb") as log:
-            self.process = subprocess.Popen(
-                list(map(str, command)),
-                cwd=ROOT,
-                env=environment,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-
-    def text(self):
-        return self.path.read_text()
-
-    def wait_for(self, words, seconds=60):
-        """Wait until the output holds ``words``."""
-        end = time.monotonic() + seconds
-        while words not in self.text():
-            assert self.process.poll() is None and time.monotonic() < end, self.text()
-            time.sleep(0.02)
-
-    def wait(self, seconds=120):
-        """Wait for the end; returns the exit code."""
-        return self.process.wait(seconds)
 
 
 def training_processes(output):
@@ -102,42 +64,35 @@ def training_processes(output):
 def test_a_signal_saves_and_the_same_command_goes_on(name, to_all, data, tmp_path, undisturbed):
     """Nothing but the signal saves within the epoch."""
     arguments = [*ARGUMENTS, "TRAIN.SAVE_STEPS", "0", "--data-path", data, "--output", tmp_path]
-    command = [sys.executable, "main.py", *arguments]
-    run = Started(tmp_path, *command)
+    command = main_command(*arguments)
+    run = Started(tmp_path, command)
     run.wait_for("[0/1][3/")
     number = getattr(signal, name)
     (os.killpg if to_all else os.kill)(run.process.pid, number)
     assert run.wait() == 75, run.text()
     assert f"stopped by {name}: the same command goes on (exit code 75)" in run.text()
     assert "Traceback" not in run.text()
-    (saved,) = ckpt.in_order(tmp_path / "digits" / "default")
-    again = Started(tmp_path, *command)
+    (saved,) = ckpt.in_order(run_folder(tmp_path))
+    again = Started(tmp_path, command)
     assert again.wait() == 0, again.text()
     assert ckpt.place_of(saved) >= (0, 16) and f"{saved}: epoch 0, image" in again.text()
-    assert_equal(final_weights(tmp_path), undisturbed(1))
+    assert_same_weights(tmp_path, undisturbed(1))
 
 
 def test_torchrun_restarts_a_killed_worker_and_resumes(data, tmp_path, undisturbed):
-    command = [
-        *TORCHRUN,
-        "--max-restarts=2",
-        "main.py",
-        *ARGUMENTS,
-        "--data-path",
-        data,
-        "--output",
-        tmp_path,
-    ]
-    run = Started(tmp_path, *command)
+    where = ["--data-path", data, "--output", tmp_path]
+    command = main_command(*ARGUMENTS, *where, processes=2, torchrun=["--max-restarts=2"])
+    run = Started(tmp_path, command)
     run.wait_for("[0/1][3/")
     os.kill(training_processes(tmp_path)[0], signal.SIGKILL)
     assert run.wait() == 0, run.text()
     assert re.search(r"resuming from \S+ckpt_epoch_0_images_\d+.pth", run.text())
-    assert_equal(final_weights(tmp_path), undisturbed(2))
+    assert_same_weights(tmp_path, undisturbed(2))
 
 
-def test_a_killed_process_ends_the_others(data, tmp_path):
-    run = Started(tmp_path, *TORCHRUN, "main.py", *ARGUMENTS, "--data-path", data, "--output", tmp_path)
+def test_torchrun_ends_all_when_a_process_is_killed(data, tmp_path):
+    where = ["--data-path", data, "--output", tmp_path]
+    run = Started(tmp_path, main_command(*ARGUMENTS, *where, processes=2))
     run.wait_for("[0/1][3/")
     os.kill(training_processes(tmp_path)[0], signal.SIGKILL)
     begin = time.monotonic()
@@ -147,34 +102,14 @@ def test_a_killed_process_ends_the_others(data, tmp_path):
     assert not training_processes(tmp_path)
 
 
-def ranks(folder, arguments, **environment):
-    """Two processes without a launcher, one per rank."""
-    return [
-        Started(
-            folder,
-            sys.executable,
-            "main.py",
-            *arguments,
-            **{k: v.format(rank=rank) for k, v in environment.items()},
-        )
-        for rank in range(2)
-    ]
-
-
-def test_a_process_that_raises_ends_the_others_and_is_shown_first(data, tmp_path):
-    """Rank 1 alone sees a broken image; no launcher is there to end rank 0."""
+def test_a_process_that_raises_ends_the_others(data, tmp_path, port):
+    """Rank 1 alone sees broken images; no launcher is there to end rank 0."""
     broken = tmp_path / "data"
-    subprocess.run(["cp", "-r", data, broken], check=True)
-    environment = dict(
-        RANK="{rank}", LOCAL_RANK="{rank}", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29583"
-    )
-    arguments = [*ARGUMENTS, "--output", tmp_path]
-    good = Started(tmp_path, sys.executable, "main.py", *arguments, "--data-path", data,
-                   **{k: v.format(rank=0) for k, v in environment.items()})  # fmt: skip
+    shutil.copytree(data, broken)
     for path in broken.glob("train/*/*.png"):
         path.write_bytes(b"broken")
-    bad = Started(tmp_path, sys.executable, "main.py", *arguments, "--data-path", broken,
-                  **{k: v.format(rank=1) for k, v in environment.items()})  # fmt: skip
+    arguments = [*ARGUMENTS, "--output", tmp_path, "--data-path"]
+    good, bad = start_ranks(tmp_path, [*arguments, data], [*arguments, broken], **group_of_two(port))
     assert bad.wait() == 1 and "cannot be read as an image" in bad.text(), bad.text()
     begin = time.monotonic()
     assert good.wait() == 1, good.text()
@@ -182,11 +117,21 @@ def test_a_process_that_raises_ends_the_others_and_is_shown_first(data, tmp_path
     assert "error: lost contact with another process" in good.text()
 
 
-def test_a_process_that_hangs_ends_the_others_after_the_timeout(data, tmp_path):
+def test_a_killed_process_ends_the_others_without_a_launcher(data, tmp_path, port):
+    arguments = [*ARGUMENTS, "--output", tmp_path, "--data-path", data]
+    first, second = start_ranks(tmp_path, arguments, arguments, **group_of_two(port))
+    first.wait_for("[0/1][3/")
+    second.process.kill()
+    begin = time.monotonic()
+    assert first.wait() == 1, first.text()
+    assert time.monotonic() - begin < 25
+    assert "error: lost contact with another process" in first.text()
+
+
+def test_a_process_that_hangs_ends_the_others_after_the_timeout(data, tmp_path, port):
     """A stopped process keeps its connections open: only the timeout can tell."""
-    group = dict(RANK="{rank}", LOCAL_RANK="{rank}", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
     arguments = [*ARGUMENTS, "DIST.TIMEOUT_SECONDS", "8", "--data-path", data, "--output", tmp_path]
-    first, hung = ranks(tmp_path, arguments, **group, MASTER_PORT="29585")
+    first, hung = start_ranks(tmp_path, arguments, arguments, **group_of_two(port))
     try:
         first.wait_for("[0/1][3/")
         os.kill(hung.process.pid, signal.SIGSTOP)
@@ -204,28 +149,31 @@ def test_a_process_that_hangs_ends_the_others_after_the_timeout(data, tmp_path):
 def test_under_torchrun_the_first_failure_is_shown_first(data, tmp_path):
     """The data folders of the two processes differ; in that of rank 1 no image can be read."""
     (tmp_path / "data0").symlink_to(data)
-    subprocess.run(["cp", "-r", data, tmp_path / "data1"], check=True)
+    shutil.copytree(data, tmp_path / "data1")
     for path in (tmp_path / "data1").glob("train/*/*.png"):
         path.write_bytes(b"broken")
     script = f'exec {sys.executable} main.py "$@" --data-path {tmp_path}/data$RANK'
-    arguments = [*ARGUMENTS, "--output", tmp_path]
-    run = Started(tmp_path, *TORCHRUN, "--no-python", "bash", "-c", script, "bash", *arguments)
+    command = main_command(*ARGUMENTS, "--output", tmp_path, processes=2, torchrun=["--no-python"])
+    at = command.index("main.py")
+    command[at : at + 1] = ["bash", "-c", script, "bash"]
+    run = Started(tmp_path, command)
     assert run.wait() != 0
     errors = re.findall("^error: .*", run.text(), re.MULTILINE)
     assert "cannot be read as an image" in errors[0], run.text()
     assert all("lost contact" in error for error in errors[1:])
 
 
-def test_slurm_tasks_form_one_group(data, tmp_path):
+def test_slurm_tasks_form_one_group(data, tmp_path, port):
     slurm = dict(SLURM_PROCID="{rank}", SLURM_LOCALID="{rank}", SLURM_STEP_NUM_TASKS="2")
     arguments = [*ARGUMENTS, "--data-path", data, "--output", tmp_path]
-    both = ranks(tmp_path, arguments, **slurm, MASTER_ADDR="127.0.0.1", MASTER_PORT="29584")
+    address = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    both = start_ranks(tmp_path, arguments, arguments, **slurm, **address)
     assert [run.wait() for run in both] == [0, 0], both[0].text() + both[1].text()
     assert "train on 2 x cpu" in both[0].text()
     for rank in range(2):
-        log = (tmp_path / "digits" / "default" / f"log_rank{rank}.txt").read_text()
+        log = (run_folder(tmp_path) / f"log_rank{rank}.txt").read_text()
         assert "train on 2 x cpu" in log
-    lost = ranks(tmp_path, arguments, **slurm)
+    lost = start_ranks(tmp_path, arguments, arguments, **slurm)
     assert [run.wait() for run in lost] == [1, 1]
     for run in lost:
         assert re.fullmatch("error: srun with several tasks needs MASTER_ADDR .*\n", run.text())

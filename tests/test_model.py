@@ -178,6 +178,17 @@ def test_without_tokens_the_mean_of_the_final_patches_is_classified():
     torch.testing.assert_close(model(golden_images(32)), model.head(tokens.mean(1)))
 
 
+def test_without_tokens_patches_are_those_of_messengers_that_nobody_reads():
+    messengers, plain = micro().double(), micro(tokens=False).double()
+    plain.load_state_dict({k: v for k, v in messengers.state_dict().items() if "msg" not in k})
+    with torch.no_grad():
+        for name, parameter in messengers.named_parameters():
+            if name.endswith("rel_pos_msg"):
+                parameter[:, 0] = -1e9  # no patch attends to its messenger
+        expected = messengers.forward_features(golden_images(32))[:, 1:]
+        torch.testing.assert_close(plain.forward_features(golden_images(32)), expected, rtol=0, atol=1e-12)
+
+
 def test_merging_concatenates_neighbours_row_offset_first():
     merging = MSGTransformer(**MICRO).layers[0].downsample
     merging.norm = merging.reduction = torch.nn.Identity()
@@ -218,14 +229,16 @@ def test_reduced_precision_and_channels_last_stay_close_to_float32(changes):
         torch.testing.assert_close(model.bfloat16()(x.bfloat16()).float(), expected, **close)
 
 
-def test_gradient_checkpointing_changes_nothing():
-    grads = []
+def test_gradient_checkpointing_runs_blocks_twice_and_changes_nothing():
+    grads, runs = [], []
     for enabled in (False, True):
         model = micro(drop_rate=0.1).train()
         model.set_grad_checkpointing(enabled)
+        model.layers[0].blocks[0].norm1.register_forward_hook(lambda *_: runs.append(1))
         torch.manual_seed(0)
         model(golden_images(32).float()).square().sum().backward()
         grads.append([p.grad for p in model.parameters()])
+    assert len(runs) == 1 + 2
     for a, b in zip(*grads):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 

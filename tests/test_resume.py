@@ -5,33 +5,38 @@ import os
 import random
 import re
 import resource
+import shlex
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from helpers import ROOT, run_main, write_images
+from helpers import (
+    ROOT,
+    Started,
+    assert_same_weights,
+    group_of_two,
+    main_command,
+    run_folder,
+    run_main,
+    start_ranks,
+)
 
 import checkpoint as ckpt
 from data.samplers import TrainBatchSampler
+from utils import be_deterministic
 
-ARGUMENTS = ["--cfg", "configs/digits.yaml", "--batch-size", "4", "--opts", "DATA.NUM_WORKERS", "1"]
-ARGUMENTS += ["MODEL.DROP_RATE", "0.1", "MODEL.DROP_PATH_RATE", "0.2", "AUG.MIXUP", "0.8", "PRINT_FREQ", "1"]
-ARGUMENTS += ["TRAIN.WARMUP_EPOCHS", "1", "TRAIN.EPOCHS", "2", "SAVE_FREQ", "1"]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    write_images(folder / "train", 24)
-    write_images(folder / "val", 3, seed=1)
-    return folder
+ARGUMENTS = shlex.split(
+    "--cfg configs/digits.yaml --batch-size 4 --opts DATA.NUM_WORKERS 1 MODEL.DROP_RATE 0.1"
+)
+ARGUMENTS += shlex.split("MODEL.DROP_PATH_RATE 0.2 AUG.MIXUP 0.8 PRINT_FREQ 1 SAVE_FREQ 1")
+ARGUMENTS += shlex.split("TRAIN.WARMUP_EPOCHS 1 TRAIN.EPOCHS 2")
 
 
-def losses(folder):
+def losses(output):
     """The logged loss and gradient norm of every update, and the metrics of every epoch but its times."""
+    folder = run_folder(output)
     pattern = r"Train: \[(\d+)/\d+\]\[(\d+)/\d+\].*loss ([\d.]+ \([\d.]+\))\tgrad_norm ([\d.]+ \([\d.]+\))"
     log = (folder / "log_rank0.txt").read_text()
     updates = {(epoch, update): values for epoch, update, *values in re.findall(pattern, log)}
@@ -40,62 +45,47 @@ def losses(folder):
     return updates, [{name: value for name, value in row.items() if name not in times} for row in rows]
 
 
-def assert_same_run(folder, undisturbed):
-    assert losses(folder) == losses(undisturbed)
-    last = ckpt.in_order(undisturbed)[-1]
-    ours, expected = (ckpt.read_checkpoint(str(f / last)) for f in (folder, undisturbed))
+def assert_same_run(output, undisturbed):
+    """Two runs ended with the same weights, optimizer state, losses and metrics."""
+    assert losses(output) == losses(undisturbed)
+    assert_same_weights(output, undisturbed)
+    name = ckpt.in_order(run_folder(undisturbed))[-1]
+    ours, expected = (ckpt.read_checkpoint(str(run_folder(root) / name)) for root in (output, undisturbed))
     assert ours["max_accuracy"] == expected["max_accuracy"]
-    for name, weight in expected["model"].items():
-        assert torch.equal(weight, ours["model"][name]), name
     for index, moments in expected["optimizer"]["state"].items():
         for name, value in moments.items():
             assert torch.equal(value, ours["optimizer"]["state"][index][name]), (index, name)
 
 
-def start(arguments, processes, log):
-    """Start main.py on one process or more; returns the Popen."""
-    command = [sys.executable, "main.py"]
-    if processes > 1:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc_per_node={processes}", "main.py"]
-    command = [*command, *map(str, arguments), "--device", "cpu"]
-    environment = dict(os.environ, OMP_NUM_THREADS="1")
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
-
-
-def kill_until_done(arguments, processes, folder, kills, rng, patience=900):
+def kill_until_done(command, output, kills, rng, patience=900):
     """Start the run again and again, killing everything at random moments, saves in progress among them.
 
     Returns:
         Kills that hit the run, and how many of them left a half-written checkpoint behind.
     """
-    log_path, hits, torn = folder.parents[2] / "console.txt", 0, 0
-    deadline = time.monotonic() + patience
+    hits, torn, folder = 0, 0, run_folder(output)
+    end = time.monotonic() + patience
     while True:
-        assert time.monotonic() < deadline, log_path.read_text()[-3000:]
-        with open(log_path, "ab") as log:
-            size = log.tell()
-            run = start(arguments, processes, log)
-            aim, rest = rng.choice(["start", "update", "save", "save"]), rng.random() * 0.3
-            while run.poll() is None and hits < kills:
-                with open(log_path, "rb") as text:
-                    text.seek(size)
-                    trains = b"Train: " in text.read()
-                if aim == "start" or (aim == "update" and trains):
-                    time.sleep(10 * rest if aim == "start" else rest)
-                    break
-                if aim == "save" and trains and unfinished(folder):
-                    break
-                time.sleep(0.0005)
-            if run.poll() is None and hits < kills:
-                # torchrun starts its workers in sessions of their own: the command line finds them all.
-                subprocess.run(["pkill", "-9", "-f", str(folder.parents[1])], check=False)
-                hits += 1
-                run.wait()
-                torn += unfinished(folder)
-                continue
-            assert run.wait() == 0, log_path.read_text()[-3000:]
-            return hits, torn
+        run = Started(output.parent, command)
+        assert time.monotonic() < end, run.text()
+        aim, rest = rng.choice(["start", "update", "save", "save"]), rng.random() * 0.3
+        while run.runs() and hits < kills:
+            trains = "Train: " in run.text()
+            if aim == "start" or (aim == "update" and trains):
+                time.sleep(10 * rest if aim == "start" else rest)
+                break
+            if aim == "save" and trains and unfinished(folder):
+                break
+            time.sleep(0.0005)
+        if run.runs() and hits < kills:
+            # torchrun starts its workers in sessions of their own: the command line finds them all.
+            subprocess.run(["pkill", "-9", "-f", str(output)], check=False)
+            hits += 1
+            run.wait()
+            torn += unfinished(folder)
+            continue
+        assert run.wait() == 0, run.text()
+        return hits, torn
 
 
 def unfinished(folder):
@@ -106,11 +96,12 @@ def unfinished(folder):
 def disturbed_run(tmp_path, data, count, processes, accumulation, kills, epochs):
     arguments = [*ARGUMENTS, "TRAIN.ACCUMULATION_STEPS", accumulation, "TRAIN.EPOCHS", epochs]
     where = ["--data-path", data, "--output"]
-    calm, folder = tmp_path / "calm", tmp_path / "disturbed" / "digits" / "default"
+    calm, output = tmp_path / "calm", tmp_path / "disturbed"
     run_main(*arguments, *where, calm, processes=processes)
-    arguments += ["TRAIN.SAVE_STEPS", 1, *where, tmp_path / "disturbed"]
-    hits, torn = kill_until_done(arguments, processes, folder, kills, random.Random(accumulation))
-    assert_same_run(folder, calm / "digits" / "default")
+    arguments += ["TRAIN.SAVE_STEPS", 1, *where, output]
+    command = main_command(*arguments, processes=processes)
+    hits, torn = kill_until_done(command, output, kills, random.Random(accumulation))
+    assert_same_run(output, calm)
     count("kills survived bit for bit", hits)
     count("of them in the middle of a save", torn)
     assert hits == kills
@@ -148,17 +139,11 @@ def test_another_size_goes_on_with_the_unseen_images(batch_size, world_size):
 
 def test_another_number_of_processes_resumes_and_says_what_changed(tmp_path, data):
     arguments = [*ARGUMENTS, "TRAIN.SAVE_STEPS", 1, "--data-path", data, "--output", tmp_path]
-    folder = tmp_path / "digits" / "default"
-    log_path = tmp_path / "console.txt"
-    with open(log_path, "ab") as log:
-        run = start(arguments, 1, log)
-        while b"[0/2][5/" not in log_path.read_bytes():
-            assert run.poll() is None, log_path.read_text()
-            time.sleep(0.02)
-        run.send_signal(signal.SIGTERM)
-        assert run.wait(60) == 75, log_path.read_text()
-    assert "stopped by SIGTERM" in log_path.read_text()
-    images = ckpt.place_of(ckpt.in_order(folder)[-1])[1]
+    run = Started(tmp_path, main_command(*arguments))
+    run.wait_for("[0/2][5/")
+    run.process.send_signal(signal.SIGTERM)
+    assert run.wait() == 75 and "stopped by SIGTERM" in run.text(), run.text()
+    images = ckpt.place_of(ckpt.in_order(run_folder(tmp_path))[-1])[1]
     printed = run_main(*arguments, processes=2).stdout
     assert "images per update: 4 before, 8 now" in printed
     assert f"goes on after its first {images} images" in printed
@@ -168,13 +153,13 @@ def test_another_number_of_processes_resumes_and_says_what_changed(tmp_path, dat
 
 def test_a_full_disk_never_damages_a_checkpoint(tmp_path, data):
     """Files may grow to 8 MB, half a checkpoint, as if the disk were full then."""
-    where = ["--data-path", data, "--output", tmp_path, "--device", "cpu"]
-    run_main(*ARGUMENTS, "TRAIN.EPOCHS", "1", *where[:-2])
-    folder = tmp_path / "digits" / "default"
+    where = ["--data-path", data, "--output", tmp_path]
+    run_main(*ARGUMENTS, "TRAIN.EPOCHS", 1, *where)
+    folder = run_folder(tmp_path)
     before = {name: (folder / name).read_bytes() for name in ("ckpt_epoch_0.pth", "best.pth")}
 
     def limited(*opts):
-        command = list(map(str, [sys.executable, "main.py", *ARGUMENTS, *opts, *where]))
+        command = main_command(*ARGUMENTS, *opts, *where)
         limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8 << 20, 8 << 20))  # noqa: E731
         return subprocess.run(
             command, cwd=ROOT, preexec_fn=limit, capture_output=True, text=True, timeout=200, check=False
@@ -191,16 +176,11 @@ def test_a_full_disk_never_damages_a_checkpoint(tmp_path, data):
 
 def test_a_removed_output_folder_is_made_again(tmp_path, data):
     arguments = [*ARGUMENTS, "--data-path", data, "--output", tmp_path / "out"]
-    log_path = tmp_path / "console.txt"
-    with open(log_path, "ab") as log:
-        run = start(arguments, 1, log)
-        while b"[0/2][5/" not in log_path.read_bytes():
-            assert run.poll() is None, log_path.read_text()
-            time.sleep(0.02)
-        (tmp_path / "out").rename(tmp_path / "gone")
-        assert run.wait(120) == 0, log_path.read_text()
-    assert "was removed; making it again" in log_path.read_text()
-    assert "ckpt_epoch_1.pth" in ckpt.in_order(tmp_path / "out" / "digits" / "default")
+    run = Started(tmp_path, main_command(*arguments))
+    run.wait_for("[0/2][5/")
+    (tmp_path / "out").rename(tmp_path / "gone")
+    assert run.wait() == 0 and "was removed; making it again" in run.text(), run.text()
+    assert "ckpt_epoch_1.pth" in ckpt.in_order(run_folder(tmp_path / "out"))
 
 
 def test_an_output_folder_that_cannot_be_written_is_one_clear_message(tmp_path, data):
@@ -209,30 +189,34 @@ def test_an_output_folder_that_cannot_be_written_is_one_clear_message(tmp_path, 
     assert done.returncode == 1 and done.stderr.startswith("error: cannot write to the output folder")
 
 
-def test_deterministic_runs_are_bit_identical(tmp_path, data):
+def test_two_runs_of_a_config_are_bit_identical(tmp_path, data):
     for name in ("a", "b"):
         run_main(*ARGUMENTS, "DETERMINISTIC", True, "--data-path", data, "--output", tmp_path / name)
-    assert_same_run(tmp_path / "a" / "digits" / "default", tmp_path / "b" / "digits" / "default")
+    assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
-def test_every_process_uses_the_checkpoint_that_rank_0_chose(tmp_path, data):
+def test_deterministic_refuses_other_kernels():
+    """The CPU has next to none of them; asking PyTorch shows that the switch is thrown."""
+    switches = torch.backends.cuda.mem_efficient_sdp_enabled(), torch.backends.cudnn.benchmark
+    try:
+        torch.backends.cudnn.benchmark = True
+        be_deterministic()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.backends.cuda.mem_efficient_sdp_enabled() and not torch.backends.cudnn.benchmark
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cuda.enable_mem_efficient_sdp(switches[0])
+        torch.backends.cudnn.benchmark = switches[1]
+
+
+def test_every_process_uses_the_checkpoint_that_rank_0_chose(tmp_path, data, port):
     """Rank 1 is given an output folder without any checkpoint, as if its file system showed it none."""
-    arguments = [*ARGUMENTS, "--data-path", data, "--device", "cpu"]
-    run_main(*arguments, "--output", tmp_path / "rank0", processes=2)
-    folder = tmp_path / "rank0" / "digits" / "default"
+    arguments = [*ARGUMENTS, "--data-path", data, "--output"]
+    run_main(*arguments, tmp_path / "rank0", processes=2)
+    folder = run_folder(tmp_path / "rank0")
     (folder / "ckpt_epoch_1.pth").unlink()
-    environment = dict(
-        os.environ, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29571", OMP_NUM_THREADS="1"
-    )
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "main.py", *map(str, arguments), "--output", str(tmp_path / f"rank{rank}")],
-            cwd=ROOT, env=dict(environment, RANK=str(rank), LOCAL_RANK=str(rank)),
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    printed = [rank.communicate(timeout=120)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], printed
-    log = (tmp_path / "rank1" / "digits" / "default" / "log_rank1.txt").read_text()
+    outputs = [[*arguments, tmp_path / f"rank{rank}"] for rank in range(2)]
+    for run in start_ranks(tmp_path, *outputs, **group_of_two(port)):
+        assert run.wait() == 0, run.text()
+    log = (run_folder(tmp_path / "rank1") / "log_rank1.txt").read_text()
     assert f"resuming from {folder}/ckpt_epoch_0.pth: epoch 1" in log

@@ -3,37 +3,22 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from helpers import ROOT, run_main, write_images
+from helpers import ROOT, run_folder, run_main, write_images
 from PIL import Image
 
 import checkpoint as ckpt
 
-SMALL = [
-    "--cfg",
-    "configs/digits.yaml",
-    "--batch-size",
-    "4",
-    "--opts",
-    "DATA.NUM_WORKERS",
-    "1",
-    "PRINT_FREQ",
-    "1",
-]
-SMALL += ["SAVE_FREQ", "1", "TRAIN.WARMUP_EPOCHS", "1", "MODEL.DROP_RATE", "0.1", "TRAIN.EPOCHS"]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    write_images(folder / "train", 8)
-    write_images(folder / "val", 3, seed=1)
-    return folder
+SMALL = shlex.split(
+    "--cfg configs/digits.yaml --batch-size 4 --opts DATA.NUM_WORKERS 1 PRINT_FREQ 1 SAVE_FREQ 1"
+)
+SMALL += shlex.split("TRAIN.WARMUP_EPOCHS 1 MODEL.DROP_RATE 0.1 TRAIN.EPOCHS")
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +26,7 @@ def trained(data, tmp_path_factory):
     """Folder of a run of two epochs in two processes, and what it printed."""
     output = tmp_path_factory.mktemp("output")
     done = run_main(*SMALL, 2, "AUG.MIXUP", 0.8, "--data-path", data, "--output", output, processes=2)
-    return output / "digits" / "default", done.stdout
+    return run_folder(output), done.stdout
 
 
 def figures(text):
@@ -53,7 +38,7 @@ def figures(text):
 def test_a_run_leaves_logs_metrics_curves_and_checkpoints(trained):
     folder, printed = trained
     assert "MODEL.NUM_CLASSES 1000 -> 3" in printed
-    assert "Train: [1/2][2/3]\teta 0:00:00 (run 0:00:00) lr " in printed
+    assert "Train: [1/2][8/9]\teta 0:00:00 (run 0:00:00) lr " in printed
     assert (
         f"best checkpoint: {folder}/best.pth" in printed
         and f"training curves: {folder}/curves.png" in printed
@@ -77,7 +62,7 @@ def test_a_run_leaves_logs_metrics_curves_and_checkpoints(trained):
 
 
 def test_the_same_command_resumes_and_says_so(trained, data, tmp_path):
-    folder = tmp_path / "digits" / "default"
+    folder = run_folder(tmp_path)
     shutil.copytree(trained[0], folder)
     arguments = ["AUG.MIXUP", 0.8, "--data-path", data, "--output", tmp_path]
     assert "all 2 epochs are trained already" in run_main(*SMALL, 2, *arguments, processes=2).stdout
@@ -91,7 +76,7 @@ def test_the_same_command_resumes_and_says_so(trained, data, tmp_path):
 
 
 def test_another_run_does_not_change_the_files_of_the_first(trained, data, tmp_path):
-    folder = tmp_path / "digits" / "default"
+    folder = run_folder(tmp_path)
     shutil.copytree(trained[0], folder)
     files = {path: path.read_bytes() for path in folder.glob("*.*") if not path.name.startswith("log_")}
     where = ["--data-path", data, "--output", tmp_path]
@@ -119,15 +104,22 @@ def test_evaluation_with_fewer_images_than_processes(trained, tmp_path):
     assert spread == pytest.approx(alone, abs=1e-6) and alone[3] == 3
 
 
-def test_fine_tuning_on_other_classes(trained, tmp_path):
-    write_images(tmp_path / "train", 4, classes="ab")
+def test_fine_tuning_on_other_classes_starts_from_the_weights(trained, tmp_path):
+    """The learning rate is too small to move a weight: what is there at the end was there at the start."""
+    write_images(tmp_path / "train", 8, classes="ab")
     write_images(tmp_path / "val", 2, classes="ab")
     printed = run_main(
-        *SMALL, 1, "--data-path", tmp_path, "--output", tmp_path, "--pretrained", trained[0] / "best.pth",
-        "--use-checkpoint", "--accumulation-steps", 2, "--amp-opt-level", "O2",
+        *SMALL, 1, "TRAIN.BASE_LR", 1e-12, "TRAIN.WARMUP_LR", 0, "TRAIN.MIN_LR", 0, "--data-path", tmp_path,
+        "--output", tmp_path, "--pretrained", trained[0] / "best.pth", "--accumulation-steps", 2,
+        "--use-checkpoint", "--amp-opt-level", "O2",
     ).stdout  # fmt: skip
     assert "starting from the weights of" in printed and "running as O1" in printed
-    assert (tmp_path / "digits" / "default" / "best.pth").exists()
+    source, tuned = (
+        ckpt.read_checkpoint(str(f / "best.pth"))["model"] for f in (trained[0], run_folder(tmp_path))
+    )
+    assert tuned.pop("head.weight").shape == (2, 192) and tuned.pop("head.bias").shape == (2,)
+    for name, weight in tuned.items():
+        torch.testing.assert_close(weight, source[name], rtol=0, atol=1e-6)
 
 
 def test_throughput_without_data():
