@@ -47,32 +47,42 @@ def save_checkpoint(path, checkpoint):
         raise cause if isinstance(cause, OSError) else OSError(str(error).split("\n")[0]) from error
 
 
-def save_in_folder(folder, checkpoint, name, best, keep):
+def save_in_folder(folder, checkpoint, name, keep):
     """Write a checkpoint into a run's folder, then delete those it makes superfluous.
 
     Args:
-        name: file name from :func:`epoch_name` or :func:`within_epoch_name`, or None to write the best only.
-        best: also keep it as the best so far.
+        name: file name from :func:`epoch_name` or :func:`within_epoch_name`.
         keep: epoch checkpoints to keep, 0 for all. Of those within an epoch only the newest file of all
             stays.
 
     Returns:
-        The files written.
+        Its path.
 
     Raises:
-        OSError: a file cannot be written; the files that were there are untouched.
+        OSError: the file cannot be written; those that were there are untouched.
     """
-    paths = []
-    if name:
-        paths.append(os.path.join(folder, name))
-        save_checkpoint(paths[0], checkpoint)
-    if best:
-        paths.append(os.path.join(folder, BEST))
-        if not name or not _link(paths[0], paths[1]):
-            save_checkpoint(paths[-1], checkpoint)
-    if name:
-        _prune(folder, keep, name)
-    return paths
+    path = os.path.join(folder, name)
+    save_checkpoint(path, checkpoint)
+    _prune(folder, keep, name)
+    return path
+
+
+def save_best(folder, checkpoint, saved=None):
+    """Keep a checkpoint as the best of a run's folder.
+
+    Args:
+        saved: file that already holds it, to link to where the file system can.
+
+    Returns:
+        The path of the best.
+
+    Raises:
+        OSError: the file cannot be written; the best before is untouched.
+    """
+    path = os.path.join(folder, BEST)
+    if saved is None or not _link(saved, path):
+        save_checkpoint(path, checkpoint)
+    return path
 
 
 def _prune(folder, keep, newest):
@@ -296,6 +306,12 @@ def load_optimizer(optimizer, model, checkpoint, path):
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     ours = [len(group["params"]) for group in optimizer.param_groups]
     theirs = [len(group["params"]) for group in state["param_groups"]]
+    for setting in ("betas", "momentum"):
+        if all(setting in group for group in state["param_groups"]) != (setting in optimizer.defaults):
+            raise CheckpointError(
+                f"{path} was trained with another TRAIN.OPTIMIZER.NAME: set that again, or start from the "
+                "weights alone with --pretrained"
+            )
     if theirs == [ours[0] + 1, ours[1] - 1] and model.msg_tokens is not None:
         decayed = {id(parameter) for parameter in parameters[: ours[0]]} | {id(model.msg_tokens)}
         # A stable sort: the official order is decayed parameters first, each group in the model's order.

@@ -186,7 +186,7 @@ def default_config():
     config.TAG = "default"
     # Epochs between checkpoints; the last epoch and the best are always kept.
     config.SAVE_FREQ = 1
-    # Steps between log lines.
+    # Optimizer updates between log lines; batches in evaluation.
     config.PRINT_FREQ = 100
     config.SEED = 0
     # Set by --eval, --throughput and the launcher.

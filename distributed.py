@@ -17,12 +17,12 @@ from utils import UserError
 def adopt_slurm():
     """Under ``srun`` with several tasks, take rank and world size from Slurm's variables."""
     if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        for name, slurm in (("RANK", "PROCID"), ("WORLD_SIZE", "STEP_NUM_TASKS"), ("LOCAL_RANK", "LOCALID")):
+            os.environ[name] = os.environ[f"SLURM_{slurm}"]
         if "MASTER_ADDR" not in os.environ:
             raise UserError(
                 "srun with several tasks needs MASTER_ADDR and MASTER_PORT set, see scripts/slurm.sh"
             )
-        for name, slurm in (("RANK", "PROCID"), ("WORLD_SIZE", "STEP_NUM_TASKS"), ("LOCAL_RANK", "LOCALID")):
-            os.environ[name] = os.environ[f"SLURM_{slurm}"]
         os.environ.setdefault("MASTER_PORT", "29500")
 
 
@@ -144,7 +144,8 @@ def from_rank_0(make):
 
 def lost_contact(error):
     """Whether an error of PyTorch means that another process of the group is gone or does not answer."""
-    words = ("gloo", "nccl", "connection closed by peer", "connection reset", "broken pipe", "timed out")
-    if isinstance(error, dist.DistError):
+    if isinstance(error, (dist.DistNetworkError, dist.DistStoreError)):
         return True
-    return "RANK" in os.environ and any(word in str(error).lower() for word in words)
+    phrases = ("connection closed by peer", "connection reset by peer", "broken pipe", "timed out waiting")
+    phrases += ("remote process exit", "watchdog caught collective operation timeout")
+    return "RANK" in os.environ and any(phrase in str(error).lower() for phrase in phrases)

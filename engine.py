@@ -8,6 +8,7 @@ to be saved.
 import contextlib
 import os
 import signal
+import sys
 import time
 
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 
 import checkpoint as ckpt
 from distributed import from_rank_0, gather_floats, largest_over_processes, rank_and_world_size
-from logger import make_folder
+from logger import write_config
 from utils import UserError, autocast
 
 REQUEUE_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal, the same command goes on
@@ -153,7 +154,8 @@ class SaveSchedule:
     """Decides after every update, for all processes alike, whether to save and whether to stop.
 
     SIGTERM, SIGINT and SIGUSR1 of any process ask all of them to save and stop; a second SIGINT interrupts at
-    once.
+    once. Before :meth:`start`, while there is nothing to save, they end the process with
+    ``REQUEUE_EXIT_CODE``.
 
     Args:
         steps: updates between checkpoints, 0 for none within an epoch.
@@ -162,11 +164,19 @@ class SaveSchedule:
 
     def __init__(self, steps, minutes):
         self.steps, self.seconds = steps, 60 * minutes
-        self.updates, self.saved, self.signal = 0, time.monotonic(), 0
+        self.updates, self.saved, self.signal = 0, None, 0
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._remember)
 
+    def start(self):
+        """From now on a signal waits for the update that is running."""
+        self.saved = time.monotonic()
+
     def _remember(self, number, frame):
+        if self.saved is None:
+            name = signal.Signals(number).name
+            print(f"stopped by {name} before training: the same command starts again", file=sys.stderr)
+            sys.exit(REQUEUE_EXIT_CODE)
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         self.signal = number
@@ -226,7 +236,7 @@ class Run:
             best: the score is the best so far.
 
         Returns:
-            The files written; none where writing failed, which the log says.
+            The names of the files written; where writing failed, which the log says, some are missing.
 
         Raises:
             CheckpointError: writing failed and ``stop_on_save_error`` is set.
@@ -247,22 +257,32 @@ class Run:
         name = ckpt.epoch_name(epoch) if epoch_done else ckpt.within_epoch_name(epoch, self.progress.images)
 
         def write():
+            files = []
             try:
-                make_folder(self.folder, self.logger)
-                return ckpt.save_in_folder(
-                    self.folder, checkpoint, name if due else None, best, self.keep
-                ), None
+                if not os.path.exists(os.path.join(self.folder, "config.yaml")):
+                    self.logger.warning(f"{self.folder} was removed; making it again")
+                    self.write_config()
+                if due:
+                    files.append(ckpt.save_in_folder(self.folder, checkpoint, name, self.keep))
+                if best:
+                    files.append(ckpt.save_best(self.folder, checkpoint, *files))
             except OSError as error:
-                return [], f"cannot write a checkpoint to {self.folder}: {error.strerror or error}"
+                return files, f"cannot write a checkpoint to {self.folder}: {error.strerror or error}"
+            return files, None
 
         files, problem = from_rank_0(write) if due or best else ([], None)
+        if files:
+            self.logger.info(f"saved {', '.join(files)}")
         if problem and self.stop_on_save_error:
             raise ckpt.CheckpointError(f"{problem}; stopping (TRAIN.ON_SAVE_ERROR)")
         if problem:
             self.logger.error(f"{problem}; training goes on, earlier checkpoints are untouched")
-        elif files:
-            self.logger.info(f"saved {', '.join(files)}")
-        return files
+        return [os.path.basename(path) for path in files]
+
+    def write_config(self):
+        """Write ``config.yaml`` to the run's folder, on rank 0."""
+        if rank_and_world_size()[0] == 0:
+            write_config(self.folder, "config.yaml", self.config, self.logger)
 
     def restore(self, resume, auto_resume, pretrained, start_epoch):
         """Load what the run continues from: its own latest checkpoint, ``resume``, or ``pretrained``.
@@ -338,10 +358,14 @@ def explain_nonfinite(error, paths, sampler, update, folder):
     """
     path = os.path.join(folder, f"nonfinite_rank{sampler.rank}.txt")
     files = [paths[index] for index in sampler.indices_of(update)]
-    with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
-        file.writelines(f"{name}\n" for name in files)
+    try:
+        with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
+            file.writelines(f"{name}\n" for name in files)
+        where = f"all of it in {path}"
+    except OSError as problem:
+        where = f"{path} cannot be written: {problem.strerror}"
     return NonFiniteError(
-        f"{error}; the last batch of this process held {', '.join(files[:3])} ... (all of it in {path}). "
+        f"{error}; the last batch of this process held {', '.join(files[:3])} ... ({where}). "
         f"The last good checkpoint is in {folder}: lower TRAIN.BASE_LR, look at the files, or use AMP_DTYPE "
         "bfloat16"
     )

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import logging.handlers
 import os
 import sys
 
@@ -12,16 +13,40 @@ from torch.utils.tensorboard import SummaryWriter
 from utils import UserError
 
 
+class LogFile(logging.handlers.WatchedFileHandler):
+    """A log file that is opened again where somebody removed it, and that ends no run by a full disk."""
+
+    def __init__(self, path):
+        super().__init__(path, encoding="utf-8", errors="backslashreplace")
+        self.failing = False
+
+    def emit(self, record):
+        """Write a record, in a new file where the old one is gone."""
+        try:
+            os.makedirs(os.path.dirname(self.baseFilename), exist_ok=True)
+            super().emit(record)
+            self.failing = False
+        except OSError:
+            self.handleError(record)
+
+    def handleError(self, record):  # noqa: N802, a name of logging
+        """Say once, rather than for every line, that the file cannot be written."""
+        if not self.failing:
+            self.failing = True
+            print(f"cannot write {self.baseFilename}: {sys.exc_info()[1]}; going on", file=sys.stderr)
+
+
 def create_logger(folder, rank):
     """A logger that writes ``folder/log_rank<rank>.txt``, and on rank 0 to the console, in colour.
+
+    Lines of level DEBUG, such as tracebacks, go to the file only.
 
     Raises:
         UserError: the folder cannot be written to.
     """
     try:
         os.makedirs(folder, exist_ok=True)
-        path = os.path.join(folder, f"log_rank{rank}.txt")
-        file = logging.FileHandler(path, mode="a", encoding="utf-8", errors="backslashreplace")
+        file = LogFile(os.path.join(folder, f"log_rank{rank}.txt"))
     except OSError as error:
         raise UserError(f"cannot write to the output folder {folder}: {error.strerror}") from error
     logger = logging.getLogger("msg_transformer")
@@ -34,6 +59,7 @@ def create_logger(folder, rank):
     date = "%Y-%m-%d %H:%M:%S"
     if rank == 0:
         console = logging.StreamHandler(sys.stdout)
+        console.setLevel(logging.INFO)
         tty = sys.stdout.isatty()
         prefix = colored("[%(asctime)s]", "green", force_color=tty, no_color=not tty)
         prefix += " " + colored(where, "yellow", force_color=tty, no_color=not tty)
@@ -44,11 +70,16 @@ def create_logger(folder, rank):
     return logger
 
 
-def make_folder(folder, logger):
-    """Make the run's folder again where somebody removed it, and say so."""
-    if not os.path.isdir(folder):
-        logger.warning(f"{folder} was removed; making it again")
-        os.makedirs(folder)
+def write_config(folder, name, text, logger):
+    """Write the effective config to the run's folder; on failure say so and go on."""
+    path = os.path.join(folder, name)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(f"{path}.tmp", path)
+    except OSError as error:
+        logger.error(f"cannot write {path}: {error.strerror}")
 
 
 class RunRecord:
@@ -66,33 +97,41 @@ class RunRecord:
         self.path = os.path.join(folder, "metrics.jsonl")
         self.picture = os.path.join(folder, "curves.png")
         self.epochs = [row for row in read_metrics(self.path) if row["epoch"] < start_epoch]
-        self.board = SummaryWriter(os.path.join(folder, "tensorboard"), purge_step=start_update)
+        self.board, self.board_folder = None, os.path.join(folder, "tensorboard")
+        self.purge_step = start_update
 
     def scalars(self, update, **values):
         """Write TensorBoard scalars ``train/<name>`` of an update."""
-        with self._told():
-            for name, value in values.items():
-                self.board.add_scalar(f"train/{name}", value, update)
+        self._write_scalars("train", values, update)
 
     def end_epoch(self, update, **row):
         """Write the metrics of an epoch, which must include ``epoch``, and draw the curves again."""
         self.epochs.append(row)
         with self._told():
-            make_folder(os.path.dirname(self.path), self.logger)
+            os.makedirs(os.path.dirname(self.path), exist_ok=True)
             temporary = f"{self.path}.tmp"
             with open(temporary, "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(epoch) + "\n" for epoch in self.epochs)
             os.replace(temporary, self.path)
             draw_curves(self.epochs, self.picture)
-        with self._told():
-            for name, value in row.items():
-                self.board.add_scalar(f"epoch/{name}", value, update)
-            self.board.flush()
+        self._write_scalars("epoch", row, update)
 
     def close(self):
         """Finish the TensorBoard file."""
         with self._told():
-            self.board.close()
+            if self.board is not None:
+                self.board.close()
+
+    def _write_scalars(self, group, values, update):
+        if not os.path.isdir(self.board_folder):
+            self.board = None
+        with self._told():
+            if self.board is None:
+                self.board = SummaryWriter(self.board_folder, purge_step=self.purge_step)
+                self.purge_step = update
+            for name, value in values.items():
+                self.board.add_scalar(f"{group}/{name}", value, update)
+            self.board.flush()
 
     @contextlib.contextmanager
     def _told(self):
@@ -103,16 +142,19 @@ class RunRecord:
 
 
 def read_metrics(path):
-    """The rows of a ``metrics.jsonl``, none where there is no file; a torn line is left out."""
+    """The rows of a ``metrics.jsonl``, none where there is no file; torn or foreign lines are left out."""
     rows = []
     if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8", errors="replace") as file:
             for line in file:
-                try:
+                with contextlib.suppress(ValueError):
                     rows.append(json.loads(line))
-                except json.JSONDecodeError:
-                    continue
-    return rows
+    drawn = ("epoch", "train_loss", "val_loss", "acc1", "acc5", "lr")
+    return [row for row in rows if isinstance(row, dict) and all(_is_number(row.get(key)) for key in drawn)]
+
+
+def _is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def draw_curves(epochs, path):

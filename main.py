@@ -7,6 +7,7 @@ torchrun --nproc_per_node 8 main.py --cfg <config> --data-path <folder> --eval -
 
 import argparse
 import datetime
+import logging
 import os
 import signal
 import sys
@@ -23,7 +24,7 @@ from config import dump_config, get_config
 from data import build_loaders
 from data.mixup import build_mixup
 from engine import REQUEUE_EXIT_CODE, NonFiniteError, Run, SaveSchedule, Updater, explain_nonfinite
-from logger import RunRecord, create_logger
+from logger import RunRecord, create_logger, write_config
 from lr_scheduler import build_scheduler
 from models import build_model
 from optimizer import build_optimizer
@@ -58,9 +59,11 @@ def parse_args(argv=None):
 def main(args):
     """Set up a run and do it."""
     config = get_config(args)
+    mode = "eval" if config.EVAL_MODE else "throughput" if config.THROUGHPUT_MODE else "train"
+    schedule = SaveSchedule(config.TRAIN.SAVE_STEPS, config.TRAIN.SAVE_MINUTES) if mode == "train" else None
     rank, world_size = distributed.rank_and_world_size()
     device = utils.pick_device(config.DEVICE, config.LOCAL_RANK)
-    utils.seed_everything(config.SEED)
+    utils.seed_everything("model", config.SEED)
     torch.backends.cudnn.benchmark = True
     if config.DETERMINISTIC:
         utils.be_deterministic()
@@ -77,7 +80,6 @@ def main(args):
 
     logger = create_logger(config.OUTPUT, rank)
     distributed.start_process_group(device, config.DIST.TIMEOUT_SECONDS)
-    mode = "eval" if config.EVAL_MODE else "throughput" if config.THROUGHPUT_MODE else "train"
     logger.info(f"{mode} on {world_size} x {device}, PyTorch {torch.__version__}\n{dump_config(config)}")
     if val_loader is not None and named_classes != len(classes):
         logger.info(f"MODEL.NUM_CLASSES {named_classes} -> {len(classes)}, the class folders of the data")
@@ -89,8 +91,9 @@ def main(args):
     amp_dtype = None
     if config.AMP_OPT_LEVEL != "O0":
         amp_dtype = getattr(torch, config.AMP_DTYPE) if device.type == "cuda" else torch.bfloat16
-    if config.THROUGHPUT_MODE:
-        write_config(config, "config_throughput.yaml", logger)
+    if mode != "train" and rank == 0:
+        write_config(config.OUTPUT, f"config_{mode}.yaml", dump_config(config), logger)
+    if mode == "throughput":
         if val_loader is not None:
             images = next(iter(val_loader))[0].to(device)
         else:
@@ -98,40 +101,29 @@ def main(args):
             shape = (config.DATA.BATCH_SIZE, config.MODEL.MSG.IN_CHANS, *[config.DATA.IMG_SIZE] * 2)
             images = torch.randn(shape, device=device)
         throughput(model, images, amp_dtype, logger)
-    elif config.EVAL_MODE:
-        path, checkpoint = distributed.from_rank_0(lambda: choose_for_evaluation(config, logger))
-        ckpt.load_weights(model, checkpoint, path)
+    elif mode == "eval":
+        path, weights = distributed.from_rank_0(lambda: choose_for_evaluation(config, logger))
+        ckpt.load_weights(model, weights, path)
         logger.info(f"evaluating {path}")
-        write_config(config, "config_eval.yaml", logger)
         evaluate(model, val_loader, device, amp_dtype, config.PRINT_FREQ, logger)
     else:
-        fit(model, train_loader, sampler, val_loader, config, device, amp_dtype, logger)
+        fit(model, train_loader, sampler, val_loader, config, device, amp_dtype, schedule, logger)
     distributed.stop_process_group()
 
 
-def write_config(config, name, logger):
-    """Write the effective config to the run's folder, on rank 0."""
-    path = os.path.join(config.OUTPUT, name)
-    if distributed.rank_and_world_size()[0] == 0:
-        try:
-            with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-                file.write(dump_config(config))
-            os.replace(f"{path}.tmp", path)
-        except OSError as error:
-            logger.error(f"cannot write {path}: {error.strerror}")
-
-
 def choose_for_evaluation(config, logger):
-    """Read ``--resume``, or else the latest checkpoint of the run's folder: (path, checkpoint)."""
-    if config.MODEL.RESUME:
-        return config.MODEL.RESUME, ckpt.read_checkpoint(config.MODEL.RESUME)
-    path, checkpoint = ckpt.read_latest(config.OUTPUT, logger.warning)
+    """Read ``--resume``, or else the latest checkpoint of the run's folder: (path, its weights alone)."""
+    path = config.MODEL.RESUME
+    if path:
+        checkpoint = ckpt.read_checkpoint(path)
+    else:
+        path, checkpoint = ckpt.read_latest(config.OUTPUT, logger.warning)
     if path is None:
         raise ckpt.CheckpointError(f"nothing to evaluate: give --resume (no checkpoint in {config.OUTPUT})")
-    return path, checkpoint
+    return path, dict(model=checkpoint.get("model", checkpoint))
 
 
-def fit(model, loader, sampler, val_loader, config, device, amp_dtype, logger):
+def fit(model, loader, sampler, val_loader, config, device, amp_dtype, schedule, logger):
     """Train up to ``TRAIN.EPOCHS``, evaluating after every epoch and saving as configured."""
     rank, world_size = distributed.rank_and_world_size()
     lr_scale = sampler.images_per_update / 512
@@ -156,7 +148,7 @@ def fit(model, loader, sampler, val_loader, config, device, amp_dtype, logger):
         logger,
     )
     start = run.restore(config.MODEL.RESUME, train.AUTO_RESUME, config.MODEL.PRETRAINED, train.START_EPOCH)
-    write_config(config, "config.yaml", logger)
+    run.write_config()
     if start >= train.EPOCHS:
         logger.info(f"all {train.EPOCHS} epochs are trained already; max accuracy {run.best:.2f}%")
         return
@@ -164,7 +156,7 @@ def fit(model, loader, sampler, val_loader, config, device, amp_dtype, logger):
         logger.warning("TRAIN.WARMUP_EPOCHS covers the whole run: TRAIN.BASE_LR is never reached")
     if world_size > 1:
         updater.model = distributed.parallelize(model, device)
-    schedule = SaveSchedule(train.SAVE_STEPS, train.SAVE_MINUTES)
+    schedule.start()
     record = RunRecord(config.OUTPUT, start, int(run.position()), logger) if rank == 0 else None
     begin = time.time()
     for epoch in range(start, train.EPOCHS):
@@ -189,7 +181,7 @@ def fit(model, loader, sampler, val_loader, config, device, amp_dtype, logger):
             record.end_epoch((epoch + 1) * sampler.updates_per_epoch, epoch=epoch, **trained, **result)
         due = epoch % config.SAVE_FREQ == 0 or epoch + 1 == train.EPOCHS
         files = run.save(epoch_done=True, due=due, best=improved)
-        if improved and not files:
+        if improved and ckpt.BEST not in files:
             run.best = before  # the next epoch may still write a best checkpoint
     if not files:
         raise ckpt.CheckpointError(f"the last checkpoint could not be written to {config.OUTPUT}")
@@ -228,7 +220,7 @@ def train_one_epoch(run, loader, criterion, mixup, schedule, seed, epochs, print
         update, part = divmod(step, sampler.accumulation)
         update += done
         if part == 0:
-            utils.seed_everything(seed, rank, epoch, progress.images)
+            utils.seed_everything("dropout", seed, rank, epoch, progress.images)
             loss_sum = torch.zeros((), device=device)
         images = images.to(device, non_blocking=True)
         targets = targets.to(device, non_blocking=True)
@@ -389,6 +381,7 @@ if __name__ == "__main__":
     except RuntimeError as error:
         if not distributed.lost_contact(error):
             raise
+        logging.getLogger("msg_transformer").debug("lost contact", exc_info=error)
         reason = str(error).split("\n")[0][:160]
         sys.exit(
             f"error: lost contact with another process ({reason}); look for the first error of any. The "

@@ -7,6 +7,7 @@ import random
 import resource
 import signal
 import sys
+import zlib
 
 import numpy as np
 import torch
@@ -52,19 +53,24 @@ def be_deterministic():
     torch.backends.cuda.enable_mem_efficient_sdp(False)
 
 
-def seed_everything(*numbers):
-    """Seed Python's, NumPy's and torch's generators, CUDA included, from whole numbers."""
-    seed = _seed_of(numbers)
+def seed_everything(purpose, *numbers):
+    """Seed Python's, NumPy's and torch's generators, CUDA included.
+
+    Args:
+        purpose: a word, so that the same numbers give other seeds elsewhere.
+        numbers: whole numbers, always as many for one purpose.
+    """
+    seed = _seed_of(purpose, numbers)
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
 
 
 @contextlib.contextmanager
-def seeded(*numbers):
-    """Seed the CPU generators from whole numbers for the length of a block, then put them back."""
+def seeded(purpose, *numbers):
+    """Seed the CPU generators as :func:`seed_everything` for the length of a block, then put them back."""
     state = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    seed = _seed_of(numbers)
+    seed = _seed_of(purpose, numbers)
     random.seed(seed)
     np.random.seed(seed)
     torch.default_generator.manual_seed(seed)
@@ -76,8 +82,8 @@ def seeded(*numbers):
         torch.set_rng_state(state[2])
 
 
-def _seed_of(numbers):
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+def _seed_of(purpose, numbers):
+    return int(np.random.SeedSequence([zlib.crc32(purpose.encode()), *numbers]).generate_state(1)[0])
 
 
 def end_workers():

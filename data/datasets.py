@@ -51,7 +51,7 @@ class TrainingSamples(Dataset):
         failed = []
         while True:
             try:
-                with seeded(self.seed, epoch, index):
+                with seeded("augmentation", self.seed, epoch, index):
                     return *self.dataset[index], failed
             except DataError:
                 failed.append(index)

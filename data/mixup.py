@@ -17,12 +17,12 @@ class SeededMixup:
         Args:
             images: (B, 3, S, S) on any device, B even; changed in place.
             targets: (B,) class indices.
-            place: whole numbers that tell this micro-batch from others of this process, such as the epoch.
+            place: whole numbers that tell this micro-batch from others of this process, always as many.
 
         Returns:
             Mixed images, and soft targets (B, classes) with label smoothing applied.
         """
-        with seeded(self.seed, self.rank, *place):
+        with seeded("mixup", self.seed, self.rank, *place):
             return self.mixup(images, targets)
 
 

@@ -7,7 +7,9 @@
 # One task is one process and one GPU; on nodes with 4 GPUs give --ntasks-per-node 4 and
 # --gpus-per-node 4 to sbatch. Two minutes before the time limit Slurm sends SIGUSR1 to the tasks, at
 # a preemption with a grace time SIGTERM: they save after the update that is running and exit with
-# code 75, and the job is queued again. Started again, it resumes from its output folder.
+# code 75, and the job is queued again; so it is when the signal ends Python before it listens
+# (138 and 143). Started again, it resumes from its output folder. A job that scancel ended is not
+# queued again.
 #SBATCH --job-name=msg-transformer
 #SBATCH --ntasks-per-node=8
 # Not --gpus-per-task, which hides from each task all GPUs but one, while SLURM_LOCALID counts on.
@@ -19,13 +21,16 @@
 set -uo pipefail
 
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-29500}
+# Two jobs may share a node: the port comes from the job's number.
+export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
 # Since Slurm 22.05 srun does not take --cpus-per-task from sbatch.
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-8}
 
 srun --kill-on-bad-exit=0 python main.py "$@"
 code=$?
-if [ "$code" -eq 75 ]; then
+state=$(scontrol show job --oneliner "$SLURM_JOB_ID" | grep -o 'JobState=[A-Z]*')
+case "$code" in 75 | 138 | 143) stopped=true ;; *) stopped=false ;; esac
+if $stopped && [ "$state" != JobState=CANCELLED ]; then
     echo "stopped by Slurm and saved: queueing job $SLURM_JOB_ID again"
     scontrol requeue "$SLURM_JOB_ID"
 fi

@@ -52,6 +52,18 @@ def official_checkpoint(path, old_torch):
     return model, optimizer
 
 
+@pytest.mark.parametrize("saved, chosen", [("sgd", "adamw"), ("adamw", "sgd")])
+def test_the_state_of_another_optimizer_is_refused_by_name(saved, chosen):
+    model = micro()
+    first, second = (
+        build_optimizer(digits_config("TRAIN.OPTIMIZER.NAME", name), model, 1.0) for name in (saved, chosen)
+    )
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    first.step()
+    with pytest.raises(ckpt.CheckpointError, match="another TRAIN.OPTIMIZER.NAME"):
+        ckpt.load_optimizer(second, model, dict(optimizer=first.state_dict()), "a.pth")
+
+
 @pytest.mark.parametrize("old_torch", [False, True])
 def test_official_checkpoint_loads_weights_and_optimizer(tmp_path, old_torch):
     path = str(tmp_path / "ckpt_epoch_7.pth")
@@ -149,17 +161,18 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 def test_old_checkpoints_go_and_the_best_stays(tmp_path):
     folder, state = str(tmp_path), dict(model=micro().state_dict())
 
-    def save(epoch, name, best=False, keep=2):
-        return ckpt.save_in_folder(folder, dict(state, epoch=epoch), name, best, keep)
+    def save(epoch, name):
+        return ckpt.save_in_folder(folder, dict(state, epoch=epoch), name, keep=2)
 
-    assert len(save(0, ckpt.epoch_name(0), best=True)) == 2
+    ckpt.save_best(folder, None, saved=save(0, ckpt.epoch_name(0)))
+    assert ckpt.read_checkpoint(os.path.join(folder, ckpt.BEST))["epoch"] == 0
     save(1, ckpt.epoch_name(1))
     save(1, ckpt.within_epoch_name(2, 640))
     save(1, ckpt.within_epoch_name(2, 1280))
     assert ckpt.in_order(folder) == ["ckpt_epoch_0.pth", "ckpt_epoch_1.pth", "ckpt_epoch_2_images_1280.pth"]
     save(2, ckpt.epoch_name(2))
     assert ckpt.in_order(folder) == ["ckpt_epoch_1.pth", "ckpt_epoch_2.pth"]
-    assert len(save(10, None, best=True)) == 1
+    ckpt.save_best(folder, dict(state, epoch=10))
     save(10, ckpt.epoch_name(10))
     assert sorted(os.listdir(folder)) == ["best.pth", "ckpt_epoch_10.pth", "ckpt_epoch_2.pth"]
     assert ckpt.read_checkpoint(os.path.join(folder, ckpt.BEST))["epoch"] == 10

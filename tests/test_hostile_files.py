@@ -258,7 +258,7 @@ def test_malicious_checkpoints_are_named_and_passed_over(tmp_path, official, cou
 def test_a_file_passed_over_does_not_cost_those_written_after_it(tmp_path, official):
     (tmp_path / "ckpt_epoch_5.pth").write_bytes(b"damaged")
     for name in (ckpt.epoch_name(1), ckpt.within_epoch_name(2, 64)):
-        (path,) = ckpt.save_in_folder(str(tmp_path), official, name, best=False, keep=1)
+        path = ckpt.save_in_folder(str(tmp_path), official, name, keep=1)
         assert ckpt.read_latest(str(tmp_path), lambda _: None)[0] == path
 
 

@@ -79,6 +79,22 @@ def test_a_signal_saves_and_the_same_command_goes_on(name, to_all, data, tmp_pat
     assert_same_weights(tmp_path, undisturbed(1))
 
 
+def catches(pid, number):
+    """Whether a process has a handler of its own for a signal."""
+    mask = re.search(r"SigCgt:\s+(\w+)", Path(f"/proc/{pid}/status").read_text())[1]
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_a_signal_before_training_asks_to_start_again(name, data, tmp_path):
+    run = Started(tmp_path, main_command(*ARGUMENTS, "--data-path", data, "--output", tmp_path))
+    while not catches(run.process.pid, signal.SIGTERM):
+        assert run.runs(), run.text()
+    run.process.send_signal(getattr(signal, name))
+    assert run.wait() == 75, run.text()
+    assert run.text() == f"stopped by {name} before training: the same command starts again\n"
+
+
 def test_torchrun_restarts_a_killed_worker_and_resumes(data, tmp_path, undisturbed):
     where = ["--data-path", data, "--output", tmp_path]
     command = main_command(*ARGUMENTS, *where, processes=2, torchrun=["--max-restarts=2"])
@@ -163,6 +179,34 @@ def test_under_torchrun_the_first_failure_is_shown_first(data, tmp_path):
     assert all("lost contact" in error for error in errors[1:])
 
 
+def test_an_unexpected_error_is_shown_whole_and_before_its_consequences(data, tmp_path, port):
+    """Rank 1 meets a bug in its third update, which a script plants; no launcher is there to end rank 0."""
+    script = tmp_path / "planted.py"
+    script.write_text(
+        "import os, runpy, sys, engine\n"
+        "update, updates = engine.Updater.update, []\n"
+        "def planted(self):\n"
+        "    updates.append(1)\n"
+        "    return update(self) if len(updates) < 3 or os.environ['RANK'] == '0' else 1 / 0\n"
+        "engine.Updater.update = planted\n"
+        "sys.argv[0] = 'main.py'\n"
+        "runpy.run_path('main.py', run_name='__main__')\n"
+    )
+    command = main_command(*ARGUMENTS, "--data-path", data, "--output", tmp_path)
+    command[1] = script
+    group = dict(group_of_two(port), PYTHONPATH=str(ROOT))
+    runs = [
+        Started(tmp_path, command, **{k: v.format(rank=rank) for k, v in group.items()}) for rank in (0, 1)
+    ]
+    assert [run.wait() for run in runs] == [1, 1]
+    good, bad = runs
+    assert bad.text().rstrip().endswith("ZeroDivisionError: division by zero"), bad.text()
+    assert "error: lost contact with another process" in good.text() and "Traceback" not in good.text()
+    assert bad.path.stat().st_mtime_ns < good.path.stat().st_mtime_ns
+    log = (run_folder(tmp_path) / "log_rank0.txt").read_text()
+    assert "Traceback (most recent call last)" in log  # where the others got to, for a report
+
+
 def test_slurm_tasks_form_one_group(data, tmp_path, port):
     slurm = dict(SLURM_PROCID="{rank}", SLURM_LOCALID="{rank}", SLURM_STEP_NUM_TASKS="2")
     arguments = [*ARGUMENTS, "--data-path", data, "--output", tmp_path]
@@ -180,7 +224,10 @@ def test_slurm_tasks_form_one_group(data, tmp_path, port):
 
 
 def test_the_slurm_script_requeues_on_exit_code_75(tmp_path):
-    commands = dict(scontrol='echo "scontrol $*" >> calls; [ "$1" = show ] && echo node1 && echo node2; true')
+    commands = dict(
+        scontrol='echo "scontrol $*" >> calls; case "$2" in hostnames) printf "node1\\nnode2\\n" ;;'
+        ' job) echo "JobId=7 JobState=$(cat state) Reason=None" ;; esac'
+    )
     commands["srun"] = (
         'echo "srun $* at $MASTER_ADDR:$MASTER_PORT cpus $SRUN_CPUS_PER_TASK" >> calls; exit $(cat code)'
     )
@@ -191,12 +238,20 @@ def test_the_slurm_script_requeues_on_exit_code_75(tmp_path):
     environment = dict(
         os.environ, PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_JOB_ID="7", SLURM_JOB_NODELIST="n"
     )
-    environment.update(SLURM_CPUS_PER_TASK="5", MASTER_PORT="29500")
-    for code, requeued in ((75, True), (1, False), (0, False)):
+    environment.update(SLURM_CPUS_PER_TASK="5")
+    environment.pop("MASTER_PORT", None)
+    ended = [
+        (75, "RUNNING", True),
+        (143, "PREEMPTED", True),
+        (75, "CANCELLED", False),
+        (143, "CANCELLED", False),
+    ]
+    for code, state, requeued in [*ended, (1, "RUNNING", False), (0, "RUNNING", False)]:
         (tmp_path / "calls").unlink(missing_ok=True)
         (tmp_path / "code").write_text(str(code))
+        (tmp_path / "state").write_text(state)
         script = ["bash", ROOT / "scripts" / "slurm.sh", "--cfg", "a.yaml"]
         assert subprocess.run(script, cwd=tmp_path, env=environment).returncode == code
         calls = (tmp_path / "calls").read_text()
-        assert "main.py --cfg a.yaml at node1:29500 cpus 5" in calls
+        assert "main.py --cfg a.yaml at node1:20007 cpus 5" in calls
         assert ("scontrol requeue 7" in calls) is requeued

@@ -25,6 +25,7 @@ from helpers import (
 
 import checkpoint as ckpt
 from data.samplers import TrainBatchSampler
+from logger import read_metrics
 from utils import be_deterministic
 
 ARGUMENTS = shlex.split(
@@ -180,7 +181,12 @@ def test_a_removed_output_folder_is_made_again(tmp_path, data):
     run.wait_for("[0/2][5/")
     (tmp_path / "out").rename(tmp_path / "gone")
     assert run.wait() == 0 and "was removed; making it again" in run.text(), run.text()
-    assert "ckpt_epoch_1.pth" in ckpt.in_order(run_folder(tmp_path / "out"))
+    folder = run_folder(tmp_path / "out")
+    assert "ckpt_epoch_1.pth" in ckpt.in_order(folder)
+    assert [row["epoch"] for row in read_metrics(folder / "metrics.jsonl")] == [0, 1]
+    assert (folder / "config.yaml").read_text() == (run_folder(tmp_path / "gone") / "config.yaml").read_text()
+    assert "Train: [1/2][0/18]" in (folder / "log_rank0.txt").read_text()
+    assert any(path.stat().st_size > 500 for path in (folder / "tensorboard").iterdir())
 
 
 def test_an_output_folder_that_cannot_be_written_is_one_clear_message(tmp_path, data):

@@ -14,6 +14,7 @@ from helpers import ROOT, run_folder, run_main, write_images
 from PIL import Image
 
 import checkpoint as ckpt
+from logger import read_metrics
 
 SMALL = shlex.split(
     "--cfg configs/digits.yaml --batch-size 4 --opts DATA.NUM_WORKERS 1 PRINT_FREQ 1 SAVE_FREQ 1"
@@ -33,6 +34,14 @@ def figures(text):
     """The last accuracy line: (top-1, top-5, loss, images)."""
     found = re.findall(r"\* Acc@1 ([\d.]+) Acc@5 ([\d.]+) Loss ([\d.]+) on (\d+) images", text)
     return tuple(map(float, found[-1]))
+
+
+def test_foreign_lines_among_the_metrics_do_no_harm(trained, tmp_path):
+    rows = (trained[0] / "metrics.jsonl").read_text()
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('[1]\n{"loss": 1}\n' + rows + '{"epoch": "2", "acc1": null}\n{"epoch": 2, "tr')
+    assert read_metrics(path) == [json.loads(line) for line in rows.splitlines()]
+    assert read_metrics(tmp_path / "none.jsonl") == []
 
 
 def test_a_run_leaves_logs_metrics_curves_and_checkpoints(trained):
