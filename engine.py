@@ -259,8 +259,9 @@ class Run:
         def write():
             files = []
             try:
-                if not os.path.exists(os.path.join(self.folder, "config.yaml")):
-                    self.logger.warning(f"{self.folder} was removed; making it again")
+                if not os.path.exists(
+                    os.path.join(self.folder, "config.yaml")
+                ):  # somebody removed the folder
                     self.write_config()
                 if due:
                     files.append(ckpt.save_in_folder(self.folder, checkpoint, name, self.keep))

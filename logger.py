@@ -1,10 +1,12 @@
 """What a run leaves for people: log files, TensorBoard scalars, metrics per epoch, and a picture of them."""
 
 import contextlib
+import errno
 import json
 import logging
 import logging.handlers
 import os
+import shutil
 import sys
 
 from termcolor import colored
@@ -18,21 +20,23 @@ class LogFile(logging.handlers.WatchedFileHandler):
 
     def __init__(self, path):
         super().__init__(path, encoding="utf-8", errors="backslashreplace")
-        self.failing = False
+        self.failed = False
 
     def emit(self, record):
         """Write a record, in a new file where the old one is gone."""
+        folder = os.path.dirname(self.baseFilename)
         try:
-            os.makedirs(os.path.dirname(self.baseFilename), exist_ok=True)
+            if not os.path.isdir(folder):
+                print(f"{folder} was removed; making it again", file=sys.stderr)
+                os.makedirs(folder, exist_ok=True)
             super().emit(record)
-            self.failing = False
         except OSError:
             self.handleError(record)
 
     def handleError(self, record):  # noqa: N802, a name of logging
         """Say once, rather than for every line, that the file cannot be written."""
-        if not self.failing:
-            self.failing = True
+        if not self.failed:
+            self.failed = True
             print(f"cannot write {self.baseFilename}: {sys.exc_info()[1]}; going on", file=sys.stderr)
 
 
@@ -126,6 +130,9 @@ class RunRecord:
         if not os.path.isdir(self.board_folder):
             self.board = None
         with self._told():
+            # The writer's thread would end with a traceback.
+            if shutil.disk_usage(os.path.dirname(self.path)).free < 2**20:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.board_folder)
             if self.board is None:
                 self.board = SummaryWriter(self.board_folder, purge_step=self.purge_step)
                 self.purge_step = update

@@ -79,12 +79,12 @@ def write_images(folder, per_class, classes=("a", "b", "c"), size=32, seed=0):
             Image.fromarray(pixels.astype(np.uint8)).save(os.path.join(folder, name, f"{i}.png"))
 
 
-def main_command(*arguments, processes=1, torchrun=()):
-    """The words of a main.py command on the CPU; more processes than one go through torchrun."""
+def main_command(*arguments, processes=1, torchrun=(), device="cpu"):
+    """The words of a main.py command; more processes than one go through torchrun."""
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *torchrun]
-    return [*command, "main.py", *map(str, arguments), "--device", "cpu"]
+    return [*command, "main.py", *map(str, arguments), "--device", device]
 
 
 def run_main(*arguments, processes=1, check=True, timeout=300):

@@ -6,6 +6,7 @@ import random
 import re
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import time
@@ -173,6 +174,25 @@ def test_a_full_disk_never_damages_a_checkpoint(tmp_path, data):
     assert going_on.returncode == 1 and "the last checkpoint could not be written" in going_on.stderr
     assert {name: (folder / name).read_bytes() for name in before} == before
     assert not any(name.endswith(".tmp") for name in os.listdir(folder))
+
+
+def test_a_disk_that_is_full_from_the_start_ends_in_one_message(tmp_path, data):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("cannot mount a small disk")
+    try:
+        (disk / "other").write_bytes(bytes(60 << 10))
+        where = ["--data-path", data, "--output", disk]
+        done = run_main(*ARGUMENTS, "TRAIN.EPOCHS", 1, "TRAIN.WARMUP_EPOCHS", 0, *where, check=False)
+        (disk / "other").unlink()
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    assert done.returncode == 1 and "Train: [0/1][17/18]" in done.stdout, done.stdout + done.stderr
+    assert "cannot write a checkpoint to" in done.stdout and "cannot write metrics" in done.stdout
+    assert done.stderr.count("log_rank0.txt: [Errno 28] No space left on device; going on") == 1
+    assert "the last checkpoint could not be written" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_removed_output_folder_is_made_again(tmp_path, data):
