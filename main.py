@@ -26,7 +26,7 @@ from data.mixup import build_mixup
 from engine import REQUEUE_EXIT_CODE, NonFiniteError, Run, SaveSchedule, Updater, explain_nonfinite
 from logger import RunRecord, create_logger, write_config
 from lr_scheduler import build_scheduler
-from models import build_model
+from models import build_model, inference
 from optimizer import build_optimizer
 
 
@@ -88,6 +88,8 @@ def main(args):
     parameters = sum(parameter.numel() for parameter in model.parameters())
     logger.info(f"{config.MODEL.NAME}: {parameters:,} parameters, {model.flops() / 1e9:.3f} GMACs per image")
 
+    if config.COMPILE:
+        utils.compile_model(model, logger)
     amp_dtype = None
     if config.AMP_OPT_LEVEL != "O0":
         amp_dtype = getattr(torch, config.AMP_DTYPE) if device.type == "cuda" else torch.bfloat16
@@ -307,7 +309,6 @@ def learning_rate(run):
     return run.updater.optimizer.param_groups[0]["lr"]
 
 
-@torch.inference_mode()
 def evaluate(model, loader, device, amp_dtype, print_freq, logger):
     """Top-1, top-5 (percent) and mean cross entropy over all images of all processes, each counted once.
 
@@ -316,48 +317,50 @@ def evaluate(model, loader, device, amp_dtype, print_freq, logger):
     Returns:
         dict of val_loss, acc1, acc5.
     """
-    model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # cross entropy, top-1, top-5, images
     begin = time.time()
-    for step, (images, targets) in enumerate(loader):
-        if not len(targets):
-            continue
-        images = images.to(device, non_blocking=True)
-        targets = targets.to(device, non_blocking=True)
-        with utils.autocast(device, amp_dtype):
-            logits = model(images)
-        hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]  # B, 5
-        loss = cross_entropy(logits.double(), targets, reduction="sum")
-        sums += torch.stack([loss, hits[:, 0].sum(), hits.sum(), torch.full((), len(targets), device=device)])
-        if step % print_freq == 0:
-            loss_mean, acc1, acc5 = (sums[:3] / sums[3]).tolist()
-            mean_time = (time.time() - begin) / (step + 1)
-            logger.info(
-                f"Test: [{step}/{len(loader)}]\teta {clock((len(loader) - step - 1) * mean_time)}\t"
-                f"Time {mean_time:.3f}\tLoss {loss_mean:.4f}\t"
-                f"Acc@1 {100 * acc1:.3f}\tAcc@5 {100 * acc5:.3f}\tMem {utils.peak_memory_mb(device):.0f}MB"
+    with inference(model):
+        for step, (images, targets) in enumerate(loader):
+            if not len(targets):
+                continue
+            images = images.to(device, non_blocking=True)
+            targets = targets.to(device, non_blocking=True)
+            with utils.autocast(device, amp_dtype):
+                logits = model(images)
+            hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]  # B, 5
+            loss = cross_entropy(logits.double(), targets, reduction="sum")
+            sums += torch.stack(
+                [loss, hits[:, 0].sum(), hits.sum(), torch.full((), len(targets), device=device)]
             )
+            if step % print_freq == 0:
+                loss_mean, acc1, acc5 = (sums[:3] / sums[3]).tolist()
+                mean_time = (time.time() - begin) / (step + 1)
+                logger.info(
+                    f"Test: [{step}/{len(loader)}]\teta {clock((len(loader) - step - 1) * mean_time)}\t"
+                    f"Time {mean_time:.3f}\tLoss {loss_mean:.4f}\t"
+                    f"Acc@1 {100 * acc1:.3f}\tAcc@5 {100 * acc5:.3f}\t"
+                    f"Mem {utils.peak_memory_mb(device):.0f}MB"
+                )
     sums = distributed.sum_over_processes(sums).tolist()
     loss, acc1, acc5 = sums[0] / sums[3], 100 * sums[1] / sums[3], 100 * sums[2] / sums[3]
     logger.info(f" * Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} Loss {loss:.6f} on {sums[3]:.0f} images")
     return dict(val_loss=loss, acc1=acc1, acc5=acc5)
 
 
-@torch.inference_mode()
 def throughput(model, images, amp_dtype, logger):
     """Log the inference images/s of this process on one batch: 50 warm-up runs, then 30 timed."""
-    model.eval()
     device = images.device
-    for runs, what in ((50, "warm-up"), (30, "timed")):
-        begin = time.time()
-        for run in range(runs):
-            with utils.autocast(device, amp_dtype):
-                model(images)
-            if device.type == "cpu" and run == 4:
-                logger.info(f"{runs} {what} runs, about {clock((time.time() - begin) / 5 * runs)}")
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.time() - begin
+    with inference(model):
+        for runs, what in ((50, "warm-up"), (30, "timed")):
+            begin = time.time()
+            for run in range(runs):
+                with utils.autocast(device, amp_dtype):
+                    model(images)
+                if device.type == "cpu" and run == 4:
+                    logger.info(f"{runs} {what} runs, about {clock((time.time() - begin) / 5 * runs)}")
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds = time.time() - begin
     logger.info(f"batch_size {len(images)} throughput {30 * len(images) / seconds:.2f} images/s")
 
 

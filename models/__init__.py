@@ -1,5 +1,7 @@
-"""The architecture (``msg_transformer.py``) and how a config or a timm name builds it (``build.py``)."""
+"""The architecture (``msg_transformer.py``), how a config or a timm name builds it (``build.py``), and what
+makes it fast."""
 
-from .build import build_model
+from .build import build_model, inference
+from .onednn import use_onednn
 
-__all__ = ["build_model"]
+__all__ = ["build_model", "inference", "use_onednn"]

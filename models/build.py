@@ -1,14 +1,39 @@
 """From a config, or from a timm model name, to a model."""
 
+import contextlib
+
+import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
 from config import ConfigError
 
 from .msg_transformer import MSGTransformer
+from .onednn import use_onednn
+
+
+@contextlib.contextmanager
+def inference(model):
+    """Evaluation without gradients, and the promise that the weights stay as they are inside this context.
+
+    So what depends on them alone is computed once rather than in every call: expanded position biases, linear
+    layers packed for the CPU.
+    """
+    modules = [module for module in model.modules() if hasattr(module, "fix_weights")]
+    model.eval()
+    try:
+        for module in modules:
+            module.fix_weights(True)
+        with torch.inference_mode():
+            yield
+    finally:
+        for module in modules:
+            module.fix_weights(False)
 
 
 def build_model(config):
     """Build the classifier that ``config.MODEL`` and ``config.DATA.IMG_SIZE`` describe, freshly initialised.
+
+    On the CPU its linear layers run through oneDNN.
 
     Raises:
         ConfigError: a combination that cannot be built; the message names the key to change.
@@ -41,6 +66,7 @@ def build_model(config):
     except ValueError as error:
         raise ConfigError(str(error)) from error
     model.set_grad_checkpointing(config.TRAIN.USE_CHECKPOINT)
+    use_onednn(model)
     return model
 
 

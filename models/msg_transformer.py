@@ -58,17 +58,17 @@ def shuffle_messengers(x):
     window's old messenger, in window order. Patch tokens stay as they are.
 
     Args:
-        x: (B*regions, G, 1+w*w, C), the messenger first in every window; C a multiple of G.
+        x: (B*regions, G, 1+w*w, C), the messenger first in every window; C a multiple of G. Changed in place,
+            so that the patch tokens are not copied.
 
     Returns:
-        A tensor of the same shape.
+        x
     """
     windows = x.shape[1]
-    if windows == 1:
-        return x
-    messengers = x[:, :, 0].unflatten(2, (windows, -1))  # B*regions, windows, groups, C/G
-    messengers = messengers.transpose(1, 2).flatten(2)  # B*regions, groups, C: group j goes to window j
-    return torch.cat([messengers.unsqueeze(2), x[:, :, 1:]], dim=2)
+    if windows > 1:
+        messengers = x[:, :, 0].unflatten(2, (windows, -1))  # B*regions, windows, groups, C/G
+        x[:, :, 0] = messengers.transpose(1, 2).flatten(2)  # B*regions, groups, C: group j goes to window j
+    return x
 
 
 def relative_position_index(window):
@@ -198,7 +198,7 @@ class Stage(nn.Module):
     """Blocks at one resolution, then patch merging unless it is the last stage.
 
     Args:
-        side: patch tokens on a side of this stage's map.
+        side: patch tokens on a side of this stage's map, for images of the model's own size.
         region, next_region: windows on a side of a shuffle region, here and in the next stage.
         drop_path: a rate for each block; there are as many blocks as rates.
         downsample: kind of merging, or None for the last stage.
@@ -224,25 +224,30 @@ class Stage(nn.Module):
                 x = block(x)
         return x
 
-    def patch_map(self, x):
-        """The patch tokens of windowed tokens, as a map: (B, H, W, C)."""
+    def patch_map(self, x, rows, cols):
+        """The patch tokens of windowed tokens, as a map: (B, H, W, C) of rows x cols windows."""
         patches = x[:, :, 1:] if self.tokens else x
-        return merge_windows(patches, self.window, self.region, self.side, self.side)
+        return merge_windows(patches, self.window, self.region, rows * self.window, cols * self.window)
 
-    def merge(self, x):
-        """Merge patches, and messengers as their own image, alike; then cut the next stage's windows."""
-        patches = partition_windows(self.downsample(self.patch_map(x)), self.window, self.next_region)
+    def merge(self, x, rows, cols):
+        """Merge patches, and messengers as their own image, alike; then cut the next stage's windows.
+
+        Args:
+            x: windowed tokens.
+            rows, cols: windows of the whole map, H/w and W/w.
+        """
+        patches = self.downsample(self.patch_map(x, rows, cols))
+        patches = partition_windows(patches, self.window, self.next_region)
         if not self.tokens:
             return patches
-        windows = self.side // self.window
-        messengers = merge_windows(x[:, :, :1], 1, self.region, windows, windows)  # B, H/w, W/w, C
-        messengers = partition_windows(self.downsample(messengers), 1, self.next_region)
-        return torch.cat([messengers, patches], dim=2)
+        messengers = merge_windows(x[:, :, :1], 1, self.region, rows, cols)  # B, H/w, W/w, C
+        messengers = self.downsample(messengers)
+        return torch.cat([partition_windows(messengers, 1, self.next_region), patches], dim=2)
 
-    def forward(self, x):
+    def forward(self, x, rows, cols):
         """Blocks, then merging: windowed tokens of this stage to those of the next."""
         x = self.forward_blocks(x)
-        return self.merge(x) if self.downsample is not None else x
+        return self.merge(x, rows, cols) if self.downsample is not None else x
 
 
 class MSGTransformer(nn.Module):
@@ -352,16 +357,7 @@ class MSGTransformer(nn.Module):
         self.apply(init_linear)
 
     def embed(self, x):
-        """Images (B, in_chans, S, S) to the first stage's tokens (B*regions, windows, 1+w*w, C).
-
-        Raises:
-            ValueError: images of another size than the model was built for.
-        """
-        if x.shape[2] != self.img_size or x.shape[3] != self.img_size:
-            raise ValueError(
-                f"the model takes {self.img_size}x{self.img_size} images, these are "
-                f"{x.shape[2]}x{x.shape[3]}: resize them or set DATA.IMG_SIZE"
-            )
+        """Images (B, in_chans, height, width) to the first stage's tokens (B*regions, windows, 1+w*w, C)."""
         x = self.patch_embed(x)  # B, H, W, C
         if self.absolute_pos_embed is not None:
             x = x + self.absolute_pos_embed.unflatten(1, x.shape[1:3])
@@ -373,10 +369,20 @@ class MSGTransformer(nn.Module):
         return torch.cat([self.msg_tokens.expand(x.shape[0], -1, -1, -1), x], dim=2)
 
     def forward_features(self, x):
-        """Images (B, in_chans, S, S) to normed tokens of the last window (B, 1+w*w, C), messenger first."""
+        """Images (B, in_chans, S, S) to normed tokens of the last window (B, 1+w*w, C), messenger first.
+
+        Raises:
+            ValueError: images of another size than the model was built for.
+        """
+        if x.shape[2] != self.img_size or x.shape[3] != self.img_size:
+            raise ValueError(
+                f"the model takes {self.img_size}x{self.img_size} images, these are "
+                f"{x.shape[2]}x{x.shape[3]}: resize them or set DATA.IMG_SIZE"
+            )
         x = self.embed(x)
         for stage in self.layers:
-            x = stage(x)
+            windows = stage.side // stage.window
+            x = stage(x, windows, windows)
         return self.norm(x.squeeze(1))
 
     def forward_head(self, x, pre_logits=False):
@@ -394,7 +400,8 @@ class MSGTransformer(nn.Module):
         """Patch maps of chosen stages, before merging (timm's interface).
 
         Args:
-            x: images (B, in_chans, S, S).
+            x: images (B, in_chans, height, width); with ``intermediates_only`` and without ``ape`` the sides
+                may be any multiples of the model's size.
             indices: stages to return: a list, the last n for an int, all for None.
             norm: apply the final norm to the last stage's map.
             stop_early: accepted for timm; the stages behind the last chosen one never run with
@@ -404,20 +411,34 @@ class MSGTransformer(nn.Module):
 
         Returns:
             The list of maps, or (final tokens, list of maps).
+
+        Raises:
+            ValueError: an image size, format or stage that there is not.
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt {output_fmt!r}: use NCHW or NHWC")
+        (height, width), size = x.shape[2:], self.img_size
+        larger = (height, width) != (size, size)
+        for_maps = intermediates_only and self.absolute_pos_embed is None
+        if height % size or width % size or (larger and not for_maps):
+            raise ValueError(
+                f"images of {height}x{width}: use {size}x{size}, or for maps alone, without absolute "
+                "positions, multiples of that"
+            )
         chosen = stage_indices(indices, len(self.layers))
+        scale_y, scale_x = height // size, width // size
         x, maps = self.embed(x), []
         for i, stage in enumerate(self.layers):
+            windows = stage.side // stage.window
+            rows, cols = scale_y * windows, scale_x * windows
             x = stage.forward_blocks(x)
             if i in chosen:
-                y = stage.patch_map(x)
+                y = stage.patch_map(x, rows, cols)
                 y = self.norm(y) if norm and i + 1 == len(self.feature_info) else y
                 maps.append(y.permute(0, 3, 1, 2) if output_fmt == "NCHW" else y)
             if intermediates_only and i == max(chosen):
                 break
-            x = stage.merge(x) if stage.downsample is not None else x
+            x = stage.merge(x, rows, cols) if stage.downsample is not None else x
         return maps if intermediates_only else (self.norm(x.squeeze(1)), maps)
 
     def prune_intermediate_layers(self, indices=1, prune_norm=False, prune_head=True):

@@ -137,6 +137,24 @@ def test_windows_are_region_row_major_then_window_then_token():
     assert torch.equal(merge_windows(windows, 2, 2, 8, 8), x)
 
 
+def test_maps_of_a_large_image_are_those_of_its_tiles():
+    """Neither windows, regions nor the merging of v1 reach over the tiles of a model's own size."""
+    model = micro().double()
+    image = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    with torch.no_grad():
+        maps = model.forward_intermediates(image, intermediates_only=True)
+        for y, x in ((0, 0), (1, 2)):
+            tile = image[:, :, 32 * y :, 32 * x :][:, :, :32, :32]
+            for i, of_tile in enumerate(model.forward_intermediates(tile, intermediates_only=True)):
+                side = of_tile.shape[2]
+                part = maps[i][:, :, side * y :, side * x :][:, :, :side, :side]
+                torch.testing.assert_close(part, of_tile, rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match="images of 64x96"):
+        model.forward_intermediates(image)
+    with pytest.raises(ValueError, match="images of 32x48"):
+        model.forward_intermediates(image[:, :, :32, :48], intermediates_only=True)
+
+
 def test_shuffle_sends_group_j_of_every_messenger_to_window_j():
     x = torch.zeros(1, 4, 3, 8)
     x[0, :, 0] = torch.arange(4)[:, None] * 10 + torch.arange(8) // 2  # window * 10 + group
