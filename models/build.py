@@ -60,6 +60,7 @@ def build_model(config):
         tokens=msg.TOKENS,
         patch_embed=msg.PATCH_EMBED,
         downsample=msg.DOWNSAMPLE,
+        attention=msg.ATTENTION,
     )
     try:
         model = MSGTransformer(**arguments)

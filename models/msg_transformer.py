@@ -9,10 +9,11 @@ as token 0 of its window, then the patch tokens of the window row-major.
 """
 
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, trunc_normal_
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from .attention import BACKENDS, windowed_attention
 
 
 def partition_windows(x, window, region):
@@ -110,9 +111,9 @@ class LocalAttention(nn.Module):
     is the key of a patch.
     """
 
-    def __init__(self, dim, window, heads, qkv_bias, qk_scale, drop, tokens):
+    def __init__(self, dim, window, heads, qkv_bias, qk_scale, drop, tokens, attention="auto"):
         super().__init__()
-        self.heads = heads
+        self.backend, self.fixed_bias = attention, None
         self.scale = qk_scale or (dim // heads) ** -0.5
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window - 1) ** 2, heads))
         self.rel_pos_msg = nn.Parameter(torch.empty(heads, 2, 1, 1)) if tokens else None
@@ -135,13 +136,16 @@ class LocalAttention(nn.Module):
         from_messenger = self.rel_pos_msg[:, 1].expand(-1, 1, 1 + patches)  # heads, 1, 1+w*w
         return torch.cat([from_messenger, torch.cat([from_patch, bias], dim=2)], dim=1)
 
-    def forward(self, x):
-        """Attend within windows: (B*regions, windows, tokens, C) to the same shape."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # B*regions, windows, tokens, 3, heads, C/heads
-        # Each of q, k, v: B*regions*windows, heads, tokens, C/heads.
-        q, k, v = qkv.flatten(0, 1).movedim(2, 0).transpose(2, 3)
-        x_heads = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias().to(q.dtype), scale=self.scale)
-        return self.proj_drop(self.proj(x_heads.transpose(1, 2).reshape(x.shape)))
+    def fix_weights(self, fixed):
+        """Keep the expanded bias while ``fixed``; see :func:`models.build.inference`."""
+        self.fixed_bias = self.bias().detach() if fixed else None
+
+    def forward(self, x, read=None):
+        """Attend within windows: (B*regions, windows, tokens, C) to the same shape, or to ``read`` tokens."""
+        bias = self.bias() if self.fixed_bias is None else self.fixed_bias
+        qkv = self.qkv(x.flatten(0, 1))  # B*regions*windows, tokens, 3*C
+        heads = windowed_attention(qkv, bias, self.scale, self.backend)  # B*regions*windows, tokens, C
+        return self.proj_drop(self.proj(heads[:, :read])).unflatten(0, x.shape[:2])
 
 
 class Block(nn.Module):
@@ -150,18 +154,31 @@ class Block(nn.Module):
     The shuffle stands between the two residual branches and acts on the residual stream itself.
     """
 
-    def __init__(self, dim, window, heads, mlp_ratio, qkv_bias, qk_scale, drop, drop_path, tokens, shuffle):
+    def __init__(
+        self,
+        dim,
+        window,
+        heads,
+        mlp_ratio,
+        qkv_bias,
+        qk_scale,
+        drop,
+        drop_path,
+        tokens,
+        shuffle,
+        attention="auto",
+    ):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = LocalAttention(dim, window, heads, qkv_bias, qk_scale, drop, tokens)
+        self.attn = LocalAttention(dim, window, heads, qkv_bias, qk_scale, drop, tokens, attention)
         self.shuffle = shuffle and tokens
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x):
-        """Apply the block: (B*regions, windows, tokens, C) to the same shape."""
-        x = x + self.drop_path(self.attn(self.norm1(x)))
+    def forward(self, x, read=None):
+        """Apply the block: (B*regions, windows, tokens, C) to the same shape, or to ``read`` tokens."""
+        x = x[:, :, :read] + self.drop_path(self.attn(self.norm1(x), read))
         if self.shuffle:
             x = shuffle_messengers(x)
         return x + self.drop_path(self.mlp(self.norm2(x)))
@@ -215,13 +232,14 @@ class Stage(nn.Module):
         self.downsample = PatchMerging(dim, downsample) if downsample else None
         self.grad_checkpointing = False
 
-    def forward_blocks(self, x):
-        """Apply the blocks: (B*regions, windows, tokens, C) to the same shape."""
+    def forward_blocks(self, x, read=None):
+        """Apply the blocks: (B*regions, windows, tokens, C) to the same shape, or to ``read`` tokens."""
         for block in self.blocks:
+            wanted = read if block is self.blocks[-1] else None
             if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(block, x, wanted, use_reentrant=False)
             else:
-                x = block(x)
+                x = block(x, wanted)
         return x
 
     def patch_map(self, x, rows, cols):
@@ -244,10 +262,16 @@ class Stage(nn.Module):
         messengers = self.downsample(messengers)
         return torch.cat([partition_windows(messengers, 1, self.next_region), patches], dim=2)
 
-    def forward(self, x, rows, cols):
-        """Blocks, then merging: windowed tokens of this stage to those of the next."""
-        x = self.forward_blocks(x)
-        return self.merge(x, rows, cols) if self.downsample is not None else x
+    def forward(self, x, rows, cols, read=None):
+        """Blocks, then merging: windowed tokens of this stage to those of the next.
+
+        Args:
+            x, rows, cols: as for :meth:`merge`.
+            read: how many tokens of a window anybody reads behind the last stage; None for all.
+        """
+        if self.downsample is None:
+            return self.forward_blocks(x, read)
+        return self.merge(self.forward_blocks(x), rows, cols)
 
 
 class MSGTransformer(nn.Module):
@@ -275,6 +299,7 @@ class MSGTransformer(nn.Module):
         manip_type: ``shuf`` exchanges messengers in every block, ``none`` keeps them without exchange.
         tokens: False removes the messengers: plain local windows, classified by the mean of the final tokens.
         patch_embed, downsample: ``linear`` (v1) or ``conv`` (CVPR 2022).
+        attention: how attention is computed, see ``attention.py``; the result does not depend on it.
 
     Raises:
         ValueError: a combination that cannot be built; the message names the config key to change.
@@ -302,6 +327,7 @@ class MSGTransformer(nn.Module):
         tokens=True,
         patch_embed="linear",
         downsample="linear",
+        attention="auto",
     ):
         super().__init__()
         regions = check_geometry(
@@ -311,6 +337,7 @@ class MSGTransformer(nn.Module):
             ("MANIP_TYPE", manip_type, ("shuf", "none")),
             ("PATCH_EMBED", patch_embed, ("linear", "conv")),
             ("DOWNSAMPLE", downsample, ("linear", "conv")),
+            ("ATTENTION", attention, BACKENDS),
         ):
             if value not in known:
                 raise ValueError(f"MODEL.MSG.{key} is {value!r}: use {' or '.join(known)}")
@@ -345,6 +372,7 @@ class MSGTransformer(nn.Module):
                 qk_scale=qk_scale,
                 drop=drop_rate,
                 shuffle=manip_type == "shuf",
+                attention=attention,
             )
             for i in range(len(depths))
         )
@@ -368,8 +396,11 @@ class MSGTransformer(nn.Module):
             return x
         return torch.cat([self.msg_tokens.expand(x.shape[0], -1, -1, -1), x], dim=2)
 
-    def forward_features(self, x):
+    def forward_features(self, x, read=None):
         """Images (B, in_chans, S, S) to normed tokens of the last window (B, 1+w*w, C), messenger first.
+
+        Args:
+            read: leave out the tokens behind the first ``read``: most of the last block's work.
 
         Raises:
             ValueError: images of another size than the model was built for.
@@ -382,7 +413,7 @@ class MSGTransformer(nn.Module):
         x = self.embed(x)
         for stage in self.layers:
             windows = stage.side // stage.window
-            x = stage(x, windows, windows)
+            x = stage(x, windows, windows, read)
         return self.norm(x.squeeze(1))
 
     def forward_head(self, x, pre_logits=False):
@@ -392,7 +423,8 @@ class MSGTransformer(nn.Module):
 
     def forward(self, x):
         """Images (B, in_chans, S, S) to logits (B, num_classes)."""
-        return self.forward_head(self.forward_features(x))
+        # The head reads the messenger alone.
+        return self.forward_head(self.forward_features(x, read=1 if self.tokens else None))
 
     def forward_intermediates(
         self, x, indices=None, norm=False, stop_early=False, output_fmt="NCHW", intermediates_only=False

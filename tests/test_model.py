@@ -78,7 +78,7 @@ def loop_block(block, x, window):
     def add(u, v):
         return [a + b for a, b in zip(u, v)]
 
-    attention, heads = block.attn, block.attn.heads
+    attention, heads = block.attn, block.attn.rel_pos_msg.shape[0]
     table, rel_pos_msg = attention.relative_position_bias_table.tolist(), attention.rel_pos_msg.tolist()
     x, channels = x.tolist(), x.shape[-1]
     width = channels // heads

@@ -1,0 +1,124 @@
+"""Attention inside windows: one function, several ways to compute it.
+
+All read queries, keys and values where the qkv linear layer wrote them, and write where the projection reads:
+
+    qkv     (N, tokens, 3*heads*D), N windows; a token's queries of all heads, then its keys, then its values
+    bias    (heads, tokens, tokens), query rows and key columns
+    result  (N, tokens, heads*D)
+"""
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+BACKENDS = ("auto", "eager", "sdpa", "blocked")
+BLOCK = 64  # windows whose scores stay in the cache
+
+
+def windowed_attention(qkv, bias, scale, backend="auto"):
+    """Softmax(scale q k^T + bias) v for every window and head.
+
+    Args:
+        qkv, bias: as above; the bias in any floating dtype.
+        scale: factor of q k^T.
+        backend: ``eager`` is the reference, ``sdpa`` PyTorch's scaled_dot_product_attention, ``blocked`` for
+            the CPU; ``auto`` takes the fastest that is correct for the device.
+
+    Returns:
+        (N, tokens, heads*D) in the dtype of qkv.
+    """
+    if backend == "auto":
+        backend = choose_backend(qkv)
+    attend = dict(eager=eager, sdpa=sdpa, blocked=blocked)[backend]
+    return attend(qkv, bias, scale)
+
+
+def choose_backend(qkv):
+    """The fastest backend for a tensor: its device decides, and whether it is being compiled.
+
+    On the CPU, blocks of windows beat the others, and a compiler fuses the plain formulas best.
+    """
+    if qkv.device.type != "cpu":
+        return "sdpa"
+    return "eager" if torch.compiler.is_compiling() else "blocked"
+
+
+def heads_of(x, heads):
+    """A view (N, heads, tokens, D) of (N, tokens, heads*D)."""
+    return x.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def qkv_heads(qkv, heads):
+    """Queries, keys and values as views (N, heads, tokens, D) of (N, tokens, 3*heads*D)."""
+    return (heads_of(part, heads) for part in qkv.chunk(3, dim=2))
+
+
+def probabilities(q, k, bias, scale):
+    """Softmax(scale q k^T + bias) over the keys: (N, heads, tokens, tokens), taken in at least float32."""
+    bias = bias.to(torch.promote_types(bias.dtype, torch.float32))
+    scores = torch.add(bias, q @ k.transpose(-1, -2), alpha=scale)
+    return scores.softmax(-1).to(q.dtype)
+
+
+def eager(qkv, bias, scale):
+    """The formulas as they stand."""
+    q, k, v = qkv_heads(qkv, bias.shape[0])
+    return (probabilities(q, k, bias, scale) @ v).transpose(1, 2).flatten(2)
+
+
+def sdpa(qkv, bias, scale):
+    """PyTorch's fused attention."""
+    q, k, v = qkv_heads(qkv, bias.shape[0])
+    # With a mask of four dimensions the CPU takes its fused kernel, where the bias needs no gradient.
+    x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype)[None], scale=scale)
+    return x.transpose(1, 2).flatten(2)
+
+
+def blocked(qkv, bias, scale):
+    """The formulas for a block of windows at a time, whose scores never leave the cache."""
+    if torch.is_grad_enabled() and (qkv.requires_grad or bias.requires_grad):
+        return _Blocked.apply(qkv, bias, scale)
+    out = qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
+    for part, result in zip(qkv.split(BLOCK), out.split(BLOCK)):
+        q, k, v = qkv_heads(part, bias.shape[0])
+        heads_of(result, bias.shape[0]).copy_(probabilities(q, k, bias, scale) @ v)
+    return out
+
+
+class _Blocked(torch.autograd.Function):
+    """As :func:`blocked`, with its gradients; only the probabilities are stored."""
+
+    @staticmethod
+    def forward(ctx, qkv, bias, scale):
+        windows, tokens, channels = qkv.shape
+        heads = bias.shape[0]
+        out = qkv.new_empty(windows, tokens, channels // 3)
+        stored = qkv.new_empty(windows, heads, tokens, tokens)
+        for part, result, p in zip(qkv.split(BLOCK), out.split(BLOCK), stored.split(BLOCK)):
+            q, k, v = qkv_heads(part, heads)
+            p.copy_(probabilities(q, k, bias, scale))
+            heads_of(result, heads).copy_(p @ v)
+        ctx.save_for_backward(qkv, stored)
+        ctx.scale, ctx.bias_dtype = scale, bias.dtype
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        qkv, stored = ctx.saved_tensors
+        heads = stored.shape[1]
+        grad_qkv = torch.empty_like(qkv)
+        wide = torch.promote_types(ctx.bias_dtype, torch.float32)
+        grad_bias = torch.zeros(stored.shape[1:], dtype=wide, device=qkv.device)
+        blocks = (tensor.split(BLOCK) for tensor in (qkv, grad_qkv, stored, grad))
+        for part, grad_part, p, grad_out in zip(*blocks):
+            (q, k, v), (grad_q, grad_k, grad_v) = qkv_heads(part, heads), qkv_heads(grad_part, heads)
+            grad_out = heads_of(grad_out, heads)
+            grad_v.copy_(p.transpose(-1, -2) @ grad_out)
+            grad_p = grad_out @ v.transpose(-1, -2)
+            grad_scores = torch.ops.aten._softmax_backward_data(grad_p, p, -1, p.dtype)
+            grad_bias += grad_scores.sum(0, dtype=wide)
+            grad_scores *= ctx.scale
+            grad_q.copy_(grad_scores @ k)
+            grad_k.copy_(grad_scores.transpose(-1, -2) @ q)
+        return grad_qkv, grad_bias.to(ctx.bias_dtype), None
