@@ -319,7 +319,7 @@ def evaluate(model, loader, device, amp_dtype, print_freq, logger):
     """
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # cross entropy, top-1, top-5, images
     begin = time.time()
-    with inference(model):
+    with inference(model, amp_dtype):
         for step, (images, targets) in enumerate(loader):
             if not len(targets):
                 continue
@@ -350,7 +350,7 @@ def evaluate(model, loader, device, amp_dtype, print_freq, logger):
 def throughput(model, images, amp_dtype, logger):
     """Log the inference images/s of this process on one batch: 50 warm-up runs, then 30 timed."""
     device = images.device
-    with inference(model):
+    with inference(model, amp_dtype):
         for runs, what in ((50, "warm-up"), (30, "timed")):
             begin = time.time()
             for run in range(runs):

@@ -136,9 +136,9 @@ class LocalAttention(nn.Module):
         from_messenger = self.rel_pos_msg[:, 1].expand(-1, 1, 1 + patches)  # heads, 1, 1+w*w
         return torch.cat([from_messenger, torch.cat([from_patch, bias], dim=2)], dim=1)
 
-    def fix_weights(self, fixed):
-        """Keep the expanded bias while ``fixed``; see :func:`models.build.inference`."""
-        self.fixed_bias = self.bias().detach() if fixed else None
+    def fix_weights(self, dtype):
+        """Keep the expanded bias, or none for None; see :func:`models.build.inference`."""
+        self.fixed_bias = self.bias().detach() if dtype else None
 
     def forward(self, x, read=None):
         """Attend within windows: (B*regions, windows, tokens, C) to the same shape, or to ``read`` tokens."""

@@ -32,69 +32,64 @@ def use_onednn(model):
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = OneDnnLinear
+            module.gelu, module.packed = False, None
     for module in model.modules():
         if isinstance(module, Mlp) and isinstance(module.act, nn.GELU) and module.act.approximate == "none":
             module.fc1.gelu, module.act = True, nn.Identity()
 
 
 class OneDnnLinear(nn.Linear):
-    """A linear layer, with a GELU behind it where ``gelu`` is set; made from others by :func:`use_onednn`."""
+    """A linear layer made from another by :func:`use_onednn`.
 
-    gelu = False
-    packed = None  # packed weights by dtype, where the weights are promised to be fixed
+    Attributes:
+        gelu: apply the exact GELU to the result.
+        packed: weight and bias in a dtype and an order that suit oneDNN while weights are fixed, or None.
+    """
 
-    def fix_weights(self, fixed):
-        """Keep packed weights while ``fixed``; see :func:`models.build.inference`."""
-        self.packed = {} if fixed else None
+    def fix_weights(self, dtype):
+        """Keep packed weights of a dtype, or none for None; see :func:`models.build.inference`."""
+        self.packed = None
+        packable = dtype == torch.float32 or (
+            dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        )
+        if packable and self.weight.device.type == "cpu":
+            weight = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach().to(dtype))
+            self.packed = weight, None if self.bias is None else self.bias.detach().to(dtype)
 
     def forward(self, x):
         """(..., in_features) to (..., out_features)."""
         if x.device.type == "cpu" and torch.backends.mkldnn.enabled:
             autocast = torch.is_autocast_enabled("cpu")
             dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
-            differentiated = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-            if not differentiated and dtype in self._fixed_dtypes():
-                return self._fixed(x.to(dtype), dtype)
-            if dtype == torch.float32 and differentiated:
+            if self.packed is not None and self.packed[0].dtype == dtype:
+                return _linear(x.to(dtype), *self.packed, self.gelu, self.out_features)
+            if dtype == torch.float32 and torch.is_grad_enabled():
                 x = _Differentiated.apply(x.float(), self.weight, self.bias)
                 return F.gelu(x) if self.gelu else x
             if dtype == torch.float32:
-                return _linear(x.float(), self.weight, self.bias, self.gelu)
+                return _linear(x.float(), self.weight, self.bias, self.gelu, self.out_features)
         x = super().forward(x)
         return F.gelu(x) if self.gelu else x
 
-    def _fixed_dtypes(self):
-        if self.packed is None or torch.compiler.is_compiling():
-            return ()
-        bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        return (torch.float32, torch.bfloat16) if bfloat16 else (torch.float32,)
 
-    def _fixed(self, x, dtype):
-        if dtype not in self.packed:
-            weight = self.weight.detach().to(dtype)
-            bias = None if self.bias is None else self.bias.detach().to(dtype)
-            rows = x.numel() // x.shape[-1]
-            self.packed[dtype] = torch.ops.mkldnn._reorder_linear_weight(weight, rows), bias
-        return _linear(x, *self.packed[dtype], self.gelu)
+def _linear(x, weight, bias, gelu, out_features):
+    linear = _opaque_linear if torch.compiler.is_compiling() else _onednn_linear
+    return linear(x, weight, bias, gelu, out_features)
 
 
-def _linear(x, weight, bias, gelu=False):
-    if torch.compiler.is_compiling():
-        return _opaque_linear(x, weight, bias, gelu)
+def _onednn_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gelu: bool, out_features: int
+) -> torch.Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu" if gelu else "none", [], "none")
 
 
 # The compiler has ideas of its own about oneDNN's operator, and fails at some of them.
-@torch.library.custom_op("msg_transformer::linear", mutates_args=())
-def _opaque_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gelu: bool
-) -> torch.Tensor:
-    return _linear(x, weight, bias, gelu)
+_opaque_linear = torch.library.custom_op("msg_transformer::linear", _onednn_linear, mutates_args=())
 
 
 @_opaque_linear.register_fake
-def _(x, weight, bias, gelu):
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
+def _(x, weight, bias, gelu, out_features):
+    return x.new_empty(*x.shape[:-1], out_features)
 
 
 class _Differentiated(torch.autograd.Function):
@@ -103,7 +98,7 @@ class _Differentiated(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
-        return _linear(x, weight, bias)
+        return _linear(x, weight, bias, False, len(weight))
 
     @staticmethod
     def backward(ctx, grad):
@@ -112,11 +107,11 @@ class _Differentiated(torch.autograd.Function):
         if torch.is_grad_enabled():  # a gradient of this gradient is wanted, which oneDNN has not
             grads = grad @ weight, grad.flatten(0, -2).T @ x.flatten(0, -2), grad.flatten(0, -2).sum(0)
             return tuple(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad))
-        grad_x = _linear(grad, weight.T, None) if needs_x else None
+        grad_x = _linear(grad, weight.T, None, False, x.shape[-1]) if needs_x else None
         grad, x = grad.flatten(0, -2), x.flatten(0, -2)
         grad_weight = None
         if needs_weight and grad.shape[1] > x.shape[1]:  # the wider one is read row by row: faster
-            grad_weight = _linear(x.T, grad.T, None).T
+            grad_weight = _linear(x.T, grad.T, None, False, grad.shape[1]).T
         elif needs_weight:
-            grad_weight = _linear(grad.T, x.T, None)
+            grad_weight = _linear(grad.T, x.T, None, False, x.shape[1])
         return grad_x, grad_weight, grad.sum(0) if needs_bias else None

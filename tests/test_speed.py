@@ -1,0 +1,186 @@
+"""What makes the model fast changes its numbers by rounding only, and never with stale weights."""
+
+import copy
+
+import pytest
+import torch
+from helpers import micro
+from timm.layers import Mlp
+from torch import nn
+from torch._dynamo.utils import counters
+
+from models import inference, use_onednn
+from models.attention import BLOCK, windowed_attention
+from models.onednn import OneDnnLinear, has_onednn
+
+needs_onednn = pytest.mark.skipif(not has_onednn(), reason="needs oneDNN on x86")
+
+
+def attention_case(windows, tokens, heads, dim, dtype=torch.float64, seed=0):
+    """Random qkv and bias that require gradients, and an output gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (windows, tokens, 3 * heads * dim), (heads, tokens, tokens), (windows, tokens, heads * dim)
+    qkv, bias, grad = (torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes)
+    return qkv.requires_grad_(), bias.requires_grad_(), grad
+
+
+def loop_attention(qkv, bias, scale):
+    """Attention by the formula, a window and a head at a time."""
+    heads, tokens = bias.shape[:2]
+    dim = qkv.shape[2] // (3 * heads)
+    windows = []
+    for window in qkv:
+        parts = window.view(tokens, 3, heads, dim)
+        each = [
+            torch.softmax(scale * parts[:, 0, h] @ parts[:, 1, h].T + bias[h], dim=1) @ parts[:, 2, h]
+            for h in range(heads)
+        ]
+        windows.append(torch.cat(each, dim=1))
+    return torch.stack(windows)
+
+
+SHAPES = [(1, 1, 1, 16), (3, 50, 3, 32), (BLOCK + 1, 7, 2, 24), (2 * BLOCK + 5, 5, 4, 8), (2, 145, 2, 64)]
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager", "sdpa", "blocked"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_backend_computes_the_formula_and_its_gradients(backend, shape):
+    qkv, bias, grad = attention_case(*shape)
+    expected = loop_attention(qkv, bias, 0.3)
+    out = windowed_attention(qkv, bias, 0.3, backend)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
+    wanted, found = (torch.autograd.grad(y, (qkv, bias), grad) for y in (expected, out))
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11)
+    with torch.no_grad():
+        again = windowed_attention(qkv, bias, 0.3, backend)
+    torch.testing.assert_close(again, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "blocked"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_backends_stay_within_the_rounding_of_their_dtype(backend, dtype):
+    qkv, bias, grad = attention_case(70, 50, 3, 32)
+    expected = windowed_attention(qkv, bias, 0.18, "eager")
+    wanted = torch.autograd.grad(expected, (qkv, bias), grad)
+    low = [tensor.detach().to(dtype).requires_grad_() for tensor in (qkv, bias)]
+    out = windowed_attention(*low, 0.18, backend)
+    assert out.dtype == dtype
+    found = torch.autograd.grad(out, low, grad.to(dtype))
+    for result, reference in zip((out, *found), (expected, *wanted)):
+        error = (result.double() - reference).norm() / reference.norm()
+        assert error < 4 * torch.finfo(dtype).eps, error
+
+
+@needs_onednn
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("widths", [(24, 72), (72, 24)])
+def test_onednn_linear_layers_equal_pytorchs_with_all_gradients(widths, bias):
+    plain = nn.Linear(*widths, bias=bias)
+    fast = nn.Sequential(copy.deepcopy(plain))
+    use_onednn(fast)
+    assert isinstance(fast[0], OneDnnLinear)
+    x = torch.randn(3, 5, 11, widths[0], requires_grad=True)
+    found, expected = (
+        (y, *torch.autograd.grad(y.square().sum(), (x, *layer.parameters())))
+        for layer, y in ((layer, layer(x)) for layer in (fast, plain))
+    )
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@needs_onednn
+def test_onednn_linear_layers_have_second_gradients():
+    fast = nn.Sequential(nn.Linear(6, 4)).requires_grad_(True)
+    plain = copy.deepcopy(fast)
+    use_onednn(fast)
+    x = torch.randn(5, 6, requires_grad=True)
+    penalties = []
+    for layer in (fast, plain):
+        (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+        penalties.append(torch.autograd.grad(grad.square().sum(), layer[0].weight)[0])
+    torch.testing.assert_close(*penalties, rtol=1e-4, atol=1e-5)
+
+
+@needs_onednn
+def test_gelu_is_applied_once_in_training_and_evaluation():
+    plain = Mlp(8, 32)
+    fast = copy.deepcopy(plain)
+    use_onednn(fast)
+    x = torch.randn(4, 8)
+    torch.testing.assert_close(fast(x), plain(x), rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), plain(x), rtol=1e-5, atol=1e-6)
+    assert list(fast.state_dict()) == list(plain.state_dict())
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_changed_between_two_evaluations_are_seen(dtype):
+    """Behind torch's back, too: nothing is kept outside the context."""
+    fast, plain = micro(), micro()
+    use_onednn(fast)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+    def logits(model):
+        with inference(model, dtype), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            return model(images).float()
+
+    tolerance = dict(rtol=1e-4, atol=1e-4) if dtype == torch.float32 else dict(rtol=0.1, atol=0.1)
+    before = logits(fast)
+    torch.testing.assert_close(before, logits(plain), **tolerance)
+    for model in (fast, plain):
+        model.layers[0].blocks[0].attn.rel_pos_msg.data.mul_(-3)
+        model.layers[1].blocks[1].mlp.fc1.weight.data.mul_(-1)
+    torch.testing.assert_close(logits(fast), logits(plain), **tolerance)
+    assert (logits(fast) - before).abs().max() > 5 * tolerance["atol"]
+    assert all(getattr(module, "packed", None) is None for module in fast.modules())
+    assert all(getattr(module, "fixed_bias", None) is None for module in fast.modules())
+
+
+@needs_onednn
+def test_inference_packs_weights_and_bias_and_changes_no_state():
+    model = micro()
+    use_onednn(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with inference(model):
+        assert model.layers[0].blocks[0].mlp.fc1.packed[0].is_mkldnn
+        assert model.layers[0].blocks[0].attn.fixed_bias.shape == (3, 17, 17)
+        assert torch.is_inference_mode_enabled() and not model.training
+        assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_the_head_gets_the_messenger_of_the_full_computation():
+    model = micro().double()
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    tokens = model.forward_features(images)
+    assert tokens.shape == (2, 17, 192) and model.forward_features(images, read=1).shape == (2, 1, 192)
+    torch.testing.assert_close(model(images), model.forward_head(tokens), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_compiling_takes_one_graph_for_training_and_one_for_each_batch_size_of_evaluation():
+    """Three epochs compile nothing after the first, and give the numbers of the uncompiled model."""
+    torch._dynamo.reset()
+    counters.clear()
+    compiled, plain = micro(), micro()
+    for model in (compiled, plain):
+        use_onednn(model)
+    compiled.compile(fullgraph=True, dynamic=False)
+    images, graphs = torch.randn(4, 3, 32, 32), []
+    for _ in range(3):
+        results = []
+        for model in (compiled, plain):
+            model.train()
+            optimizer = torch.optim.SGD(model.parameters(), 0.01)
+            for _ in range(2):
+                loss = model(images).square().mean()
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            with inference(model):
+                results.append([loss, model(images), model(images[:3])])
+        torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == [3, 3, 3]
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
