@@ -97,7 +97,8 @@ def default_config():
     config.MODEL.MSG.PATCH_EMBED = "linear"
     # Patch merging: linear (v1, 2x2 neighbours) or conv (CVPR 2022, 3x3 of stride 2).
     config.MODEL.MSG.DOWNSAMPLE = "linear"
-    # How attention is computed: auto (the fastest), eager (the formulas), sdpa (PyTorch's), blocked (CPU).
+    # How attention is computed, the same up to rounding: auto (the fastest for the device), eager (the
+    # formula), sdpa (PyTorch's scaled_dot_product_attention), blocked (for the CPU), triton (needs a GPU).
     config.MODEL.MSG.ATTENTION = "auto"
 
     config.TRAIN = CfgNode()
@@ -390,7 +391,7 @@ def _check(config, sources):
     choice("MODEL.MSG.MANIP_TYPE", "shuf", "none")
     choice("MODEL.MSG.PATCH_EMBED", "linear", "conv")
     choice("MODEL.MSG.DOWNSAMPLE", "linear", "conv")
-    choice("MODEL.MSG.ATTENTION", "auto", "eager", "sdpa", "blocked")
+    choice("MODEL.MSG.ATTENTION", "auto", "eager", "sdpa", "blocked", "triton")
     choice("TRAIN.LR_SCHEDULER.NAME", "cosine", "linear", "step")
     choice("TRAIN.OPTIMIZER.NAME", "adamw", "sgd")
     choice("AUG.REMODE", "pixel", "rand", "const")

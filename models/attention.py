@@ -1,5 +1,9 @@
 """Attention inside windows: one function, several ways to compute it.
 
+``eager`` is the formula, ``sdpa`` is PyTorch's scaled_dot_product_attention, ``blocked`` is the formula for
+the CPU, a few windows at a time, and ``triton`` are the kernels of attention_kernels.py for GPUs, which never
+store the matrix of probabilities.
+
 All read queries, keys and values where the qkv linear layer wrote them, and write where the projection reads:
 
     qkv     (N, tokens, 3*heads*D), N windows; a token's queries of all heads, then its keys, then its values
@@ -7,11 +11,16 @@ All read queries, keys and values where the qkv linear layer wrote them, and wri
     result  (N, tokens, heads*D)
 """
 
+import importlib.util
+import os
+
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-BACKENDS = ("auto", "eager", "sdpa", "blocked")
+from utils import UserError
+
+BACKENDS = ("auto", "eager", "sdpa", "blocked", "triton")
 BLOCK = 64  # windows whose scores stay in the cache
 
 
@@ -21,24 +30,27 @@ def windowed_attention(qkv, bias, scale, backend="auto"):
     Args:
         qkv, bias: as above; the bias in any floating dtype.
         scale: factor of q k^T.
-        backend: ``eager`` is the reference, ``sdpa`` PyTorch's scaled_dot_product_attention, ``blocked`` for
-            the CPU; ``auto`` takes the fastest that is correct for the device.
+        backend: one of ``BACKENDS``; ``auto`` leaves it to :func:`choose_backend`.
 
     Returns:
         (N, tokens, heads*D) in the dtype of qkv.
+
+    Raises:
+        UserError: ``triton`` cannot run for these tensors; the message says why.
     """
     if backend == "auto":
-        backend = choose_backend(qkv)
-    attend = dict(eager=eager, sdpa=sdpa, blocked=blocked)[backend]
+        backend = choose_backend(qkv.device)
+    attend = dict(eager=eager, sdpa=sdpa, blocked=blocked, triton=triton)[backend]
     return attend(qkv, bias, scale)
 
 
-def choose_backend(qkv):
-    """The fastest backend for a tensor: its device decides, and whether it is being compiled.
+def choose_backend(device):
+    """The fastest backend that is known to be right on a device.
 
-    On the CPU, blocks of windows beat the others, and a compiler fuses the plain formulas best.
+    On the CPU blocks of windows beat the others, but a compiler fuses the plain formula. On a GPU it is
+    ``sdpa``: the kernels of ``triton`` have been compiled for GPUs, but run in Triton's interpreter only.
     """
-    if qkv.device.type != "cpu":
+    if device.type != "cpu":
         return "sdpa"
     return "eager" if torch.compiler.is_compiling() else "blocked"
 
@@ -122,3 +134,85 @@ class _Blocked(torch.autograd.Function):
             grad_q.copy_(grad_scores @ k)
             grad_k.copy_(grad_scores.transpose(-1, -2) @ q)
         return grad_qkv, grad_bias.to(ctx.bias_dtype), None
+
+
+def triton(qkv, bias, scale):
+    """The kernels for GPUs, or in Triton's interpreter."""
+    head_dim = qkv.shape[2] // (3 * bias.shape[0])
+    obstacle = triton_obstacle(qkv.device, qkv.dtype, qkv.shape[1], head_dim)
+    if obstacle:
+        raise UserError(f"MODEL.MSG.ATTENTION is triton, but {obstacle}: use sdpa or auto")
+    return _triton(qkv, bias, float(scale))
+
+
+def triton_obstacle(device, dtype, tokens, head_dim):
+    """Why the ``triton`` backend cannot compute attention for tensors of this kind, or None if it can."""
+    missing = triton_missing()
+    if missing:
+        return missing
+    if device.type != "cuda" and not _interpreted():
+        return f"the model is on the {device.type}, and Triton needs a GPU (or TRITON_INTERPRET=1)"
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"its kernels take float16, bfloat16 and float32, not {str(dtype).removeprefix('torch.')}"
+    if dtype == torch.bfloat16 and _interpreted():
+        return "Triton's interpreter multiplies the bits of bfloat16 numbers, not the numbers"
+    if tokens > 256 or head_dim > 64:
+        return (
+            "its kernels take windows of at most 256 tokens and heads of at most 64 channels, not "
+            f"{tokens} tokens and {head_dim} channels"
+        )
+    return None
+
+
+@torch.compiler.assume_constant_result
+def triton_missing():
+    """Why Triton can run nowhere on this machine, or None if it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if not torch.cuda.is_available() and not _interpreted():
+        return "Triton needs a GPU (or TRITON_INTERPRET=1), and there is none"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _interpreted():
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+# The kernels are opaque to torch.compile, and their file, which needs Triton, is imported by the first call.
+@torch.library.custom_op("msg_transformer::windowed_attention", mutates_args=())
+def _triton(qkv: torch.Tensor, bias: torch.Tensor, scale: float) -> torch.Tensor:
+    from .attention_kernels import attend
+
+    return attend(qkv, bias, scale)
+
+
+@torch.library.custom_op("msg_transformer::windowed_attention_backward", mutates_args=())
+def _triton_backward(
+    grad: torch.Tensor, qkv: torch.Tensor, bias: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from .attention_kernels import attend_backward
+
+    return attend_backward(grad, qkv, bias, scale)
+
+
+@_triton.register_fake
+def _(qkv, bias, scale):
+    return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
+
+
+@_triton_backward.register_fake
+def _(grad, qkv, bias, scale):
+    return torch.empty_like(qkv, memory_format=torch.contiguous_format), torch.empty_like(bias)
+
+
+def _save_for_backward(ctx, inputs, output):
+    qkv, bias, ctx.scale = inputs
+    ctx.save_for_backward(qkv, bias)
+
+
+def _gradients(ctx, grad):
+    return *_triton_backward(grad, *ctx.saved_tensors, ctx.scale), None
+
+
+_triton.register_autograd(_gradients, setup_context=_save_for_backward)

@@ -13,7 +13,7 @@ from timm.layers import DropPath, Mlp, trunc_normal_
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import BACKENDS, windowed_attention
+from .attention import BACKENDS, triton_missing, windowed_attention
 
 
 def partition_windows(x, window, region):
@@ -341,6 +341,8 @@ class MSGTransformer(nn.Module):
         ):
             if value not in known:
                 raise ValueError(f"MODEL.MSG.{key} is {value!r}: use {' or '.join(known)}")
+        if attention == "triton" and triton_missing():
+            raise ValueError(f"MODEL.MSG.ATTENTION is triton, but {triton_missing()}: use sdpa or auto")
         self.img_size, self.window_size, self.regions = img_size, window_size, regions
         self.num_classes, self.tokens = num_classes, tokens
         self.num_features = self.head_hidden_size = embed_dim * 2 ** (len(depths) - 1)

@@ -46,10 +46,10 @@ def test_official_keys_have_official_defaults():
     }  # fmt: skip
     for section, values in expected.items():
         assert {key: config[section][key] for key in values} == values
-    assert dict(config.MODEL.MSG, TOKENS=0, PATCH_EMBED=0, DOWNSAMPLE=0) == dict(
+    assert dict(config.MODEL.MSG, TOKENS=0, PATCH_EMBED=0, DOWNSAMPLE=0, ATTENTION=0) == dict(
         PATCH_SIZE=4, IN_CHANS=3, EMBED_DIM=96, DEPTHS=[2, 2, 6, 2], NUM_HEADS=[3, 6, 12, 24], WINDOW_SIZE=7,
         MLP_RATIO=4.0, QKV_BIAS=True, QK_SCALE=None, APE=False, PATCH_NORM=True, SHUF_SIZE=[4, 4, 2, 1],
-        MANIP_TYPE="shuf", TOKENS=0, PATCH_EMBED=0, DOWNSAMPLE=0,
+        MANIP_TYPE="shuf", TOKENS=0, PATCH_EMBED=0, DOWNSAMPLE=0, ATTENTION=0,
     )  # fmt: skip
     assert dict(config.TRAIN.LR_SCHEDULER) == dict(NAME="cosine", DECAY_EPOCHS=30, DECAY_RATE=0.1)
     assert dict(config.TRAIN.OPTIMIZER) == dict(NAME="adamw", EPS=1e-8, BETAS=(0.9, 0.999), MOMENTUM=0.9)
