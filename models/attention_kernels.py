@@ -58,22 +58,26 @@ def _launch(qkv, bias):
     """Grid (programs per head, heads) and the compile-time arguments of both kernels."""
     windows, tokens, width = qkv.shape
     heads = bias.shape[0]
-    # Up to 16 windows share one load of the bias, as long as about a thousand programs fill the GPU.
-    share = min(max(windows * heads // 1024, 1), 16)
     keys = max(triton.next_power_of_2(tokens), 16)
     head_dim = width // (3 * heads)
-    return (triton.cdiv(windows, share), heads), dict(
+    row_bytes = keys * qkv.element_size()
+    return (triton.cdiv(windows, windows_per_program(windows, heads)), heads), dict(
         HEADS=heads,
         TOKENS=tokens,
         HEAD_DIM=head_dim,
-        # Blocks of 64 rows by 64 keys, 64 by 128 or 32 by 256 fill the registers of their warps.
-        ROWS=min(keys, 8192 // keys, 64),
+        # Blocks of scores of 64 by 64, 32 by 128 or 16 by 256 stay in registers on Hopper.
+        ROWS=min(keys, 4096 // keys),
         KEYS=keys,
         CHANNELS=max(triton.next_power_of_2(head_dim), 16),
         PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
-        num_warps=min(max(keys // 16, 1), 8),
-        num_stages=2 if keys <= 64 else 1,
+        num_warps=min(max(row_bytes // 32, 1), 8),
+        num_stages=2 if row_bytes <= 128 else 1,
     )
+
+
+def windows_per_program(windows, heads):
+    """How many windows share one load of the bias: up to 16, while about 1000 programs fill the GPU."""
+    return min(max(windows * heads // 1024, 1), 16)
 
 
 @triton.jit

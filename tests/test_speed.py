@@ -10,65 +10,9 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from models import inference, use_onednn
-from models.attention import BLOCK, windowed_attention
 from models.onednn import OneDnnLinear, has_onednn
 
 needs_onednn = pytest.mark.skipif(not has_onednn(), reason="needs oneDNN on x86")
-
-
-def attention_case(windows, tokens, heads, dim, dtype=torch.float64, seed=0):
-    """Random qkv and bias that require gradients, and an output gradient."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = (windows, tokens, 3 * heads * dim), (heads, tokens, tokens), (windows, tokens, heads * dim)
-    qkv, bias, grad = (torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes)
-    return qkv.requires_grad_(), bias.requires_grad_(), grad
-
-
-def loop_attention(qkv, bias, scale):
-    """Attention by the formula, a window and a head at a time."""
-    heads, tokens = bias.shape[:2]
-    dim = qkv.shape[2] // (3 * heads)
-    windows = []
-    for window in qkv:
-        parts = window.view(tokens, 3, heads, dim)
-        each = [
-            torch.softmax(scale * parts[:, 0, h] @ parts[:, 1, h].T + bias[h], dim=1) @ parts[:, 2, h]
-            for h in range(heads)
-        ]
-        windows.append(torch.cat(each, dim=1))
-    return torch.stack(windows)
-
-
-SHAPES = [(1, 1, 1, 16), (3, 50, 3, 32), (BLOCK + 1, 7, 2, 24), (2 * BLOCK + 5, 5, 4, 8), (2, 145, 2, 64)]
-
-
-@pytest.mark.parametrize("backend", ["auto", "eager", "sdpa", "blocked"])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_every_backend_computes_the_formula_and_its_gradients(backend, shape):
-    qkv, bias, grad = attention_case(*shape)
-    expected = loop_attention(qkv, bias, 0.3)
-    out = windowed_attention(qkv, bias, 0.3, backend)
-    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
-    wanted, found = (torch.autograd.grad(y, (qkv, bias), grad) for y in (expected, out))
-    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11)
-    with torch.no_grad():
-        again = windowed_attention(qkv, bias, 0.3, backend)
-    torch.testing.assert_close(again, expected, rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("backend", ["eager", "sdpa", "blocked"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_backends_stay_within_the_rounding_of_their_dtype(backend, dtype):
-    qkv, bias, grad = attention_case(70, 50, 3, 32)
-    expected = windowed_attention(qkv, bias, 0.18, "eager")
-    wanted = torch.autograd.grad(expected, (qkv, bias), grad)
-    low = [tensor.detach().to(dtype).requires_grad_() for tensor in (qkv, bias)]
-    out = windowed_attention(*low, 0.18, backend)
-    assert out.dtype == dtype
-    found = torch.autograd.grad(out, low, grad.to(dtype))
-    for result, reference in zip((out, *found), (expected, *wanted)):
-        error = (result.double() - reference).norm() / reference.norm()
-        assert error < 4 * torch.finfo(dtype).eps, error
 
 
 @needs_onednn

@@ -1,0 +1,200 @@
+"""Every way to compute attention in windows against the formula, gradients included."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT, micro
+
+from models.attention import BLOCK, choose_backend, windowed_attention
+from models.msg_transformer import MSGTransformer
+from utils import UserError
+
+
+def attention_case(windows, tokens, heads, dim, dtype=torch.float64, seed=0):
+    """Random qkv and bias that require gradients, and an output gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (windows, tokens, 3 * heads * dim), (heads, tokens, tokens), (windows, tokens, heads * dim)
+    qkv, bias, grad = (torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes)
+    return qkv.requires_grad_(), bias.requires_grad_(), grad
+
+
+def loop_attention(qkv, bias, scale):
+    """Attention by the formula, a window and a head at a time."""
+    heads, tokens = bias.shape[:2]
+    dim = qkv.shape[2] // (3 * heads)
+    windows = []
+    for window in qkv:
+        parts = window.view(tokens, 3, heads, dim)
+        each = [
+            torch.softmax(scale * parts[:, 0, h] @ parts[:, 1, h].T + bias[h], dim=1) @ parts[:, 2, h]
+            for h in range(heads)
+        ]
+        windows.append(torch.cat(each, dim=1))
+    return torch.stack(windows)
+
+
+SHAPES = [(1, 1, 1, 16), (3, 50, 3, 32), (BLOCK + 1, 7, 2, 24), (2 * BLOCK + 5, 5, 4, 8), (2, 145, 2, 64)]
+TRITON_SHAPES = [
+    (1, 1, 1, 64),
+    (3, 50, 3, 32),
+    (5, 7, 2, 24),
+    (2, 64, 1, 16),
+    (2, 65, 1, 48),
+    (3, 145, 2, 16),
+]
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager", "sdpa", "blocked"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_backend_computes_the_formula_and_its_gradients(backend, shape):
+    qkv, bias, grad = attention_case(*shape)
+    expected = loop_attention(qkv, bias, 0.3)
+    out = windowed_attention(qkv, bias, 0.3, backend)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
+    wanted, found = (torch.autograd.grad(y, (qkv, bias), grad) for y in (expected, out))
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11)
+    with torch.no_grad():
+        again = windowed_attention(qkv, bias, 0.3, backend)
+    torch.testing.assert_close(again, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "blocked"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_backends_stay_within_the_rounding_of_their_dtype(backend, dtype):
+    qkv, bias, grad = attention_case(70, 50, 3, 32)
+    expected = windowed_attention(qkv, bias, 0.18, "eager")
+    wanted = torch.autograd.grad(expected, (qkv, bias), grad)
+    low = [tensor.detach().to(dtype).requires_grad_() for tensor in (qkv, bias)]
+    out = windowed_attention(*low, 0.18, backend)
+    assert out.dtype == dtype
+    found = torch.autograd.grad(out, low, grad.to(dtype))
+    for result, reference in zip((out, *found), (expected, *wanted)):
+        error = (result.double() - reference).norm() / reference.norm()
+        assert error < 4 * torch.finfo(dtype).eps, error
+
+
+def relative_errors(shape, dtype, backend, device="cpu"):
+    """Norms of the errors of output and gradients over those of float64, in units of the dtype's epsilon."""
+    qkv, bias, grad = attention_case(*shape)
+    expected = windowed_attention(qkv, bias, 0.3, "eager")
+    wanted = (expected, *torch.autograd.grad(expected, (qkv, bias), grad))
+    low = [tensor.detach().to(device, dtype).requires_grad_() for tensor in (qkv, bias)]
+    out = windowed_attention(*low, 0.3, backend)
+    found = (out, *torch.autograd.grad(out, low, grad.to(device, dtype)))
+    errors = []
+    for result, reference in zip(found, wanted):
+        error = (result.detach().cpu().double() - reference.detach()).norm()
+        errors.append((error / reference.norm().clamp(min=1e-3) / torch.finfo(dtype).eps).item())
+    return errors
+
+
+def in_interpreter(code):
+    """Run Python code that imports this file, with Triton's kernels interpreted; returns its JSON output."""
+    path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    environment = dict(os.environ, TRITON_INTERPRET="1", PYTHONPATH=path, OMP_NUM_THREADS="1")
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def triton_errors():
+    """The errors of the kernels, with a window for each program and with several, in what can be interpreted.
+
+    Triton's interpreter multiplies the bits of bfloat16 numbers rather than the numbers.
+    """
+    from models import attention_kernels
+
+    cases = [(shape, dtype) for shape in TRITON_SHAPES for dtype in (torch.float32, torch.float16)]
+    errors = [relative_errors(shape, dtype, "triton") for shape, dtype in cases]
+    attention_kernels.windows_per_program = lambda windows, heads: 2
+    return errors + [relative_errors(shape, dtype, "triton") for shape, dtype in cases]
+
+
+def triton_micro_errors():
+    """Differences of the micro model's logits and gradients between the kernels and the formula."""
+    results = []
+    for attention in ("triton", "eager"):
+        model = micro(attention=attention)
+        logits = model(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+        logits.square().sum().backward()
+        results.append([logits, *(parameter.grad for parameter in model.parameters())])
+    return [((a - b).norm() / b.norm().clamp(min=1)).item() for a, b in zip(*results)]
+
+
+triton = pytest.importorskip("triton")
+
+
+def test_triton_kernels_compute_the_formula_and_its_gradients():
+    errors = in_interpreter("import json, test_attention as t; print(json.dumps(t.triton_errors()))")
+    assert len(errors) == 4 * len(TRITON_SHAPES)
+    assert max(error for case in errors for error in case) < 8, errors
+
+
+def test_a_model_on_triton_kernels_has_the_gradients_of_the_formula():
+    errors = in_interpreter("import json, test_attention as t; print(json.dumps(t.triton_micro_errors()))")
+    assert max(errors) < 1e-5, errors
+
+
+@pytest.mark.parametrize("tokens, dim, kind", [(50, 32, "bf16"), (145, 64, "bf16"), (145, 32, "fp32")])
+@pytest.mark.parametrize("arch, shared", [(80, 163 << 10), (90, 227 << 10)])
+def test_triton_kernels_compile_for_gpus_within_their_shared_memory(tokens, dim, kind, arch, shared):
+    """Compilation needs no GPU: NVIDIA A100 (80) and H100 (90)."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from models import attention_kernels as kernels
+
+    _, constants = kernels._launch(torch.empty(64, tokens, 9 * dim), torch.empty(3, tokens, tokens))
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+    types = dict(scale="fp32", windows="i32", bias="*fp32", sums="*fp32")
+    for kernel in (kernels._forward, kernels._backward):
+        signature = {
+            name: "constexpr" if name in constants else types.get(name, f"*{kind}")
+            for name in kernel.arg_names
+        }
+        values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+        source = ASTSource(kernel, signature, values)
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+        assert compiled.metadata.shared <= shared
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_backends_on_a_gpu_compute_the_formula(dtype, backend):
+    for shape in (*TRITON_SHAPES, (4096, 50, 3, 32), (300, 145, 6, 32)):
+        assert max(relative_errors(shape, dtype, backend, "cuda")) < 8, shape
+
+
+def test_triton_says_why_it_cannot_run():
+    if torch.cuda.is_available():
+        pytest.skip("it can")
+    with pytest.raises(ValueError, match="MODEL.MSG.ATTENTION is triton, but Triton needs a GPU .* use sdpa"):
+        MSGTransformer(attention="triton")
+    qkv, bias, _ = attention_case(2, 3, 1, 16)
+    with pytest.raises(UserError, match="needs a GPU"):
+        windowed_attention(qkv, bias, 1.0, "triton")
+
+
+def test_the_choice_follows_the_device():
+    assert choose_backend(torch.device("cpu")) == "blocked"
+    assert choose_backend(torch.device("cuda")) == "sdpa"
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "blocked"])
+def test_the_golden_numbers_hold_on_every_backend(attention):
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    expected, found = (micro(attention=name).double()(images) for name in ("eager", attention))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
