@@ -1,7 +1,7 @@
 """Linear layers through oneDNN on the CPU, where PyTorch takes another library for float32.
 
-PyTorch computes float32 linear layers with MKL, which uses half of what AVX-512 cores of AMD can do
-(``benchmarks/``). oneDNN is part of PyTorch, knows all of them, and can apply the bias and a GELU on the way.
+PyTorch computes float32 linear layers with MKL, which does not use all of every CPU. oneDNN, a part of
+PyTorch too, can also apply bias and GELU on the way. ``benchmarks/`` has the same model with both.
 """
 
 import platform

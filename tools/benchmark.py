@@ -40,6 +40,7 @@ CLASSES = 1000
 
 
 def parse_args():
+    """The command line, with the peer filled in."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -143,50 +144,55 @@ class Candidate:
 
 
 def compare(candidates, rounds, peer):
-    """Time candidates in turn; rows of name, compiled, ms, quartiles, and the ratio to the peer."""
+    """Time candidates in turn.
+
+    Returns:
+        A row for each: model, compiled, ms_per_image (the median), and the median and quartiles over the
+        median of the peer, compiled like the candidate.
+    """
     with contextlib.ExitStack() as stack:
         for candidate in candidates:
             if candidate.mode == "inference" and ":plain" not in candidate.name:
                 stack.enter_context(inference(candidate.model))
-            begin = time.perf_counter()
-            candidate.step()
-            candidate.first = time.perf_counter() - begin
-            candidate.step()
+            for _ in range(2):
+                candidate.step()
         for done in range(rounds):
             for candidate in candidates:
                 candidate.measure()
             print(f"\r  round {done + 1}/{rounds}", end="", flush=True, file=sys.stderr)
     print(file=sys.stderr)
-    median = {(c.name, c.compiled): statistics.median(c.seconds) for c in candidates}
-    rows = []
-    for candidate in candidates:
-        images = len(candidate.images)
-        low, middle, high = statistics.quantiles(candidate.seconds, n=4)
-        row = dict(model=candidate.name, compiled=candidate.compiled)
-        row.update(ms_per_image=1e3 * middle / images, low=1e3 * low / images, high=1e3 * high / images)
-        row["ratio"] = middle / median[peer, candidate.compiled]
-        if candidate.compiled:
-            row["compile_seconds"] = candidate.first
-        rows.append(row)
-    return rows
+    quartiles = [statistics.quantiles(candidate.seconds, n=4) for candidate in candidates]
+    peers = {c.compiled: median for c, (_, median, _) in zip(candidates, quartiles) if c.name == peer}
+    return [
+        dict(
+            model=candidate.name,
+            compiled=candidate.compiled,
+            ms_per_image=1e3 * median / len(candidate.images),
+            ratio=median / peers[candidate.compiled],
+            quartiles=[low / peers[candidate.compiled], high / peers[candidate.compiled]],
+        )
+        for candidate, (low, median, high) in zip(candidates, quartiles)
+    ]
 
 
-def peak_memory(*arguments, **options):
-    """Peak memory in MiB of two steps of a candidate, beyond that of an idle process, in a fresh process."""
+def peak_memory(**options):
+    """Peak memory in MiB of two steps of a :class:`Candidate`, beyond that of an idle process.
+
+    It is measured in a process of its own: on the CPU it is the resident memory of the whole process.
+    """
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_memory, arguments, options)
+        return pool.apply(_peak_memory, (), options)
 
 
-def _peak_memory(*arguments, **options):
-    if arguments[4] == "cuda":
-        candidate = Candidate(*arguments, **options)
-        for _ in range(2):
-            candidate.time()
-        return torch.cuda.max_memory_allocated() / 2**20
+def _peak_memory(**options):
+    with contextlib.suppress(OSError):  # Linux forgets the peak of the imports
+        Path("/proc/self/clear_refs").write_text("5")
     idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    candidate = Candidate(*arguments, **options)
+    candidate = Candidate(**options)
     for _ in range(2):
-        candidate.step()
+        candidate.time()
+    if candidate.device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - idle) / 2**10
 
 
@@ -205,26 +211,25 @@ def machine(device):
 
 
 def table(result):
-    """The rows as a markdown table, a section for each setting."""
-    unit = "ms per image" if result["absolute"] else "time per image, peer = 1"
+    """The rows as a markdown table."""
+    columns = dict(ratio="ratio", quartiles="quartiles", memory_ratio="memory ratio")
+    columns.update(growth="time, first size = 1", memory_growth="memory, first size = 1")
+    columns.update(ms_per_image="ms per image", memory="memory, MiB")
+    rows = [(setting, row) for setting, rows in result["settings"].items() for row in rows]
+    columns = {key: name for key, name in columns.items() if any(key in row for _, row in rows)}
     lines = [f"`{result['command']}`", "", result["machine"], ""]
     lines += [f"Medians of {result['rounds']} alternating rounds; ratios to `{result['peer']}`.", ""]
-    columns = ["setting", "model", unit, "quartiles", "ratio", "memory MiB", "memory ratio", "compile s"]
-    lines += ["| " + " | ".join(columns) + " |", "|---" * 2 + "|---:" * (len(columns) - 2) + "|"]
-    for setting, rows in result["settings"].items():
-        for row in rows:
-            scale = 1 if result["absolute"] else row["ratio"] / row["ms_per_image"]
-            cells = [setting, f"`{row['model']}`" + (" compiled" if row["compiled"] else "")]
-            cells += [
-                f"{row['ms_per_image'] * scale:.3g}",
-                f"{row['low'] * scale:.3g} to {row['high'] * scale:.3g}",
-            ]
-            cells.append(f"{row['ratio']:.3f}")
-            memory = row.get("memory") if result["absolute"] else None
-            cells.append("-" if memory is None else f"{memory:.0f}")
-            cells.append(f"{row['memory_ratio']:.2f}" if "memory_ratio" in row else "-")
-            cells.append(f"{row['compile_seconds']:.0f}" if "compile_seconds" in row else "-")
-            lines.append("| " + " | ".join(cells) + " |")
+    lines += [
+        "| setting | model | " + " | ".join(columns.values()) + " |",
+        "|---|---" + "|---:" * len(columns) + "|",
+    ]
+    for setting, row in rows:
+        values = dict(row, quartiles="{:.2f} to {:.2f}".format(*row["quartiles"]))
+        cells = [
+            value if isinstance(value := values.get(key, "-"), str) else f"{value:.3g}" for key in columns
+        ]
+        model = f"`{row['model']}`" + (" compiled" if row["compiled"] else "")
+        lines.append("| " + " | ".join([setting, model, *cells]) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -251,21 +256,29 @@ def draw_bars(result, path):
     figure.savefig(path, dpi=120)
 
 
+def add_growth(settings):
+    """Add to each row its time and memory over those of the same model in the first setting."""
+    first = {(row["model"], row["compiled"]): row for row in next(iter(settings.values()))}
+    for row in (row for rows in settings.values() for row in rows):
+        start = first[row["model"], row["compiled"]]
+        row["growth"] = row["ms_per_image"] / start["ms_per_image"]
+        if "memory" in row:
+            row["memory_growth"] = row["memory"] / start["memory"]
+
+
 def draw_sizes(result, path):
-    """Draw time and memory over the pixels of an image, each model relative to its smallest size."""
+    """Draw how time and memory grow with the side of an image, beside the growth of its pixels."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
+    sizes = [int(setting.split()[0]) for setting in result["settings"]]
     by_model = {}
-    for setting, rows in result["settings"].items():
-        for row in rows:
-            by_model.setdefault(row["model"], []).append((int(setting.split()[0]), row))
-    keys = dict(ms_per_image="time per image", memory="peak memory beyond the idle process")
-    for axes, (key, what) in zip(figure.subplots(1, 2), keys.items()):
-        for model, points in by_model.items():
-            if all(row.get(key) for _, row in points):
-                values = [row[key] / points[0][1][key] for _, row in points]
-                axes.plot([size for size, _ in points], values, marker="o", label=model)
-        sizes = [size for size, _ in points]
+    for row in (row for rows in result["settings"].values() for row in rows):
+        by_model.setdefault(row["model"] + " compiled" * row["compiled"], []).append(row)
+    panels = dict(growth="time per image", memory_growth="peak memory beyond an idle process")
+    for axes, (key, what) in zip(figure.subplots(1, 2), panels.items()):
+        for model, rows in by_model.items():
+            if key in rows[0]:
+                axes.plot(sizes, [row[key] for row in rows], marker="o", label=model)
         axes.plot(sizes, [(size / sizes[0]) ** 2 for size in sizes], "k:", label="the pixels")
         axes.set(title=f"{what}, {sizes[0]} px = 1", xlabel="image side, px", xticks=sizes, ylim=(0, None))
         axes.grid(alpha=0.3)
@@ -273,43 +286,57 @@ def draw_sizes(result, path):
     figure.savefig(path, dpi=120)
 
 
+def plan(args):
+    """The settings to measure in: name to what a :class:`Candidate` takes."""
+    if args.sizes:
+        common = dict(
+            mode="inference", dtype=DTYPES[args.dtypes[0]], batch=args.batch_sizes[0], features=True
+        )
+        return {f"{size} px features, {args.dtypes[0]}": dict(common, size=size) for size in args.sizes}
+    return {
+        f"{mode} {dtype}, batch {batch}": dict(mode=mode, dtype=DTYPES[dtype], batch=batch)
+        for mode in args.modes
+        for dtype in args.dtypes
+        for batch in args.batch_sizes
+    }
+
+
+def measure(args, options):
+    """The rows of one setting, with memory if asked for."""
+    choices = [
+        dict(name=name, compiled=compiled, device=args.device, **options)
+        for compiled in ([False, True] if args.compile else [False])
+        for name in args.models
+    ]
+    rows = compare([Candidate(**choice) for choice in choices], args.rounds, args.peer)
+    if args.memory:
+        for row, choice in zip(rows, choices):
+            row["memory"] = peak_memory(**choice)
+        peers = {row["compiled"]: row["memory"] for row in rows if row["model"] == args.peer}
+        for row in rows:
+            row["memory_ratio"] = row["memory"] / peers[row["compiled"]]
+    return rows
+
+
 def main():
+    """Measure every setting, print the ratios, write the files."""
     args = parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     print(machine(args.device))
     result = dict(machine=machine(args.device), peer=args.peer, rounds=args.rounds, settings={})
     result["command"] = "python " + " ".join([os.path.relpath(sys.argv[0]), *sys.argv[1:]])
-    result["absolute"] = args.device == "cuda"
-    plans = [
-        (f"{mode} {dtype}, batch {batch}", dict(mode=mode, dtype=DTYPES[dtype], batch=batch))
-        for mode in args.modes
-        for dtype in args.dtypes
-        for batch in args.batch_sizes
-    ]
-    if args.sizes:
-        plan = dict(mode="inference", dtype=DTYPES[args.dtypes[0]], batch=args.batch_sizes[0], features=True)
-        plans = [(f"{size} px features, {args.dtypes[0]}", dict(plan, size=size)) for size in args.sizes]
-    for setting, plan in plans:
+    for setting, options in plan(args).items():
         print(setting, flush=True)
-        choices = [
-            (name, compiled)
-            for compiled in ([False, True] if args.compile else [False])
-            for name in args.models
-        ]
-        candidates = [Candidate(name, device=args.device, compiled=c, **plan) for name, c in choices]
-        rows = compare(candidates, args.rounds, args.peer)
-        if args.memory:
-            for row, (name, compiled) in zip(rows, choices):
-                memory = dict(plan)
-                first = [memory.pop(key) for key in ("mode", "dtype", "batch")]
-                row["memory"] = peak_memory(name, *first, args.device, compiled, **memory)
-            peers = {row["compiled"]: row["memory"] for row in rows if row["model"] == args.peer}
-            for row in rows:
-                row["memory_ratio"] = row["memory"] / peers[row["compiled"]]
-        result["settings"][setting] = rows
-        for row in rows:
+        result["settings"][setting] = measure(args, options)
+        for row in result["settings"][setting]:
             print(f"  {row['model'] + ' compiled' * row['compiled']:45} ratio {row['ratio']:.3f}")
+    if args.sizes:
+        add_growth(result["settings"])
+    if args.device == "cpu":  # whose load nobody knows: only ratios of the same run mean something
+        for row in (row for rows in result["settings"].values() for row in rows):
+            row.pop("ms_per_image")
+            row.pop("memory", None)
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     Path(f"{args.output}.json").write_text(json.dumps(result, indent=1) + "\n")
     Path(f"{args.output}.md").write_text(table(result))

@@ -1,0 +1,53 @@
+"""tools/benchmark.py as a user runs it, on models small enough for a test."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT
+from PIL import Image
+
+
+def benchmark(*arguments):
+    command = [sys.executable, "tools/benchmark.py", "--device", "cpu", "--rounds", "3", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.slow
+def test_models_are_compared_with_their_peer(tmp_path):
+    path = tmp_path / "result"
+    done = benchmark("--models", "msg_cvpr22_tiny_p4_win7_224", "resnet18", "--memory", "--output", path,
+                     "--modes", "inference", "train", "--dtypes", "float32")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(path.with_suffix(".json").read_text())
+    assert list(result["settings"]) == ["inference float32, batch 1", "train float32, batch 1"]
+    for ours, peer in result["settings"].values():
+        assert peer["ratio"] == peer["memory_ratio"] == 1 < min(ours["ratio"], ours["memory_ratio"])
+        assert ours["quartiles"][0] <= ours["ratio"] <= ours["quartiles"][1]
+        assert "ms_per_image" not in ours
+    assert "| `resnet18` | 1 |" in path.with_suffix(".md").read_text()
+    assert Image.open(path.with_suffix(".png")).width > 800
+
+
+@pytest.mark.slow
+def test_growth_with_the_image_size_is_drawn_beside_the_pixels(tmp_path):
+    path = tmp_path / "sizes"
+    done = benchmark("--models", "msg_cvpr22_tiny_p4_win7_224", "--sizes", 224, 448, "--output", path)
+    assert done.returncode == 0, done.stderr
+    small, large = json.loads(path.with_suffix(".json").read_text())["settings"].values()
+    assert small[0]["growth"] == 1 < large[0]["growth"]
+    assert Image.open(path.with_suffix(".png")).width > 800
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--models", "resnet_none"], "resnet_none: a timm model name"),
+        (["--models", "test_vit:fast"], "test_vit:fast: a timm model name, or that and :plain or :onednn"),
+        (["--models", "test_vit", "--peer", "swin"], "--peer swin is not among --models"),
+    ],
+)
+def test_unknown_models_are_one_clear_message(arguments, words):
+    done = benchmark(*arguments)
+    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
