@@ -171,6 +171,8 @@ def triton_missing():
         return "the package triton is not installed"
     if not torch.cuda.is_available() and not _interpreted():
         return "Triton needs a GPU (or TRITON_INTERPRET=1), and there is none"
+    if not _interpreted() and torch.cuda.get_device_capability() < (8, 0):
+        return "its kernels need a GPU of the Ampere generation or newer"
     return None
 
 
@@ -203,7 +205,7 @@ def _(qkv, bias, scale):
 
 @_triton_backward.register_fake
 def _(grad, qkv, bias, scale):
-    return torch.empty_like(qkv, memory_format=torch.contiguous_format), torch.empty_like(bias)
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (qkv, bias))
 
 
 def _save_for_backward(ctx, inputs, output):

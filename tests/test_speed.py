@@ -10,7 +10,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from models import inference, use_onednn
-from models.onednn import OneDnnLinear, has_onednn
+from models.onednn import ROWS, BlockedMlp, OneDnnLinear, has_onednn
 
 needs_onednn = pytest.mark.skipif(not has_onednn(), reason="needs oneDNN on x86")
 
@@ -55,6 +55,29 @@ def test_gelu_is_applied_once_in_training_and_evaluation():
     with torch.no_grad():
         torch.testing.assert_close(fast(x), plain(x), rtol=1e-5, atol=1e-6)
     assert list(fast.state_dict()) == list(plain.state_dict())
+
+
+@needs_onednn
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("rows", [5, ROWS + 7])
+def test_training_an_mlp_by_blocks_gives_the_gradients_of_the_whole(rows, amp):
+    torch.manual_seed(0)
+    plain = Mlp(8, 24, 12)
+    fast = copy.deepcopy(plain)
+    use_onednn(fast)
+    assert isinstance(fast, BlockedMlp)
+    x, grad = torch.randn(1, rows, 8, requires_grad=True), torch.randn(1, rows, 12)
+    wanted, found, exact = [], [], []
+    for mlp, dtype, results in ((plain, None, wanted), (fast, None, found), (plain, torch.float64, exact)):
+        mlp = mlp.double() if dtype else mlp
+        inputs = x.double() if dtype else x
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp and not dtype):
+            out = mlp(inputs)
+        results += [out, *torch.autograd.grad(out, (x, *mlp.parameters()), grad.to(out.dtype))]
+    for a, b, c in zip(found, wanted, exact):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        errors = [((y.double() - c).norm() / c.norm()).item() for y in (a, b)]
+        assert errors[0] < 1.5 * errors[1] + 1e-6, errors  # no worse than PyTorch's own
 
 
 @needs_onednn
