@@ -17,7 +17,7 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
+import re
 import statistics
 import sys
 import time
@@ -60,6 +60,8 @@ def parse_args():
     add("--output", default="output/benchmark", metavar="PATH", help="PATH.json, PATH.md and PATH.png")
     args = parser.parse_args()
     args.peer = args.peer or args.models[min(1, len(args.models) - 1)]
+    if args.memory and args.device == "cpu" and not Path("/proc/self/status").exists():
+        parser.error("--memory on the CPU needs Linux")
     if args.peer not in args.models:
         parser.error(f"--peer {args.peer} is not among --models")
     for name in args.models:
@@ -185,15 +187,19 @@ def peak_memory(**options):
 
 
 def _peak_memory(**options):
-    with contextlib.suppress(OSError):  # Linux forgets the peak of the imports
-        Path("/proc/self/clear_refs").write_text("5")
-    idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    idle = _peak_resident()
     candidate = Candidate(**options)
     for _ in range(2):
         candidate.time()
     if candidate.device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - idle) / 2**10
+    return _peak_resident() - idle
+
+
+def _peak_resident():
+    """Peak resident memory of this process in MiB. That of getrusage begins with the parent's; Linux only."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 2**10
 
 
 def machine(device):
