@@ -31,6 +31,9 @@ def default_config():
     config.DATA.BATCH_SIZE = 128
     # Folder that holds train/<class>/<image> and val/<class>/<image>.
     config.DATA.DATA_PATH = ""
+    # What reads and augments images: pil, or opencv, which is about twice as fast: the same random choices,
+    # pixels that differ by rounding. Random erasing draws other numbers.
+    config.DATA.BACKEND = "pil"
     # Kind of dataset: imagenet, which means any ImageFolder of that layout.
     config.DATA.DATASET = "imagenet"
     # Side of the square input, in pixels.
@@ -386,6 +389,7 @@ def _check(config, sources):
         require(key, names.__contains__, "one of " + ", ".join(repr(name) for name in names))
 
     choice("DATA.DATASET", "imagenet")
+    choice("DATA.BACKEND", "pil", "opencv")
     choice("DATA.INTERPOLATION", "bicubic", "bilinear", "lanczos", "nearest", "random")
     choice("MODEL.TYPE", "msg")
     choice("MODEL.MSG.MANIP_TYPE", "shuf", "none")

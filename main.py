@@ -22,7 +22,7 @@ import distributed
 import utils
 from config import dump_config, get_config
 from data import build_loaders
-from data.mixup import build_mixup
+from data.mixup import build_augmentation
 from engine import REQUEUE_EXIT_CODE, NonFiniteError, Run, SaveSchedule, Updater, explain_nonfinite
 from logger import RunRecord, create_logger, write_config
 from lr_scheduler import build_scheduler
@@ -70,7 +70,7 @@ def main(args):
 
     train_loader = sampler = val_loader = None
     if config.DATA.DATA_PATH or not config.THROUGHPUT_MODE:
-        loaders = build_loaders(config, rank, world_size, pin_memory=device.type == "cuda")
+        loaders = build_loaders(config, rank, world_size, device)
         train_loader, sampler, val_loader, classes = loaders
         named_classes = config.MODEL.NUM_CLASSES
         config.defrost()
@@ -97,7 +97,7 @@ def main(args):
         write_config(config.OUTPUT, f"config_{mode}.yaml", dump_config(config), logger)
     if mode == "throughput":
         if val_loader is not None:
-            images = next(iter(val_loader))[0].to(device)
+            images = next(iter(val_loader))[0]
         else:
             logger.info("no --data-path: synthetic images")
             shape = (config.DATA.BATCH_SIZE, config.MODEL.MSG.IN_CHANS, *[config.DATA.IMG_SIZE] * 2)
@@ -131,9 +131,9 @@ def fit(model, loader, sampler, val_loader, config, device, amp_dtype, schedule,
     lr_scale = sampler.images_per_update / 512
     optimizer = build_optimizer(config, model, lr_scale)
     scheduler = build_scheduler(config, optimizer, sampler.updates_per_epoch, lr_scale)
-    mixup = build_mixup(config, rank)
+    augment = build_augmentation(config, rank, device)
     # Mixup smooths the labels itself.
-    criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else config.MODEL.LABEL_SMOOTHING)
+    criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if augment.mixup else config.MODEL.LABEL_SMOOTHING)
     train = config.TRAIN
     updater = Updater(
         model, optimizer, device, amp_dtype, sampler.accumulation, train.CLIP_GRAD, train.MAX_NONFINITE
@@ -167,7 +167,7 @@ def fit(model, loader, sampler, val_loader, config, device, amp_dtype, schedule,
             run,
             loader,
             criterion,
-            mixup,
+            augment,
             schedule,
             config.SEED,
             train.EPOCHS,
@@ -197,11 +197,11 @@ def fit(model, loader, sampler, val_loader, config, device, amp_dtype, schedule,
         )
 
 
-def train_one_epoch(run, loader, criterion, mixup, schedule, seed, epochs, print_freq, record, logger):
+def train_one_epoch(run, loader, criterion, augment, schedule, seed, epochs, print_freq, record, logger):
     """Train for the rest of the run's epoch; a step of the log is one optimizer update.
 
     Nothing waits for the device between updates, but for a log line every ``print_freq`` updates. Dropout,
-    drop path and mixup depend on (seed, rank, epoch, images seen) only: a resumed run draws what an
+    drop path, erasing and mixup depend on (seed, rank, epoch, images seen) only: a resumed run draws what an
     undisturbed one would.
 
     Returns:
@@ -224,10 +224,7 @@ def train_one_epoch(run, loader, criterion, mixup, schedule, seed, epochs, print
         if part == 0:
             utils.seed_everything("dropout", seed, rank, epoch, progress.images)
             loss_sum = torch.zeros((), device=device)
-        images = images.to(device, non_blocking=True)
-        targets = targets.to(device, non_blocking=True)
-        if mixup is not None:
-            images, targets = mixup(images, targets, epoch, progress.images, part)
+        images, targets = augment(images, targets, epoch, progress.images, part)
         with updater.micro_batch(part):
             with updater.autocast():
                 logits = updater.model(images)
@@ -323,8 +320,6 @@ def evaluate(model, loader, device, amp_dtype, print_freq, logger):
         for step, (images, targets) in enumerate(loader):
             if not len(targets):
                 continue
-            images = images.to(device, non_blocking=True)
-            targets = targets.to(device, non_blocking=True)
             with utils.autocast(device, amp_dtype):
                 logits = model(images)
             hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]  # B, 5

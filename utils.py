@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import platform
 import random
 import resource
 import signal
@@ -11,6 +12,7 @@ import time
 import zlib
 
 import numpy as np
+import timm
 import torch
 from torch._dynamo.callback import on_compile_end, on_compile_start
 
@@ -88,9 +90,13 @@ def seed_everything(purpose, *numbers):
 
 
 @contextlib.contextmanager
-def seeded(purpose, *numbers):
-    """Seed the CPU generators as :func:`seed_everything` for the length of a block, then put them back."""
-    state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+def seeded(purpose, *numbers, restore=True):
+    """Seed the CPU generators as :func:`seed_everything` for the length of a block, then put them back.
+
+    Args:
+        restore: False leaves them where the block did, for processes that draw within such blocks only.
+    """
+    state = (random.getstate(), np.random.get_state(), torch.get_rng_state()) if restore else None
     seed = _seed_of(purpose, numbers)
     random.seed(seed)
     np.random.seed(seed)
@@ -98,9 +104,10 @@ def seeded(purpose, *numbers):
     try:
         yield
     finally:
-        random.setstate(state[0])
-        np.random.set_state(state[1])
-        torch.set_rng_state(state[2])
+        if restore:
+            random.setstate(state[0])
+            np.random.set_state(state[1])
+            torch.set_rng_state(state[2])
 
 
 def _seed_of(purpose, numbers):
@@ -112,6 +119,24 @@ def end_workers():
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for child in multiprocessing.active_children():
         child.kill()
+
+
+def machine(device):
+    """One line that names the processor, its threads and the versions, for what was measured.
+
+    Args:
+        device: cpu or cuda.
+    """
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        lines = file.read().splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+        flags = next((line for line in lines if line.startswith("flags")), "")
+        name += "".join(f", {flag}" for flag in ("avx512f", "avx512_bf16", "amx_bf16") if flag in flags)
+    name += f", {torch.get_num_threads()} threads"
+    if device == "cuda":
+        name = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda} ({name})"
+    return f"{name}; Python {platform.python_version()}, PyTorch {torch.__version__}, timm {timm.__version__}"
 
 
 def peak_memory_mb(device):

@@ -1,11 +1,12 @@
 """ImageFolder datasets with clear errors and augmentation that depends on (seed, epoch, image) only."""
 
+import contextlib
 import os
 
 import numpy as np
 import torchvision
 from PIL import Image, UnidentifiedImageError
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from utils import UserError, seeded
@@ -19,11 +20,34 @@ class DataError(UserError):
     """The data cannot be used; the message says which path and what to do."""
 
 
+@contextlib.contextmanager
+def decoding(path):
+    """Context that reports whatever goes wrong in it as a DataError that names the file."""
+    try:
+        yield
+    except UnidentifiedImageError as error:
+        raise DataError(f"{path} cannot be read as an image (unknown format): repair or remove it") from error
+    # A damaged file can make a decoder raise nearly anything.
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise DataError(f"{path} cannot be read as an image ({reason}): repair or remove it") from error
+
+
+def load_image(path):
+    """Read an image file as PIL RGB; of an animation the first frame, EXIF rotation ignored, as PIL does it.
+
+    Raises:
+        DataError: the file cannot be decoded.
+    """
+    with decoding(path), Image.open(path, formats=FORMATS) as image:
+        return image.convert("RGB")
+
+
 class ImageFolder(torchvision.datasets.ImageFolder):
     """torchvision's ImageFolder that skips hidden folders and names the file that cannot be read."""
 
-    def __init__(self, root, transform=None):
-        super().__init__(root, transform, loader=load_image, allow_empty=True)
+    def __init__(self, root, transform=None, loader=load_image):
+        super().__init__(root, transform, loader=loader, allow_empty=True)
 
     def find_classes(self, directory):
         """Class folders of ``directory``, sorted: (names, index of each name)."""
@@ -51,7 +75,7 @@ class TrainingSamples(Dataset):
         failed = []
         while True:
             try:
-                with seeded("augmentation", self.seed, epoch, index):
+                with seeded("augmentation", self.seed, epoch, index, restore=get_worker_info() is None):
                     return *self.dataset[index], failed
             except DataError:
                 failed.append(index)
@@ -78,23 +102,6 @@ class EvaluationSamples(Dataset):
             return None, None, [index]
 
 
-def load_image(path):
-    """Read an image file as PIL RGB; of an animation the first frame, EXIF rotation ignored, as PIL does it.
-
-    Raises:
-        DataError: the file cannot be decoded.
-    """
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            return image.convert("RGB")
-    except UnidentifiedImageError as error:
-        raise DataError(f"{path} cannot be read as an image (unknown format): repair or remove it") from error
-    # A damaged file can make a decoder raise nearly anything.
-    except Exception as error:
-        reason = str(error) or type(error).__name__
-        raise DataError(f"{path} cannot be read as an image ({reason}): repair or remove it") from error
-
-
 def class_names(folder):
     """Sorted names of the class folders in ``folder``, hidden ones left out.
 
@@ -113,8 +120,8 @@ def class_names(folder):
     return names
 
 
-def build_dataset(root, split, transform):
-    """The images of ``root/split``.
+def build_dataset(root, split, transform, loader=load_image):
+    """The images of ``root/split``: what ``transform`` makes of what ``loader`` makes of a path.
 
     Raises:
         DataError: no images, an empty class in the training set, or classes that differ between train and
@@ -130,7 +137,7 @@ def build_dataset(root, split, transform):
             f"{folder} and {other} have different classes ({len(classes)} and {len(other_classes)}): "
             f"only one of them has {', '.join(difference[:5])}{' ...' if len(difference) > 5 else ''}"
         )
-    dataset = ImageFolder(folder, transform)
+    dataset = ImageFolder(folder, transform, loader)
     if not dataset.samples:
         raise DataError(f"{folder} has class folders but no images ({', '.join(IMG_EXTENSIONS)})")
     empty = sorted(set(range(len(classes))) - set(dataset.targets))

@@ -2,11 +2,15 @@
 
 import logging
 import signal
+import sys
 
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import DataLoader, default_collate
 
-from .datasets import DataError, EvaluationSamples, TrainingSamples, build_dataset
+from config import ConfigError
+
+from .datasets import DataError, EvaluationSamples, TrainingSamples, build_dataset, load_image
 from .samplers import TrainBatchSampler, evaluation_shard
 from .transforms import build_transform
 
@@ -14,25 +18,29 @@ LARGEST_FAILED_SHARE = 0.01
 
 
 class Loader:
-    """Batches of images (B, 3, S, S) and class indices (B,), and an account of unreadable files.
+    """Batches on the device, images (B, 3, S, S) and class indices (B,), and an account of unreadable files.
 
     Args:
         loader: a DataLoader over samples (image, target, failed), collated by :func:`collate`.
         paths: the file of every index.
         world_size: processes that share the files.
+        to_device: brings an iterable of batches to the device, as :class:`ToDevice` does.
 
     Raises:
         DataError: while iterating, when more than 1% of this process's share of the files could not be read.
     """
 
-    def __init__(self, loader, paths, world_size):
-        self.loader, self.paths, self.failed = loader, paths, set()
+    def __init__(self, loader, paths, world_size, to_device):
+        self.loader, self.paths, self.to_device, self.failed = loader, paths, to_device, set()
         self.share = max(1, len(paths) // world_size)
 
     def __len__(self):
         return len(self.loader)
 
     def __iter__(self):
+        return iter(self.to_device(self._read()))
+
+    def _read(self):
         failed_now = set()  # an epoch's: over many epochs, a process sees the files of the others
         for images, targets, failed in self.loader:
             for index in failed:
@@ -54,6 +62,54 @@ class Loader:
             )
 
 
+class ToDevice:
+    """Brings batches to a device, where 8-bit images are normalised.
+
+    On CUDA a batch is copied while the one before is worked on, on a stream of its own.
+    """
+
+    def __init__(self, device):
+        self.device = device
+        statistics = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        self.mean, self.std = (torch.tensor(value, device=device)[:, None, None] for value in statistics)
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, batches):
+        """Yield (images, targets) on the device for those of ``batches``."""
+        if self.stream is None:
+            for images, targets in batches:
+                yield self.normalize(images), targets
+            return
+        before = None
+        for batch in batches:
+            with torch.cuda.stream(self.stream):
+                images, targets = (tensor.to(self.device, non_blocking=True) for tensor in batch)
+                now = self.normalize(images), targets, self.stream.record_event()
+            if before is not None:
+                yield self._hand_over(*before)
+            before = now
+        if before is not None:
+            yield self._hand_over(*before)
+
+    def _hand_over(self, images, targets, ready):
+        current = torch.cuda.current_stream(self.device)
+        current.wait_event(ready)
+        for tensor in (images, targets):
+            tensor.record_stream(current)
+        return images, targets
+
+    def normalize(self, images):
+        """What torchvision's ToTensor and Normalize make of uint8 images (B, 3, S, S); floats stay."""
+        if images.dtype != torch.uint8:
+            return images
+        result = torch.empty(images.shape, device=images.device)
+        # On a CPU, one image fits its caches.
+        parts = zip(result, images) if self.stream is None else [(result, images)]
+        for part, image in parts:
+            part.copy_(image).div_(255).sub_(self.mean).div_(self.std)
+        return result
+
+
 def collate(samples):
     """Join samples (image, target, failed) to (images, targets, failed), without the images that are None."""
     failed = [index for *_, indices in samples for index in indices]
@@ -62,14 +118,34 @@ def collate(samples):
     return images, targets, failed
 
 
-def _ignore_signals(worker):
+def start_worker(worker):
     """The training process alone answers signals; a scheduler sends them to its workers too."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    if "cv2" in sys.modules:  # where it reads the images
+        sys.modules["cv2"].setNumThreads(0)
 
 
-def build_loaders(config, rank=0, world_size=1, pin_memory=False):
-    """Loaders over ``DATA.DATA_PATH``.
+def build_reader(backend):
+    """The function that reads an image file for ``DATA.BACKEND``.
+
+    Raises:
+        ConfigError: OpenCV cannot be imported.
+    """
+    if backend == "pil":
+        return load_image
+    try:
+        from .opencv import ImageFile
+    except ImportError as error:
+        raise ConfigError(
+            f"DATA.BACKEND opencv: OpenCV cannot be imported ({error}): pip install opencv-python, or "
+            "opencv-python-headless where there is no display"
+        ) from error
+    return ImageFile
+
+
+def build_loaders(config, rank=0, world_size=1, device="cpu"):
+    """Loaders over ``DATA.DATA_PATH``, whose batches are on ``device``.
 
     Returns:
         The training loader (None with ``EVAL_MODE`` or ``THROUGHPUT_MODE``, which need no training images),
@@ -78,6 +154,8 @@ def build_loaders(config, rank=0, world_size=1, pin_memory=False):
     Raises:
         DataError: what is wrong with the folder, and what to do.
     """
+    device = torch.device(device)
+    to_device = ToDevice(device)
     root, skip = config.DATA.DATA_PATH, config.DATA.ON_ERROR == "skip"
     if not root:
         raise DataError(
@@ -85,20 +163,21 @@ def build_loaders(config, rank=0, world_size=1, pin_memory=False):
         )
     options = dict(
         collate_fn=collate,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=start_worker,
         num_workers=config.DATA.NUM_WORKERS,
         persistent_workers=config.DATA.NUM_WORKERS > 0,
-        pin_memory=pin_memory and config.DATA.PIN_MEMORY,
+        pin_memory=device.type == "cuda" and config.DATA.PIN_MEMORY,
         # The loaders' own generator: without it every epoch draws from the one that dropout uses.
         generator=torch.Generator(),
     )
-    val = build_dataset(root, "val", build_transform(config, is_train=False))
+    read = build_reader(config.DATA.BACKEND)
+    val = build_dataset(root, "val", build_transform(config, is_train=False), read)
     shard = evaluation_shard(len(val), rank, world_size)
     val_loader = DataLoader(EvaluationSamples(val, skip), config.DATA.BATCH_SIZE, sampler=shard, **options)
-    val_loader = Loader(val_loader, [path for path, _ in val.samples], world_size)
+    val_loader = Loader(val_loader, [path for path, _ in val.samples], world_size, to_device)
     if config.EVAL_MODE or config.THROUGHPUT_MODE:
         return None, None, val_loader, val.classes
-    train = build_dataset(root, "train", build_transform(config, is_train=True))
+    train = build_dataset(root, "train", build_transform(config, is_train=True), read)
     accumulation = max(1, config.TRAIN.ACCUMULATION_STEPS)
     sampler = TrainBatchSampler(
         len(train), config.DATA.BATCH_SIZE, accumulation, rank, world_size, config.SEED
@@ -113,5 +192,6 @@ def build_loaders(config, rank=0, world_size=1, pin_memory=False):
         DataLoader(samples, batch_sampler=sampler, **options),
         [path for path, _ in train.samples],
         world_size,
+        to_device,
     )
     return train_loader, sampler, val_loader, val.classes

@@ -1,9 +1,9 @@
 """The official augmentation recipe, through timm's transforms."""
 
-from PIL import ImageOps
+from PIL import Image, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from timm.data.auto_augment import AugmentOp, AugMixAugment, AutoAugment, RandAugment, posterize
-from timm.data.transforms import str_to_interp_mode
+from timm.data.transforms import interp_mode_to_str, str_to_interp_mode
 from torchvision import transforms
 
 from config import ConfigError
@@ -16,13 +16,22 @@ def build_transform(config, is_train):
     erasing. Up to 32 px a crop of the image padded by 4 px replaces the resized crop, as in the official
     code. Evaluation: resize to 256/224 of the size and centre crop, or (``TEST.CROP`` off, or up to 32 px)
     resize to the size.
+
+    ``DATA.BACKEND`` opencv does the same to an :class:`~data.opencv.ImageFile`, but leaves normalisation and
+    erasing to the device: its tensors are uint8.
     """
-    size = config.DATA.IMG_SIZE
+    size, opencv = config.DATA.IMG_SIZE, config.DATA.BACKEND == "opencv"
+    if opencv:
+        from . import opencv as backend
     if is_train:
-        return _train_transform(config, size)
+        transform = _train_transform(config, size)
+        return backend.training_transform(transform.transforms) if opencv else transform
+    short = int(256 / 224 * size) if config.TEST.CROP and size > 32 else None
     mode = _resize_mode(config.DATA.INTERPOLATION)
-    if config.TEST.CROP and size > 32:
-        steps = [limit_aspect, transforms.Resize(int(256 / 224 * size), mode), transforms.CenterCrop(size)]
+    if opencv:
+        return backend.evaluation_transform(short, size, interp_mode_to_str(mode))
+    if short:
+        steps = [limit_aspect, transforms.Resize(short, mode), transforms.CenterCrop(size)]
     else:
         steps = [transforms.Resize((size, size), mode)]
     normalize = transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
@@ -56,27 +65,32 @@ def _train_transform(config, size):
         whole = transforms.Resize((size, size), _resize_mode(config.DATA.INTERPOLATION))
         transform.transforms[:1] = [whole, transforms.RandomCrop(size, padding=4)]
     for step in transform.transforms:
-        for op in _augment_ops(step):
-            if op.aug_fn is posterize:
-                op.aug_fn = posterize_from_0_bits
+        for operation in augment_operations(step):
+            if operation.aug_fn is posterize:
+                operation.aug_fn = posterize_from_0_bits
+            # Pillow warps with a filter of at most 4 pixels.
+            if operation.kwargs["resample"] == Image.Resampling.LANCZOS:
+                operation.kwargs["resample"] = Image.Resampling.BICUBIC
     return transform
 
 
-def limit_aspect(image, most=8):
-    """Cut the ends off a PIL image whose long side is over ``most`` times the short one.
+def limit_aspect(image):
+    """Cut the ends off a PIL image that is very long; see :func:`aspect_box`."""
+    left, top, width, height = aspect_box(*image.size)
+    return image if (width, height) == image.size else image.crop((left, top, left + width, top + height))
+
+
+def aspect_box(width, height, most=8):
+    """The middle of an image, its long side at most ``most`` times the short: (left, top, width, height).
 
     A 1x20000 image would need gigabytes once its short side is resized, all of which the centre crop throws
     away.
     """
-    width, height = image.size
-    if max(width, height) <= most * min(width, height):
-        return image
     new_width, new_height = min(width, most * height), min(height, most * width)
-    left, top = (width - new_width) // 2, (height - new_height) // 2
-    return image.crop((left, top, left + new_width, top + new_height))
+    return (width - new_width) // 2, (height - new_height) // 2, new_width, new_height
 
 
-def _augment_ops(step):
+def augment_operations(step):
     """The single operations inside a RandAugment, AugMix or AutoAugment step; none for any other step."""
     if isinstance(step, (RandAugment, AugMixAugment)):
         return step.ops

@@ -12,7 +12,7 @@ from PIL import Image
 from config import ConfigError
 from data import DataError, build_loaders
 from data.datasets import build_dataset, load_image
-from data.mixup import build_mixup
+from data.mixup import build_augmentation
 from data.samplers import TrainBatchSampler, evaluation_shard
 from data.transforms import build_transform, posterize_from_0_bits
 
@@ -97,7 +97,7 @@ def test_mixup_depends_on_seed_epoch_step_and_rank_only():
     config = digits_config("AUG.MIXUP", 0.8, "AUG.CUTMIX", 1.0)
     images, targets = torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
     mixed = [
-        build_mixup(config, rank)(images.clone(), targets, 0, step)
+        build_augmentation(config, rank, "cpu")(images.clone(), targets, 0, step)
         for rank, step in ((0, 5), (0, 5), (0, 6), (1, 5))
     ]
     assert torch.equal(mixed[0][0], mixed[1][0]) and torch.equal(mixed[0][1], mixed[1][1])
@@ -106,7 +106,8 @@ def test_mixup_depends_on_seed_epoch_step_and_rank_only():
 
 
 def test_mixup_is_off_when_both_parameters_are_0():
-    assert build_mixup(digits_config("AUG.MIXUP", 0.0, "AUG.CUTMIX", 0.0), 0) is None
+    off = digits_config("AUG.MIXUP", 0.0, "AUG.CUTMIX", 0.0)
+    assert build_augmentation(off, 0, "cpu").mixup is None
 
 
 def test_evaluation_crops_the_centre_of_the_resized_image():

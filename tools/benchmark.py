@@ -16,7 +16,6 @@ import contextlib
 import json
 import multiprocessing
 import os
-import platform
 import re
 import statistics
 import sys
@@ -34,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from models import inference, use_onednn
 from models.msg_transformer import MSGTransformer
+from utils import machine
 
 DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
 CLASSES = 1000
@@ -200,20 +200,6 @@ def _peak_resident():
     """Peak resident memory of this process in MiB. That of getrusage begins with the parent's; Linux only."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 2**10
-
-
-def machine(device):
-    """One line that names the processor, its threads and the versions."""
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-        flags = next((line for line in lines if line.startswith("flags")), "")
-        name += "".join(f", {flag}" for flag in ("avx512f", "avx512_bf16", "amx_bf16") if flag in flags)
-    name += f", {torch.get_num_threads()} threads"
-    if device == "cuda":
-        name = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda} ({name})"
-    return f"{name}; Python {platform.python_version()}, PyTorch {torch.__version__}, timm {timm.__version__}"
 
 
 def table(result):
