@@ -75,7 +75,7 @@ class ImageFile:
         pixels = self._decode_jpeg(reduction) if self.is_sound else None
         if pixels is None:
             with decoding(self.path):
-                pixels = np.asarray(self.image.convert("RGB"))
+                pixels = np.array(self.image.convert("RGB"))
             return pixels[top : top + height, left : left + width]
         rows, columns = (there / here for there, here in zip(pixels.shape, reversed(self.size)))
         first_row, first_column = round(top * rows), round(left * columns)

@@ -51,3 +51,30 @@ def test_growth_with_the_image_size_is_drawn_beside_the_pixels(tmp_path):
 def test_unknown_models_are_one_clear_message(arguments, words):
     done = benchmark(*arguments)
     assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_input_pipelines_are_compared_with_timms(tmp_path):
+    for name in ("a/1.jpg", "a/2.JPEG", "b/c/3.jpg"):
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((320, 260), 60).convert("RGB").save(path)
+    path = tmp_path / "data"
+    command = ["tools/benchmark_data.py", tmp_path / "images", "--rounds", "3", "--output", path]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(path.with_suffix(".json").read_text())
+    assert result["images"] == 3 and list(result["settings"]) == ["training", "evaluation", "decoding alone"]
+    for peer, *ours in result["settings"].values():
+        assert peer["ratio"] == 1 and ours
+        assert all(row["quartiles"][0] <= row["ratio"] <= row["quartiles"][1] for row in ours)
+    assert "| training | opencv |" in path.with_suffix(".md").read_text()
+    assert Image.open(path.with_suffix(".png")).width > 800
+
+
+@pytest.mark.parametrize("folder", ["none", "empty"])
+def test_a_folder_without_images_is_one_clear_message(tmp_path, folder):
+    (tmp_path / "empty").mkdir()
+    command = [sys.executable, "tools/benchmark_data.py", tmp_path / folder]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"error: {tmp_path / folder} holds no JPEG images" in done.stderr

@@ -95,8 +95,8 @@ def unfinished(folder):
     return folder.exists() and any(name.endswith(".pth.tmp") for name in os.listdir(folder))
 
 
-def disturbed_run(tmp_path, data, count, processes, accumulation, kills, epochs):
-    arguments = [*ARGUMENTS, "TRAIN.ACCUMULATION_STEPS", accumulation, "TRAIN.EPOCHS", epochs]
+def disturbed_run(tmp_path, data, count, processes, accumulation, kills, epochs, opts=()):
+    arguments = [*ARGUMENTS, *opts, "TRAIN.ACCUMULATION_STEPS", accumulation, "TRAIN.EPOCHS", epochs]
     where = ["--data-path", data, "--output"]
     calm, output = tmp_path / "calm", tmp_path / "disturbed"
     run_main(*arguments, *where, calm, processes=processes)
@@ -109,8 +109,10 @@ def disturbed_run(tmp_path, data, count, processes, accumulation, kills, epochs)
     assert hits == kills
 
 
-def test_resume_is_bit_exact_after_kills(tmp_path, data, count):
-    disturbed_run(tmp_path, data, count, processes=1, accumulation=2, kills=3, epochs=2)
+@pytest.mark.parametrize("backend", ["pil", "opencv"])
+def test_resume_is_bit_exact_after_kills(tmp_path, data, count, backend):
+    opts = ["DATA.BACKEND", backend, "AUG.AUTO_AUGMENT", "rand-m9-mstd0.5-inc1", "AUG.REPROB", 0.5]
+    disturbed_run(tmp_path, data, count, processes=1, accumulation=2, kills=3, epochs=2, opts=opts)
 
 
 @pytest.mark.chaos

@@ -1,0 +1,294 @@
+"""DATA.BACKEND opencv against Pillow: the same choices, nearly the same pixels, the same refusals."""
+
+import random
+import sys
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from helpers import digits_config, write_images
+from PIL import Image
+from test_hostile_images import (
+    mutated,
+    originals,
+    picture,
+    readable_files,
+    unreadable_files,
+    write_files,
+)
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from config import ConfigError
+from data import DataError, build_loaders
+from data.datasets import load_image
+from data.loaders import ToDevice
+from data.mixup import build_augmentation
+from data.opencv import ImageFile
+from data.transforms import augment_operations, build_transform
+from utils import seeded
+
+RECIPE = ["AUG.AUTO_AUGMENT", "rand-m9-mstd0.5-inc1", "AUG.HFLIP", 0.5]
+MEAN, STD = (torch.tensor(value)[:, None, None] for value in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+
+
+def photograph(size, seed=0):
+    """An image with the statistics of a photograph: details at every scale, the more the coarser."""
+    rng = np.random.default_rng(seed)
+    width, height = size
+    pixels = np.full((height, width, 3), 110.0)
+    for side in (3, 6, 12, 24, 48, 96):
+        coarse = rng.normal(0, 90 / side**0.5, (side, side, 3))
+        pixels += cv2.resize(coarse, size, interpolation=cv2.INTER_CUBIC)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def jpeg(path, image, **options):
+    image.save(path, "JPEG", **options)
+    return str(path)
+
+
+def transforms(is_train, *opts):
+    """The transform of each backend: (pil, opencv)."""
+    return [
+        build_transform(digits_config(*opts, "AUG.REPROB", 0.0, "DATA.BACKEND", backend), is_train)
+        for backend in ("pil", "opencv")
+    ]
+
+
+def values(images):
+    """Normalised images as values from 0 to 255."""
+    return (images * STD + MEAN) * 255
+
+
+def whole(path):
+    file = ImageFile(path)
+    return file.crop(0, 0, *file.size, scale=1)
+
+
+def test_opencv_reads_the_pixels_that_pillow_reads(tmp_path):
+    write_files(tmp_path, readable_files())
+    for name in readable_files():
+        path = str(tmp_path / name)
+        np.testing.assert_array_equal(whole(path), np.asarray(load_image(path)), err_msg=name)
+
+
+def test_unreadable_images_are_refused_in_the_same_words(tmp_path):
+    write_files(tmp_path, unreadable_files())
+    for name in unreadable_files():
+        path = str(tmp_path / name)
+        messages = []
+        for read in (load_image, whole):
+            with pytest.raises(DataError) as error:
+                read(path)
+            messages.append(str(error.value))
+        assert messages[0].split("0x")[0] == messages[1].split("0x")[0], name
+
+
+def test_damaged_jpegs_are_read_or_refused_as_by_pillow(tmp_path):
+    rng, path, refused = random.Random(5), str(tmp_path / "damaged.jpg"), 0
+    for _ in range(600):
+        with open(path, "wb") as file:
+            file.write(mutated(rng.choice(originals(rng)[:4]), rng))
+        try:
+            expected = np.asarray(load_image(path))
+        except DataError:
+            refused += 1
+            with pytest.raises(DataError):
+                whole(path)
+        else:
+            np.testing.assert_array_equal(whole(path), expected)
+    assert 100 < refused < 500
+
+
+SIZES = [
+    (500, 375),
+    (375, 500),
+    (300, 300),
+    (640, 427),
+    (1600, 1100),
+    (2400, 3100),
+    (97, 133),
+    (4000, 260),
+    (80, 900),
+]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "lanczos", "nearest"])
+def test_evaluation_sees_what_it_sees_with_pillow(tmp_path, size, interpolation):
+    path = jpeg(tmp_path / "photograph.jpg", photograph(size), quality=92)
+    for crop in (True, False):
+        pil, opencv = transforms(
+            False, "DATA.IMG_SIZE", 224, "TEST.CROP", crop, "DATA.INTERPOLATION", interpolation
+        )
+        expected, found = values(pil(load_image(path))), opencv(ImageFile(path))
+        assert found.shape == (3, 224, 224) and found.dtype == torch.uint8
+        assert (expected - found).abs().mean() < (4 if interpolation == "nearest" else 1)
+
+
+@pytest.mark.parametrize("img_size", [33, 64, 96, 200])
+def test_every_evaluation_size_is_cropped_from_its_centre(tmp_path, img_size):
+    for size in SIZES:
+        path = jpeg(tmp_path / "photograph.jpg", photograph(size), quality=92)
+        pil, opencv = transforms(False, "DATA.IMG_SIZE", img_size)
+        found = opencv(ImageFile(path))
+        assert found.shape == (3, img_size, img_size)
+        assert (values(pil(load_image(path))) - found).abs().mean() < 2, size
+
+
+def test_large_images_are_decoded_at_the_scale_that_the_crop_needs(tmp_path):
+    file = ImageFile(jpeg(tmp_path / "large.jpg", photograph((2000, 1600)), quality=92))
+    for scale, reduction in ((1, 1), (3.9, 1), (4, 2), (7.9, 2), (8, 4), (100, 8)):
+        found = file.crop(400, 160, 800, 640, scale)
+        assert found.shape == (640 / reduction, 800 / reduction, 3)
+        expected = photograph((2000, 1600)).crop((400, 160, 1200, 800)).resize(found.shape[1::-1], Image.BOX)
+        assert abs(found.astype(float) - expected).mean() < 1
+
+
+def test_training_makes_the_choices_that_it_makes_with_pillow(tmp_path):
+    path = jpeg(tmp_path / "photograph.jpg", photograph((500, 375)), quality=92)
+    pil, opencv = transforms(True, *RECIPE, "DATA.IMG_SIZE", 224)
+    chosen = {}
+    for transform, name in ((pil, "pil"), (opencv, "opencv")):
+        (policy,) = (step for step in transform.transforms if augment_operations(step))
+        for operation in policy.ops:
+            operation.aug_fn = remember(operation.name, operation.aug_fn, chosen.setdefault(name, []))
+    differences = []
+    for seed in range(150):
+        images, after = [], []
+        for transform, read in ((pil, load_image), (opencv, ImageFile)):
+            with seeded("test", seed):
+                images.append(transform(read(path)))
+                after.append((random.random(), np.random.rand(), torch.rand(1).item()))
+        differences.append((values(images[0]) - images[1]).abs().mean().item())
+        assert after[0] == after[1], seed
+    assert chosen["pil"] == chosen["opencv"] and len({name for name, *_ in chosen["pil"]}) == 15
+    # Another crop box, flip or operation would differ by tens.
+    assert np.mean(differences) < 1 and max(differences) < 4
+
+
+def remember(name, function, calls):
+    def call(image, *args, **kwargs):
+        calls.append((name, *args))
+        return function(image, *args, **kwargs)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    "opts",
+    [
+        ["AUG.AUTO_AUGMENT", "augmix-m5-w4-d2"],
+        ["AUG.AUTO_AUGMENT", "3a"],
+        ["AUG.AUTO_AUGMENT", "originalr-mstd0.5"],
+        ["AUG.AUTO_AUGMENT", "rand-m9-tweights"],
+        ["AUG.AUTO_AUGMENT", "none", "AUG.COLOR_JITTER", 0.4],
+        [*RECIPE, "DATA.INTERPOLATION", "random"],
+        [*RECIPE, "DATA.INTERPOLATION", "lanczos"],
+        [*RECIPE, "DATA.INTERPOLATION", "nearest"],
+        [*RECIPE, "DATA.IMG_SIZE", 32],
+    ],
+    ids=lambda opts: "-".join(map(str, opts[-2:])),
+)
+def test_every_recipe_gives_what_it_gives_with_pillow(tmp_path, opts):
+    path = jpeg(tmp_path / "photograph.jpg", photograph((300, 240)), quality=92)
+    pil, opencv = transforms(True, "DATA.IMG_SIZE", 96, *opts)
+    differences = []
+    for seed in range(40):
+        images = []
+        for transform, read in ((pil, load_image), (opencv, ImageFile)):
+            with seeded("test", seed):
+                images.append(transform(read(path)))
+        differences.append((values(images[0]) - images[1]).abs().mean().item())
+    assert np.mean(differences) < 1.5 and max(differences) < 8
+
+
+EXACT = ["AutoContrast", "Equalize", "Invert", "Posterize", "Solarize", "SolarizeAdd"]
+ROUNDED = ["Color", "Contrast", "Brightness"]
+
+
+@pytest.mark.parametrize(
+    "image", [photograph((224, 224)), picture(size=(64, 48)), Image.new("RGB", (32, 32), (9, 99, 200))]
+)
+def test_operations_change_pixels_as_pillow_does(image):
+    pil, opencv = (
+        next(augment_operations(step) for step in transform.transforms if augment_operations(step))
+        for transform in transforms(
+            True, "DATA.IMG_SIZE", 224, "AUG.AUTO_AUGMENT", "rand-m10-mstd101-p1-inc1"
+        )
+    )
+    assert len(pil) == 15
+    for theirs, ours in zip(pil, opencv):
+        for seed in range(20):
+            with seeded("test", seed):
+                expected = np.asarray(theirs(image)).astype(float)
+            with seeded("test", seed):
+                found = ours(np.asarray(image))
+            assert found.dtype == np.uint8 and found.shape == expected.shape
+            difference = abs(found - expected)
+            if any(theirs.name.startswith(name) for name in EXACT):
+                assert difference.max() == 0, theirs.name
+            elif any(theirs.name.startswith(name) for name in ROUNDED):
+                assert difference.max() <= 1 and difference.mean() < 0.2, theirs.name
+            else:
+                # Warps treat the border of the image differently.
+                inside = difference[4:-4, 4:-4]
+                assert np.median(inside) <= 1 and inside.mean() < 4, (theirs.name, seed)
+
+
+def opencv_config(folder, *opts, **flags):
+    return digits_config("DATA.BACKEND", "opencv", *RECIPE, *opts, data_path=str(folder), **flags)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_images(tmp_path / "train", 8)
+    write_images(tmp_path / "val", 3, seed=1)
+    return tmp_path
+
+
+def test_batches_depend_on_seed_epoch_and_image_only(folder):
+    def batches(workers, epoch=0, seed=0):
+        config = opencv_config(folder, "DATA.NUM_WORKERS", workers, "SEED", seed, batch_size=4)
+        loader, sampler, _, _ = build_loaders(config)
+        sampler.start(epoch)
+        return list(loader)
+
+    alone, with_workers = batches(0), batches(2)
+    assert len(alone) == len(with_workers) == 6
+    for (images, targets), (same_images, same_targets) in zip(alone, with_workers):
+        assert images.dtype == torch.float32
+        assert torch.equal(images, same_images) and torch.equal(targets, same_targets)
+    assert not torch.equal(alone[0][0], batches(0, epoch=1)[0][0])
+    assert not torch.equal(alone[0][0], batches(0, seed=1)[0][0])
+
+
+def test_batches_are_normalised_as_torchvision_does_it(folder):
+    path = str(folder / "val" / "a" / "0.png")
+    pil, opencv = transforms(False)
+    images = opencv(ImageFile(path))[None].repeat(3, 1, 1, 1)
+    ((found, _),) = ToDevice(torch.device("cpu"))([(images, torch.zeros(3))])
+    assert torch.equal(found[0], pil(load_image(path))) and torch.equal(found[0], found[2])
+
+
+def test_erasing_depends_on_the_place_in_the_run_and_follows_its_probability():
+    config = opencv_config("", "AUG.REPROB", 0.25, "AUG.MIXUP", 0.0, "AUG.CUTMIX", 0.0)
+    images, targets = torch.zeros(2000, 3, 8, 8), torch.zeros(2000, dtype=torch.long)
+    augment = build_augmentation(config, 0, "cpu")
+    torch.manual_seed(0)
+    first, unchanged = augment(images.clone(), targets, 3, 128, 0)
+    again, _ = augment(images.clone(), targets, 3, 128, 0)
+    other, _ = augment(images.clone(), targets, 3, 256, 0)
+    assert torch.equal(first, again) and not torch.equal(first, other) and unchanged is targets
+    assert 0.2 < first.flatten(1).any(1).float().mean() < 0.3
+    none = opencv_config("", "AUG.REPROB", 0.0)
+    assert build_augmentation(none, 0, "cpu").erasing is None
+    pil = digits_config("AUG.REPROB", 0.5)  # erased by the transform already
+    assert build_augmentation(pil, 0, "cpu").erasing is None
+
+
+def test_a_missing_opencv_is_one_clear_message(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "data.opencv", None)
+    with pytest.raises(ConfigError, match="DATA.BACKEND opencv: .*pip install opencv-python"):
+        build_loaders(opencv_config(folder, "DATA.NUM_WORKERS", 0, batch_size=4))
