@@ -34,7 +34,7 @@ def default_config():
     # What reads and augments images: pil, or opencv, which is about twice as fast: the same random choices,
     # pixels that differ by rounding. Random erasing draws other numbers.
     config.DATA.BACKEND = "pil"
-    # Kind of dataset: imagenet, which means any ImageFolder of that layout.
+    # Kind of dataset: imagenet, which means any ImageFolder of that layout; coco for detect.py.
     config.DATA.DATASET = "imagenet"
     # Side of the square input, in pixels.
     config.DATA.IMG_SIZE = 224
@@ -109,9 +109,12 @@ def default_config():
     config.TRAIN.START_EPOCH = 0
     config.TRAIN.EPOCHS = 300
     config.TRAIN.WARMUP_EPOCHS = 20
+    # Updates of warm-up, in place of WARMUP_EPOCHS; 0: as those say.
+    config.TRAIN.WARMUP_STEPS = 0
     # Decoupled weight decay; none on 1-d parameters, position tables and messenger tokens.
     config.TRAIN.WEIGHT_DECAY = 0.05
-    # Learning rates for 512 images per update; scaled linearly with the images per update of the run.
+    # Learning rates for 512 images per update, 16 in detection; scaled linearly with the images of the run's
+    # updates.
     config.TRAIN.BASE_LR = 5e-4
     config.TRAIN.WARMUP_LR = 5e-7
     config.TRAIN.MIN_LR = 5e-6
@@ -135,9 +138,11 @@ def default_config():
     config.TRAIN.USE_CHECKPOINT = False
 
     config.TRAIN.LR_SCHEDULER = CfgNode()
-    # cosine, linear or step; all per update, all after a linear warm-up.
+    # cosine, linear, step or multistep; all per update, all after a linear warm-up.
     config.TRAIN.LR_SCHEDULER.NAME = "cosine"
-    # step: epochs between decays, and the factor of a decay.
+    # multistep: epochs after which the rate decays.
+    config.TRAIN.LR_SCHEDULER.MILESTONES = [27, 33]
+    # step: epochs between decays; both: the factor of a decay.
     config.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = 30
     config.TRAIN.LR_SCHEDULER.DECAY_RATE = 0.1
 
@@ -173,6 +178,56 @@ def default_config():
     config.TEST = CfgNode()
     # True: resize the short side to 256/224 of the size, then centre crop. False: resize to the size.
     config.TEST.CROP = True
+
+    config.DET = CfgNode()
+    # Below DATA.DATA_PATH: images and COCO annotations of training and validation.
+    config.DET.TRAIN_IMAGES = "train2017"
+    config.DET.TRAIN_JSON = "annotations/instances_train2017.json"
+    config.DET.VAL_IMAGES = "val2017"
+    config.DET.VAL_JSON = "annotations/instances_val2017.json"
+    # Training images are resized so that the short side is one of these, in pixels, and the long side at most
+    # MAX_SIZE.
+    config.DET.MIN_SIZES = [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800]
+    config.DET.MAX_SIZE = 1333
+    # Half of the time resize to one of CROP_MIN_SIZES first and crop sides of CROP_SIZES, smallest and
+    # largest; empty lists never do.
+    config.DET.CROP_MIN_SIZES = [400, 500, 600]
+    config.DET.CROP_SIZES = [384, 600]
+    # Short side in evaluation.
+    config.DET.TEST_SIZE = 800
+    # Windows on a side of a shuffle region in each stage; maps are padded to whole regions.
+    config.DET.SHUF_SIZE = [4, 4, 8, 4]
+    # Stages of the backbone that do not train, from the first; the patch embedding belongs to the first.
+    config.DET.FROZEN_STAGES = 0
+    # Channels of the feature pyramid, the proposal network and the convolutions of the heads.
+    config.DET.CHANNELS = 256
+    # Side of an anchor in multiples of the stride, and height over width.
+    config.DET.ANCHOR_SCALE = 8
+    config.DET.ANCHOR_RATIOS = [0.5, 1.0, 2.0]
+    # Anchors sampled for the loss of the proposal network, and proposals kept of each level and in all.
+    config.DET.RPN_SAMPLES = 256
+    config.DET.PROPOSALS_TRAIN = 2000
+    config.DET.PROPOSALS_TEST = 1000
+    # Proposals sampled of each image for the losses of the heads, and how many of them may be positive.
+    config.DET.ROI_SAMPLES = 512
+    config.DET.ROI_POSITIVE = 0.25
+    # Stages of the cascade: smallest IoU with an object, weight of the losses, divisors of the box deltas.
+    config.DET.IOU_THRESHOLDS = [0.5, 0.6, 0.7]
+    config.DET.LOSS_WEIGHTS = [1.0, 0.5, 0.25]
+    config.DET.DELTA_STDS = [[0.1, 0.1, 0.2, 0.2], [0.05, 0.05, 0.1, 0.1], [0.033, 0.033, 0.067, 0.067]]
+    # Box loss: giou, on decoded boxes, or smooth_l1, on deltas.
+    config.DET.BOX_LOSS = "giou"
+    # Convolutions of a box head, with BatchNorm (over all processes on CUDA), and widths of its linear
+    # layers; convolutions of a mask head.
+    config.DET.BOX_CONVS = 4
+    config.DET.BOX_FCS = [1024]
+    config.DET.MASK_CONVS = 4
+    # Detections: smallest score, IoU of non-maximum suppression within a class, most of an image.
+    config.DET.SCORE_THRESHOLD = 0.05
+    config.DET.NMS_IOU = 0.5
+    config.DET.PER_IMAGE = 100
+    # Validation images that are drawn with their detections after each evaluation.
+    config.DET.PICTURES = 8
 
     # cuda or cpu; empty takes cuda where there is one.
     config.DEVICE = ""
@@ -370,6 +425,10 @@ _NAMES = {
 }
 
 
+def _is_positive(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
+
 def _is_below(name):
     """Whether a path stays below the folder that it is joined to."""
     return bool(name) and not os.path.isabs(name) and ".." not in name.split(os.sep)
@@ -388,7 +447,7 @@ def _check(config, sources):
     def choice(key, *names):
         require(key, names.__contains__, "one of " + ", ".join(repr(name) for name in names))
 
-    choice("DATA.DATASET", "imagenet")
+    choice("DATA.DATASET", "imagenet", "coco")
     choice("DATA.BACKEND", "pil", "opencv")
     choice("DATA.INTERPOLATION", "bicubic", "bilinear", "lanczos", "nearest", "random")
     choice("MODEL.TYPE", "msg")
@@ -396,7 +455,8 @@ def _check(config, sources):
     choice("MODEL.MSG.PATCH_EMBED", "linear", "conv")
     choice("MODEL.MSG.DOWNSAMPLE", "linear", "conv")
     choice("MODEL.MSG.ATTENTION", "auto", "eager", "sdpa", "blocked", "triton")
-    choice("TRAIN.LR_SCHEDULER.NAME", "cosine", "linear", "step")
+    choice("TRAIN.LR_SCHEDULER.NAME", "cosine", "linear", "step", "multistep")
+    choice("DET.BOX_LOSS", "giou", "smooth_l1")
     choice("TRAIN.OPTIMIZER.NAME", "adamw", "sgd")
     choice("AUG.REMODE", "pixel", "rand", "const")
     choice("AUG.MIXUP_MODE", "batch", "pair", "elem")
@@ -407,13 +467,15 @@ def _check(config, sources):
     choice("AMP_DTYPE", "float16", "bfloat16")
     positive = "DATA.BATCH_SIZE DATA.IMG_SIZE MODEL.NUM_CLASSES TRAIN.EPOCHS SAVE_FREQ PRINT_FREQ"
     positive += " MODEL.MSG.PATCH_SIZE MODEL.MSG.IN_CHANS MODEL.MSG.EMBED_DIM MODEL.MSG.WINDOW_SIZE"
-    positive += " DIST.TIMEOUT_SECONDS"
+    positive += " DIST.TIMEOUT_SECONDS DET.MAX_SIZE DET.TEST_SIZE DET.CHANNELS DET.ANCHOR_SCALE"
+    positive += " DET.RPN_SAMPLES DET.PROPOSALS_TRAIN DET.PROPOSALS_TEST DET.ROI_SAMPLES DET.PER_IMAGE"
     for key in positive.split():
         require(key, lambda value: value >= 1, "at least 1")
     not_negative = "DATA.NUM_WORKERS SEED LOCAL_RANK AUG.RECOUNT AUG.MIXUP AUG.CUTMIX AUG.COLOR_JITTER"
     not_negative += " TRAIN.START_EPOCH TRAIN.WARMUP_EPOCHS TRAIN.WEIGHT_DECAY TRAIN.WARMUP_LR TRAIN.MIN_LR"
     not_negative += " TRAIN.CLIP_GRAD TRAIN.ACCUMULATION_STEPS TRAIN.SAVE_STEPS TRAIN.SAVE_MINUTES"
-    not_negative += " TRAIN.KEEP_CHECKPOINTS TRAIN.MAX_NONFINITE"
+    not_negative += " TRAIN.KEEP_CHECKPOINTS TRAIN.MAX_NONFINITE TRAIN.WARMUP_STEPS"
+    not_negative += " DET.FROZEN_STAGES DET.BOX_CONVS DET.MASK_CONVS DET.PICTURES"
     for key in not_negative.split():
         require(key, lambda value: 0 <= value < math.inf, "0 or more, and finite")
     require("MODEL.MSG.MLP_RATIO", lambda value: value > 0, "above 0")
@@ -428,8 +490,27 @@ def _check(config, sources):
     require("TRAIN.LR_SCHEDULER.DECAY_EPOCHS", lambda value: value >= 1, "at least 1")
     for key in ("MODEL.DROP_RATE", "MODEL.DROP_PATH_RATE", "MODEL.LABEL_SMOOTHING"):
         require(key, lambda value: 0 <= value < 1, "at least 0 and below 1")
-    for key in ("HFLIP", "REPROB", "MIXUP_PROB", "MIXUP_SWITCH_PROB"):
-        require(f"AUG.{key}", lambda value: 0 <= value <= 1, "between 0 and 1")
+    shares = "AUG.HFLIP AUG.REPROB AUG.MIXUP_PROB AUG.MIXUP_SWITCH_PROB"
+    shares += " DET.ROI_POSITIVE DET.SCORE_THRESHOLD DET.NMS_IOU"
+    for key in shares.split():
+        require(key, lambda value: 0 <= value <= 1, "between 0 and 1")
+    for key in ("MIN_SIZES", "ANCHOR_RATIOS", "BOX_FCS", "IOU_THRESHOLDS"):
+        require(
+            f"DET.{key}", lambda values: values and all(_is_positive(v) for v in values), "positive numbers"
+        )
+    for key in ("CROP_MIN_SIZES", "CROP_SIZES"):
+        require(f"DET.{key}", lambda values: all(_is_positive(v) for v in values), "positive numbers")
+    require(
+        "DET.CROP_SIZES", lambda value: not value or len(value) == 2 and value[0] <= value[1], "two sides"
+    )
+    stages = len(config.DET.IOU_THRESHOLDS)
+    for key in ("LOSS_WEIGHTS", "DELTA_STDS"):
+        require(f"DET.{key}", lambda value: len(value) == stages, "as long as DET.IOU_THRESHOLDS")
+    require(
+        "DET.DELTA_STDS",
+        lambda value: all(isinstance(v, list) and len(v) == 4 and all(map(_is_positive, v)) for v in value),
+        "four positive numbers for each stage",
+    )
     require(
         "TRAIN.OPTIMIZER.BETAS",
         lambda value: len(value) == 2 and all(isinstance(b, (int, float)) and 0 <= b < 1 for b in value),
@@ -443,5 +524,5 @@ def _check(config, sources):
     for key in ("MODEL.NAME", "TAG"):
         require(key, _is_below, "a name for a folder below OUTPUT")
     mixes = config.AUG.MIXUP > 0 or config.AUG.CUTMIX > 0 or config.AUG.CUTMIX_MINMAX is not None
-    if mixes and not config.EVAL_MODE and not config.THROUGHPUT_MODE:
+    if mixes and config.DATA.DATASET == "imagenet" and not config.EVAL_MODE and not config.THROUGHPUT_MODE:
         require("DATA.BATCH_SIZE", lambda value: value % 2 == 0, "even for mixup and CutMix, which mix pairs")

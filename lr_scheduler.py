@@ -1,30 +1,36 @@
 """The learning rate at every update."""
 
-from timm.scheduler import CosineLRScheduler, PolyLRScheduler, StepLRScheduler
+from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, PolyLRScheduler, StepLRScheduler
 
 
 def build_scheduler(config, optimizer, updates_per_epoch, lr_scale):
     """A timm scheduler; ``scheduler.step_update(u)`` sets the learning rate of update u, counted from 0.
 
-    The rate is a function of u and the config alone, so that a resumed run needs no state. All three
-    schedules start with a linear warm-up of ``WARMUP_EPOCHS`` epochs from ``WARMUP_LR`` to ``BASE_LR``. Then
+    The rate is a function of u and the config alone, so that a resumed run needs no state. All
+    schedules start with a linear warm-up of ``WARMUP_EPOCHS`` epochs, or of ``WARMUP_STEPS`` updates where
+    these are given, from ``WARMUP_LR`` to ``BASE_LR``. Then
     ``cosine`` follows the cosine of the whole run, as the official code does (it starts below the base rate
     where the warm-up ends); ``linear`` falls to ``MIN_LR`` at the end; ``step`` multiplies by ``DECAY_RATE``
-    every ``DECAY_EPOCHS``.
+    every ``DECAY_EPOCHS``; ``multistep`` at every epoch of ``MILESTONES``.
 
     Args:
         optimizer: its groups' rates are the scaled base rate.
         updates_per_epoch: optimizer updates in an epoch.
-        lr_scale: images per update over 512; the warm-up and minimum rates are multiplied by it.
+        lr_scale: images per update over 512 (16 in detection); multiplies the warm-up and minimum rates too.
     """
     train = config.TRAIN
     updates, warmup = train.EPOCHS * updates_per_epoch, train.WARMUP_EPOCHS * updates_per_epoch
+    warmup = train.WARMUP_STEPS or warmup
     common = dict(warmup_t=warmup, warmup_lr_init=train.WARMUP_LR * lr_scale, t_in_epochs=False)
     lr_min = train.MIN_LR * lr_scale
     if train.LR_SCHEDULER.NAME == "step":
         decay = train.LR_SCHEDULER.DECAY_EPOCHS * updates_per_epoch
         rate = train.LR_SCHEDULER.DECAY_RATE
         return StepLRScheduler(optimizer, decay_t=decay, decay_rate=rate, warmup_prefix=False, **common)
+    if train.LR_SCHEDULER.NAME == "multistep":
+        decay = [epoch * updates_per_epoch for epoch in train.LR_SCHEDULER.MILESTONES]
+        rate = train.LR_SCHEDULER.DECAY_RATE
+        return MultiStepLRScheduler(optimizer, decay_t=decay, decay_rate=rate, warmup_prefix=False, **common)
     if train.LR_SCHEDULER.NAME == "linear":
         rest = max(1, updates - warmup)
         return PolyLRScheduler(

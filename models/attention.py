@@ -24,13 +24,15 @@ BACKENDS = ("auto", "eager", "sdpa", "blocked", "triton")
 BLOCK = 64  # windows whose scores stay in the cache
 
 
-def windowed_attention(qkv, bias, scale, backend="auto"):
+def windowed_attention(qkv, bias, scale, backend="auto", padding=None):
     """Softmax(scale q k^T + bias) v for every window and head.
 
     Args:
         qkv, bias: as above; the bias in any floating dtype.
         scale: factor of q k^T.
         backend: one of ``BACKENDS``; ``auto`` leaves it to :func:`choose_backend`.
+        padding: which windows hold tokens that nobody may attend to, int64 (n,), and which tokens these are,
+            bool (n, tokens), not all of a window; None where there are none.
 
     Returns:
         (N, tokens, heads*D) in the dtype of qkv.
@@ -41,7 +43,12 @@ def windowed_attention(qkv, bias, scale, backend="auto"):
     if backend == "auto":
         backend = choose_backend(qkv.device)
     attend = dict(eager=eager, sdpa=sdpa, blocked=blocked, triton=triton)[backend]
-    return attend(qkv, bias, scale)
+    out = attend(qkv, bias, scale)
+    if padding is None:
+        return out
+    # They are few: so no backend has to know of padding.
+    windows, hidden = padding
+    return out.index_copy(0, windows, eager(qkv[windows], bias, scale, hidden).to(out.dtype))
 
 
 def choose_backend(device):
@@ -72,9 +79,11 @@ def probabilities(q, k, bias, scale):
     return scores.softmax(-1).to(q.dtype)
 
 
-def eager(qkv, bias, scale):
-    """The formulas as they stand."""
+def eager(qkv, bias, scale, hidden=None):
+    """The formulas as they stand; keys that are ``hidden``, (N, tokens), get no attention."""
     q, k, v = qkv_heads(qkv, bias.shape[0])
+    if hidden is not None:
+        bias = bias.masked_fill(hidden[:, None, None], -torch.inf)  # N, heads, tokens, tokens
     return (probabilities(q, k, bias, scale) @ v).transpose(1, 2).flatten(2)
 
 

@@ -140,11 +140,15 @@ class LocalAttention(nn.Module):
         """Keep the expanded bias, or none for None; see :func:`models.build.inference`."""
         self.fixed_bias = self.bias().detach() if dtype else None
 
-    def forward(self, x, read=None):
-        """Attend within windows: (B*regions, windows, tokens, C) to the same shape, or to ``read`` tokens."""
+    def forward(self, x, read=None, padding=None):
+        """Attend within windows: (B*regions, windows, tokens, C) to the same shape, or to ``read`` tokens.
+
+        Args:
+            padding: windows and tokens in them that nobody attends to, see :func:`windowed_attention`.
+        """
         bias = self.bias() if self.fixed_bias is None else self.fixed_bias
         qkv = self.qkv(x.flatten(0, 1))  # B*regions*windows, tokens, 3*C
-        heads = windowed_attention(qkv, bias, self.scale, self.backend)  # B*regions*windows, tokens, C
+        heads = windowed_attention(qkv, bias, self.scale, self.backend, padding)  # as qkv, but C channels
         return self.proj_drop(self.proj(heads[:, :read])).unflatten(0, x.shape[:2])
 
 
@@ -176,9 +180,9 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x, read=None):
+    def forward(self, x, read=None, padding=None):
         """Apply the block: (B*regions, windows, tokens, C) to the same shape, or to ``read`` tokens."""
-        x = x[:, :, :read] + self.drop_path(self.attn(self.norm1(x), read))
+        x = x[:, :, :read] + self.drop_path(self.attn(self.norm1(x), read, padding))
         if self.shuffle:
             x = shuffle_messengers(x)
         return x + self.drop_path(self.mlp(self.norm2(x)))
@@ -232,14 +236,14 @@ class Stage(nn.Module):
         self.downsample = PatchMerging(dim, downsample) if downsample else None
         self.grad_checkpointing = False
 
-    def forward_blocks(self, x, read=None):
+    def forward_blocks(self, x, read=None, padding=None):
         """Apply the blocks: (B*regions, windows, tokens, C) to the same shape, or to ``read`` tokens."""
         for block in self.blocks:
             wanted = read if block is self.blocks[-1] else None
             if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, wanted, use_reentrant=False)
+                x = checkpoint(block, x, wanted, padding, use_reentrant=False)
             else:
-                x = block(x, wanted)
+                x = block(x, wanted, padding)
         return x
 
     def patch_map(self, x, rows, cols):
@@ -261,6 +265,20 @@ class Stage(nn.Module):
         messengers = merge_windows(x[:, :, :1], 1, self.region, rows, cols)  # B, H/w, W/w, C
         messengers = self.downsample(messengers)
         return torch.cat([partition_windows(messengers, 1, self.next_region), patches], dim=2)
+
+    def flops(self, patches, windows):
+        """Multiply-accumulate operations for so many patch tokens in so many windows, merging included."""
+        dim = self.blocks[0].norm1.weight.numel()
+        messengers = windows * self.tokens
+        total = 0
+        for block in self.blocks:
+            hidden = block.mlp.fc1.out_features
+            total += (patches + messengers) * dim * (2 + 4 * dim + 2 * hidden)
+            total += 2 * windows * (self.window**2 + self.tokens) ** 2 * dim
+        if self.downsample is not None:
+            inputs = 8 if self.downsample.kind == "linear" else 18
+            total += sum(count // 4 * inputs * dim * dim + count * dim for count in (patches, messengers))
+        return total
 
     def forward(self, x, rows, cols, read=None):
         """Blocks, then merging: windowed tokens of this stage to those of the next.
@@ -541,21 +559,8 @@ class MSGTransformer(nn.Module):
         dim = self.layers[0].blocks[0].norm1.weight.numel()
         total = side * side * self.patch_embed.proj.weight.numel()
         total += side * side * dim if isinstance(self.patch_embed.norm, nn.LayerNorm) else 0
-        for stage in self.layers:
-            dim = stage.blocks[0].norm1.weight.numel()
-            windows = (stage.side // stage.window) ** 2
-            per_window = stage.window**2 + self.tokens
-            tokens = windows * per_window
-            for block in stage.blocks:
-                hidden = block.mlp.fc1.out_features
-                total += tokens * dim * (2 + 4 * dim + 2 * hidden) + 2 * windows * per_window**2 * dim
-            if stage.downsample is not None:
-                for count in (stage.side**2, windows * self.tokens):
-                    total += (
-                        count // 4 * (8 if stage.downsample.kind == "linear" else 18) * dim * dim
-                        + count * dim
-                    )
-        return total + self.num_features * (stage.window**2 + self.tokens + self.num_classes)
+        total += sum(stage.flops(stage.side**2, (stage.side // stage.window) ** 2) for stage in self.layers)
+        return total + self.num_features * (self.window_size**2 + self.tokens + self.num_classes)
 
 
 def init_linear(module):

@@ -1,0 +1,1 @@
+"""COCO detection: Cascade Mask R-CNN on an MSG-Transformer backbone."""
