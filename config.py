@@ -5,6 +5,7 @@ as ``--cfg``, ``--opts KEY VALUE ...``, the other command-line flags. Keys and d
 official release.
 """
 
+import argparse
 import ast
 import difflib
 import math
@@ -257,6 +258,36 @@ def default_config():
     config.THROUGHPUT_MODE = False
     config.LOCAL_RANK = 0
     return config
+
+
+def parse_args(description, throughput=False, argv=None):
+    """Parse the official release's command line, and --pretrained, --use-checkpoint and --device.
+
+    Args:
+        throughput: whether the program has a mode that times inference.
+        argv: the words; those of the command line by default.
+    """
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    add = parser.add_argument
+    add("--cfg", required=True, metavar="FILE", help="YAML config")
+    add("--opts", nargs="+", metavar="KEY VALUE", help="change config keys, e.g. TRAIN.EPOCHS 100")
+    add("--batch-size", type=int, help="images per process and micro-batch")
+    add("--data-path", metavar="DIR", help="folder of the data; the README shows its layout")
+    add("--resume", metavar="FILE", help="checkpoint to continue from, or to evaluate with --eval")
+    add("--pretrained", metavar="FILE", help="checkpoint whose weights start a new run (fine-tuning)")
+    add("--accumulation-steps", type=int, help="micro-batches per optimizer update")
+    add("--use-checkpoint", action="store_true", help="gradient checkpointing, to save memory")
+    add("--amp-opt-level", choices=["O0", "O1", "O2"], help="O0: float32; O1: mixed precision; O2: as O1")
+    add("--device", choices=["cuda", "cpu"], help="default: cuda where there is one")
+    add("--output", metavar="DIR", help="results go to <output>/<model name>/<tag>; default: output")
+    add("--tag", help="name of this run; default: default")
+    add("--eval", action="store_true", help="evaluate only")
+    if throughput:
+        add("--throughput", action="store_true", help="time inference only")
+    add("--local_rank", "--local-rank", type=int, help="set by torch.distributed.launch")
+    args = parser.parse_args(argv)
+    args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank or 0))
+    return args
 
 
 def get_config(args):

@@ -2,7 +2,9 @@
 
 import datetime
 import inspect
+import logging
 import os
+import sys
 import time
 import uuid
 
@@ -11,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from utils import UserError
+from utils import UserError, end_workers
 
 
 def adopt_slurm():
@@ -84,7 +86,8 @@ def parallelize(model, device):
     update of every start, and a resumed run would add up the gradients of three or more processes in another
     order.
     """
-    # The model's only buffers are constant indices. The option has two names among the supported versions.
+    # The classifier's only buffers are constant indices; those of BatchNorm are sent when they are needed.
+    # The option has two names among the supported versions.
     known = inspect.signature(DistributedDataParallel).parameters
     sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     ids = [device] if device.type == "cuda" else None
@@ -123,6 +126,22 @@ def gather_floats(tensor):
     return [value.item() for value in values]
 
 
+def gather_lists(items):
+    """The lists of all processes joined, on rank 0; None elsewhere. All of them must call it."""
+    if not dist.is_initialized():
+        return items
+    parts = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(items, parts)
+    return None if parts is None else [item for part in parts for item in part]
+
+
+def send_buffers(model):
+    """Give every process the buffers of rank 0's model, such as the statistics of BatchNorm."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
 def from_rank_0(make):
     """Call ``make`` on rank 0 and give every process what it returned, or raise its UserError there.
 
@@ -140,6 +159,32 @@ def from_rank_0(make):
     if box[1] is not None:
         raise box[1]
     return box[0]
+
+
+def run_command(command):
+    """Call ``command`` as the whole of a program: an expected error is one message, and no worker stays."""
+    try:
+        adopt_slurm()
+        command()
+    except UserError as error:
+        # Every process meets the same error: the others wait, so that the launcher ends them before they
+        # repeat it.
+        if rank_and_world_size()[0]:
+            time.sleep(3)
+        # An error of a data-loading worker comes with the worker's traceback in front of the message.
+        message = str(error).strip().rpartition(f"{type(error).__name__}: ")[2]
+        sys.exit(f"error: {message}")
+    except RuntimeError as error:
+        if not lost_contact(error):
+            raise
+        logging.getLogger("msg_transformer").debug("lost contact", exc_info=error)
+        reason = str(error).split("\n")[0][:160]
+        sys.exit(
+            f"error: lost contact with another process ({reason}); look for the first error of any. The "
+            "same command resumes from the latest checkpoint"
+        )
+    finally:
+        end_workers()
 
 
 def lost_contact(error):

@@ -1,4 +1,4 @@
-"""The optimizer update, where a run stands, and when and how it is saved and restored.
+"""An epoch of training, the optimizer update, where a run stands, and when and how it is saved and restored.
 
 Where a run stands is counted in images, not in batches: a run can go on with another number of processes or
 another batch size, and everything random is a function of (seed, epoch, images seen), so nothing random has
@@ -15,15 +15,245 @@ import torch
 from torch import nn
 
 import checkpoint as ckpt
-from distributed import from_rank_0, gather_floats, largest_over_processes, rank_and_world_size
+from config import dump_config
+from distributed import (
+    from_rank_0,
+    gather_floats,
+    largest_over_processes,
+    parallelize,
+    rank_and_world_size,
+    sum_over_processes,
+)
 from logger import write_config
-from utils import UserError, autocast
+from lr_scheduler import build_scheduler
+from optimizer import build_optimizer
+from utils import UserError, autocast, clock, peak_memory_mb, seed_everything
 
 REQUEUE_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal, the same command goes on
 
 
 class NonFiniteError(UserError):
     """Too many updates in a row had a non-finite gradient."""
+
+
+def build_run(
+    config, model, sampler, device, amp_dtype, base_images, logger, score="accuracy", load_pretrained=None
+):
+    """Set up training of a model, and restore what is there already.
+
+    Args:
+        base_images: images per update that ``TRAIN.BASE_LR`` is for.
+        score: what the best checkpoint is best in.
+        load_pretrained: as for :meth:`Run.restore`.
+
+    Returns:
+        A :class:`Run` at the epoch to train next, its updater's model parallelised over the processes.
+    """
+    train = config.TRAIN
+    lr_scale = sampler.images_per_update / base_images
+    optimizer = build_optimizer(config, model, lr_scale)
+    scheduler = build_scheduler(config, optimizer, sampler.updates_per_epoch, lr_scale)
+    updater = Updater(
+        model, optimizer, device, amp_dtype, sampler.accumulation, train.CLIP_GRAD, train.MAX_NONFINITE
+    )
+    run = Run(
+        model,
+        updater,
+        scheduler,
+        sampler,
+        config.OUTPUT,
+        dump_config(config),
+        train.KEEP_CHECKPOINTS,
+        train.ON_SAVE_ERROR == "stop",
+        logger,
+        score,
+    )
+    run.restore(
+        config.MODEL.RESUME, train.AUTO_RESUME, config.MODEL.PRETRAINED, train.START_EPOCH, load_pretrained
+    )
+    run.write_config()
+    if run.progress.epoch < train.EPOCHS and not train.WARMUP_STEPS and train.WARMUP_EPOCHS >= train.EPOCHS:
+        logger.warning("TRAIN.WARMUP_EPOCHS covers the whole run: TRAIN.BASE_LR is never reached")
+    if rank_and_world_size()[1] > 1:
+        updater.model = parallelize(model, device)
+    return run
+
+
+def choose_for_evaluation(config, logger):
+    """Read ``--resume``, or else the latest checkpoint of the run's folder: (path, its weights alone)."""
+    path = config.MODEL.RESUME
+    if path:
+        checkpoint = ckpt.read_checkpoint(path)
+    else:
+        path, checkpoint = ckpt.read_latest(config.OUTPUT, logger.warning)
+    if path is None:
+        raise ckpt.CheckpointError(f"nothing to evaluate: give --resume (no checkpoint in {config.OUTPUT})")
+    return path, dict(model=checkpoint.get("model", checkpoint))
+
+
+def train_epochs(
+    run, loader, losses_of, evaluate, key, schedule, seed, epochs, print_freq, save_freq, record
+):
+    """Train up to ``epochs``, evaluating after every epoch and saving as configured.
+
+    Args:
+        losses_of, schedule, seed, print_freq, record: see :func:`train_one_epoch`.
+        evaluate: called without arguments; returns a dict of figures for the record.
+        key: the figure that the best checkpoint is best in, in percent.
+        save_freq: epochs between checkpoints.
+
+    Raises:
+        CheckpointError: the last checkpoint could not be written.
+    """
+    start, logger = run.progress.epoch, run.logger
+    if start >= epochs:
+        logger.info(f"all {epochs} epochs are trained already; max {run.score} {run.best:.2f}%")
+        return
+    schedule.start()
+    begin = time.time()
+    for epoch in range(start, epochs):
+        run.start_epoch(epoch)
+        trained = train_one_epoch(run, loader, losses_of, schedule, seed, epochs, print_freq, record)
+        result = evaluate()
+        before, run.best = run.best, max(run.best, result[key])
+        improved = run.best > before
+        logger.info(f"Max {run.score}: {run.best:.2f}%")
+        if record is not None:
+            update = (epoch + 1) * run.sampler.updates_per_epoch
+            record.end_epoch(update, epoch=epoch, **trained, **result)
+        due = epoch % save_freq == 0 or epoch + 1 == epochs
+        files = run.save(epoch_done=True, due=due, best=improved)
+        if improved and ckpt.BEST not in files:
+            run.best = before  # the next epoch may still write a best checkpoint
+    if not files:
+        raise ckpt.CheckpointError(f"the last checkpoint could not be written to {run.folder}")
+    if record is not None:
+        record.close()
+        logger.info(
+            f"trained epochs {start} to {epochs - 1} in {clock(time.time() - begin)}\n"
+            f"  {f'max {run.score}:':16} {run.best:.2f}%\n"
+            f"  best checkpoint: {os.path.join(run.folder, ckpt.BEST)}\n"
+            f"  training curves: {record.picture}"
+        )
+
+
+def train_one_epoch(run, loader, losses_of, schedule, seed, epochs, print_freq, record):
+    """Train for the rest of the run's epoch; a step of the log is one optimizer update.
+
+    Nothing waits for the device between updates, but for a log line every ``print_freq`` updates. Whatever
+    ``losses_of`` draws depends on (seed, rank, epoch, images seen) only: a resumed run draws what an
+    undisturbed one would.
+
+    Args:
+        losses_of: called with the images and targets of a micro-batch and its number in the update; returns
+            the mean losses by name, whose sum is minimised.
+        schedule: a :class:`SaveSchedule`.
+        epochs: of the whole run, for the time left.
+        record: a RunRecord, None on other ranks.
+
+    Returns:
+        Mean train_loss over all processes, ``loss_<name>`` where there are several, last lr, mean grad_norm,
+        images_per_second and seconds.
+
+    Raises:
+        SystemExit: a signal asked to stop; the run is saved and the exit code is ``REQUEUE_EXIT_CODE``.
+        NonFiniteError: too many updates in a row were not finite.
+    """
+    updater, progress, sampler = run.updater, run.progress, run.sampler
+    done, updates = progress.updates, progress.updates + sampler.updates
+    run.model.train()
+    sums = {}
+    begin = printed = time.time()
+    printed_update = done
+    for step, (images, targets) in enumerate(loader):
+        update, part = divmod(step, sampler.accumulation)
+        update += done
+        if part == 0:
+            seed_everything("dropout", seed, sampler.rank, progress.epoch, progress.images)
+            sums = {}
+        with updater.micro_batch(part):
+            losses = losses_of(images, targets, part)
+            updater.backward(sum(losses.values()))
+        for name, loss in losses.items():
+            sums[name] = sums.get(name, 0) + loss.detach() / sampler.accumulation
+        if part + 1 < sampler.accumulation:
+            continue
+        run.scheduler.step_update(run.position())
+        try:
+            norm = updater.update()
+        except NonFiniteError as error:
+            raise explain_nonfinite(
+                error, loader.paths, sampler, max(0, update - done - 1), run.folder
+            ) from error
+        progress.add(sampler.images_per_update, sums, norm)
+
+        if update % print_freq == 0:
+            # Reading the loss waits for the device, so that the time is true.
+            values = dict(loss=sum(sums.values()).item(), grad_norm=norm.item())
+            if len(sums) > 1:
+                values.update({f"loss_{name}": loss.item() for name, loss in sums.items()})
+            now = time.time()
+            mean_time = (now - begin) / (update + 1 - done)
+            time_now = (now - printed) / (update + 1 - printed_update)
+            printed, printed_update = now, update + 1
+            log_update(run, update, updates, epochs, values, time_now, mean_time, record)
+        save, stop = schedule.after_update()
+        if save:
+            files = run.save(epoch_done=False)
+        if stop:
+            if record is not None:
+                record.close()
+            if not files:
+                raise ckpt.CheckpointError(f"stopped by signal {stop}, but the run could not be saved")
+            name = signal.Signals(stop).name
+            run.logger.info(f"stopped by {name}: the same command goes on (exit code {REQUEUE_EXIT_CODE})")
+            sys.exit(REQUEUE_EXIT_CODE)
+    means = progress.means()
+    # A run resumed behind the last update of an epoch has not set its learning rate.
+    run.scheduler.step_update(run.position() - 1)
+    seconds = time.time() - begin
+    run.logger.info(f"EPOCH {progress.epoch} training takes {clock(seconds)}")
+    return dict(
+        train_loss=means.pop("loss"),
+        grad_norm=means.pop("norm"),
+        **means,
+        lr=learning_rate(run),
+        images_per_second=(updates - done) * sampler.images_per_update / seconds,
+        seconds=seconds,
+    )
+
+
+def log_update(run, update, updates, epochs, values, time_now, mean_time, record):
+    """Write the log line of an update, and its TensorBoard scalars.
+
+    Args:
+        update, updates: of this epoch, number and count.
+        values: loss, its parts where there are several, and grad_norm of the update.
+        time_now, mean_time: seconds per update, since the last line and since the epoch's start or resume.
+    """
+    progress, per_epoch = run.progress, run.sampler.updates_per_epoch
+    lr, skipped = learning_rate(run), run.updater.skipped.item()
+    left = updates - update - 1
+    left_in_run = left + (epochs - progress.epoch - 1) * per_epoch
+    parts = [f"{name.removeprefix('loss_')} {value:.4f}" for name, value in values.items() if "loss_" in name]
+    run.logger.info(
+        f"Train: [{progress.epoch}/{epochs}][{update}/{updates}]\t"
+        f"eta {clock(left * mean_time)} (run {clock(left_in_run * mean_time)}) "
+        f"lr {lr:.6f}\ttime {time_now:.4f} ({mean_time:.4f})\t"
+        f"loss {values['loss']:.4f} ({progress.loss.item() / progress.updates:.4f})\t"
+        f"grad_norm {values['grad_norm']:.4f} ({progress.norm.item() / progress.updates:.4f})\t"
+        f"mem {peak_memory_mb(run.updater.device):.0f}MB"
+        + (f"\tskipped {skipped}" if skipped else "")
+        + (f"\t{' '.join(parts)}" if parts else "")
+    )
+    if record is not None:
+        speed = run.sampler.images_per_update / time_now
+        record.scalars(progress.epoch * per_epoch + update, lr=lr, images_per_second=speed, **values)
+
+
+def learning_rate(run):
+    """The learning rate that the last update used."""
+    return run.updater.optimizer.param_groups[0]["lr"]
 
 
 class Updater:
@@ -131,22 +361,38 @@ class Progress:
     def __init__(self, epoch, device):
         self.epoch, self.images, self.updates = epoch, 0, 0
         self.loss, self.norm = torch.zeros((), device=device), torch.zeros((), device=device)
+        self.parts = {}  # of a loss that has several, by name
 
-    def add(self, images, loss, norm):
-        """Count an update: its images over all processes, its mean loss here, its gradient norm."""
+    def add(self, images, losses, norm):
+        """Count an update: its images over all processes, its mean losses here, its gradient norm."""
         self.images, self.updates = self.images + images, self.updates + 1
-        self.loss = self.loss + torch.nan_to_num(loss, 0.0, 0.0, 0.0)
+        self.loss = self.loss + torch.nan_to_num(sum(losses.values()), 0.0, 0.0, 0.0)
         self.norm = self.norm + torch.nan_to_num(norm, 0.0, 0.0, 0.0)
+        if len(losses) > 1:
+            for name, loss in losses.items():
+                self.parts[name] = self.parts.get(name, 0) + torch.nan_to_num(loss, 0.0, 0.0, 0.0)
+
+    def means(self):
+        """Means over the updates and all processes: loss, norm, and ``loss_<part>``; all must call it."""
+        sums = dict(loss=self.loss, norm=self.norm)
+        sums.update({f"loss_{name}": self.parts[name] for name in sorted(self.parts)})
+        total = sum_over_processes(torch.stack(list(sums.values())))
+        return dict(zip(sums, (total / self.updates / rank_and_world_size()[1]).tolist()))
 
     def state_dict(self):
         """Plain numbers, the same on every process; all processes must call it."""
         sums = [gather_floats(self.loss), gather_floats(self.norm)]
-        return dict(epoch=self.epoch, images=self.images, updates=self.updates, loss=sums[0], norm=sums[1])
+        parts = {name: gather_floats(self.parts[name]) for name in sorted(self.parts)}
+        counts = dict(epoch=self.epoch, images=self.images, updates=self.updates)
+        return dict(counts, loss=sums[0], norm=sums[1], parts=parts)
 
     def load_state_dict(self, state, rank, world_size):
         """Continue from :meth:`state_dict`, on the same number of processes or another."""
         self.epoch, self.images, self.updates = state["epoch"], state["images"], state["updates"]
-        for sums, total in ((state["loss"], self.loss), (state["norm"], self.norm)):
+        self.parts = {name: torch.zeros_like(self.loss) for name in state.get("parts", {})}
+        totals = [(state["loss"], self.loss), (state["norm"], self.norm)]
+        totals += [(state["parts"][name], total) for name, total in self.parts.items()]
+        for sums, total in totals:
             total.fill_(sums[rank] if len(sums) == world_size else sum(sums) / len(sums))
 
 
@@ -207,12 +453,25 @@ class Run:
         config: YAML text of the effective config, for people who open the checkpoint.
         keep: epoch checkpoints to keep, 0 for all.
         stop_on_save_error: end the run when a checkpoint cannot be written.
+        score: what ``best`` is the largest of so far, in percent.
     """
 
-    def __init__(self, model, updater, scheduler, sampler, folder, config, keep, stop_on_save_error, logger):
+    def __init__(
+        self,
+        model,
+        updater,
+        scheduler,
+        sampler,
+        folder,
+        config,
+        keep,
+        stop_on_save_error,
+        logger,
+        score="accuracy",
+    ):
         self.model, self.updater, self.scheduler, self.sampler = model, updater, scheduler, sampler
         self.folder, self.config, self.keep, self.logger = folder, config, keep, logger
-        self.stop_on_save_error = stop_on_save_error
+        self.stop_on_save_error, self.score = stop_on_save_error, score
         self.progress = Progress(0, updater.device)
         self.best = -1.0  # below 0, so that even a first score of 0 is the best so far
 
@@ -285,13 +544,14 @@ class Run:
         if rank_and_world_size()[0] == 0:
             write_config(self.folder, "config.yaml", self.config, self.logger)
 
-    def restore(self, resume, auto_resume, pretrained, start_epoch):
+    def restore(self, resume, auto_resume, pretrained, start_epoch, load_pretrained=None):
         """Load what the run continues from: its own latest checkpoint, ``resume``, or ``pretrained``.
 
         Rank 0 alone reads files and decides; the others get what it read.
 
-        Returns:
-            The epoch to train first, or to go on with.
+        Args:
+            load_pretrained: called with the model, the content of ``pretrained`` and its path, where that is
+                not a checkpoint of the same kind of model.
 
         Raises:
             CheckpointError: the file does not fit, or the run would overwrite later checkpoints of another.
@@ -308,10 +568,13 @@ class Run:
                 reason = f"{type(error).__name__}: {error}".split("\n")[0]
                 raise ckpt.CheckpointError(f"{path} is not the checkpoint of a run ({reason})") from error
             where = f"epoch {self.progress.epoch}, image {self.progress.images}"
-            self.logger.info(f"resuming from {path}: {where}, max accuracy {max(self.best, 0.0):.2f}%")
+            self.logger.info(f"resuming from {path}: {where}, max {self.score} {max(self.best, 0.0):.2f}%")
         elif pretrained:
             weights = from_rank_0(lambda: ckpt.read_checkpoint(pretrained))
-            ckpt.load_weights(self.model, weights, pretrained, new_head=True)
+            if load_pretrained is None:
+                ckpt.load_weights(self.model, weights, pretrained, new_head=True)
+            else:
+                load_pretrained(self.model, weights, pretrained)
             self.logger.info(f"starting from the weights of {pretrained}")
         else:
             self.logger.info(f"starting from scratch: no checkpoint in {self.folder}")
@@ -319,7 +582,6 @@ class Run:
             raise ckpt.CheckpointError(
                 f"{latest} would be overwritten: choose another --tag, or set TRAIN.AUTO_RESUME True"
             )
-        return self.progress.epoch
 
     def _load(self, path, checkpoint):
         ckpt.load_weights(self.model, checkpoint, path)

@@ -14,6 +14,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from utils import UserError
 
+DRAWN = ("epoch", "train_loss", "val_loss", "acc1", "acc5", "lr")  # of the metrics of an epoch
+
 
 class LogFile(logging.handlers.WatchedFileHandler):
     """A log file that is opened again where somebody removed it, and that ends no run by a full disk."""
@@ -94,13 +96,15 @@ class RunRecord:
         folder: the run's output folder.
         start_epoch, start_update: where this process starts; what an interrupted run wrote beyond is dropped.
         logger: is told what cannot be written; a full disk does not end the run here.
+        draw: draws the curves of a list of rows to a file.
+        drawn: what it needs of every row.
     """
 
-    def __init__(self, folder, start_epoch, start_update, logger):
-        self.logger = logger
+    def __init__(self, folder, start_epoch, start_update, logger, draw=None, drawn=DRAWN):
+        self.logger, self.draw = logger, draw or draw_curves
         self.path = os.path.join(folder, "metrics.jsonl")
         self.picture = os.path.join(folder, "curves.png")
-        self.epochs = [row for row in read_metrics(self.path) if row["epoch"] < start_epoch]
+        self.epochs = [row for row in read_metrics(self.path, drawn) if row["epoch"] < start_epoch]
         self.board, self.board_folder = None, os.path.join(folder, "tensorboard")
         self.purge_step = start_update
 
@@ -117,7 +121,7 @@ class RunRecord:
             with open(temporary, "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(epoch) + "\n" for epoch in self.epochs)
             os.replace(temporary, self.path)
-            draw_curves(self.epochs, self.picture)
+            self.draw(self.epochs, self.picture)
         self._write_scalars("epoch", row, update)
 
     def close(self):
@@ -148,15 +152,18 @@ class RunRecord:
             self.logger.error(f"cannot write metrics: {error}; training goes on")
 
 
-def read_metrics(path):
-    """The rows of a ``metrics.jsonl``, none where there is no file; torn or foreign lines are left out."""
+def read_metrics(path, drawn=DRAWN):
+    """The rows of a ``metrics.jsonl``, none where there is no file; torn or foreign lines are left out.
+
+    Args:
+        drawn: names of the numbers that every row must hold.
+    """
     rows = []
     if os.path.exists(path):
         with open(path, encoding="utf-8", errors="replace") as file:
             for line in file:
                 with contextlib.suppress(ValueError):
                     rows.append(json.loads(line))
-    drawn = ("epoch", "train_loss", "val_loss", "acc1", "acc5", "lr")
     return [row for row in rows if isinstance(row, dict) and all(_is_number(row.get(key)) for key in drawn)]
 
 

@@ -1,6 +1,7 @@
 """Devices, precision, seeds, worker processes, memory."""
 
 import contextlib
+import datetime
 import multiprocessing
 import os
 import platform
@@ -137,6 +138,11 @@ def machine(device):
     if device == "cuda":
         name = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda} ({name})"
     return f"{name}; Python {platform.python_version()}, PyTorch {torch.__version__}, timm {timm.__version__}"
+
+
+def clock(seconds):
+    """Seconds as h:mm:ss."""
+    return str(datetime.timedelta(seconds=int(seconds)))
 
 
 def peak_memory_mb(device):

@@ -77,26 +77,31 @@ class ToDevice:
     def __call__(self, batches):
         """Yield (images, targets) on the device for those of ``batches``."""
         if self.stream is None:
-            for images, targets in batches:
-                yield self.normalize(images), targets
+            yield from map(self.move, batches)
             return
         before = None
         for batch in batches:
             with torch.cuda.stream(self.stream):
-                images, targets = (tensor.to(self.device, non_blocking=True) for tensor in batch)
-                now = self.normalize(images), targets, self.stream.record_event()
+                now = self.move(batch), self.stream.record_event()
             if before is not None:
                 yield self._hand_over(*before)
             before = now
         if before is not None:
             yield self._hand_over(*before)
 
-    def _hand_over(self, images, targets, ready):
+    def move(self, batch):
+        """A batch on the device, its images normalised."""
+        images, targets = batch
+        images = self.normalize(images.to(self.device, non_blocking=True))
+        return images, targets.to(self.device, non_blocking=True)
+
+    def _hand_over(self, batch, ready):
         current = torch.cuda.current_stream(self.device)
         current.wait_event(ready)
-        for tensor in (images, targets):
-            tensor.record_stream(current)
-        return images, targets
+        for tensor in tensors_of(batch):
+            if tensor.is_cuda:
+                tensor.record_stream(current)
+        return batch
 
     def normalize(self, images):
         """What torchvision's ToTensor and Normalize make of uint8 images (B, 3, S, S); floats stay."""
@@ -108,6 +113,15 @@ class ToDevice:
         for part, image in parts:
             part.copy_(image).div_(255).sub_(self.mean).div_(self.std)
         return result
+
+
+def tensors_of(value):
+    """The tensors in nested lists, tuples and dicts."""
+    if torch.is_tensor(value):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from tensors_of(part)
 
 
 def collate(samples):
@@ -124,6 +138,18 @@ def start_worker(worker):
         signal.signal(number, signal.SIG_IGN)
     if "cv2" in sys.modules:  # where it reads the images
         sys.modules["cv2"].setNumThreads(0)
+
+
+def worker_options(config, device):
+    """What a DataLoader is told about its workers."""
+    return dict(
+        worker_init_fn=start_worker,
+        num_workers=config.DATA.NUM_WORKERS,
+        persistent_workers=config.DATA.NUM_WORKERS > 0,
+        pin_memory=device.type == "cuda" and config.DATA.PIN_MEMORY,
+        # The loaders' own generator: without it every epoch draws from the one that dropout uses.
+        generator=torch.Generator(),
+    )
 
 
 def build_reader(backend):
@@ -144,6 +170,15 @@ def build_reader(backend):
     return ImageFile
 
 
+def require_an_update(sampler, where):
+    """Raise a DataError where the training set is smaller than an update."""
+    if not sampler.updates_per_epoch:
+        raise DataError(
+            f"{where} has {sampler.length} images, fewer than an update takes: {sampler.batch_size} per "
+            f"process, {sampler.world_size} processes, {sampler.accumulation} accumulated; lower --batch-size"
+        )
+
+
 def build_loaders(config, rank=0, world_size=1, device="cpu"):
     """Loaders over ``DATA.DATA_PATH``, whose batches are on ``device``.
 
@@ -161,15 +196,7 @@ def build_loaders(config, rank=0, world_size=1, device="cpu"):
         raise DataError(
             "no data: give --data-path, a folder with train/<class>/<image> and val/<class>/<image>"
         )
-    options = dict(
-        collate_fn=collate,
-        worker_init_fn=start_worker,
-        num_workers=config.DATA.NUM_WORKERS,
-        persistent_workers=config.DATA.NUM_WORKERS > 0,
-        pin_memory=device.type == "cuda" and config.DATA.PIN_MEMORY,
-        # The loaders' own generator: without it every epoch draws from the one that dropout uses.
-        generator=torch.Generator(),
-    )
+    options = dict(worker_options(config, device), collate_fn=collate)
     read = build_reader(config.DATA.BACKEND)
     val = build_dataset(root, "val", build_transform(config, is_train=False), read)
     shard = evaluation_shard(len(val), rank, world_size)
@@ -182,11 +209,7 @@ def build_loaders(config, rank=0, world_size=1, device="cpu"):
     sampler = TrainBatchSampler(
         len(train), config.DATA.BATCH_SIZE, accumulation, rank, world_size, config.SEED
     )
-    if not sampler.updates_per_epoch:
-        raise DataError(
-            f"{root}/train has {len(train)} images, fewer than an update takes: {config.DATA.BATCH_SIZE} per "
-            f"process, {world_size} processes, {accumulation} accumulated; lower --batch-size"
-        )
+    require_an_update(sampler, f"{root}/train")
     samples = TrainingSamples(train, config.SEED, skip)
     train_loader = Loader(
         DataLoader(samples, batch_sampler=sampler, **options),

@@ -17,9 +17,11 @@ class TrainBatchSampler(Sampler):
         accumulation: micro-batches of an update.
         rank, world_size: this process and the number of processes.
         seed: with the epoch, decides the permutation.
+        groups: a number for each image; images of a batch are mostly of one group. None for no grouping.
     """
 
-    def __init__(self, length, batch_size, accumulation, rank, world_size, seed):
+    def __init__(self, length, batch_size, accumulation, rank, world_size, seed, groups=None):
+        self.groups = groups
         self.length, self.batch_size, self.accumulation = length, batch_size, accumulation
         self.rank, self.world_size, self.seed = rank, world_size, seed
         self.images_per_update = batch_size * accumulation * world_size
@@ -37,6 +39,8 @@ class TrainBatchSampler(Sampler):
     def _micro_batches(self):
         """Image indices of what is left of the epoch: (micro-batches, processes, batch_size)."""
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
+        if self.groups is not None:
+            order = group(order, self.groups)
         used = order[self.images :][: self.updates * self.images_per_update]
         return used.reshape(-1, self.world_size, self.batch_size)
 
@@ -48,6 +52,26 @@ class TrainBatchSampler(Sampler):
         """Image indices that this process sees in an update, counted from where the iteration started."""
         first = update * self.accumulation
         return self._micro_batches()[first : first + self.accumulation, self.rank].flatten().tolist()
+
+
+def group(order, groups, run=16):
+    """Reorder images so that runs of 16 are of one group, each where its last image was; the rest at the end.
+
+    The runs have a fixed length, so that the order does not depend on how many processes share it.
+
+    Args:
+        order: image indices.
+        groups: a number for each image.
+    """
+    waiting, result = {}, []
+    for index in order.tolist():
+        members = waiting.setdefault(groups[index], [])
+        members.append(index)
+        if len(members) == run:
+            result += members
+            members.clear()
+    rest = [index for members in waiting.values() for index in members]
+    return np.array(result + rest, dtype=np.int64)
 
 
 def evaluation_shard(length, rank, world_size):

@@ -47,13 +47,13 @@ class CascadeStage(nn.Module):
         self.box_loss = box_loss
 
     def predict_boxes(self, features):
-        """RoI features (N, C, 7, 7) to class logits (N, classes) and deltas (N, classes, 4), in float32."""
+        """RoI features (N, C, 7, 7) to class logits (N, classes), deltas (N, classes, 4), float32 or more."""
         logits, deltas = self.box_predictor(self.box_head(features))
-        return logits.float(), deltas.float().unflatten(1, (-1, 4))
+        return at_least_float32(logits), at_least_float32(deltas).unflatten(1, (-1, 4))
 
     def predict_masks(self, features):
-        """RoI features (N, C, 14, 14) to mask logits (N, classes, 28, 28), in float32."""
-        return self.mask_predictor(self.mask_head(features)).float()
+        """RoI features (N, C, 14, 14) to mask logits (N, classes, 28, 28), float32 or more."""
+        return at_least_float32(self.mask_predictor(self.mask_head(features)))
 
     def decode(self, deltas, boxes):
         """The boxes that deltas (N, 4) make of boxes (N, 4)."""
@@ -194,10 +194,8 @@ class CascadeHeads(nn.Module):
             if i + 1 < len(self.stages):
                 proposals = self.refine(stage, logits, deltas, proposals, sizes)
         counts = [len(boxes) for boxes in proposals]
-        decoded = [
-            stage.decode(delta, boxes[:, None].expand(-1, delta.shape[1], -1).reshape(-1, 4)).view_as(delta)
-            for delta, boxes in zip(deltas.flatten(0, 1).view_as(deltas).split(counts), proposals)
-        ]
+        repeated = torch.cat(proposals).repeat_interleave(deltas.shape[1], dim=0)
+        decoded = stage.decode(deltas.flatten(0, 1), repeated).view_as(deltas).split(counts)
         detections = [self.keep_best(*image) for image in zip(decoded, scores.split(counts), sizes)]
         boxes = [detection["boxes"] for detection in detections]
         pooled = self.mask_pool(features, boxes, sizes)
@@ -223,3 +221,8 @@ class CascadeHeads(nn.Module):
         boxes, scores, labels = boxes[kept], scores[kept], labels[kept]
         kept = batched_nms(boxes, scores, labels, self.nms_iou)[: self.per_image]
         return dict(boxes=boxes[kept], labels=labels[kept], scores=scores[kept])
+
+
+def at_least_float32(x):
+    """A tensor in float32, or as it is where that is more."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -13,11 +13,12 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
+import checkpoint as ckpt
 from config import ConfigError
 from models import build_model
 
 from .backbone import MSGBackbone
-from .cascade import CascadeHeads, CascadeStage
+from .cascade import CascadeHeads, CascadeStage, at_least_float32
 
 
 class Detector(nn.Module):
@@ -48,7 +49,7 @@ class Detector(nn.Module):
         maps = self.backbone(images, sizes)
         features = self.fpn(OrderedDict((str(i), x) for i, x in enumerate(maps)))
         # What follows sorts, matches and compares: half precision stays in the heads.
-        features = OrderedDict((name, x.float()) for name, x in features.items())
+        features = OrderedDict((name, at_least_float32(x)) for name, x in features.items())
         proposals, losses = self.rpn(ImageList(images, sizes), features, targets)
         losses = {name.replace("loss_", ""): loss for name, loss in losses.items()}
         if self.training:
@@ -132,6 +133,33 @@ def build_detector(config, classes):
         det.PER_IMAGE,
     )
     return Detector(backbone, fpn, rpn, heads)
+
+
+def load_pretrained(detector, checkpoint, path):
+    """Load the weights that a new run starts from.
+
+    Args:
+        checkpoint: what ``read_checkpoint`` returned: of a classifier, for the backbone; or of a detector,
+            whose class and mask predictors are left out where the number of classes differs.
+        path: its file, for messages.
+
+    Raises:
+        CheckpointError: weights of another architecture, with what differs.
+    """
+    weights = checkpoint.get("model", checkpoint)
+    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
+        raise ckpt.CheckpointError(f"{path} holds no model weights")
+    if any(name.startswith("backbone.") for name in weights):
+        own = detector.state_dict()
+        new = [
+            name
+            for name, value in weights.items()
+            if "predictor" in name and name in own and getattr(value, "shape", None) != own[name].shape
+        ]
+        ckpt.load_weights(detector, dict(weights, **{name: own[name] for name in new}), path)
+        return
+    kept = {name: value for name, value in weights.items() if not name.startswith(("norm.", "head."))}
+    ckpt.load_weights(detector.backbone.model, kept, path)
 
 
 def to_original_size(detection, size, original):

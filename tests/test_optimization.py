@@ -8,9 +8,9 @@ from helpers import digits_config, micro, reference
 from torch import nn
 
 from data.samplers import TrainBatchSampler
-from engine import NonFiniteError, Run, SaveSchedule, Updater
+from engine import NonFiniteError, Run, SaveSchedule, Updater, train_one_epoch
 from lr_scheduler import build_scheduler
-from main import evaluate, train_one_epoch
+from main import evaluate
 from optimizer import build_optimizer, parameter_groups
 
 
@@ -116,8 +116,12 @@ def train(batches, accumulation=1, clip_grad=0.5, max_nonfinite=3):
     updater = Updater(model, optimizer, torch.device("cpu"), None, accumulation, clip_grad, max_nonfinite)
     run = Run(model, updater, scheduler, sampler, "", "", 0, False, Quiet())
     run.start_epoch(3)
-    schedule, criterion = SaveSchedule(0, 0), nn.CrossEntropyLoss()
-    metrics = train_one_epoch(run, Batches(batches), criterion, None, schedule, 0, 20, 1, None, run.logger)
+    criterion = nn.CrossEntropyLoss()
+
+    def losses_of(images, targets, part):
+        return dict(loss=criterion(model(images), targets))
+
+    metrics = train_one_epoch(run, Batches(batches), losses_of, SaveSchedule(0, 0), 0, 20, 1, None)
     return model, metrics, run.logger.lines, updater
 
 

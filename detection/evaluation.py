@@ -1,0 +1,111 @@
+"""COCO average precision, through pycocotools."""
+
+import contextlib
+import io
+import json
+import os
+
+import numpy as np
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # the first six figures of COCOeval
+
+
+def to_results(image_id, detection, categories):
+    """Detections of an image as COCO results.
+
+    Args:
+        detection: boxes (N, 4) as (x1, y1, x2, y2), labels (N,), scores (N,) and masks (N, H, W), on the CPU.
+        categories: records of the categories; label 1 is the first.
+    """
+    results = []
+    for box, label, score, mask in zip(
+        detection["boxes"].tolist(),
+        detection["labels"].tolist(),
+        detection["scores"].tolist(),
+        detection["masks"],
+    ):
+        code = coco_mask.encode(np.asfortranarray(mask.numpy().astype(np.uint8)))
+        results.append(
+            dict(
+                image_id=image_id,
+                category_id=categories[label - 1]["id"],
+                bbox=[round(value, 3) for value in (box[0], box[1], box[2] - box[0], box[3] - box[1])],
+                score=round(score, 5),
+                segmentation=dict(size=code["size"], counts=code["counts"].decode()),
+            )
+        )
+    return results
+
+
+def average_precision(truth, results, image_ids):
+    """COCO's figures, in percent.
+
+    Args:
+        truth: content of a COCO annotation file.
+        results: of all images, see :func:`to_results`.
+        image_ids: the images that were evaluated.
+
+    Returns:
+        dict of ``box_AP``, ``box_AP50`` ... ``mask_APl``, and rows of (category name, box AP, mask AP).
+        What nobody could find, because there are no objects of its kind, is NaN.
+    """
+    figures, per_class = {}, []
+    with contextlib.redirect_stdout(io.StringIO()):
+        ground_truth = _coco(truth, truth["annotations"])
+        for kind, prefix in (("bbox", "box"), ("segm", "mask")):
+            # With boxes in the results, areas would be those of the boxes.
+            shown = [
+                {name: value for name, value in result.items() if kind == "bbox" or name != "bbox"}
+                for result in results
+            ]
+            detected = ground_truth.loadRes(shown) if shown else _coco(truth, [])
+            evaluation = COCOeval(ground_truth, detected, kind)
+            evaluation.params.imgIds = sorted(image_ids)
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+            stats = [
+                100 * value if value >= 0 else float("nan") for value in evaluation.stats[: len(METRICS)]
+            ]
+            figures.update({f"{prefix}_{name}": value for name, value in zip(METRICS, stats)})
+            precision = evaluation.eval["precision"][:, :, :, 0, -1]  # IoU, recall, category
+            per_class.append([100 * _mean(precision[:, :, i]) for i in range(precision.shape[2])])
+    names = {category["id"]: category["name"] for category in truth["categories"]}
+    rows = [(names[number], *values) for number, *values in zip(evaluation.params.catIds, *per_class)]
+    return figures, rows
+
+
+def _mean(precision):
+    found = precision[precision > -1]
+    return float(found.mean()) if len(found) else float("nan")
+
+
+def _coco(truth, annotations):
+    coco = COCO()
+    coco.dataset = dict(truth, annotations=[_with_area(item) for item in annotations])
+    coco.createIndex()
+    return coco
+
+
+def _with_area(item):
+    """An annotation with what COCOeval needs, where the file leaves it out."""
+    area = item["bbox"][2] * item["bbox"][3]
+    return dict(dict(iscrowd=0, area=area), **item)
+
+
+def write_results(path, results):
+    """Write COCO results as JSON, all of the file or none."""
+    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+        json.dump(results, file)
+    os.replace(f"{path}.tmp", path)
+
+
+def table(rows):
+    """Average precision per category as aligned text."""
+    width = max(len("category"), *(len(name) for name, *_ in rows))
+    lines = [f"{'category':{width}}  box AP  mask AP"]
+    lines += [f"{name:{width}}  {box:6.2f}  {mask:7.2f}" for name, box, mask in rows]
+    return "\n".join(lines)

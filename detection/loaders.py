@@ -1,0 +1,95 @@
+"""Batches of images of different sizes."""
+
+import torch
+from torch.utils.data import DataLoader
+
+from data.datasets import DataError, EvaluationSamples, TrainingSamples
+from data.loaders import Loader, ToDevice, require_an_update, worker_options
+from data.samplers import TrainBatchSampler, evaluation_shard
+
+from .dataset import build_dataset
+from .transforms import build_transform
+
+
+def collate(samples):
+    """Join samples (image, target, failed) to ((images, sizes), targets, failed).
+
+    Images (3, H, W) become one tensor (B, 3, H, W), each at the top left; sizes are their (H, W). Samples
+    whose image is None are left out.
+    """
+    failed = [index for *_, indices in samples for index in indices]
+    read = [(image, target) for image, target, _ in samples if image is not None]
+    sizes = [tuple(image.shape[-2:]) for image, _ in read]
+    height, width = (max(sides) for sides in zip(*sizes)) if read else (0, 0)
+    images = torch.zeros(len(read), 3, height, width, dtype=torch.uint8)
+    for place, (image, _), size in zip(images, read, sizes):
+        place[:, : size[0], : size[1]] = image
+    # Plain tensors: the classes of boxes and masks would slow down every operation on them.
+    targets = [
+        {
+            name: torch.as_tensor(value.data) if torch.is_tensor(value) else value
+            for name, value in target.items()
+        }
+        for _, target in read
+    ]
+    return (images, sizes), targets, failed
+
+
+class BatchToDevice(ToDevice):
+    """Brings detection batches to a device, normalised and zero outside of each image."""
+
+    def move(self, batch):
+        """((images, sizes), targets) on the device."""
+        (images, sizes), targets = batch
+        images = self.normalize(images.to(self.device, non_blocking=True))
+        for image, (height, width) in zip(images, sizes):
+            image[:, height:] = 0
+            image[:, :, width:] = 0
+        targets = [
+            {
+                name: value.to(self.device, non_blocking=True) if torch.is_tensor(value) else value
+                for name, value in target.items()
+            }
+            for target in targets
+        ]
+        return (images, sizes), targets
+
+
+def build_loaders(config, rank=0, world_size=1, device="cpu"):
+    """Loaders over the COCO data of ``DATA.DATA_PATH``, whose batches are on ``device``.
+
+    Returns:
+        The training loader and its sampler (None with ``EVAL_MODE``), the validation loader over this
+        process's share of the images, and the validation :class:`~detection.dataset.CocoDataset`.
+
+    Raises:
+        DataError: what is wrong with the data, and what to do.
+    """
+    device, det = torch.device(device), config.DET
+    root, skip = config.DATA.DATA_PATH, config.DATA.ON_ERROR == "skip"
+    if not root:
+        raise DataError("no data: give --data-path, a folder with images and annotations in COCO format")
+    options = dict(worker_options(config, device), collate_fn=collate)
+    to_device = BatchToDevice(device)
+    val = build_dataset(root, det.VAL_IMAGES, det.VAL_JSON, build_transform(config, False), skip)
+    shard = evaluation_shard(len(val), rank, world_size)
+    loader = DataLoader(EvaluationSamples(val, skip), config.DATA.BATCH_SIZE, sampler=shard, **options)
+    val_loader = Loader(loader, val.paths, world_size, to_device)
+    if config.EVAL_MODE:
+        return None, None, val_loader, val
+    train = build_dataset(root, det.TRAIN_IMAGES, det.TRAIN_JSON, build_transform(config, True), skip)
+    if train.annotations.labels != val.annotations.labels:
+        raise DataError(f"{train.annotations.path} and {val.annotations.path} have different categories")
+    is_tall = [image["height"] > image["width"] for image in train.annotations.images]
+    sampler = TrainBatchSampler(
+        len(train),
+        config.DATA.BATCH_SIZE,
+        max(1, config.TRAIN.ACCUMULATION_STEPS),
+        rank,
+        world_size,
+        config.SEED,
+        groups=is_tall,
+    )
+    require_an_update(sampler, train.annotations.path)
+    loader = DataLoader(TrainingSamples(train, config.SEED, skip), batch_sampler=sampler, **options)
+    return Loader(loader, train.paths, world_size, to_device), sampler, val_loader, val

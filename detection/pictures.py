@@ -1,0 +1,103 @@
+"""Pictures of detections beside the ground truth, and curves of a run."""
+
+import os
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torchvision.transforms.v2.functional import pil_to_tensor
+from torchvision.utils import draw_segmentation_masks
+
+from data.datasets import load_image
+
+_COLOURS = [f"C{i}" for i in range(10)]
+
+
+def draw_detections(samples, names, path, smallest_score=0.5):
+    """Draw images with their objects, ground truth on the left and detections on the right.
+
+    Args:
+        samples: (image path, ground truth, detection), both dicts of boxes (N, 4), labels (N,) and masks
+            (N, H, W) in pixels of the image; the detection has scores (N,), too.
+        names: of the categories; label 1 is the first.
+        path: PNG file to write.
+        smallest_score: detections below are not drawn.
+    """
+    columns = 2 if len(samples) > 3 else 1
+    rows = -(-len(samples) // columns)
+    figure = Figure(figsize=(6.4 * columns, 2.9 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(rows, 2 * columns, squeeze=False)
+    for axes in panels.flat:
+        axes.axis("off")
+    for i, (file, truth, detection) in enumerate(samples):
+        left, right = panels[i // columns, 2 * (i % columns) :][:2]
+        kept = detection["scores"] >= smallest_score
+        image = pil_to_tensor(load_image(file))
+        _draw(left, image, truth, names)
+        _draw(right, image, {name: value[kept] for name, value in detection.items()}, names)
+        left.set_title(f"{os.path.basename(file)}: ground truth", fontsize=8)
+        right.set_title(f"detections of score {smallest_score} and more", fontsize=8)
+    _save(figure, path)
+
+
+def _draw(axes, image, objects, names):
+    colours = [_COLOURS[(label - 1) % len(_COLOURS)] for label in objects["labels"].tolist()]
+    if colours:
+        fill = [tuple(int(255 * part) for part in to_rgb(colour)) for colour in colours]
+        image = draw_segmentation_masks(image, objects["masks"].bool(), alpha=0.45, colors=fill)
+    axes.imshow(image.movedim(0, 2))
+    scores = objects.get("scores", torch.full(objects["labels"].shape, torch.nan)).tolist()
+    for box, label, score, colour in zip(
+        objects["boxes"].tolist(), objects["labels"].tolist(), scores, colours
+    ):
+        x1, y1, x2, y2 = box
+        axes.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], color=colour, lw=1)
+        text = names[label - 1] + ("" if score != score else f" {score:.2f}")
+        axes.text(
+            x1, y1, text, fontsize=5, color="white", va="bottom", bbox=dict(fc=colour, ec="none", pad=0.8)
+        )
+    axes.set(xlim=(0, image.shape[2]), ylim=(image.shape[1], 0))
+
+
+def draw_curves(epochs, path):
+    """Draw the losses and the average precision of a run over its epochs to a PNG file.
+
+    Args:
+        epochs: rows with epoch (from 0), train_loss, lr, box_AP, mask_AP (percent) and ``loss_<name>`` for
+            every part of the loss.
+    """
+    x = [row["epoch"] + 1 for row in epochs]
+    figure = Figure(figsize=(15, 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    total, parts, precision, rate = figure.subplots(1, 4)
+    marker = "o" if len(x) < 40 else ""
+    total.plot(x, [row["train_loss"] for row in epochs], marker=marker, ms=3)
+    total.set(title="Training loss", ylim=(0, None))
+    for name in sorted({name for row in epochs for name in row if name.startswith("loss_")}):
+        values = [row.get(name, float("nan")) for row in epochs]
+        parts.plot(x, values, marker=marker, ms=3, label=name.removeprefix("loss_"))
+    parts.set(title="Its parts", ylim=(0, None))
+    parts.legend(fontsize=6, ncols=2)
+    best = max(epochs, key=lambda row: row["box_AP"])
+    for name in ("box_AP", "box_AP50", "mask_AP", "mask_AP50"):
+        values = [row.get(name, float("nan")) for row in epochs]
+        precision.plot(x, values, marker=marker, ms=3, label=name.replace("_", " "))
+    precision.set(
+        title=f"Best box AP {best['box_AP']:.1f}% (epoch {best['epoch'] + 1})", ylabel="%", ylim=(0, 100)
+    )
+    precision.legend(fontsize=7)
+    rate.plot(x, [row["lr"] for row in epochs], marker=marker, ms=3, color="tab:green")
+    rate.set(title="Learning rate at the end of the epoch", ylim=(0, None))
+    for axes in (total, parts, precision, rate):
+        axes.set_xlabel("epochs trained")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def _save(figure, path):
+    figure.savefig(f"{path}.tmp", dpi=120, format="png")
+    os.replace(f"{path}.tmp", path)

@@ -1,0 +1,46 @@
+"""The augmentation recipe of detection, on torchvision's v2 transforms."""
+
+import torch
+from torch import nn
+from torchvision.transforms import v2
+
+
+class CropToRandomSize(nn.Module):
+    """Crop to random sides between ``low`` and ``high`` pixels, or the whole side where that is shorter."""
+
+    def __init__(self, low, high):
+        super().__init__()
+        self.low, self.high = low, high
+
+    def forward(self, image, target):
+        """Crop an image (3, H, W), and the boxes and masks of its target."""
+        box = []
+        for side in image.shape[-2:]:
+            length = _random(min(self.low, side), min(self.high, side))
+            box.append((_random(0, side - length), length))
+        (top, height), (left, width) = box
+        target = dict(target)
+        for name in ("boxes", "masks"):
+            target[name] = v2.functional.crop(target[name], top, left, height, width)
+        return v2.functional.crop(image, top, left, height, width), target
+
+
+def _random(low, high):
+    return int(torch.randint(low, high + 1, ()))
+
+
+def build_transform(config, is_train):
+    """Image (3, H, W) uint8 and its target to the resized and, in training, augmented image and target.
+
+    Training: flip; resize to a random short side; half of the time resize and crop before that. Objects of
+    which less than a pixel is left are dropped.
+    """
+    det = config.DET
+    if not is_train:
+        return v2.Resize([det.TEST_SIZE], max_size=det.MAX_SIZE)
+    resize = v2.RandomShortestSize(det.MIN_SIZES, det.MAX_SIZE)
+    steps = [v2.RandomHorizontalFlip(config.AUG.HFLIP)]
+    if det.CROP_MIN_SIZES and det.CROP_SIZES:
+        crop = [v2.RandomShortestSize(det.CROP_MIN_SIZES), CropToRandomSize(*det.CROP_SIZES)]
+        steps.append(v2.RandomApply(crop, 0.5))
+    return v2.Compose([*steps, resize, v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1)])

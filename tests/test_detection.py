@@ -1,0 +1,323 @@
+"""The detector: backbone, cascade, its losses and its size."""
+
+import argparse
+import math
+
+import pytest
+import torch
+from helpers import CVPR22, MICRO, ROOT, fill_weights, micro
+from torch.nn import functional
+
+import checkpoint as ckpt
+from config import ConfigError, get_config
+from detection.backbone import MSGBackbone
+from detection.cascade import CascadeHeads, CascadeStage
+from detection.detector import build_detector, count_macs, load_pretrained, to_original_size
+from models.msg_transformer import MSGTransformer
+
+STDS = [[0.1, 0.1, 0.2, 0.2], [0.05, 0.05, 0.1, 0.1], [0.033, 0.033, 0.067, 0.067]]
+
+
+def config(name="shapes", *opts):
+    path = ROOT / "configs" / "coco" / f"{name}.yaml"
+    return get_config(argparse.Namespace(cfg=str(path), opts=list(map(str, opts))))
+
+
+def backbone(regions, frozen=0, **changes):
+    return MSGBackbone(micro(**changes), regions, frozen).double().eval()
+
+
+def scene(sizes, dtype=torch.float64, seed=0):
+    """A batch of random images of these sizes, zero outside of each, and two objects in each."""
+    generator = torch.Generator().manual_seed(seed)
+    height, width = (max(sides) for sides in zip(*sizes))
+    images, targets = torch.zeros(len(sizes), 3, height, width, dtype=dtype), []
+    for image, (rows, columns) in zip(images, sizes):
+        image[:, :rows, :columns] = torch.randn(3, rows, columns, dtype=dtype, generator=generator)
+        boxes = torch.tensor([[3.0, 5.0, 30.0, 34.0], [20.0, 8.0, 44.0, 28.0]], dtype=dtype)
+        masks = torch.zeros(2, rows, columns, dtype=torch.uint8)
+        masks[0, 5:34, 3:30], masks[1, 8:28, 20:44] = 1, 1
+        targets.append(dict(boxes=boxes, labels=torch.tensor([1, 3]), masks=masks))
+    return images, list(sizes), targets
+
+
+@pytest.mark.parametrize("changes", [{}, CVPR22, dict(tokens=False), dict(manip_type="none")])
+@pytest.mark.parametrize("size", [(32, 32), (64, 96)])
+def test_maps_of_unpadded_images_are_the_classifiers(changes, size):
+    classifier = micro(**changes).double()
+    images = torch.randn(2, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = classifier.forward_intermediates(images, intermediates_only=True)
+    found = backbone(classifier.regions, **changes)(images, [size] * 2)
+    for x, y in zip(found, expected):
+        y = functional.layer_norm(y.movedim(1, 3), y.shape[1:2]).movedim(3, 1)
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("changes", [{}, CVPR22, dict(tokens=False), dict(depths=(1, 3, 1))])
+def test_features_do_not_depend_on_the_padding_of_the_batch(changes):
+    # Regions of the third stage are larger than its map.
+    model = backbone([4, 4, 4], **changes)
+    for size in ((37, 51), (8, 90), (64, 33)):
+        images, sizes, _ = scene([size, (130, 101)])
+        alone, together = model(images[:1, :, : size[0], : size[1]], [size]), model(images, sizes)
+        for x, y in zip(alone, together):
+            rows, columns = x.shape[2:]
+            torch.testing.assert_close(x[0], y[0, :, :rows, :columns], rtol=0, atol=1e-10)
+            assert y[0, :, rows:].abs().sum() + y[0, :, :, columns:].abs().sum() == 0
+
+
+def test_messengers_of_empty_windows_relay_but_hold_no_padding():
+    images, sizes, _ = scene([(40, 24)])
+    before = backbone([4, 4, 4])(images, sizes)
+    after = backbone([4, 4, 4])(functional.pad(images, (0, 40, 0, 24), value=9.0), sizes)
+    # What lies in the padding is not the image's: only patches that reach over its edge may see it.
+    inner = [x[:, :, :4, :2] for x in before], [x[:, :, :4, :2] for x in after]
+    for x, y in zip(*inner):
+        torch.testing.assert_close(x, y)
+    without = backbone([4, 4, 4], manip_type="none")(images, sizes)
+    assert not torch.allclose(before[0], without[0])
+
+
+def test_frozen_stages_do_not_train():
+    model = MSGBackbone(micro(), [4, 2, 1], frozen_stages=2)
+    model.train()
+    sum(x.square().sum() for x in model(*scene([(40, 40)], torch.float32)[:2])).backward()
+    for name, parameter in model.named_parameters():
+        frozen = name.startswith(
+            ("model.patch_embed", "model.msg_tokens", "model.layers.0", "model.layers.1")
+        )
+        assert (parameter.grad is None) == frozen, name
+    assert not model.model.layers[1].training and model.model.layers[2].training
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (dict(regions=[4, 2]), "an entry for each stage"),
+        (dict(regions=[4, 2, 5]), "the 192 channels of stage 3 cannot be split among the 25 windows"),
+        (dict(regions=[2, 2, 1]), r"make it MODEL.MSG.SHUF_SIZE\[0\]"),
+        (dict(regions=[4, 2, 1], ape=True), "APE is for images of one size"),
+    ],
+)
+def test_impossible_backbones_name_their_key(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        backbone(**arguments)
+
+
+def giou(a, b):
+    """Generalised IoU of two boxes, by its definition."""
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    both = max(width, 0) * max(height, 0)
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both
+    hull = (max(a[2], b[2]) - min(a[0], b[0])) * (max(a[3], b[3]) - min(a[1], b[1]))
+    return both / union, both / union - (hull - union) / hull
+
+
+def decode(delta, box, stds):
+    """A box moved by deltas, by the definition."""
+    dx, dy, dw, dh = (value * std for value, std in zip(delta, stds))
+    width, height = box[2] - box[0], box[3] - box[1]
+    x, y = box[0] + width / 2 + dx * width, box[1] + height / 2 + dy * height
+    width, height = width * math.exp(dw), height * math.exp(dh)
+    return [x - width / 2, y - height / 2, x + width / 2, y + height / 2]
+
+
+def random_boxes(generator, count, side=60):
+    corners = torch.rand(count, 2, dtype=torch.float64, generator=generator) * side
+    sides = 4 + torch.rand(count, 2, dtype=torch.float64, generator=generator) * side / 2
+    return torch.cat([corners, corners + sides], dim=1)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_targets_and_losses_of_a_stage_are_those_of_the_definition(number):
+    generator = torch.Generator().manual_seed(number)
+    iou = (0.5, 0.6, 0.7)[number]
+    stage = CascadeStage(8, 4, 1, [16], 1, iou, STDS[number], "giou")
+    heads = CascadeHeads([stage], 1, [1.0], 10**6, 1.0, 0.05, 0.5, 100)
+    targets, proposals = [], []
+    for objects in (3, 0, 2):  # the second image has none
+        truth = random_boxes(generator, objects)
+        near = truth.repeat(20, 1) + torch.randn(20 * objects, 4, dtype=torch.float64, generator=generator)
+        proposals.append(torch.cat([random_boxes(generator, 30), near]))
+        targets.append(dict(boxes=truth, labels=torch.arange(objects) % 3 + 1))
+    boxes, labels, indices = heads.sample(stage, proposals, targets)
+    expected_labels, goals = [], []
+    for image, target in enumerate(targets):
+        for box in torch.cat([proposals[image], target["boxes"]]).tolist():
+            overlaps = [giou(box, truth)[0] for truth in target["boxes"].tolist()]
+            best = max(range(len(overlaps)), key=overlaps.__getitem__) if overlaps else None
+            matches = best is not None and overlaps[best] >= iou
+            expected_labels.append(int(target["labels"][best]) if matches else 0)
+            goals.append(target["boxes"][best].tolist() if matches else None)
+    # With room for all, sampling keeps every proposal, in its order.
+    assert torch.cat(labels).tolist() == expected_labels and 10 < sum(map(bool, expected_labels)) < 150
+    count = len(expected_labels)
+    logits = torch.randn(count, 4, dtype=torch.float64, generator=generator)
+    deltas = torch.randn(count, 4, 4, dtype=torch.float64, generator=generator)
+    truths = [t["boxes"][i] if len(t["boxes"]) else b for t, i, b in zip(targets, indices, boxes)]
+    found = stage.losses(logits, deltas, torch.cat(boxes), torch.cat(labels), torch.cat(truths))
+    class_loss = box_loss = 0
+    for i, (label, goal) in enumerate(zip(expected_labels, goals)):
+        row = logits[i].tolist()
+        class_loss += math.log(sum(map(math.exp, row))) - row[label]
+        if label:
+            moved = decode(deltas[i, label].tolist(), torch.cat(boxes)[i].tolist(), STDS[number])
+            box_loss += 10 * (1 - giou(moved, goal)[1])
+    assert found[0].item() == pytest.approx(class_loss / count, rel=1e-9)
+    assert found[1].item() == pytest.approx(box_loss / count, rel=1e-6)
+    # The next stage sees boxes moved by the deltas of the true class, or of the likeliest one.
+    refined = torch.cat(heads.refine(stage, logits, deltas, boxes, [(90, 95)] * 3, labels))
+    for i, label in enumerate(expected_labels):
+        label = label or max((1, 2, 3), key=lambda c: logits[i, c].item())
+        moved = decode(deltas[i, label].tolist(), torch.cat(boxes)[i].tolist(), STDS[number])
+        limits = (95, 90, 95, 90)
+        expected = [min(max(value, 0), limit) for value, limit in zip(moved, limits)]
+        assert refined[i].tolist() == pytest.approx(expected, abs=1e-9)
+
+
+def test_sampling_keeps_the_share_of_positives():
+    heads = CascadeHeads([], 1, [], 32, 0.25, 0.05, 0.5, 100)
+    stage = CascadeStage(8, 4, 1, [16], 1, 0.5, STDS[0], "giou")
+    truth = torch.tensor([[10.0, 10.0, 50.0, 50.0]])
+    proposals = torch.cat([truth + torch.rand(60, 4), torch.rand(100, 4) + torch.tensor([60.0, 60, 70, 70])])
+    boxes, labels, _ = heads.sample(stage, [proposals], [dict(boxes=truth, labels=torch.tensor([2]))])
+    assert len(boxes[0]) == 32 and (labels[0] == 2).sum() == 8
+
+
+def test_detections_average_scores_and_masks_over_the_stages():
+    detector = build_detector(config(), 3).eval()
+    heads = detector.heads
+    features = {str(i): torch.randn(1, 64, 40 // 2**i, 40 // 2**i) for i in range(3)}
+    proposals = [torch.tensor([[8.0, 8, 40, 40], [60, 50, 120, 110]])]
+    with torch.no_grad():
+        for stage in heads.stages:
+            stage.box_predictor.bbox_pred.weight.zero_(), stage.box_predictor.bbox_pred.bias.zero_()
+        boxes = heads.box_pool(features, proposals, [(160, 160)])
+        scores = sum(stage.predict_boxes(boxes)[0].softmax(1) for stage in heads.stages) / 3
+        heads.score_threshold = 0.0
+        (found,) = heads.detect(features, proposals, [(160, 160)])
+        assert len(found["boxes"]) == 6  # two boxes of three classes
+        torch.testing.assert_close(found["scores"], scores[:, 1:].flatten().sort(descending=True).values)
+        pooled = heads.mask_pool(features, [found["boxes"]], [(160, 160)])
+        masks = sum(stage.predict_masks(pooled).sigmoid() for stage in heads.stages) / 3
+    for i, label in enumerate(found["labels"]):
+        torch.testing.assert_close(found["masks"][i, 0], masks[i, label])
+
+
+def seeded_losses(detector, batch, dtype):
+    detector = detector.to(dtype).train()
+    detector.zero_grad()
+    images, sizes, targets = batch
+    targets = [dict(target, boxes=target["boxes"].to(dtype)) for target in targets]
+    torch.manual_seed(3)
+    losses = detector(images.to(dtype), sizes, targets)
+    sum(losses.values()).backward()
+    gradients = [p.grad.double() for p in detector.parameters() if p.grad is not None]
+    return {name: loss.item() for name, loss in losses.items()}, gradients
+
+
+def test_a_training_step_is_that_of_float64():
+    torch.manual_seed(0)
+    # All proposals and anchors are sampled, so that rounding changes no choice.
+    opts = ["DET.RPN_SAMPLES", 10**6, "DET.ROI_SAMPLES", 10**6, "DET.PROPOSALS_TRAIN", 40]
+    detector = build_detector(config("shapes", *opts), 3)
+    batch = scene([(64, 64), (50, 61)])
+    exact, exact_gradients = seeded_losses(detector, batch, torch.float64)
+    found, gradients = seeded_losses(detector, batch, torch.float32)
+    assert set(found) == {
+        "objectness",
+        "rpn_box_reg",
+        *(f"{k}{i}" for k in ("class", "box", "mask") for i in (1, 2, 3)),
+    }
+    for name, loss in found.items():
+        assert loss == pytest.approx(exact[name], rel=2e-3, abs=1e-5), name
+    norm = math.sqrt(sum(g.square().sum().item() for g in exact_gradients))
+    error = math.sqrt(sum((g - e).square().sum().item() for g, e in zip(gradients, exact_gradients)))
+    assert error < 0.02 * norm
+
+
+@pytest.mark.parametrize("objects", [0, 1])
+def test_images_without_objects_train(objects):
+    torch.manual_seed(0)
+    images, sizes, targets = scene([(64, 48), (40, 64)], torch.float32)
+    for target in targets[objects:]:
+        target.update(
+            boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64), masks=target["masks"][:0]
+        )
+    losses = build_detector(config(), 3).train()(images, sizes, targets)
+    assert all(math.isfinite(loss.item()) for loss in losses.values())
+    assert objects or losses["mask1"] == losses["box1"] == 0
+    sum(losses.values()).backward()
+
+
+PAPER = [("tiny", 86, 748), ("small", 107, 842), ("base", 145, 990)]
+
+
+@pytest.mark.parametrize("size, parameters, macs", PAPER)
+def test_parameters_and_macs_are_the_papers(size, parameters, macs):
+    detector = build_detector(config(f"cascade_mask_rcnn_msg_{size}_3x"), 80)
+    assert round(sum(p.numel() for p in detector.parameters()) / 1e6) == parameters
+    assert count_macs(detector, 800, 1280) / 1e9 == pytest.approx(macs, rel=0.03)
+
+
+def test_position_tables_messengers_and_norms_are_not_decayed():
+    from optimizer import parameter_groups
+
+    detector = build_detector(config(), 3)
+    names = {id(p): name for name, p in detector.named_parameters()}
+    decayed = {names[id(p)] for p in parameter_groups(detector)[0]["params"]}
+    for word in ("norm", "msg_tokens", "rel_pos_msg", "relative_position_bias_table", "bias"):
+        assert not any(word in name for name in decayed), word
+    assert "heads.stages.2.box_predictor.cls_score.weight" in decayed
+
+
+def test_a_classifiers_weights_become_the_backbones(tmp_path):
+    detector = build_detector(config(), 3)
+    shapes = dict(
+        MICRO, img_size=64, patch_size=4, num_heads=(2, 4, 8), embed_dim=detector.backbone.channels[0]
+    )
+    classifier = fill_weights(MSGTransformer(**shapes))
+    for checkpoint in (dict(model=classifier.state_dict(), epoch=3), classifier.state_dict()):
+        load_pretrained(detector, checkpoint, "classifier.pth")
+        for name, value in detector.backbone.model.state_dict().items():
+            assert torch.equal(value, classifier.state_dict()[name]), name
+    with pytest.raises(ckpt.CheckpointError, match="wrong.pth does not fit the model"):
+        load_pretrained(detector, micro(depths=(2, 2, 4)).state_dict(), "wrong.pth")
+
+
+def test_a_detectors_weights_start_one_of_other_classes():
+    torch.manual_seed(0)
+    old, new = build_detector(config(), 3), build_detector(config(), 7)
+    load_pretrained(new, dict(model=old.state_dict()), "detector.pth")
+    for name, value in new.state_dict().items():
+        if value.shape == old.state_dict()[name].shape:
+            assert torch.equal(value, old.state_dict()[name]), name
+    assert new.heads.stages[0].box_predictor.cls_score.weight.shape[0] == 8
+
+
+def test_detections_return_to_the_pixels_of_the_file():
+    masks = torch.ones(1, 1, 28, 28)
+    detection = dict(
+        boxes=torch.tensor([[20.0, 10, 60, 50]]), labels=torch.ones(1), scores=torch.ones(1), masks=masks
+    )
+    found = to_original_size(detection, (100, 80), (50, 160))
+    assert found["boxes"].tolist() == [[40, 5, 120, 25]]
+    assert found["masks"].shape == (1, 50, 160)
+    inside = found["masks"][0, 6:24, 42:118]
+    assert inside.all() and found["masks"].sum() < 1.15 * 80 * 20
+
+
+@pytest.mark.parametrize(
+    "opts, words",
+    [
+        (["DET.SHUF_SIZE", "[4, 2]"], "DET.SHUF_SIZE"),
+        (["DET.LOSS_WEIGHTS", "[1.0]"], "as long as DET.IOU_THRESHOLDS"),
+        (["DET.DELTA_STDS", "[1, 2, 3]"], "four positive numbers"),
+        (["DET.CROP_SIZES", "[600, 384]"], "DET.CROP_SIZES"),
+        (["DET.MIN_SIZES", "[]"], "DET.MIN_SIZES"),
+        (["DET.NMS_IOU", 2], "between 0 and 1"),
+    ],
+)
+def test_impossible_settings_name_their_key(opts, words):
+    with pytest.raises(ConfigError, match=words.replace("[", r"\[")):
+        build_detector(config("shapes", *opts), 3)
