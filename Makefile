@@ -1,4 +1,5 @@
 # make demo       set up, train on real digits with two CPU processes, evaluate the best checkpoint
+# make demo-coco  set up, train a small detector on generated shapes, evaluate its best checkpoint
 # make test       set up, lint, and run the tests
 # make test-slow  the tests that take minutes each
 # make test-chaos kills, mutated files and cut links, for many minutes
@@ -7,8 +8,9 @@ SEED ?= 0
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := output/digits/seed$(SEED)
+SHAPES := output/shapes/seed$(SEED)
 
-.PHONY: demo demo-clean test test-slow test-chaos
+.PHONY: demo demo-clean demo-coco demo-coco-clean test test-slow test-chaos
 
 $(VENV)/.installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("error: Python 3.10 or newer is needed; make PYTHON=python3.11 ...")'
@@ -30,6 +32,22 @@ demo: $(VENV)/.installed
 
 demo-clean:
 	rm -rf $(DEMO)
+
+demo-coco: $(VENV)/.installed
+	@if [ -e $(SHAPES)/best.pth ]; then echo "found $(SHAPES): resuming it (make demo-coco-clean starts clean)"; \
+	else echo "starting clean in $(SHAPES)"; fi
+	$(BIN)/python tools/make_shapes.py datasets/shapes
+	$(BIN)/python detect.py --cfg configs/coco/shapes.yaml --data-path datasets/shapes --device cpu \
+	    --tag seed$(SEED) --opts SEED $(SEED)
+	$(BIN)/python detect.py --cfg configs/coco/shapes.yaml --data-path datasets/shapes --device cpu \
+	    --tag seed$(SEED) --resume $(SHAPES)/best.pth --eval
+	@echo "best checkpoint: $(SHAPES)/best.pth"
+	@grep 'box AP50' $(SHAPES)/log_rank0.txt | tail -n 1 | sed 's/.*\* /validation:      /'
+	@echo "detections:      $(SHAPES)/detections.png"
+	@echo "training curves: $(SHAPES)/curves.png"
+
+demo-coco-clean:
+	rm -rf $(SHAPES)
 
 test: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -115,7 +115,7 @@ def train_epochs(
         run.start_epoch(epoch)
         trained = train_one_epoch(run, loader, losses_of, schedule, seed, epochs, print_freq, record)
         result = evaluate()
-        before, run.best = run.best, max(run.best, result[key])
+        before, run.best = run.best, max(run.best, float(result[key]))
         improved = run.best > before
         logger.info(f"Max {run.score}: {run.best:.2f}%")
         if record is not None:

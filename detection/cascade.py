@@ -171,12 +171,11 @@ class CascadeHeads(nn.Module):
     def _mask_loss(self, stage, features, sizes, targets, boxes, labels, indices):
         found = [label.nonzero()[:, 0] for label in labels]
         boxes = [box[index] for box, index in zip(boxes, found)]
-        labels = [label[index] for label, index in zip(labels, found)]
         indices = [index_of[index] for index_of, index in zip(indices, found)]
         logits = stage.predict_masks(self.mask_pool(features, boxes, sizes))
         with torch.autocast(logits.device.type, enabled=False):
-            masks = [target["masks"] for target in targets]
-            return maskrcnn_loss(logits, boxes, masks, labels, indices)
+            masks, classes = ([target[name] for target in targets] for name in ("masks", "labels"))
+            return maskrcnn_loss(logits, boxes, masks, classes, indices)
 
     def detect(self, features, proposals, sizes):
         """Detections of each image.

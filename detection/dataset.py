@@ -147,7 +147,9 @@ class Annotations:
         size, objects = (record["height"], record["width"]), self.objects_of(record["id"])
         masks = [torch.from_numpy(self.mask_of(item, size)) for item in objects]
         return dict(
-            boxes=torch.tensor([clipped(item["bbox"], size) for item in objects]).reshape(-1, 4),
+            boxes=torch.tensor(
+                [clipped(item["bbox"], size) for item in objects], dtype=torch.float32
+            ).reshape(-1, 4),
             labels=torch.tensor([self.labels[item["category_id"]] for item in objects], dtype=torch.int64),
             masks=torch.stack(masks) if masks else torch.zeros(0, *size, dtype=torch.uint8),
         )

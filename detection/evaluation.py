@@ -68,7 +68,8 @@ def average_precision(truth, results, image_ids):
             evaluation.accumulate()
             evaluation.summarize()
             stats = [
-                100 * value if value >= 0 else float("nan") for value in evaluation.stats[: len(METRICS)]
+                100 * float(value) if value >= 0 else float("nan")
+                for value in evaluation.stats[: len(METRICS)]
             ]
             figures.update({f"{prefix}_{name}": value for name, value in zip(METRICS, stats)})
             precision = evaluation.eval["precision"][:, :, :, 0, -1]  # IoU, recall, category

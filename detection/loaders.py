@@ -73,7 +73,8 @@ def build_loaders(config, rank=0, world_size=1, device="cpu"):
     to_device = BatchToDevice(device)
     val = build_dataset(root, det.VAL_IMAGES, det.VAL_JSON, build_transform(config, False), skip)
     shard = evaluation_shard(len(val), rank, world_size)
-    loader = DataLoader(EvaluationSamples(val, skip), config.DATA.BATCH_SIZE, sampler=shard, **options)
+    # One image at a time: the padding of a batch would change what convolutions see at the borders.
+    loader = DataLoader(EvaluationSamples(val, skip), 1, sampler=shard, **options)
     val_loader = Loader(loader, val.paths, world_size, to_device)
     if config.EVAL_MODE:
         return None, None, val_loader, val

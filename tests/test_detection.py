@@ -175,6 +175,34 @@ def test_targets_and_losses_of_a_stage_are_those_of_the_definition(number):
         assert refined[i].tolist() == pytest.approx(expected, abs=1e-9)
 
 
+def test_the_mask_loss_is_that_of_the_matched_objects():
+    stage = CascadeStage(8, 4, 1, [16], 1, 0.5, STDS[0], "giou")
+    heads = CascadeHeads([stage], 1, [1.0], 10**6, 1.0, 0.05, 0.5, 100)
+    features = {"0": torch.randn(2, 8, 28, 28)}
+    targets = []
+    for image in range(2):
+        masks = torch.zeros(2, 112, 112, dtype=torch.uint8)
+        masks[0, :, 28:], masks[1, 70:] = 1, 1  # the right of a box, the lower part of another
+        boxes = torch.tensor([[0.0, 0, 56, 56], [56, 56, 112, 84]])
+        targets.append(dict(boxes=boxes, labels=torch.tensor([2 - image, 3]), masks=masks))
+    # Background first and objects in another order, so that places and indices differ.
+    boxes = [torch.cat([torch.tensor([[90.0, 0, 100, 9]]), target["boxes"].flip(0)]) for target in targets]
+    labels = [torch.cat([torch.zeros(1, dtype=torch.int64), target["labels"].flip(0)]) for target in targets]
+    indices = [torch.tensor([0, 1, 0])] * 2
+    sizes = [(112, 112)] * 2
+    with torch.no_grad():
+        stage.mask_predictor.mask_fcn_logits.weight *= 50  # so that classes and masks differ much
+        found = heads._mask_loss(stage, features, sizes, targets, boxes, labels, indices)
+        logits = stage.predict_masks(heads.mask_pool(features, [box[1:] for box in boxes], sizes))
+    right, lower = torch.zeros(28, 28), torch.zeros(28, 28)
+    right[:, 14:], lower[14:] = 1, 1
+    expected = [
+        functional.binary_cross_entropy_with_logits(logits[i, label], mask)
+        for i, (label, mask) in enumerate([(3, lower), (2, right), (3, lower), (1, right)])
+    ]
+    assert found.item() == pytest.approx(sum(expected).item() / 4, rel=3e-2)
+
+
 def test_sampling_keeps_the_share_of_positives():
     heads = CascadeHeads([], 1, [], 32, 0.25, 0.05, 0.5, 100)
     stage = CascadeStage(8, 4, 1, [16], 1, 0.5, STDS[0], "giou")
@@ -187,7 +215,7 @@ def test_sampling_keeps_the_share_of_positives():
 def test_detections_average_scores_and_masks_over_the_stages():
     detector = build_detector(config(), 3).eval()
     heads = detector.heads
-    features = {str(i): torch.randn(1, 64, 40 // 2**i, 40 // 2**i) for i in range(3)}
+    features = {str(i): torch.randn(1, config().DET.CHANNELS, 40 // 2**i, 40 // 2**i) for i in range(3)}
     proposals = [torch.tensor([[8.0, 8, 40, 40], [60, 50, 120, 110]])]
     with torch.no_grad():
         for stage in heads.stages:

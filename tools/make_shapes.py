@@ -73,7 +73,9 @@ def draw_image(rng):
         annotations.append(annotate(dots, 1, crowd=1))
     for _ in range(rng.integers(0, 6) if rng.random() < 0.95 else 0):
         category = int(rng.integers(3)) + 1
-        corners = outline(NAMES[category - 1], rng, rng.uniform(0, [width, height]), rng.uniform(10, 34))
+        corners = outline(
+            NAMES[category - 1], rng, rng.uniform(8, [width - 8, height - 8]), rng.uniform(12, 34)
+        )
         mask = fill(corners, height, width)
         picture[mask > 0] = picture[mask > 0] * 0.15 + 0.85 * rng.uniform(0, 255, 3)
         for _, _, seen in shapes:
@@ -82,7 +84,7 @@ def draw_image(rng):
     for category, corners, seen in shapes:
         whole = fill(corners, height, width)
         inside = (corners >= 0).all() and (corners < [width, height]).all()
-        if seen.sum() >= 0.2 * math.pi * 10**2 / 2 and seen.sum() > 0.25 * whole.sum():
+        if seen.sum() >= 60 and seen.sum() > 0.3 * whole.sum():
             uncovered = inside and seen.sum() == whole.sum()
             annotations.append(annotate(seen, category, corners if uncovered else None))
     return picture.clip(0, 255).astype(np.uint8), annotations

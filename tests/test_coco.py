@@ -1,0 +1,493 @@
+"""COCO data and evaluation, and runs of detect.py on generated shapes."""
+
+import contextlib
+import copy
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, Started
+from PIL import Image
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from test_detection import config
+
+import checkpoint as ckpt
+from data import DataError
+from data.samplers import TrainBatchSampler, group
+from detection.dataset import Annotations, build_dataset
+from detection.evaluation import average_precision, table, to_results
+from detection.loaders import BatchToDevice, collate
+from detection.pictures import draw_detections
+from detection.transforms import build_transform
+from logger import read_metrics
+from utils import seeded
+
+SMALL = [
+    "DATA.NUM_WORKERS",
+    1,
+    "DATA.BATCH_SIZE",
+    4,
+    "MODEL.MSG.EMBED_DIM",
+    16,
+    "MODEL.MSG.DEPTHS",
+    "[1, 1, 1]",
+]
+SMALL += ["MODEL.MSG.NUM_HEADS", "[1, 2, 4]", "DET.CHANNELS", 16, "DET.BOX_FCS", "[32]", "DET.ROI_SAMPLES", 8]
+SMALL += [
+    "DET.MIN_SIZES",
+    "[64, 80]",
+    "DET.TEST_SIZE",
+    64,
+    "PRINT_FREQ",
+    1,
+    "TRAIN.WARMUP_STEPS",
+    2,
+    "DET.PICTURES",
+    3,
+]
+SMALL += ["TRAIN.EPOCHS", 2, "DET.SCORE_THRESHOLD", 0.0, "DET.PER_IMAGE", 5, "DET.MASK_CONVS", 1]
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    """A folder of generated shapes."""
+    folder = tmp_path_factory.mktemp("shapes")
+    command = [sys.executable, "tools/make_shapes.py", str(folder), "--train", "24", "--val", "7"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    return folder
+
+
+def content_of(folder, split="train"):
+    return json.loads((folder / "annotations" / f"{split}.json").read_text())
+
+
+def write_json(tmp_path, content):
+    path = tmp_path / "annotations.json"
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+def keep(image, target):
+    return image, target
+
+
+def test_masks_and_boxes_are_those_of_pycocotools(shapes):
+    dataset = build_dataset(str(shapes), "train", "annotations/train.json", keep, skip=False)
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO(str(shapes / "annotations" / "train.json"))
+    kinds = set()
+    for index in range(len(dataset)):
+        image, target = dataset[index]
+        record = dataset.annotations.images[index]
+        with Image.open(shapes / "train" / record["file_name"]) as file:
+            np.testing.assert_array_equal(image.movedim(0, 2).numpy(), np.asarray(file))
+        items = [item for item in coco.imgToAnns[record["id"]] if not item["iscrowd"]]
+        kinds.update(type(item["segmentation"]) for item in items)
+        assert target["boxes"].dtype == torch.float32  # whole numbers would be rounded down by every resize
+        assert target["labels"].tolist() == [item["category_id"] for item in items]
+        assert target["image_id"] == record["id"] and target["original_size"] == tuple(image.shape[1:])
+        for item, box, mask in zip(items, target["boxes"].tolist(), target["masks"]):
+            x, y, width, height = item["bbox"]
+            assert box == [x, y, x + width, y + height]
+            np.testing.assert_array_equal(mask.numpy(), coco.annToMask(item))
+    assert kinds == {list, dict}  # polygons and run lengths
+    crowds = [item for item in content_of(shapes)["annotations"] if item["iscrowd"]]
+    assert crowds and len(dataset.annotations.kept) == len(content_of(shapes)["annotations"])
+
+
+def test_category_ids_need_not_be_contiguous(tmp_path, shapes):
+    content = content_of(shapes)
+    for record, number in zip(content["categories"], (90, 7, 13)):
+        for item in content["annotations"]:
+            if item["category_id"] == record["id"]:
+                item["new"] = number
+        record["id"] = number
+    for item in content["annotations"]:
+        item["category_id"] = item.pop("new")
+    annotations = Annotations(write_json(tmp_path, content))
+    assert annotations.labels == {7: 1, 13: 2, 90: 3}
+    assert [category["name"] for category in annotations.categories] == ["box", "triangle", "circle"]
+
+
+def broken(**changes):
+    return dict(
+        dict(
+            image_id=0,
+            category_id=1,
+            bbox=[1, 1, 9, 9],
+            area=81,
+            iscrowd=0,
+            segmentation=[[1, 1, 10, 1, 10, 10]],
+        ),
+        **changes,
+    )
+
+
+@pytest.mark.parametrize(
+    "problem, item",
+    [
+        ("of an image that is not listed", broken(image_id=10**6)),
+        ("of an unknown category", broken(category_id=77)),
+        ("without a box of four numbers", broken(bbox=[1, 2, 3])),
+        ("without a box of four numbers", broken(bbox=[1, 2, 3, float("nan")])),
+        ("with a box of no area", broken(bbox=[5, 5, 0, 9])),
+        ("with a box outside the image", broken(bbox=[5000, 5, 9, 9])),
+        ("without a mask", broken(segmentation=[])),
+        ("without a mask", broken(segmentation=None)),
+        ("with a polygon of fewer than three points", broken(segmentation=[[1, 1, 5, 5]])),
+        ("with a mask of another size than the image", broken(segmentation=dict(size=[3, 3], counts=[9]))),
+        ("with a mask that does not fill the image", "short"),
+    ],
+)
+def test_broken_annotations_are_left_out_and_named(tmp_path, shapes, caplog, problem, item):
+    content = content_of(shapes)
+    if item == "short":
+        size = [content["images"][0]["height"], content["images"][0]["width"]]
+        item = broken(segmentation=dict(size=size, counts=[9]))
+    whole = len(content["annotations"])
+    content["annotations"] += [dict(item, id=9000), dict(item, id=9001)]
+    annotations = Annotations(write_json(tmp_path, content))
+    assert annotations.problems == {problem: [9000, 9001]} and len(annotations.kept) == whole
+    annotations.report()
+    assert f"leaving out 2 annotations {problem} (ids 9000, 9001)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("{", "is not valid JSON"),
+        ("[]", "has no list 'images'"),
+        ('{"images": []}', "has no list 'categories'"),
+        ('{"images": [{"id": 1}], "categories": [], "annotations": []}', "has no file_name, height, width"),
+        ('{"images": [], "categories": [{"id": 1, "name": "a"}], "annotations": []}', "lists no images"),
+    ],
+)
+def test_files_that_are_not_coco_are_refused(tmp_path, text, words):
+    path = tmp_path / "annotations.json"
+    path.write_text(text)
+    with pytest.raises(DataError, match=words):
+        Annotations(str(path))
+
+
+def test_missing_files_and_wrong_sizes_are_named(tmp_path, shapes):
+    folder = tmp_path / "copy"
+    shutil.copytree(shapes, folder)
+    (folder / "train" / "00003.png").unlink()
+    with pytest.raises(DataError, match="1 of the 24 images .* are missing, such as .*00003.png"):
+        build_dataset(str(folder), "train", "annotations/train.json", keep, skip=False)
+    dataset = build_dataset(str(folder), "train", "annotations/train.json", keep, skip=True)
+    with pytest.raises(DataError, match="00003.png"):
+        dataset[3]
+    Image.new("RGB", (9, 7)).save(folder / "train" / "00004.png")
+    with pytest.raises(DataError, match=r"00004.png is 9x7, but .*train.json says"):
+        dataset[4]
+
+
+@pytest.mark.parametrize("crop", [True, False])
+def test_augmentation_moves_pixels_boxes_and_masks_together(crop):
+    opts = ["DET.MIN_SIZES", "[96, 128, 160]", "DET.MAX_SIZE", 200]
+    if crop:
+        opts += ["DET.CROP_MIN_SIZES", "[100, 140]", "DET.CROP_SIZES", "[60, 90]"]
+    transform = build_transform(config("shapes", *opts), is_train=True)
+    from torchvision import tv_tensors
+
+    flips, sizes = set(), set()
+    for seed in range(60):
+        image = torch.zeros(3, 120, 160, dtype=torch.uint8)
+        image[0, 30:70, 20:60], image[1, 80:110, 100:150] = 255, 255
+        masks = tv_tensors.Mask((image[:2] > 0).byte())
+        boxes = tv_tensors.BoundingBoxes(
+            [[20.0, 30, 60, 70], [100, 80, 150, 110]], format="XYXY", canvas_size=(120, 160)
+        )
+        target = dict(boxes=boxes, labels=torch.tensor([1, 2]), masks=masks)
+        with seeded("test", seed):
+            image, target = transform(tv_tensors.Image(image), target)
+        sizes.add(tuple(image.shape[1:]))
+        assert max(image.shape[1:]) <= 200 and (crop or min(image.shape[1:]) in (96, 128, 150, 160))
+        for label, box, mask in zip(target["labels"].tolist(), target["boxes"].tolist(), target["masks"]):
+            # The first object is red, the second green, wherever they went.
+            rows, columns = (torch.nonzero(mask.any(axis))[:, 0] for axis in (1, 0))
+            found = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+            assert box == pytest.approx([int(v) for v in found], abs=4)
+            assert (image[label - 1][mask.bool()] > 128).float().mean() > 0.75
+        if len(target["labels"]) == 2:
+            flips.add(target["boxes"][0, 0].item() < target["boxes"][1, 0].item())
+    assert flips == {True, False} and len(sizes) >= 3
+
+
+def test_batches_hold_images_at_the_top_left_and_zeros_elsewhere():
+    small, large = (
+        torch.full((3, 5, 9), 200, dtype=torch.uint8),
+        torch.full((3, 8, 6), 100, dtype=torch.uint8),
+    )
+    (images, sizes), targets, failed = collate([(small, {}, []), (None, None, [4]), (large, {}, [])])
+    assert (
+        images.shape == (2, 3, 8, 9) and sizes == [(5, 9), (8, 6)] and failed == [4] and targets == [{}, {}]
+    )
+    (((images, _), _),) = BatchToDevice(torch.device("cpu"))([((images, sizes), targets)])
+    assert (images[0, :, 5:] == 0).all() and (images[1, :, :, 6:] == 0).all()
+    assert images[0, 0, 0, 0].item() == pytest.approx((200 / 255 - 0.485) / 0.229, rel=1e-5)
+    assert images[1, 2, 7, 5].item() == pytest.approx((100 / 255 - 0.406) / 0.225, rel=1e-5)
+
+
+def test_batches_are_of_one_aspect_and_every_image_comes_once():
+    groups = [index % 3 == 0 for index in range(300)]
+    order = np.random.default_rng(0).permutation(300)
+    grouped = group(order, groups)
+    assert sorted(grouped) == list(range(300)) and not np.array_equal(order, grouped)
+    samplers = [TrainBatchSampler(300, 4, 1, rank, 2, 0, groups) for rank in (0, 1)]
+    batches = [[index for _, index in batch] for sampler in samplers for batch in sampler]
+    mixed = [batch for batch in batches if len({groups[index] for index in batch}) > 1]
+    assert len(mixed) <= 2
+    # Processes and batch sizes do not change which images come first.
+    whole = [index for batch in TrainBatchSampler(300, 8, 1, 0, 1, 0, groups) for _, index in batch]
+    joined = [index for pair in zip(*samplers) for batch in pair for _, index in batch]
+    assert joined == whole
+
+
+def detections_of(annotations, noise, rng):
+    """Results that are the ground truth; with noise, boxes and masks are moved and some classes wrong."""
+    results = []
+    for record in annotations.images:
+        truth = annotations.truth_of(record)
+        boxes, labels, masks = truth["boxes"].clone(), truth["labels"].clone(), truth["masks"]
+        scores = torch.tensor([rng.uniform(0.1, 1) for _ in labels])
+        if noise:
+            boxes += torch.tensor([[rng.gauss(0, noise) for _ in range(4)] for _ in labels]).reshape(-1, 4)
+            labels = torch.tensor(
+                [rng.choice([label, 1 + label % 3]) for label in labels.tolist()], dtype=torch.int64
+            )
+            masks = torch.stack([mask.roll(rng.randint(-3, 3), 1) for mask in masks]) if len(masks) else masks
+        detection = dict(boxes=boxes, labels=labels, scores=scores, masks=masks)
+        results += to_results(record["id"], detection, annotations.categories)
+    return results
+
+
+def test_figures_are_those_of_pycocotools_on_the_files(tmp_path, shapes):
+    path = shapes / "annotations" / "train.json"
+    annotations = Annotations(str(path))
+    results = detections_of(annotations, 2.0, random.Random(0))
+    figures, rows = average_precision(
+        annotations.as_coco(), results, [image["id"] for image in annotations.images]
+    )
+    for kind, prefix in (("bbox", "box"), ("segm", "mask")):
+        shown = [{k: v for k, v in result.items() if kind == "bbox" or k != "bbox"} for result in results]
+        (tmp_path / "results.json").write_text(json.dumps(shown))
+        with contextlib.redirect_stdout(io.StringIO()):
+            truth = COCO(str(path))
+            evaluation = COCOeval(truth, truth.loadRes(str(tmp_path / "results.json")), kind)
+            evaluation.evaluate(), evaluation.accumulate(), evaluation.summarize()
+        for name, value in zip(("AP", "AP50", "AP75"), evaluation.stats):
+            assert figures[f"{prefix}_{name}"] == pytest.approx(100 * value, abs=1e-9)
+    assert 5 < figures["box_AP"] < 95 and 5 < figures["mask_AP"] < 95
+    assert np.mean([box for _, box, _ in rows]) == pytest.approx(figures["box_AP"])
+    assert all(name in table(rows) for name, *_ in rows)
+
+
+def test_a_perfect_predictor_gets_100_and_an_empty_one_0(shapes):
+    annotations = Annotations(str(shapes / "annotations" / "train.json"))
+    ids = [image["id"] for image in annotations.images]
+    perfect, _ = average_precision(
+        annotations.as_coco(), detections_of(annotations, 0, random.Random(0)), ids
+    )
+    assert perfect["box_AP"] == perfect["mask_AP"] == pytest.approx(100)
+    empty, rows = average_precision(annotations.as_coco(), [], ids)
+    assert empty["box_AP"] == empty["mask_AP"] == 0 and rows == [(name, 0, 0) for name, *_ in rows]
+
+
+def test_crowds_count_neither_for_nor_against(shapes):
+    annotations = Annotations(str(shapes / "annotations" / "train.json"))
+    crowds = [item for item in annotations.kept if item["iscrowd"]]
+    results = detections_of(annotations, 0, random.Random(0))
+    for item in crowds:
+        shape = item["segmentation"]
+        code = coco_mask.frPyObjects(shape, *shape["size"])
+        results.append(
+            dict(image_id=item["image_id"], category_id=item["category_id"], bbox=item["bbox"], score=1.0,
+                 segmentation=dict(size=code["size"], counts=code["counts"].decode()))
+        )  # fmt: skip
+    figures, _ = average_precision(
+        annotations.as_coco(), results, [image["id"] for image in annotations.images]
+    )
+    assert crowds and figures["box_AP"] == figures["mask_AP"] == pytest.approx(100)
+
+
+def test_ground_truth_and_detections_are_drawn_side_by_side(tmp_path, shapes):
+    annotations = Annotations(str(shapes / "annotations" / "val.json"))
+    samples = []
+    for record in annotations.images[:3]:
+        truth = annotations.truth_of(record)
+        scores = torch.linspace(0.9, 0.1, len(truth["labels"]))
+        samples.append((str(shapes / "val" / record["file_name"]), truth, dict(truth, scores=scores)))
+    path = tmp_path / "detections.png"
+    draw_detections(samples, ["circle", "box", "triangle"], str(path))
+    with Image.open(path) as picture:
+        assert picture.width > 700 and len(picture.convert("RGB").getcolors(10**7)) > 1000
+
+
+def command(*arguments, processes=1):
+    words = [sys.executable]
+    if processes > 1:
+        words += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    common = ["detect.py", "--cfg", "configs/coco/shapes.yaml", "--device", "cpu"]
+    return [*words, *common, *map(str, arguments)]
+
+
+def detect(*arguments, processes=1, check=True):
+    """Run detect.py as a user would."""
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    done = subprocess.run(
+        command(*arguments, processes=processes), cwd=ROOT, env=environment, capture_output=True, text=True,
+        timeout=300, check=False,
+    )  # fmt: skip
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def trained(shapes, tmp_path_factory):
+    """The output folder of a run of two epochs."""
+    output = tmp_path_factory.mktemp("trained")
+    detect("--data-path", shapes, "--output", output, "--opts", *SMALL)
+    return output / "shapes" / "default"
+
+
+def test_a_run_writes_checkpoints_curves_metrics_and_detections(trained, shapes):
+    names = set(os.listdir(trained))
+    assert {
+        "ckpt_epoch_1.pth",
+        "best.pth",
+        "curves.png",
+        "detections.png",
+        "detections.json",
+        "config.yaml",
+    } <= names
+    rows = read_metrics(trained / "metrics.jsonl", ("epoch", "train_loss", "box_AP", "mask_AP", "loss_mask3"))
+    assert [row["epoch"] for row in rows] == [0, 1]
+    parts = [value for name, value in rows[0].items() if name.startswith("loss_")]
+    assert len(parts) == 11 and sum(parts) == pytest.approx(rows[0]["train_loss"], rel=1e-5)
+    ids = {image["id"] for image in content_of(shapes, "val")["images"]}
+    results = json.loads((trained / "detections.json").read_text())
+    assert results and {result["image_id"] for result in results} <= ids
+
+
+def figures_of(done):
+    return done.stdout.split(" * ")[1].splitlines()[0]
+
+
+@pytest.mark.parametrize("processes, batch", [(2, 2), (3, 1)])
+def test_sharded_evaluation_is_that_of_one_process(trained, shapes, tmp_path, processes, batch):
+    common = ["--data-path", shapes, "--eval", "--resume", trained / "best.pth", "--amp-opt-level", "O0"]
+    alone = detect(*common, "--output", tmp_path / "1", "--opts", *SMALL)
+    shared = detect(
+        *common, "--output", tmp_path / "n", "--batch-size", batch, "--opts", *SMALL, processes=processes
+    )
+    assert figures_of(alone) == figures_of(shared) and figures_of(alone).startswith("box AP")
+    first, second = (
+        sorted(json.loads((tmp_path / n / "shapes/default/detections.json").read_text()), key=str)
+        for n in "1n"
+    )
+    assert first == second and len(first) > 7
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_run_ends_with_the_same_bits(shapes, tmp_path, processes):
+    common = ["--data-path", shapes, "--amp-opt-level", "O1", "--batch-size", 2, "--opts", *SMALL]
+    common += ["TRAIN.ACCUMULATION_STEPS", 2, "TRAIN.SAVE_STEPS", 1, "DATA.BATCH_SIZE", 2]
+    calm, disturbed = tmp_path / "calm", tmp_path / "disturbed"
+    detect(*common, "OUTPUT", calm, processes=processes)
+    for words in ("Train: [0/2][1/", "Train: [1/2][1/"):
+        run = Started(tmp_path, command(*common, "OUTPUT", disturbed, processes=processes))
+        run.wait_for(words)
+        subprocess.run(["pkill", "-9", "-f", str(disturbed)], check=False)
+        assert run.wait() != 0
+    done = detect(*common, "OUTPUT", disturbed, processes=processes)
+    assert "resuming from" in done.stdout
+    ours, expected = (
+        ckpt.read_checkpoint(str(root / "shapes/default/ckpt_epoch_1.pth")) for root in (disturbed, calm)
+    )
+    for name, value in expected["model"].items():
+        assert torch.equal(value, ours["model"][name]), name
+    for index, moments in expected["optimizer"]["state"].items():
+        for name, value in moments.items():
+            assert torch.equal(value, ours["optimizer"]["state"][index][name]), (index, name)
+    times = ("seconds", "images_per_second")
+    rows = [
+        [
+            {k: v for k, v in json.loads(line).items() if k not in times}
+            for line in path.read_text().splitlines()
+        ]
+        for path in (root / "shapes/default/metrics.jsonl" for root in (disturbed, calm))
+    ]
+    assert rows[0] == rows[1]
+
+
+def test_a_signal_saves_and_asks_for_a_requeue(shapes, tmp_path):
+    run = Started(tmp_path, command("--data-path", shapes, "--output", tmp_path, "--opts", *SMALL))
+    run.wait_for("Train: [0/2][1/")
+    os.kill(run.process.pid, signal.SIGTERM)
+    assert run.wait() == 75 and "the same command goes on" in run.text()
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--data-path", "nowhere"], "cannot read the annotations nowhere/annotations/val.json"),
+        ([], "no data: give --data-path"),
+        (["--data-path", "{shapes}", "--opts", "DET.VAL_IMAGES", "other"], "7 of the 7 images"),
+        (["--data-path", "{shapes}", "--opts", "DET.FROZEN", "1"], "unknown key DET.FROZEN"),
+        (
+            ["--data-path", "{shapes}", "--batch-size", "100"],
+            "has 24 images, fewer than an update takes: 100",
+        ),
+        (["--data-path", "{shapes}", "--eval", "--resume", "none.pth"], "no checkpoint file none.pth"),
+    ],
+)
+def test_bad_input_is_one_clear_message(shapes, tmp_path, arguments, words):
+    arguments = [word.replace("{shapes}", str(shapes)) for word in arguments]
+    done = detect("--output", tmp_path, *arguments, check=False)
+    assert done.returncode == 1 and words in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_evaluation_leaves_out_missing_images_where_it_may(trained, shapes, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(shapes, folder)
+    content = content_of(folder, "val")
+    for number in range(7, 150):
+        content["images"].append(
+            dict(copy.copy(content["images"][0]), id=number, file_name=f"{number % 7:05d}.png")
+        )
+        size = [content["images"][number % 7][side] for side in ("height", "width")]
+        content["images"][-1].update(height=size[0], width=size[1])
+    content["images"].append(dict(id=999, file_name="missing.png", height=100, width=100))
+    (folder / "annotations" / "val.json").write_text(json.dumps(content))
+    arguments = [
+        "--data-path",
+        folder,
+        "--output",
+        tmp_path,
+        "--eval",
+        "--resume",
+        trained / "best.pth",
+        "--opts",
+        *SMALL,
+    ]
+    done = detect(*arguments, check=False)
+    assert done.returncode == 1 and "1 of the 151 images" in done.stderr
+    done = detect(*arguments, "DATA.ON_ERROR", "skip")
+    assert (
+        "skipping" in done.stdout
+        and "missing.png" in done.stdout
+        and "\n150 images" in done.stdout.replace("INFO 150", "\n150")
+    )
