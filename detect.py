@@ -54,6 +54,8 @@ def main(args):
     parameters = sum(parameter.numel() for parameter in model.parameters())
     macs = count_macs(model, 800, 1280) / 1e9
     logger.info(f"{config.MODEL.NAME}: {parameters:,} parameters, {macs:.1f} GMACs per image of 1280x800")
+    if config.COMPILE or config.DATA.BACKEND != "pil":
+        logger.warning("COMPILE and DATA.BACKEND are for classification: detection does without")
     amp_dtype = None
     if config.AMP_OPT_LEVEL != "O0":
         amp_dtype = getattr(torch, config.AMP_DTYPE) if device.type == "cuda" else torch.bfloat16

@@ -210,6 +210,8 @@ def build_dataset(root, images, annotations, transform, skip):
         DataError: what is wrong with the files, and what to do.
     """
     annotations = Annotations(os.path.join(root, annotations))
+    if all(item.get("iscrowd") for item in annotations.kept):
+        raise DataError(f"{annotations.path} has no objects: its annotations are missing or all left out")
     dataset = CocoDataset(os.path.join(root, images), annotations, transform)
     missing = [path for path in dataset.paths if not os.path.isfile(path)]
     if len(missing) == len(dataset.paths) or (missing and not skip):

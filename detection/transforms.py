@@ -25,6 +25,15 @@ class CropToRandomSize(nn.Module):
         return v2.functional.crop(image, top, left, height, width), target
 
 
+class DropUnseen(nn.Module):
+    """Drop the objects whose mask has no pixel left."""
+
+    def forward(self, image, target):
+        """An image and its target, without these objects."""
+        seen = target["masks"].flatten(1).any(1)
+        return image, dict(target, **{name: target[name][seen] for name in ("boxes", "labels", "masks")})
+
+
 def _random(low, high):
     return int(torch.randint(low, high + 1, ()))
 
@@ -39,8 +48,9 @@ def build_transform(config, is_train):
     if not is_train:
         return v2.Resize([det.TEST_SIZE], max_size=det.MAX_SIZE)
     resize = v2.RandomShortestSize(det.MIN_SIZES, det.MAX_SIZE)
+    clean = [v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1), DropUnseen()]
     steps = [v2.RandomHorizontalFlip(config.AUG.HFLIP)]
     if det.CROP_MIN_SIZES and det.CROP_SIZES:
         crop = [v2.RandomShortestSize(det.CROP_MIN_SIZES), CropToRandomSize(*det.CROP_SIZES)]
         steps.append(v2.RandomApply(crop, 0.5))
-    return v2.Compose([*steps, resize, v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1)])
+    return v2.Compose([*steps, resize, *clean])

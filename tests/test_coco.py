@@ -179,6 +179,14 @@ def test_files_that_are_not_coco_are_refused(tmp_path, text, words):
         Annotations(str(path))
 
 
+def test_a_set_without_objects_is_refused(tmp_path, shapes):
+    shutil.copytree(shapes, tmp_path / "copy")
+    content = dict(content_of(shapes), annotations=[])
+    (tmp_path / "copy" / "annotations" / "train.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match="train.json has no objects"):
+        build_dataset(str(tmp_path / "copy"), "train", "annotations/train.json", keep, skip=False)
+
+
 def test_missing_files_and_wrong_sizes_are_named(tmp_path, shapes):
     folder = tmp_path / "copy"
     shutil.copytree(shapes, folder)

@@ -24,16 +24,15 @@ def outline(kind, rng, centre, radius):
         angles = np.linspace(0, 2 * math.pi, 40, endpoint=False)
     elif kind == "box":
         slant = rng.uniform(0.5, 1.05)
-        angles = np.array([-slant, slant, math.pi - slant, math.pi + slant])
+        angles = np.array([-slant, slant, math.pi - slant, math.pi + slant]) + rng.uniform(-0.4, 0.4)
     else:
-        angles = np.array([0, 2, 4]) * math.pi / 3 + rng.uniform(-0.3, 0.3, 3)
-    angles = angles + rng.uniform(0, 2 * math.pi)
+        angles = np.array([0, 2, 4]) * math.pi / 3 + rng.uniform(-0.3, 0.3, 3) + rng.uniform(0, 2 * math.pi)
     return centre + radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
 
 def ground(rng, height, width):
     """A background (height, width, 3): a smooth colour gradient with noise."""
-    coarse = rng.uniform(40, 160, (3, 3, 3)).astype(np.float32)
+    coarse = rng.uniform(20, 110, (3, 3, 3)).astype(np.float32)
     return cv2.resize(coarse, (width, height)) + rng.normal(0, 8, (height, width, 3))
 
 
@@ -77,7 +76,8 @@ def draw_image(rng):
             NAMES[category - 1], rng, rng.uniform(8, [width - 8, height - 8]), rng.uniform(12, 34)
         )
         mask = fill(corners, height, width)
-        picture[mask > 0] = picture[mask > 0] * 0.15 + 0.85 * rng.uniform(0, 255, 3)
+        colour = rng.permutation([rng.uniform(200, 255), rng.uniform(60, 255), rng.uniform(60, 160)])
+        picture[mask > 0] = 0.15 * picture[mask > 0] + 0.85 * colour
         for _, _, seen in shapes:
             seen &= 1 - mask
         shapes.append((category, corners, mask))
