@@ -98,6 +98,9 @@ def parallelize(model, device):
 def stop_process_group():
     """Leave the process group, if there is one."""
     if dist.is_initialized():
+        # gloo's threads may still be giving back tensors, for which they need the interpreter. PyTorch 2.6
+        # waits for them without letting them have it.
+        time.sleep(0.2)
         dist.destroy_process_group()
 
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import CVPR22, MICRO, ROOT, fill_weights, micro
+from helpers import CVPR22, ROOT, fill_weights, micro
 from torch.nn import functional
 
 import checkpoint as ckpt
@@ -13,7 +13,7 @@ from config import ConfigError, get_config
 from detection.backbone import MSGBackbone
 from detection.cascade import CascadeHeads, CascadeStage
 from detection.detector import build_detector, count_macs, load_pretrained, to_original_size
-from models.msg_transformer import MSGTransformer
+from models import build_model
 
 STDS = [[0.1, 0.1, 0.2, 0.2], [0.05, 0.05, 0.1, 0.1], [0.033, 0.033, 0.067, 0.067]]
 
@@ -299,12 +299,9 @@ def test_position_tables_messengers_and_norms_are_not_decayed():
     assert "heads.stages.2.box_predictor.cls_score.weight" in decayed
 
 
-def test_a_classifiers_weights_become_the_backbones(tmp_path):
+def test_a_classifiers_weights_become_the_backbones():
     detector = build_detector(config(), 3)
-    shapes = dict(
-        MICRO, img_size=64, patch_size=4, num_heads=(2, 4, 8), embed_dim=detector.backbone.channels[0]
-    )
-    classifier = fill_weights(MSGTransformer(**shapes))
+    classifier = fill_weights(build_model(config()))
     for checkpoint in (dict(model=classifier.state_dict(), epoch=3), classifier.state_dict()):
         load_pretrained(detector, checkpoint, "classifier.pth")
         for name, value in detector.backbone.model.state_dict().items():
