@@ -79,15 +79,15 @@ class Annotations:
             sizes[image["id"]] = (image["height"], image["width"])
         if not sizes or not self.labels:
             raise DataError(f"{path} lists {'no categories' if sizes else 'no images'}")
-        self.problems, self.kept = {}, []
-        self.by_image = {number: [] for number in sizes}
+        self.problems, by_image = {}, {number: [] for number in sizes}
         for item in content["annotations"]:
             problem = self._problem(item, sizes)
             if problem:
                 self.problems.setdefault(problem, []).append(item.get("id", "?"))
             else:
-                self.kept.append(item)
-                self.by_image[item["image_id"]].append(item)
+                by_image[item["image_id"]].append(item)
+        # As text: every loading worker would end up with a copy of its own of a million dicts.
+        self._by_image = {number: json.dumps(items).encode() for number, items in by_image.items()}
 
     def _problem(self, item, sizes):
         """What is wrong with an annotation, or None."""
@@ -124,9 +124,13 @@ class Annotations:
         )
         return None if good else "with a polygon of fewer than three points"
 
+    def kept(self):
+        """All annotations but those left out, in the order of their images."""
+        return [item for items in self._by_image.values() for item in json.loads(items)]
+
     def objects_of(self, image_id):
         """The annotations of an image that are single objects."""
-        return [item for item in self.by_image[image_id] if not item.get("iscrowd")]
+        return [item for item in json.loads(self._by_image[image_id]) if not item.get("iscrowd")]
 
     def mask_of(self, item, size):
         """The mask of an annotation: (height, width), 0 and 1, uint8."""
@@ -163,7 +167,7 @@ class Annotations:
 
     def as_coco(self):
         """The content of a COCO file without what was left out."""
-        return dict(images=self.images, categories=self.categories, annotations=self.kept)
+        return dict(images=self.images, categories=self.categories, annotations=self.kept())
 
 
 def clipped(box, size):
@@ -210,7 +214,7 @@ def build_dataset(root, images, annotations, transform, skip):
         DataError: what is wrong with the files, and what to do.
     """
     annotations = Annotations(os.path.join(root, annotations))
-    if all(item.get("iscrowd") for item in annotations.kept):
+    if all(item.get("iscrowd") for item in annotations.kept()):
         raise DataError(f"{annotations.path} has no objects: its annotations are missing or all left out")
     dataset = CocoDataset(os.path.join(root, images), annotations, transform)
     missing = [path for path in dataset.paths if not os.path.isfile(path)]

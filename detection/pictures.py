@@ -76,9 +76,10 @@ def draw_curves(epochs, path):
     marker = "o" if len(x) < 40 else ""
     total.plot(x, [row["train_loss"] for row in epochs], marker=marker, ms=3)
     total.set(title="Training loss", ylim=(0, None))
-    for name in sorted({name for row in epochs for name in row if name.startswith("loss_")}):
+    for i, name in enumerate(sorted({name for row in epochs for name in row if name.startswith("loss_")})):
         values = [row.get(name, float("nan")) for row in epochs]
-        parts.plot(x, values, marker=marker, ms=3, label=name.removeprefix("loss_"))
+        style = "-" if i < 10 else "--"  # there are ten colours
+        parts.plot(x, values, style, marker=marker, ms=3, label=name.removeprefix("loss_"))
     parts.set(title="Its parts", ylim=(0, None))
     parts.legend(fontsize=6, ncols=2)
     best = max(epochs, key=lambda row: row["box_AP"])

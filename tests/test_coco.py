@@ -102,7 +102,7 @@ def test_masks_and_boxes_are_those_of_pycocotools(shapes):
             np.testing.assert_array_equal(mask.numpy(), coco.annToMask(item))
     assert kinds == {list, dict}  # polygons and run lengths
     crowds = [item for item in content_of(shapes)["annotations"] if item["iscrowd"]]
-    assert crowds and len(dataset.annotations.kept) == len(content_of(shapes)["annotations"])
+    assert crowds and len(dataset.annotations.kept()) == len(content_of(shapes)["annotations"])
 
 
 def test_category_ids_need_not_be_contiguous(tmp_path, shapes):
@@ -157,7 +157,7 @@ def test_broken_annotations_are_left_out_and_named(tmp_path, shapes, caplog, pro
     whole = len(content["annotations"])
     content["annotations"] += [dict(item, id=9000), dict(item, id=9001)]
     annotations = Annotations(write_json(tmp_path, content))
-    assert annotations.problems == {problem: [9000, 9001]} and len(annotations.kept) == whole
+    assert annotations.problems == {problem: [9000, 9001]} and len(annotations.kept()) == whole
     annotations.report()
     assert f"leaving out 2 annotations {problem} (ids 9000, 9001)" in caplog.text
 
@@ -315,7 +315,7 @@ def test_a_perfect_predictor_gets_100_and_an_empty_one_0(shapes):
 
 def test_crowds_count_neither_for_nor_against(shapes):
     annotations = Annotations(str(shapes / "annotations" / "train.json"))
-    crowds = [item for item in annotations.kept if item["iscrowd"]]
+    crowds = [item for item in annotations.kept() if item["iscrowd"]]
     results = detections_of(annotations, 0, random.Random(0))
     for item in crowds:
         shape = item["segmentation"]

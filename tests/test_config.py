@@ -7,6 +7,7 @@ import yaml
 from helpers import ROOT, digits_config
 
 from config import ConfigError, default_config, dump_config, get_config
+from detection.detector import build_detector
 from models import build_model
 
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("configs/**/*.yaml"))
@@ -51,7 +52,9 @@ def test_official_keys_have_official_defaults():
         MLP_RATIO=4.0, QKV_BIAS=True, QK_SCALE=None, APE=False, PATCH_NORM=True, SHUF_SIZE=[4, 4, 2, 1],
         MANIP_TYPE="shuf", TOKENS=0, PATCH_EMBED=0, DOWNSAMPLE=0, ATTENTION=0,
     )  # fmt: skip
-    assert dict(config.TRAIN.LR_SCHEDULER) == dict(NAME="cosine", DECAY_EPOCHS=30, DECAY_RATE=0.1)
+    assert dict(config.TRAIN.LR_SCHEDULER) == dict(
+        NAME="cosine", MILESTONES=[27, 33], DECAY_EPOCHS=30, DECAY_RATE=0.1
+    )
     assert dict(config.TRAIN.OPTIMIZER) == dict(NAME="adamw", EPS=1e-8, BETAS=(0.9, 0.999), MOMENTUM=0.9)
     assert (config.TEST.CROP, config.TAG, config.SAVE_FREQ, config.PRINT_FREQ, config.SEED) == (
         True,
@@ -65,10 +68,11 @@ def test_official_keys_have_official_defaults():
 @pytest.mark.parametrize("path", CONFIGS)
 def test_every_config_builds_its_model_and_begins_with_its_command(path):
     config = get_config(argparse.Namespace(cfg=str(ROOT / path)))
-    model = build_model(config)
+    detects = config.DATA.DATASET == "coco"
+    model = build_detector(config, 80).backbone.model if detects else build_model(config)
     assert model.flops() > 0
     header = "".join(line for line in (ROOT / path).read_text().splitlines() if line.startswith("#"))
-    assert f"main.py --cfg {path} --data-path" in header
+    assert f"{'detect' if detects else 'main'}.py --cfg {path} --data-path" in header
 
 
 def test_later_sources_win(tmp_path):

@@ -78,6 +78,18 @@ def test_messengers_of_empty_windows_relay_but_hold_no_padding():
     assert not torch.allclose(before[0], without[0])
 
 
+def test_gradient_checkpointing_changes_no_gradient():
+    gradients = []
+    for recompute in (False, True):
+        model = backbone([4, 4, 4]).train()
+        model.model.set_grad_checkpointing(recompute)
+        sum(x.square().sum() for x in model(*scene([(40, 51), (64, 33)])[:2])).backward()
+        gradients.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+    assert len(gradients[0]) > 50
+    for stored, recomputed in zip(*gradients):
+        torch.testing.assert_close(stored, recomputed, rtol=1e-10, atol=1e-10)
+
+
 def test_frozen_stages_do_not_train():
     model = MSGBackbone(micro(), [4, 2, 1], frozen_stages=2)
     model.train()
