@@ -22,7 +22,7 @@ from torchvision import transforms
 from .datasets import FORMATS, decoding
 from .transforms import aspect_box, augment_operations, posterize_from_0_bits
 
-# Markers but restarts and the end; in a progressive file also but tables, further scans and comments.
+# Markers other than restarts and the end; in a progressive file, other than tables, scans and comments too.
 _FOREIGN_IN_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xd9\xff]")
 _FOREIGN_IN_SCANS = re.compile(rb"\xff[^\x00\xc4\xd0-\xd7\xd9-\xdd\xfe\xff]")
 _WARP = {
@@ -57,7 +57,7 @@ class ImageFile:
     def _ends_well(self):
         """Whether a JPEG has an end, and between its first scan and that end only markers that belong there.
 
-        Where a file is cut or damaged, OpenCV may make the rest of the image grey; Pillow mostly refuses it.
+        Where a file is damaged, OpenCV may make the rest of the image grey; Pillow mostly refuses it.
         """
         foreign = _FOREIGN_IN_SCANS if "progressive" in self.image.info else _FOREIGN_IN_SCAN
         return self.data.endswith(b"\xff\xd9") and not foreign.search(self.data, self.image.fp.tell())
@@ -72,11 +72,11 @@ class ImageFile:
             (H, W, 3), H and W being those of the box or the 2nd, 4th or 8th part of them.
         """
         reduction = next((factor for factor in (8, 4, 2) if 2 * factor <= scale), 1)
-        pixels = self._decode_jpeg(reduction) if self.is_sound else None
-        if pixels is None:
-            with decoding(self.path):
-                pixels = np.array(self.image.convert("RGB"))
-            return pixels[top : top + height, left : left + width]
+        with decoding(self.path):
+            pixels = self._decode_jpeg(reduction) if self.is_sound else None
+            by_pillow = None if pixels is not None else np.array(self.image.convert("RGB"))
+        if by_pillow is not None:
+            return by_pillow[top : top + height, left : left + width]
         rows, columns = (there / here for there, here in zip(pixels.shape, reversed(self.size)))
         first_row, first_column = round(top * rows), round(left * columns)
         last_row = max(first_row + 1, round((top + height) * rows))
