@@ -25,7 +25,7 @@ import checkpoint as ckpt
 from data import DataError
 from data.samplers import TrainBatchSampler, group
 from detection.dataset import Annotations, build_dataset
-from detection.evaluation import average_precision, table, to_results
+from detection.evaluation import METRICS, average_precision, table, to_results
 from detection.loaders import BatchToDevice, collate
 from detection.pictures import draw_detections
 from detection.transforms import build_transform
@@ -295,8 +295,10 @@ def test_figures_are_those_of_pycocotools_on_the_files(tmp_path, shapes):
             truth = COCO(str(path))
             evaluation = COCOeval(truth, truth.loadRes(str(tmp_path / "results.json")), kind)
             evaluation.evaluate(), evaluation.accumulate(), evaluation.summarize()
-        for name, value in zip(("AP", "AP50", "AP75"), evaluation.stats):
-            assert figures[f"{prefix}_{name}"] == pytest.approx(100 * value, abs=1e-9)
+        # Areas of objects decide over the figures by size: those of masks are not those of boxes.
+        for name, value in zip(METRICS, evaluation.stats):
+            expected = 100 * value if value >= 0 else float("nan")
+            assert figures[f"{prefix}_{name}"] == pytest.approx(expected, abs=1e-9, nan_ok=True)
     assert 5 < figures["box_AP"] < 95 and 5 < figures["mask_AP"] < 95
     assert np.mean([box for _, box, _ in rows]) == pytest.approx(figures["box_AP"])
     assert all(name in table(rows) for name, *_ in rows)
