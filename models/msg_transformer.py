@@ -60,15 +60,18 @@ def shuffle_messengers(x):
 
     Args:
         x: (B*regions, G, 1+w*w, C), the messenger first in every window; C a multiple of G. Changed in place,
-            so that the patch tokens are not copied.
+            so that the patch tokens are not copied, where no compiler decides on copies.
 
     Returns:
-        x
+        The same shape.
     """
     windows = x.shape[1]
     if windows > 1:
         messengers = x[:, :, 0].unflatten(2, (windows, -1))  # B*regions, windows, groups, C/G
-        x[:, :, 0] = messengers.transpose(1, 2).flatten(2)  # B*regions, groups, C: group j goes to window j
+        messengers = messengers.transpose(1, 2).flatten(2)  # B*regions, groups, C: group j goes to window j
+        if torch.compiler.is_compiling():  # it would fuse the assignment into all that reads x
+            return torch.cat([messengers[:, :, None], x[:, :, 1:]], dim=2)
+        x[:, :, 0] = messengers
     return x
 
 

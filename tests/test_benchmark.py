@@ -17,17 +17,23 @@ def benchmark(*arguments):
 @pytest.mark.slow
 def test_models_are_compared_with_their_peer(tmp_path):
     path = tmp_path / "result"
-    done = benchmark("--models", "msg_cvpr22_tiny_p4_win7_224", "resnet18", "--memory", "--output", path,
-                     "--modes", "inference", "train", "--dtypes", "float32")  # fmt: skip
+    done = benchmark("--models", "msg_cvpr22_tiny_p4_win7_224", "resnet18", "--dtypes", "float32",
+                     "--modes", "inference", "train", "--memory", "--roofline", "--output", path)  # fmt: skip
     assert done.returncode == 0, done.stderr
     result = json.loads(path.with_suffix(".json").read_text())
     assert list(result["settings"]) == ["inference float32, batch 1", "train float32, batch 1"]
     for ours, peer in result["settings"].values():
-        assert peer["ratio"] == peer["memory_ratio"] == 1 < min(ours["ratio"], ours["memory_ratio"])
+        assert peer["ratio"] == peer["memory_ratio"] == 1 < ours["memory_ratio"]
         assert ours["quartiles"][0] <= ours["ratio"] <= ours["quartiles"][1]
         assert "ms_per_image" not in ours
+        for row in (ours, peer):
+            assert 0 < max(row["of_flops"], row["of_bandwidth"]) <= row["of_roofline"]
+        assert ours["of_flops"] / peer["of_flops"] == pytest.approx(
+            ours["gflops"] / peer["gflops"] / ours["ratio"]
+        )
     assert "| `resnet18` | 1 |" in path.with_suffix(".md").read_text()
     assert Image.open(path.with_suffix(".png")).width > 800
+    assert Image.open(tmp_path / "result_roofline.png").width > 800
 
 
 @pytest.mark.slow
@@ -45,6 +51,7 @@ def test_growth_with_the_image_size_is_drawn_beside_the_pixels(tmp_path):
     [
         (["--models", "resnet_none"], "resnet_none: a timm model name"),
         (["--models", "test_vit:fast"], "test_vit:fast: a timm model name, or that and :plain or :onednn"),
+        (["--sizes", 224, "--roofline"], "--roofline is for whole models: leave out --sizes"),
         (["--models", "test_vit", "--peer", "swin"], "--peer swin is not among --models"),
     ],
 )

@@ -3,6 +3,7 @@
 python tools/benchmark.py                                    MSG-Transformer-T against Swin-T and ConvNeXt-T
 python tools/benchmark.py --modes train --batch-sizes 16     training steps
 python tools/benchmark.py --sizes 224 448 672 896            feature maps at growing sizes
+python tools/benchmark.py --roofline                         and the share of what the machine can do
 python tools/benchmark.py --models msg_small_p4_win7_224 swin_small_patch4_window7_224 --compile
 
 Any timm name will do; the second model is the peer of the ratios unless --peer names another. In every round
@@ -22,16 +23,19 @@ import sys
 import time
 from pathlib import Path
 
+import numpy
 import timm
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from timm.layers import set_fused_attn
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from models import inference, use_onednn
+from models.costs import count_work, least_seconds
 from models.msg_transformer import MSGTransformer
 from utils import machine
 
@@ -54,14 +58,26 @@ def parse_args():
     add("--compile", action="store_true", help="time them under torch.compile too")
     add("--sizes", nargs="+", type=int, metavar="PX", help="instead: feature maps at these image sizes")
     add("--memory", action="store_true", help="peak memory too, each candidate in a process of its own")
+    add(
+        "--roofline",
+        action="store_true",
+        help="operations and bytes too, and how near to the machine's own limits",
+    )
     add("--rounds", type=int, default=15)
     add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     add("--threads", type=int, help="CPU threads; default: PyTorch's choice")
-    add("--output", default="output/benchmark", metavar="PATH", help="PATH.json, PATH.md and PATH.png")
+    add(
+        "--output",
+        default="output/benchmark",
+        metavar="PATH",
+        help="PATH.json, PATH.md, PATH.png, PATH_roofline.png",
+    )
     args = parser.parse_args()
     args.peer = args.peer or args.models[min(1, len(args.models) - 1)]
     if args.memory and args.device == "cpu" and not Path("/proc/self/status").exists():
         parser.error("--memory on the CPU needs Linux")
+    if args.roofline and args.sizes:
+        parser.error("--roofline is for whole models: leave out --sizes")
     if args.peer not in args.models:
         parser.error(f"--peer {args.peer} is not among --models")
     for name in args.models:
@@ -202,15 +218,67 @@ def _peak_resident():
     return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 2**10
 
 
+def machine_limits(device, dtype):
+    """What a large linear layer and a large copy reach on this machine: FLOP/s and bytes/s, the best of 5."""
+    side, size, calls = (8192, 2**30, 10) if device == "cuda" else (4096, 2**28, 1)
+    layer = nn.Sequential(nn.Linear(side, side, bias=False)).to(device, dtype)
+    use_onednn(layer)
+    x = torch.randn(side, side, device=device, dtype=dtype)
+    source = torch.randn(size // 4, device=device)
+    target = torch.empty_like(source)
+    with inference(layer):
+        flops = 2 * side**3 / _best_seconds(lambda: layer(x), calls, device)
+    return flops, 2 * size / _best_seconds(lambda: target.copy_(source), calls, device)
+
+
+def _best_seconds(function, calls, device, rounds=5):
+    seconds = []
+    for _ in range(1 + rounds):
+        begin = time.perf_counter()
+        for _ in range(calls):
+            function()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append((time.perf_counter() - begin) / calls)
+    return min(seconds[1:])
+
+
+def add_roofline(rows, options, flops_limit, bytes_limit):
+    """Add to each row what the model computes and moves, and which share of the limits it reaches."""
+    for row in rows:
+        model = build(row["model"].split(":")[0]).to("meta", options["dtype"])
+        images = torch.empty(options["batch"], 3, 224, 224, device="meta", dtype=options["dtype"])
+        work = count_work(model, images, options["mode"] == "train")
+        seconds = row["ms_per_image"] * options["batch"] / 1e3
+        flops, size = (sum(parts) for parts in zip(*work))
+        row["gflops"] = flops / options["batch"] / 1e9
+        row["megabytes"] = size / options["batch"] / 1e6
+        row["of_flops"] = flops / seconds / flops_limit
+        row["of_bandwidth"] = size / seconds / bytes_limit
+        row["of_roofline"] = least_seconds(work, flops_limit, bytes_limit) / seconds
+
+
 def table(result):
     """The rows as a markdown table."""
     columns = dict(ratio="ratio", quartiles="quartiles", memory_ratio="memory ratio")
     columns.update(growth="time, first size = 1", memory_growth="memory, first size = 1")
+    columns.update(gflops="GFLOPs per image", megabytes="MB per image", of_flops="of the FLOP/s")
+    columns.update(of_bandwidth="of the bandwidth", of_roofline="of the roofline")
     columns.update(ms_per_image="ms per image", memory="memory, MiB")
     rows = [(setting, row) for setting, rows in result["settings"].items() for row in rows]
     columns = {key: name for key, name in columns.items() if any(key in row for _, row in rows)}
     lines = [f"`{result['command']}`", "", result["machine"], ""]
     lines += [f"Medians of {result['rounds']} alternating rounds; ratios to `{result['peer']}`.", ""]
+    if result["limits"]:
+        lines += [
+            "Shares are of the FLOP/s of a large linear layer, of the bandwidth of a large copy, and of the",
+            "roofline: the least time that the operations can take at these limits, over the time measured.",
+            "",
+        ]
+    for setting, limits in result["limits"].items():
+        if "teraflops_per_second" in limits:
+            rates = "{teraflops_per_second:.4g} TFLOP/s, {gigabytes_per_second:.4g} GB/s".format(**limits)
+            lines += [f"Limits of {setting}: {rates}.", ""]
     lines += [
         "| setting | model | " + " | ".join(columns.values()) + " |",
         "|---|---" + "|---:" * len(columns) + "|",
@@ -245,6 +313,28 @@ def draw_bars(result, path):
         axes.spines[["top", "right"]].set_visible(False)
     panels[-1].set_xlabel(f"time per image, {result['peer']} = 1 (less is faster)")
     panels[-1].set_xlim(0, 1.12 * max(row["ratio"] for rows in settings.values() for row in rows))
+    figure.savefig(path, dpi=120)
+
+
+def draw_roofline(result, path):
+    """Draw every candidate below the limits of the machine, a panel for each setting."""
+    settings = result["settings"]
+    figure = Figure(figsize=(3 + 3.4 * len(settings), 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(settings), squeeze=False, sharey=True)[0]
+    for axes, (setting, rows) in zip(panels, settings.items()):
+        ridge = result["limits"][setting]["flops_per_byte"]
+        intensities = [1e3 * row["gflops"] / row["megabytes"] for row in rows]
+        ends = [min(ridge, *intensities) / 4, max(ridge, *intensities) * 4]
+        roof = numpy.geomspace(*ends)
+        axes.plot(roof, numpy.minimum(roof / ridge, 1), color="black", label="the machine")
+        for row, intensity in zip(rows, intensities):
+            name, marker = row["model"] + " compiled" * row["compiled"], "s" if row["compiled"] else "o"
+            axes.plot(intensity, row["of_flops"], marker, label=name)
+        axes.set(xscale="log", ylim=(0, 1.05), title=setting, xlabel="FLOPs per byte")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("share of the FLOP/s of a large linear layer")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
     figure.savefig(path, dpi=120)
 
 
@@ -316,16 +406,26 @@ def main():
     if args.threads:
         torch.set_num_threads(args.threads)
     print(machine(args.device))
-    result = dict(machine=machine(args.device), peer=args.peer, rounds=args.rounds, settings={})
+    result = dict(machine=machine(args.device), peer=args.peer, rounds=args.rounds, settings={}, limits={})
     result["command"] = "python " + " ".join([os.path.relpath(sys.argv[0]), *sys.argv[1:]])
     for setting, options in plan(args).items():
         print(setting, flush=True)
         result["settings"][setting] = measure(args, options)
         for row in result["settings"][setting]:
             print(f"  {row['model'] + ' compiled' * row['compiled']:45} ratio {row['ratio']:.3f}")
+        if args.roofline:
+            flops, size = machine_limits(args.device, options["dtype"])
+            add_roofline(result["settings"][setting], options, flops, size)
+            result["limits"][setting] = dict(
+                teraflops_per_second=flops / 1e12,
+                gigabytes_per_second=size / 1e9,
+                flops_per_byte=flops / size,
+            )
     if args.sizes:
         add_growth(result["settings"])
     if args.device == "cpu":  # whose load nobody knows: only ratios of the same run mean something
+        for limits in result["limits"].values():
+            del limits["teraflops_per_second"], limits["gigabytes_per_second"]
         for row in (row for rows in result["settings"].values() for row in rows):
             row.pop("ms_per_image")
             row.pop("memory", None)
@@ -333,7 +433,9 @@ def main():
     Path(f"{args.output}.json").write_text(json.dumps(result, indent=1) + "\n")
     Path(f"{args.output}.md").write_text(table(result))
     (draw_sizes if args.sizes else draw_bars)(result, f"{args.output}.png")
-    print(f"wrote {args.output}.json, .md and .png")
+    if args.roofline:
+        draw_roofline(result, f"{args.output}_roofline.png")
+    print(f"wrote {args.output}.json, .md and .png" + " and _roofline.png" * args.roofline)
 
 
 if __name__ == "__main__":
