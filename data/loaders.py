@@ -152,22 +152,26 @@ def worker_options(config, device):
     )
 
 
-def build_reader(backend):
-    """The function that reads an image file for ``DATA.BACKEND``.
+def build_reader(config, is_train):
+    """What ``DATA.BACKEND`` makes of an image file.
+
+    Returns:
+        The function that opens a file, and the transform of what it returns to a tensor (3, S, S).
 
     Raises:
         ConfigError: OpenCV cannot be imported.
     """
-    if backend == "pil":
-        return load_image
+    if config.DATA.BACKEND == "pil":
+        return load_image, build_transform(config, is_train)
     try:
         from .opencv import ImageFile
+        from .opencv import build_transform as build_for_opencv
     except ImportError as error:
         raise ConfigError(
             f"DATA.BACKEND opencv: OpenCV cannot be imported ({error}): pip install opencv-python, or "
             "opencv-python-headless where there is no display"
         ) from error
-    return ImageFile
+    return ImageFile, build_for_opencv(config, is_train)
 
 
 def require_an_update(sampler, where):
@@ -197,14 +201,15 @@ def build_loaders(config, rank=0, world_size=1, device="cpu"):
             "no data: give --data-path, a folder with train/<class>/<image> and val/<class>/<image>"
         )
     options = dict(worker_options(config, device), collate_fn=collate)
-    read = build_reader(config.DATA.BACKEND)
-    val = build_dataset(root, "val", build_transform(config, is_train=False), read)
+    read, transform = build_reader(config, is_train=False)
+    val = build_dataset(root, "val", transform, read)
     shard = evaluation_shard(len(val), rank, world_size)
     val_loader = DataLoader(EvaluationSamples(val, skip), config.DATA.BATCH_SIZE, sampler=shard, **options)
     val_loader = Loader(val_loader, [path for path, _ in val.samples], world_size, to_device)
     if config.EVAL_MODE or config.THROUGHPUT_MODE:
         return None, None, val_loader, val.classes
-    train = build_dataset(root, "train", build_transform(config, is_train=True), read)
+    read, transform = build_reader(config, is_train=True)
+    train = build_dataset(root, "train", transform, read)
     accumulation = max(1, config.TRAIN.ACCUMULATION_STEPS)
     sampler = TrainBatchSampler(
         len(train), config.DATA.BATCH_SIZE, accumulation, rank, world_size, config.SEED

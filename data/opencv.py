@@ -20,7 +20,8 @@ from torch.nn import functional
 from torchvision import transforms
 
 from .datasets import FORMATS, decoding
-from .transforms import aspect_box, augment_operations, posterize_from_0_bits
+from .transforms import aspect_box, augment_operations, evaluation_sizes, posterize_from_0_bits
+from .transforms import build_transform as build_for_pillow
 
 # Markers other than restarts and the end; in a progressive file, other than tables, scans and comments too.
 _FOREIGN_IN_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xd9\xff]")
@@ -204,25 +205,20 @@ def _interpolate(pixels, interpolation, **size):
     return images[0].permute(1, 2, 0).numpy()
 
 
-def training_transform(steps):
-    """What timm's steps for Pillow images do, from an :class:`ImageFile` to a tensor (3, S, S), uint8.
+def build_transform(config, is_train):
+    """The transform of an :class:`ImageFile` to a tensor (3, S, S), uint8, S being ``DATA.IMG_SIZE``.
 
-    The random numbers are the same, but for those of erasing, which like normalisation is left to the device.
+    It is that of transforms.py without normalisation and erasing, which are left to the device. The random
+    numbers of all else are the same.
     """
-    kept = [
-        step for step in steps if not isinstance(step, (MaybeToTensor, transforms.Normalize, RandomErasing))
-    ]
-    return transforms.Compose([*map(_for_arrays, kept), to_tensor])
-
-
-def evaluation_transform(short, size, interpolation):
-    """An :class:`ImageFile` to a tensor (3, size, size), uint8: the centre after the short side is resized.
-
-    Args:
-        short: short side after resizing, in pixels; None resizes the whole image to the size.
-    """
-    crop = ResizeAndCropCenter(short, size, interpolation) if short else ResizeWhole(size, interpolation)
-    return transforms.Compose([crop, to_tensor])
+    if not is_train:
+        short, size, mode = evaluation_sizes(config)
+        mode = interp_mode_to_str(mode)
+        crop = ResizeAndCropCenter(short, size, mode) if short else ResizeWhole(size, mode)
+        return transforms.Compose([crop, to_tensor])
+    later = MaybeToTensor, transforms.Normalize, RandomErasing
+    steps = [step for step in build_for_pillow(config, is_train).transforms if not isinstance(step, later)]
+    return transforms.Compose([*map(_for_arrays, steps), to_tensor])
 
 
 def _for_arrays(step):

@@ -3,39 +3,36 @@
 from PIL import Image, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from timm.data.auto_augment import AugmentOp, AugMixAugment, AutoAugment, RandAugment, posterize
-from timm.data.transforms import interp_mode_to_str, str_to_interp_mode
+from timm.data.transforms import str_to_interp_mode
 from torchvision import transforms
 
 from config import ConfigError
 
 
 def build_transform(config, is_train):
-    """PIL image to normalised float tensor (3, S, S), S being ``DATA.IMG_SIZE``.
+    """The transform of a PIL image to a normalised float tensor (3, S, S), S being ``DATA.IMG_SIZE``.
 
     Training images of more than 32 px: random resized crop, flip, AutoAugment or colour jitter, random
     erasing. Up to 32 px a crop of the image padded by 4 px replaces the resized crop, as in the official
     code. Evaluation: resize to 256/224 of the size and centre crop, or (``TEST.CROP`` off, or up to 32 px)
     resize to the size.
-
-    ``DATA.BACKEND`` opencv does the same to an :class:`~data.opencv.ImageFile`, but leaves normalisation and
-    erasing to the device: its tensors are uint8.
     """
-    size, opencv = config.DATA.IMG_SIZE, config.DATA.BACKEND == "opencv"
-    if opencv:
-        from . import opencv as backend
     if is_train:
-        transform = _train_transform(config, size)
-        return backend.training_transform(transform.transforms) if opencv else transform
-    short = int(256 / 224 * size) if config.TEST.CROP and size > 32 else None
-    mode = _resize_mode(config.DATA.INTERPOLATION)
-    if opencv:
-        return backend.evaluation_transform(short, size, interp_mode_to_str(mode))
+        return _train_transform(config, config.DATA.IMG_SIZE)
+    short, size, mode = evaluation_sizes(config)
     if short:
         steps = [limit_aspect, transforms.Resize(short, mode), transforms.CenterCrop(size)]
     else:
         steps = [transforms.Resize((size, size), mode)]
     normalize = transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     return transforms.Compose([*steps, transforms.ToTensor(), normalize])
+
+
+def evaluation_sizes(config):
+    """Short side after resizing (None: the whole image becomes the crop), side of the crop, interpolation."""
+    size = config.DATA.IMG_SIZE
+    short = int(256 / 224 * size) if config.TEST.CROP and size > 32 else None
+    return short, size, _resize_mode(config.DATA.INTERPOLATION)
 
 
 def _resize_mode(interpolation):

@@ -20,12 +20,13 @@ from test_hostile_images import (
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from config import ConfigError
-from data import DataError, build_loaders
+from data import DataError, build_loaders, opencv
+from data import transforms as pillow
 from data.datasets import load_image
 from data.loaders import ToDevice
 from data.mixup import build_augmentation
 from data.opencv import ImageFile
-from data.transforms import augment_operations, build_transform
+from data.transforms import augment_operations
 from utils import seeded
 
 RECIPE = ["AUG.AUTO_AUGMENT", "rand-m9-mstd0.5-inc1", "AUG.HFLIP", 0.5]
@@ -50,10 +51,8 @@ def jpeg(path, image, **options):
 
 def transforms(is_train, *opts):
     """The transform of each backend: (pil, opencv)."""
-    return [
-        build_transform(digits_config(*opts, "AUG.REPROB", 0.0, "DATA.BACKEND", backend), is_train)
-        for backend in ("pil", "opencv")
-    ]
+    config = digits_config(*opts, "AUG.REPROB", 0.0)
+    return [backend.build_transform(config, is_train) for backend in (pillow, opencv)]
 
 
 def values(images):

@@ -33,7 +33,7 @@ from data.datasets import EvaluationSamples, TrainingSamples
 from data.loaders import Loader, ToDevice, build_reader, collate, start_worker
 from data.mixup import build_augmentation
 from data.opencv import ImageFile
-from data.transforms import augment_operations, build_transform, posterize_from_0_bits
+from data.transforms import augment_operations, posterize_from_0_bits
 from utils import UserError, machine
 
 CONFIG = Path(__file__).parents[1] / "configs" / "msg_tiny_p4_win7_224.yaml"
@@ -101,7 +101,7 @@ def pipeline(name, is_train, paths, batch_size):
     backend, _, for_gpu = name.partition(" ")
     options = ["DATA.BACKEND", backend, "AUG.MIXUP", "0", "AUG.CUTMIX", "0"]
     config = get_config(argparse.Namespace(cfg=str(CONFIG), opts=options))
-    files = Files(paths, build_reader(backend), build_transform(config, is_train))
+    files = Files(paths, *build_reader(config, is_train))
     samples = TrainingSamples(files, 0, skip=False) if is_train else EvaluationSamples(files, skip=False)
     order = [(0, index) for index in range(len(paths))] if is_train else None
     options = dict(workers, collate_fn=collate, worker_init_fn=start_worker)
