@@ -121,6 +121,12 @@ def test_resume_is_bit_exact_after_20_kills(tmp_path, data, count, processes, ac
     disturbed_run(tmp_path, data, count, processes, accumulation, kills=20, epochs=3 * accumulation)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_resume_is_bit_exact_with_a_compiled_model(tmp_path, data, count, processes):
+    disturbed_run(tmp_path, data, count, processes, 2, kills=2, epochs=2, opts=["COMPILE", True])
+
+
 def test_resuming_asks_for_unseen_images_only():
     sampler = TrainBatchSampler(72, 4, 1, 0, 1, seed=0)
     first = [index for batch in list(sampler)[:3] for _, index in batch]
