@@ -326,7 +326,7 @@ def draw_roofline(result, path):
         ridge = result["limits"][setting]["flops_per_byte"]
         intensities = [1e3 * row["gflops"] / row["megabytes"] for row in rows]
         ends = [min(ridge, *intensities) / 4, max(ridge, *intensities) * 4]
-        roof = numpy.geomspace(*ends)
+        roof = numpy.geomspace(*ends, 500)
         axes.plot(roof, numpy.minimum(roof / ridge, 1), color="black", label="the machine")
         for row, intensity in zip(rows, intensities):
             name, marker = row["model"] + " compiled" * row["compiled"], "s" if row["compiled"] else "o"
