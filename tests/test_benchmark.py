@@ -39,7 +39,7 @@ def test_models_are_compared_with_their_peer(tmp_path):
 @pytest.mark.slow
 def test_growth_with_the_image_size_is_drawn_beside_the_pixels(tmp_path):
     path = tmp_path / "sizes"
-    done = benchmark("--models", "msg_cvpr22_tiny_p4_win7_224", "--sizes", 224, 448, "--output", path)
+    done = benchmark("--models", "msg_cvpr22_tiny_p4_win7_224:sdpa", "--sizes", 224, 448, "--output", path)
     assert done.returncode == 0, done.stderr
     small, large = json.loads(path.with_suffix(".json").read_text())["settings"].values()
     assert small[0]["growth"] == 1 < large[0]["growth"]
@@ -50,7 +50,8 @@ def test_growth_with_the_image_size_is_drawn_beside_the_pixels(tmp_path):
     "arguments, words",
     [
         (["--models", "resnet_none"], "resnet_none: a timm model name"),
-        (["--models", "test_vit:fast"], "test_vit:fast: a timm model name, or that and :plain or :onednn"),
+        (["--models", "test_vit:sdpa"], "test_vit:sdpa: a timm model name, or that and :plain or :onednn"),
+        (["--models", "msg_tiny_p4_win7_224:fast"], ":plain or :onednn or :auto or :eager or :sdpa"),
         (["--sizes", 224, "--roofline"], "--roofline is for whole models: leave out --sizes"),
         (["--models", "test_vit", "--peer", "swin"], "--peer swin is not among --models"),
     ],

@@ -8,8 +8,9 @@ python tools/benchmark.py --models msg_small_p4_win7_224 swin_small_patch4_windo
 
 Any timm name will do; the second model is the peer of the ratios unless --peer names another. In every round
 each candidate runs once, so that a machine that slows down slows down all; a figure is the median of the
-rounds. Our models run as main.py runs them. ``<name>:plain`` is a model as timm builds it, ours with eager
-attention; ``<name>:onednn`` gives any model the linear layers that ours use on the CPU.
+rounds. Our models run as main.py runs them; ``<name>:sdpa`` and the like choose another way of computing
+attention. ``<name>:plain`` is a model as timm builds it, ours with eager attention; ``<name>:onednn`` gives
+any model the linear layers that ours use on the CPU.
 """
 
 import argparse
@@ -35,6 +36,7 @@ from torch.nn.functional import cross_entropy
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from models import inference, use_onednn
+from models.attention import BACKENDS, triton_missing
 from models.costs import count_work, least_seconds
 from models.msg_transformer import MSGTransformer
 from utils import machine
@@ -82,16 +84,26 @@ def parse_args():
         parser.error(f"--peer {args.peer} is not among --models")
     for name in args.models:
         base, _, variant = name.partition(":")
-        if not timm.is_model(base) or variant not in ("", "plain", "onednn"):
-            parser.error(f"{name}: a timm model name, or that and :plain or :onednn")
+        ways = BACKENDS if is_ours(base) else ()
+        if not timm.is_model(base) or variant not in ("", "plain", "onednn", *ways):
+            known = " or ".join(f":{way}" for way in ("plain", "onednn", *ways))
+            parser.error(f"{name}: a timm model name, or that and {known}")
+        if variant == "triton" and triton_missing():
+            parser.error(f"{name}: {triton_missing()}")
     return args
+
+
+def is_ours(name):
+    """Whether a model name is one of this repository's."""
+    return timm.is_model(name) and timm.model_entrypoint(name).__module__.startswith("models.")
 
 
 def build(name, size=None):
     """The model of a candidate; with ``size`` for feature maps of images of that size."""
     name, _, variant = name.partition(":")
-    ours = timm.model_entrypoint(name).__module__.startswith("models.")
-    kwargs = dict(attention="eager") if ours and variant == "plain" else {}
+    ours, kwargs = is_ours(name), {}
+    if ours and variant not in ("", "onednn"):
+        kwargs["attention"] = "eager" if variant == "plain" else variant
     if size and not ours and "swin" in name:
         kwargs["img_size"] = size
     set_fused_attn(True, experimental=True)
