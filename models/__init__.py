@@ -1,5 +1,5 @@
 """The architecture (``msg_transformer.py``), how a config or a timm name builds it (``build.py``), and what
-makes it fast."""
+makes it fast or says how fast it could be."""
 
 from .build import build_model, inference
 from .onednn import use_onednn

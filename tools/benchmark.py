@@ -30,15 +30,14 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from timm.layers import set_fused_attn
-from torch import nn
 from torch.nn.functional import cross_entropy
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from models import inference, use_onednn
 from models.attention import BACKENDS, triton_missing
-from models.costs import count_work, least_seconds
 from models.msg_transformer import MSGTransformer
+from models.roofline import count_work, least_seconds, machine_limits
 from utils import machine
 
 DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
@@ -228,31 +227,6 @@ def _peak_resident():
     """Peak resident memory of this process in MiB. That of getrusage begins with the parent's; Linux only."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 2**10
-
-
-def machine_limits(device, dtype):
-    """What a large linear layer and a large copy reach on this machine: FLOP/s and bytes/s, the best of 5."""
-    side, size, calls = (8192, 2**30, 10) if device == "cuda" else (4096, 2**28, 1)
-    layer = nn.Sequential(nn.Linear(side, side, bias=False)).to(device, dtype)
-    use_onednn(layer)
-    x = torch.randn(side, side, device=device, dtype=dtype)
-    source = torch.randn(size // 4, device=device)
-    target = torch.empty_like(source)
-    with inference(layer):
-        flops = 2 * side**3 / _best_seconds(lambda: layer(x), calls, device)
-    return flops, 2 * size / _best_seconds(lambda: target.copy_(source), calls, device)
-
-
-def _best_seconds(function, calls, device, rounds=5):
-    seconds = []
-    for _ in range(1 + rounds):
-        begin = time.perf_counter()
-        for _ in range(calls):
-            function()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append((time.perf_counter() - begin) / calls)
-    return min(seconds[1:])
 
 
 def add_roofline(rows, options, flops_limit, bytes_limit):

@@ -1,15 +1,20 @@
-"""What a model has to compute and to move, whoever implements it: the two axes of a roofline.
+"""What a model has to compute and to move, whoever implements it, and what a machine can do at best.
 
 One operation is a matrix product, a convolution or a whole attention. What stands between them (norms,
 activations, additions, windows that move) is taken as fused into them: it costs no traffic, and its little
 arithmetic is not counted.
 """
 
+import time
 from typing import NamedTuple
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
+
+from .build import inference
+from .onednn import use_onednn
 
 ADAMW = 7 * 4  # bytes for a float32 parameter: read with its gradient and two moments, written with these
 
@@ -45,6 +50,36 @@ def count_work(model, images, training=False):
 def least_seconds(work, flops_per_second, bytes_per_second):
     """The time that operations take where each one is limited by arithmetic or by memory traffic alone."""
     return sum(max(flops / flops_per_second, size / bytes_per_second) for flops, size in work)
+
+
+def machine_limits(device, dtype):
+    """What a large linear layer and a large copy reach on a device, the best of 5 times: FLOP/s and bytes/s.
+
+    Args:
+        device: cpu or cuda.
+        dtype: of the linear layer, which runs as those of our models do.
+    """
+    side, size, calls = (8192, 2**30, 10) if device == "cuda" else (4096, 2**28, 1)
+    layer = nn.Sequential(nn.Linear(side, side, bias=False)).to(device, dtype)
+    use_onednn(layer)
+    x = torch.randn(side, side, device=device, dtype=dtype)
+    source = torch.randn(size // 4, device=device)
+    target = torch.empty_like(source)
+    with inference(layer):
+        flops = 2 * side**3 / _best_seconds(lambda: layer(x), calls, device)
+    return flops, 2 * size / _best_seconds(lambda: target.copy_(source), calls, device)
+
+
+def _best_seconds(function, calls, device, rounds=5):
+    seconds = []
+    for _ in range(1 + rounds):
+        begin = time.perf_counter()
+        for _ in range(calls):
+            function()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append((time.perf_counter() - begin) / calls)
+    return min(seconds[1:])
 
 
 class _Counter(TorchFunctionMode):
