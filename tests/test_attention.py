@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from helpers import ROOT, micro
@@ -135,14 +136,20 @@ def triton_micro_errors():
 
 
 triton = pytest.importorskip("triton")
+interpreted = pytest.mark.skipif(
+    Version(triton.__version__) < Version("3.7") and Version(numpy.__version__) >= Version("2.4"),
+    reason="this Triton's interpreter cannot loop with this NumPy",
+)
 
 
+@interpreted
 def test_triton_kernels_compute_the_formula_and_its_gradients():
     errors = in_interpreter("import json, test_attention as t; print(json.dumps(t.triton_errors()))")
     assert len(errors) == 4 * len(TRITON_SHAPES)
     assert max(error for case in errors for error in case) < 8, errors
 
 
+@interpreted
 def test_a_model_on_triton_kernels_has_the_gradients_of_the_formula():
     errors = in_interpreter("import json, test_attention as t; print(json.dumps(t.triton_micro_errors()))")
     assert max(errors) < 1e-5, errors
