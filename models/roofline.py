@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from .build import inference
@@ -94,14 +95,18 @@ class _Counter(TorchFunctionMode):
             result = func(*args, **(kwargs or {}))
         flops = counter.get_total_flops()
         if flops:
-            inputs = [x for x in [*args, *(kwargs or {}).values()] if isinstance(x, torch.Tensor)]
+            inputs = _tensors((args, kwargs))
             learning = [x for x in inputs if x.requires_grad]
-            moved = _bytes([*inputs, result])
+            moved = _bytes(inputs + _tensors(result))
             self.forward.append(Work(flops, moved))
             # A product per operand; images need no gradient.
             products = 1 + inputs[0].requires_grad
             self.backward.append(Work(products * flops, moved + _bytes(learning)))
         return result
+
+
+def _tensors(tree):
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 def _bytes(tensors):

@@ -46,6 +46,21 @@ def test_attention_is_one_operation_without_its_scores():
     assert count_work(Attention(), qkv) == [Work(4 * 64 * 50 * 50 * 96, moved)]
 
 
+def test_an_operand_that_is_used_twice_is_read_once():
+    gram = nn.Identity()
+    gram.forward = lambda x: x @ x.mT
+    assert count_work(gram, torch.empty(5, 4, device="meta")) == [Work(2 * 5 * 5 * 4, 4 * (5 * 4 + 5 * 5))]
+
+
+def test_all_tensors_of_a_function_count():
+    """An LSTM takes lists of weights and returns its states too."""
+    lstm, x = nn.LSTM(4, 3, batch_first=True).to("meta"), torch.empty(2, 5, 4, device="meta")
+    weights, states = 12 * 4 + 12 * 3 + 12 + 12, 2 * 2 * (2 * 3)
+    assert count_work(lstm, x) == [
+        Work(2 * 10 * 12 * (4 + 3), 4 * (2 * 5 * 4 + weights + states + 2 * 5 * 3))
+    ]
+
+
 @pytest.mark.parametrize("name", ["msg_tiny_p4_win7_224", "msg_cvpr22_tiny_p4_win7_224", "resnet18"])
 def test_operations_are_those_that_the_model_runs(name):
     model = timm.create_model(name, **(dict(attention="eager") if "msg" in name else {})).eval()
