@@ -125,6 +125,7 @@ def test_resume_is_bit_exact_after_20_kills(tmp_path, data, count, processes, ac
 @pytest.mark.parametrize("processes", [1, 2])
 def test_resume_is_bit_exact_with_a_compiled_model(tmp_path, data, count, processes):
     disturbed_run(tmp_path, data, count, processes, 2, kills=2, epochs=2, opts=["COMPILE", True])
+    assert "torch.compile took" in (run_folder(tmp_path / "disturbed") / "log_rank0.txt").read_text()
 
 
 def test_resuming_asks_for_unseen_images_only():
