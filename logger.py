@@ -12,7 +12,7 @@ import sys
 from termcolor import colored
 from torch.utils.tensorboard import SummaryWriter
 
-from utils import UserError
+from utils import UserError, replacing
 
 DRAWN = ("epoch", "train_loss", "val_loss", "acc1", "acc5", "lr")  # of the metrics of an epoch
 
@@ -81,9 +81,8 @@ def write_config(folder, name, text, logger):
     path = os.path.join(folder, name)
     try:
         os.makedirs(folder, exist_ok=True)
-        with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+        with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
-        os.replace(f"{path}.tmp", path)
     except OSError as error:
         logger.error(f"cannot write {path}: {error.strerror}")
 
@@ -117,10 +116,8 @@ class RunRecord:
         self.epochs.append(row)
         with self._told():
             os.makedirs(os.path.dirname(self.path), exist_ok=True)
-            temporary = f"{self.path}.tmp"
-            with open(temporary, "w", encoding="utf-8") as file:
+            with replacing(self.path) as temporary, open(temporary, "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(epoch) + "\n" for epoch in self.epochs)
-            os.replace(temporary, self.path)
             self.draw(self.epochs, self.picture)
         self._write_scalars("epoch", row, update)
 
@@ -205,6 +202,5 @@ def draw_curves(epochs, path):
         axes.set_xlabel("epochs trained")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-    temporary = f"{path}.tmp"
-    figure.savefig(temporary, dpi=120, format="png")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")

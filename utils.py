@@ -1,4 +1,4 @@
-"""Devices, precision, seeds, worker processes, memory."""
+"""Devices, precision, seeds, worker processes, memory, files that are whole."""
 
 import contextlib
 import datetime
@@ -10,6 +10,7 @@ import resource
 import signal
 import sys
 import time
+import uuid
 import zlib
 
 import numpy as np
@@ -113,6 +114,22 @@ def seeded(purpose, *numbers, restore=True):
 
 def _seed_of(purpose, numbers):
     return int(np.random.SeedSequence([zlib.crc32(purpose.encode()), *numbers]).generate_state(1)[0])
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Context that yields the name of a file to write, which then becomes ``path``: all of it or nothing.
+
+    The name is nobody else's, so that two writers of one file cannot mix their content. What a killed writer
+    left is called ``<path>.<8 hexadecimal digits>.tmp``.
+    """
+    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
 
 
 def end_workers():

@@ -3,12 +3,13 @@
 import contextlib
 import io
 import json
-import os
 
 import numpy as np
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+
+from utils import replacing
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # the first six figures of COCOeval
 
@@ -99,9 +100,8 @@ def _with_area(item):
 
 def write_results(path, results):
     """Write COCO results as JSON, all of the file or none."""
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         json.dump(results, file)
-    os.replace(f"{path}.tmp", path)
 
 
 def table(rows):

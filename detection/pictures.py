@@ -11,6 +11,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.utils import draw_segmentation_masks
 
 from data.datasets import load_image
+from utils import replacing
 
 _COLOURS = [f"C{i}" for i in range(10)]
 
@@ -100,5 +101,5 @@ def draw_curves(epochs, path):
 
 
 def _save(figure, path):
-    figure.savefig(f"{path}.tmp", dpi=120, format="png")
-    os.replace(f"{path}.tmp", path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
