@@ -16,7 +16,7 @@ from collections import OrderedDict
 
 import torch
 
-from utils import UserError
+from utils import UserError, replacing
 
 BEST = "best.pth"
 
@@ -31,17 +31,13 @@ def save_checkpoint(path, checkpoint):
     Raises:
         OSError: the file cannot be written, for instance because the disk is full.
     """
-    temporary = f"{path}.tmp"
     try:
-        with open(temporary, "wb") as file:
+        with replacing(path) as temporary, open(temporary, "wb") as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
         _sync_folder(path)
     except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
         # torch.save wraps some failed writes.
         cause = error if isinstance(error, OSError) else error.__context__
         raise cause if isinstance(cause, OSError) else OSError(str(error).split("\n")[0]) from error
@@ -85,6 +81,14 @@ def save_best(folder, checkpoint, saved=None):
     return path
 
 
+def remove_unfinished(folder):
+    """Delete the checkpoints that killed runs left half-written in a folder that is this run's alone."""
+    for name in os.listdir(folder) if os.path.isdir(folder) else []:
+        if re.fullmatch(r".+\.pth(\.[0-9a-f]{8})?\.tmp", name):
+            with contextlib.suppress(OSError):
+                os.remove(os.path.join(folder, name))
+
+
 def _prune(folder, keep, newest):
     # Files of a later place were damaged when the run resumed: they must not push out good ones.
     newest_first = [name for name in in_order(folder) if place_of(name) <= place_of(newest)][::-1]
@@ -95,15 +99,12 @@ def _prune(folder, keep, newest):
 
 
 def _link(path, second):
-    """Give a file a second name, atomically; False where the file system has no hard links."""
-    temporary = f"{second}.tmp"
+    """Give a file a second name, atomically; False where that cannot be done."""
     try:
-        if os.path.lexists(temporary):
-            os.remove(temporary)
-        os.link(path, temporary)
+        with replacing(second) as temporary:
+            os.link(path, temporary)
     except OSError:
         return False
-    os.replace(temporary, second)
     _sync_folder(second)
     return True
 
@@ -220,6 +221,15 @@ def read_latest(folder, warn):
         except CheckpointError as error:
             warn(f"not resuming from a damaged checkpoint: {error}")
     return None, None
+
+
+def score_of_best(folder):
+    """The score that a run's ``best.pth`` was kept for, in percent; -1 where there is no intact one."""
+    try:
+        score = read_checkpoint(os.path.join(folder, BEST)).get("max_accuracy")
+    except CheckpointError:
+        return -1.0
+    return float(score) if isinstance(score, (int, float)) else -1.0
 
 
 def load_weights(model, checkpoint, path, new_head=False):

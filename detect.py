@@ -20,9 +20,10 @@ from detection import evaluation
 from detection.detector import build_detector, count_macs, load_pretrained, to_original_size
 from detection.loaders import build_loaders
 from detection.pictures import draw_curves, draw_detections
-from engine import SaveSchedule, build_run, choose_for_evaluation, train_epochs
+from engine import SaveSchedule, build_run, check_checkpoints, choose_for_evaluation, train_epochs
 from logger import RunRecord, create_logger, write_config
 from models import inference
+from run import FolderClaim
 
 
 def main(args):
@@ -33,6 +34,11 @@ def main(args):
         schedule = SaveSchedule(config.TRAIN.SAVE_STEPS, config.TRAIN.SAVE_MINUTES)
     rank, world_size = distributed.rank_and_world_size()
     device = utils.pick_device(config.DEVICE, config.LOCAL_RANK)
+    distributed.start_process_group(device, config.DIST.TIMEOUT_SECONDS)
+    claim = FolderClaim(config.OUTPUT)
+    if schedule is not None:
+        distributed.from_rank_0(claim.take)
+    distributed.from_rank_0(lambda: check_checkpoints(config))
     utils.seed_everything("model", config.SEED)
     if config.DETERMINISTIC:
         utils.be_deterministic()
@@ -46,7 +52,6 @@ def main(args):
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
     logger = create_logger(config.OUTPUT, rank)
-    distributed.start_process_group(device, config.DIST.TIMEOUT_SECONDS)
     mode = "eval" if config.EVAL_MODE else "train"
     logger.info(f"{mode} on {world_size} x {device}, PyTorch {torch.__version__}\n{dump_config(config)}")
     for dataset in (val,) if loader is None else (loader.loader.dataset.dataset, val):
@@ -81,13 +86,13 @@ def main(args):
         logger.info(f"evaluating {path}")
         evaluate_now()
     else:
-        fit(model, loader, sampler, evaluate_now, config, device, amp_dtype, schedule, logger)
+        fit(model, loader, sampler, evaluate_now, config, device, amp_dtype, schedule, logger, claim)
     distributed.stop_process_group()
 
 
-def fit(model, loader, sampler, evaluate_now, config, device, amp_dtype, schedule, logger):
+def fit(model, loader, sampler, evaluate_now, config, device, amp_dtype, schedule, logger, claim):
     """Train up to ``TRAIN.EPOCHS``, evaluating after every epoch and saving as configured."""
-    run = build_run(config, model, sampler, device, amp_dtype, 16, logger, "box AP", load_pretrained)
+    run = build_run(config, model, sampler, device, amp_dtype, 16, logger, "box AP", load_pretrained, claim)
     updater = run.updater
 
     def losses_of(images, targets, part):

@@ -7,6 +7,7 @@ to be saved.
 
 import contextlib
 import os
+import shutil
 import signal
 import sys
 import time
@@ -37,7 +38,16 @@ class NonFiniteError(UserError):
 
 
 def build_run(
-    config, model, sampler, device, amp_dtype, base_images, logger, score="accuracy", load_pretrained=None
+    config,
+    model,
+    sampler,
+    device,
+    amp_dtype,
+    base_images,
+    logger,
+    score="accuracy",
+    load_pretrained=None,
+    claim=None,
 ):
     """Set up training of a model, and restore what is there already.
 
@@ -45,6 +55,7 @@ def build_run(
         base_images: images per update that ``TRAIN.BASE_LR`` is for.
         score: what the best checkpoint is best in.
         load_pretrained: as for :meth:`Run.restore`.
+        claim: the run's :class:`~run.FolderClaim`.
 
     Returns:
         A :class:`Run` at the epoch to train next, its updater's model parallelised over the processes.
@@ -67,16 +78,32 @@ def build_run(
         train.ON_SAVE_ERROR == "stop",
         logger,
         score,
+        claim,
     )
     run.restore(
         config.MODEL.RESUME, train.AUTO_RESUME, config.MODEL.PRETRAINED, train.START_EPOCH, load_pretrained
     )
     run.write_config()
+    run.tell_disk_use(train.EPOCHS, config.SAVE_FREQ)
     if run.progress.epoch < train.EPOCHS and not train.WARMUP_STEPS and train.WARMUP_EPOCHS >= train.EPOCHS:
         logger.warning("TRAIN.WARMUP_EPOCHS covers the whole run: TRAIN.BASE_LR is never reached")
     if rank_and_world_size()[1] > 1:
         updater.model = parallelize(model, device)
     return run
+
+
+def check_checkpoints(config):
+    """Read the files of ``--resume`` and ``--pretrained`` once, before anything that takes long.
+
+    Where the run continues from its own folder, it needs neither.
+
+    Raises:
+        CheckpointError: no such file, or not a checkpoint.
+    """
+    if config.TRAIN.AUTO_RESUME and not config.EVAL_MODE and ckpt.in_order(config.OUTPUT):
+        return
+    for path in filter(None, (config.MODEL.RESUME, config.MODEL.PRETRAINED)):
+        ckpt.read_checkpoint(path)
 
 
 def choose_for_evaluation(config, logger):
@@ -107,7 +134,7 @@ def train_epochs(
     """
     start, logger = run.progress.epoch, run.logger
     if start >= epochs:
-        logger.info(f"all {epochs} epochs are trained already; max {run.score} {run.best:.2f}%")
+        logger.info(f"all {epochs} epochs are trained already; max {run.score} {percent(run.best)}")
         return
     schedule.start()
     begin = time.time()
@@ -115,24 +142,19 @@ def train_epochs(
         run.start_epoch(epoch)
         trained = train_one_epoch(run, loader, losses_of, schedule, seed, epochs, print_freq, record)
         result = evaluate()
-        before, run.best = run.best, max(run.best, float(result[key]))
-        improved = run.best > before
-        logger.info(f"Max {run.score}: {run.best:.2f}%")
         if record is not None:
             update = (epoch + 1) * run.sampler.updates_per_epoch
             record.end_epoch(update, epoch=epoch, **trained, **result)
         due = epoch % save_freq == 0 or epoch + 1 == epochs
-        files = run.save(epoch_done=True, due=due, best=improved)
-        if improved and ckpt.BEST not in files:
-            run.best = before  # the next epoch may still write a best checkpoint
+        files = run.end_epoch(float(result[key]), due)
     if not files:
         raise ckpt.CheckpointError(f"the last checkpoint could not be written to {run.folder}")
     if record is not None:
         record.close()
         logger.info(
             f"trained epochs {start} to {epochs - 1} in {clock(time.time() - begin)}\n"
-            f"  {f'max {run.score}:':16} {run.best:.2f}%\n"
-            f"  best checkpoint: {os.path.join(run.folder, ckpt.BEST)}\n"
+            f"  {f'max {run.score}:':16} {percent(run.highest)}\n"
+            f"  best checkpoint: {run.best_checkpoint()}\n"
             f"  training curves: {record.picture}"
         )
 
@@ -199,13 +221,13 @@ def train_one_epoch(run, loader, losses_of, schedule, seed, epochs, print_freq, 
             log_update(run, update, updates, epochs, values, time_now, mean_time, record)
         save, stop = schedule.after_update()
         if save:
-            files = run.save(epoch_done=False)
+            files = run.save()
         if stop:
             if record is not None:
                 record.close()
             if not files:
                 raise ckpt.CheckpointError(f"stopped by signal {stop}, but the run could not be saved")
-            name = signal.Signals(stop).name
+            name = "the end of its launcher" if stop == signal.SIGHUP else signal.Signals(stop).name
             run.logger.info(f"stopped by {name}: the same command goes on (exit code {REQUEUE_EXIT_CODE})")
             sys.exit(REQUEUE_EXIT_CODE)
     means = progress.means()
@@ -249,6 +271,11 @@ def log_update(run, update, updates, epochs, values, time_now, mean_time, record
     if record is not None:
         speed = run.sampler.images_per_update / time_now
         record.scalars(progress.epoch * per_epoch + update, lr=lr, images_per_second=speed, **values)
+
+
+def percent(score):
+    """A score as text; one below 0 is none."""
+    return f"{score:.2f}%" if score >= 0 else "unknown"
 
 
 def learning_rate(run):
@@ -401,7 +428,7 @@ class SaveSchedule:
 
     SIGTERM, SIGINT and SIGUSR1 of any process ask all of them to save and stop; a second SIGINT interrupts at
     once. Before :meth:`start`, while there is nothing to save, they end the process with
-    ``REQUEUE_EXIT_CODE``.
+    ``REQUEUE_EXIT_CODE``. The end of torchrun, of which its processes hear nothing, counts as a SIGHUP.
 
     Args:
         steps: updates between checkpoints, 0 for none within an epoch.
@@ -411,6 +438,7 @@ class SaveSchedule:
     def __init__(self, steps, minutes):
         self.steps, self.seconds = steps, 60 * minutes
         self.updates, self.saved, self.signal = 0, None, 0
+        self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._remember)
 
@@ -434,6 +462,8 @@ class SaveSchedule:
             (whether to save now, number of the signal to stop for or 0), the same on every process.
         """
         self.updates += 1
+        if self.launcher is not None and os.getppid() != self.launcher:
+            self.signal = self.signal or signal.SIGHUP
         late = self.seconds > 0 and time.monotonic() - self.saved >= self.seconds
         late, stop = largest_over_processes(int(late), self.signal)
         due = bool(late or stop) or (self.steps > 0 and self.updates % self.steps == 0)
@@ -454,6 +484,11 @@ class Run:
         keep: epoch checkpoints to keep, 0 for all.
         stop_on_save_error: end the run when a checkpoint cannot be written.
         score: what ``best`` is the largest of so far, in percent.
+        claim: keeps other runs out of the folder; None where nobody does.
+
+    Attributes:
+        best: the score of the weights in ``best.pth``.
+        highest: the highest score so far, be it written or not.
     """
 
     def __init__(
@@ -468,12 +503,13 @@ class Run:
         stop_on_save_error,
         logger,
         score="accuracy",
+        claim=None,
     ):
         self.model, self.updater, self.scheduler, self.sampler = model, updater, scheduler, sampler
         self.folder, self.config, self.keep, self.logger = folder, config, keep, logger
-        self.stop_on_save_error, self.score = stop_on_save_error, score
+        self.stop_on_save_error, self.score, self.claim = stop_on_save_error, score, claim
         self.progress = Progress(0, updater.device)
-        self.best = -1.0  # below 0, so that even a first score of 0 is the best so far
+        self.best = self.highest = -1.0  # below 0, so that even a first score of 0 is the best so far
 
     def start_epoch(self, epoch):
         """Set out for the rest of a restored epoch, or for a whole one."""
@@ -486,11 +522,30 @@ class Run:
         per_epoch = self.sampler.updates_per_epoch
         return self.progress.epoch * per_epoch + self.progress.images / self.sampler.images_per_update
 
-    def save(self, epoch_done, due=True, best=False):
+    def end_epoch(self, score, due):
+        """Save at the end of an epoch, as the best too where the score is higher than any written before.
+
+        Args:
+            score: of the epoch's weights, in percent.
+            due: write an epoch checkpoint.
+
+        Returns:
+            The names of the files written, as :meth:`save` does.
+        """
+        before, self.best = self.best, max(self.best, score)
+        self.highest = max(self.highest, score)
+        self.logger.info(f"Max {self.score}: {percent(self.highest)}")
+        best = self.best > before
+        files = self.save(score, due, best)
+        if best and ckpt.BEST not in files:
+            self.best = before  # the next epoch may still write a best checkpoint
+        return files
+
+    def save(self, score=None, due=True, best=False):
         """Write a checkpoint; all processes must call it, rank 0 writes.
 
         Args:
-            epoch_done: at the end of an epoch, its evaluation included, rather than within it.
+            score: of the weights, at the end of an epoch; None within it.
             due: write the run's own checkpoint; otherwise the best only.
             best: the score is the best so far.
 
@@ -501,7 +556,7 @@ class Run:
             CheckpointError: writing failed and ``stop_on_save_error`` is set.
         """
         progress, updater = self.progress.state_dict(), self.updater.state_dict()
-        epoch = self.progress.epoch
+        epoch, epoch_done = self.progress.epoch, score is not None
         checkpoint = dict(
             model=self.model.state_dict(),
             optimizer=self.updater.optimizer.state_dict(),
@@ -510,6 +565,7 @@ class Run:
             updater=updater,
             progress=None if epoch_done else dict(progress, images_per_update=self.sampler.images_per_update),
             max_accuracy=self.best,
+            score=score,
             epoch=epoch if epoch_done else epoch - 1,
             config=self.config,
         )
@@ -518,6 +574,8 @@ class Run:
         def write():
             files = []
             try:
+                if self.claim is not None:
+                    self.claim.keep()
                 if not os.path.exists(
                     os.path.join(self.folder, "config.yaml")
                 ):  # somebody removed the folder
@@ -538,6 +596,31 @@ class Run:
         if problem:
             self.logger.error(f"{problem}; training goes on, earlier checkpoints are untouched")
         return [os.path.basename(path) for path in files]
+
+    def best_checkpoint(self):
+        """The path of ``best.pth``, and what to know about it."""
+        path = os.path.join(self.folder, ckpt.BEST)
+        if self.best < 0:
+            return f"none, {path} could not be written"
+        if self.best < self.highest:
+            return f"{path}, with {percent(self.best)}: the better one could not be written"
+        return path
+
+    def tell_disk_use(self, epochs, save_freq):
+        """Log what the checkpoints of the epochs that are left will take on the disk, and what is free."""
+        left = [e for e in range(self.progress.epoch, epochs) if e % save_freq == 0 or e + 1 == epochs]
+        count = min(len(left), self.keep + 1) if self.keep else len(left)  # the best is one of those, or kept
+        moments = 2 if "betas" in self.updater.optimizer.defaults else 1
+        size = sum(tensor.nbytes for tensor in self.model.state_dict().values())
+        size += moments * sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
+        if not left or rank_and_world_size()[0]:
+            return
+        free = shutil.disk_usage(self.folder).free
+        tell = self.logger.warning if count * size > free else self.logger.info
+        tell(
+            f"checkpoints: {count} of {size / 1e6:.0f} MB each will take {count * size / 1e9:.1f} GB, "
+            f"{free / 1e9:.1f} GB are free (TRAIN.KEEP_CHECKPOINTS and SAVE_FREQ limit them)"
+        )
 
     def write_config(self):
         """Write ``config.yaml`` to the run's folder, on rank 0."""
@@ -567,8 +650,9 @@ class Run:
             except Exception as error:
                 reason = f"{type(error).__name__}: {error}".split("\n")[0]
                 raise ckpt.CheckpointError(f"{path} is not the checkpoint of a run ({reason})") from error
+            self._agree_with_best(path, checkpoint)
             where = f"epoch {self.progress.epoch}, image {self.progress.images}"
-            self.logger.info(f"resuming from {path}: {where}, max {self.score} {max(self.best, 0.0):.2f}%")
+            self.logger.info(f"resuming from {path}: {where}, max {self.score} {percent(self.best)}")
         elif pretrained:
             weights = from_rank_0(lambda: ckpt.read_checkpoint(pretrained))
             if load_pretrained is None:
@@ -593,7 +677,32 @@ class Run:
         if checkpoint.get("progress"):
             self._continue_epoch(checkpoint["progress"])
 
+    def _agree_with_best(self, path, checkpoint):
+        """Make ``best.pth`` and what the run says of it agree, whatever a kill or a full disk left of them.
+
+        An epoch's checkpoint is written before ``best.pth``, and claims to be the best already.
+        """
+
+        def agree():
+            held = ckpt.score_of_best(self.folder)
+            if held < self.best and checkpoint.get("score") == self.best:
+                own = os.path.dirname(path) == os.path.normpath(self.folder)
+                with contextlib.suppress(OSError):
+                    best = ckpt.save_best(self.folder, checkpoint, path if own else None)
+                    self.logger.info(f"saved {best}: {path} is the best so far")
+                    held = self.best
+            return held
+
+        held = from_rank_0(agree)
+        if held < self.best:
+            self.logger.warning(
+                f"{path} is of a run that reached {percent(self.best)}, but no {ckpt.BEST} in {self.folder} "
+                f"has that score: the best so far is {percent(held)}"
+            )
+        self.best = self.highest = held
+
     def _choose(self, resume, auto_resume):
+        ckpt.remove_unfinished(self.folder)
         latest, checkpoint = ckpt.read_latest(self.folder, self.logger.warning)
         if latest and auto_resume:
             if resume:

@@ -17,9 +17,10 @@ import utils
 from config import dump_config, get_config, parse_args
 from data import build_loaders
 from data.mixup import build_augmentation
-from engine import SaveSchedule, build_run, choose_for_evaluation, train_epochs
+from engine import SaveSchedule, build_run, check_checkpoints, choose_for_evaluation, train_epochs
 from logger import RunRecord, create_logger, write_config
 from models import build_model, inference
+from run import FolderClaim
 
 
 def main(args):
@@ -29,6 +30,11 @@ def main(args):
     schedule = SaveSchedule(config.TRAIN.SAVE_STEPS, config.TRAIN.SAVE_MINUTES) if mode == "train" else None
     rank, world_size = distributed.rank_and_world_size()
     device = utils.pick_device(config.DEVICE, config.LOCAL_RANK)
+    distributed.start_process_group(device, config.DIST.TIMEOUT_SECONDS)
+    claim = FolderClaim(config.OUTPUT)
+    if schedule is not None:
+        distributed.from_rank_0(claim.take)
+    distributed.from_rank_0(lambda: check_checkpoints(config))
     utils.seed_everything("model", config.SEED)
     torch.backends.cudnn.benchmark = True
     if config.DETERMINISTIC:
@@ -45,7 +51,6 @@ def main(args):
     model = build_model(config).to(device)
 
     logger = create_logger(config.OUTPUT, rank)
-    distributed.start_process_group(device, config.DIST.TIMEOUT_SECONDS)
     logger.info(f"{mode} on {world_size} x {device}, PyTorch {torch.__version__}\n{dump_config(config)}")
     if val_loader is not None and named_classes != len(classes):
         logger.info(f"MODEL.NUM_CLASSES {named_classes} -> {len(classes)}, the class folders of the data")
@@ -75,14 +80,14 @@ def main(args):
         logger.info(f"evaluating {path}")
         evaluate(model, val_loader, device, amp_dtype, config.PRINT_FREQ, logger)
     else:
-        fit(model, train_loader, sampler, val_loader, config, device, amp_dtype, schedule, logger)
+        fit(model, train_loader, sampler, val_loader, config, device, amp_dtype, schedule, logger, claim)
     distributed.stop_process_group()
 
 
-def fit(model, loader, sampler, val_loader, config, device, amp_dtype, schedule, logger):
+def fit(model, loader, sampler, val_loader, config, device, amp_dtype, schedule, logger, claim):
     """Train up to ``TRAIN.EPOCHS``, evaluating after every epoch and saving as configured."""
     rank = sampler.rank
-    run = build_run(config, model, sampler, device, amp_dtype, 512, logger)
+    run = build_run(config, model, sampler, device, amp_dtype, 512, logger, claim=claim)
     updater = run.updater
     augment = build_augmentation(config, rank, device)
     # Mixup smooths the labels itself.

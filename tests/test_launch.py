@@ -106,6 +106,22 @@ def test_torchrun_restarts_a_killed_worker_and_resumes(data, tmp_path, undisturb
     assert_same_weights(tmp_path, undisturbed(2))
 
 
+def test_processes_stop_saved_when_their_launcher_is_gone(data, tmp_path, undisturbed):
+    arguments = [*ARGUMENTS, "TRAIN.SAVE_STEPS", "0", "--data-path", data, "--output", tmp_path]
+    run = Started(tmp_path, main_command(*arguments, processes=2))
+    run.wait_for("[0/1][1/")
+    run.process.kill()
+    run.wait()
+    end = time.monotonic() + 60
+    while training_processes(tmp_path):
+        assert time.monotonic() < end, run.text()
+        time.sleep(0.1)
+    assert "stopped by the end of its launcher: the same command goes on (exit code 75)" in run.text()
+    (saved,) = ckpt.in_order(run_folder(tmp_path))
+    assert f"{saved}: epoch 0, image" in run_main(*arguments, processes=2).stdout
+    assert_same_weights(tmp_path, undisturbed(2))
+
+
 def test_torchrun_ends_all_when_a_process_is_killed(data, tmp_path):
     where = ["--data-path", data, "--output", tmp_path]
     run = Started(tmp_path, main_command(*ARGUMENTS, *where, processes=2))

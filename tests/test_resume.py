@@ -1,5 +1,7 @@
 """A run that is killed at any moment and started again ends with the same bits as one that never was."""
 
+import argparse
+import itertools
 import json
 import os
 import random
@@ -8,7 +10,9 @@ import resource
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
+import sys
 import time
 
 import pytest
@@ -17,8 +21,10 @@ from helpers import (
     ROOT,
     Started,
     assert_same_weights,
+    digits_config,
     group_of_two,
     main_command,
+    micro,
     run_folder,
     run_main,
     start_ranks,
@@ -26,7 +32,10 @@ from helpers import (
 
 import checkpoint as ckpt
 from data.samplers import TrainBatchSampler
+from engine import Run, Updater
 from logger import read_metrics
+from lr_scheduler import build_scheduler
+from optimizer import build_optimizer
 from utils import be_deterministic
 
 ARGUMENTS = shlex.split(
@@ -57,6 +66,13 @@ def assert_same_run(output, undisturbed):
     for index, moments in expected["optimizer"]["state"].items():
         for name, value in moments.items():
             assert torch.equal(value, ours["optimizer"]["state"][index][name]), (index, name)
+    best, expected = (
+        ckpt.read_checkpoint(str(run_folder(root) / "best.pth")) for root in (output, undisturbed)
+    )
+    for name in ("epoch", "score", "max_accuracy"):
+        assert best[name] == expected[name], name
+    for name, weight in expected["model"].items():
+        assert torch.equal(weight, best["model"][name]), name
 
 
 def kill_until_done(command, output, kills, rng, patience=900):
@@ -92,7 +108,143 @@ def kill_until_done(command, output, kills, rng, patience=900):
 
 def unfinished(folder):
     """Whether a checkpoint is half-written."""
-    return folder.exists() and any(name.endswith(".pth.tmp") for name in os.listdir(folder))
+    return folder.exists() and any(".pth." in name for name in os.listdir(folder))
+
+
+def small_run(folder, keep=0):
+    """A run of a micro model that keeps its checkpoints in ``folder``, at the start of epoch 0."""
+    model, device = micro(), torch.device("cpu")
+    sampler = TrainBatchSampler(8, 4, 1, 0, 1, seed=0)
+    optimizer = build_optimizer(digits_config(), model, 1.0)
+    scheduler = build_scheduler(digits_config(), optimizer, 2, 1.0)
+    updater = Updater(model, optimizer, device, None, 1, 0.0, 0)
+    lines = []
+    logger = argparse.Namespace(info=lines.append, warning=lines.append, error=lines.append, lines=lines)
+    os.makedirs(folder, exist_ok=True)
+    return Run(model, updater, scheduler, sampler, str(folder), "", keep, False, logger)
+
+
+def resumed(folder, path=""):
+    """A small run that was restored from its folder, or from a given file."""
+    run = small_run(folder)
+    run.restore(str(path), True, "", 0)
+    return run
+
+
+def kill_at(step):
+    """From now on, count what this process asks of the file system, and kill it before request ``step``."""
+    requests = itertools.count()
+
+    def request(event, *_):
+        asked = ("open", "os.rename", "os.link", "os.remove", "os.listdir", "os.fsync")
+        if event in asked and next(requests) == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    fsync = os.fsync
+    os.fsync = lambda number: (request("os.fsync"), fsync(number))
+    sys.addaudithook(request)
+
+
+@pytest.mark.parametrize("due", [True, False], ids=["epoch and best", "best alone"])
+def test_the_best_survives_a_kill_at_every_step_of_a_save(tmp_path, count, due):
+    outcomes = set()
+    for step in itertools.count():
+        folder = tmp_path / str(step)
+        run = small_run(folder, keep=1)
+        run.end_epoch(50.0, due=True)
+        run.start_epoch(1)
+        child = os.fork()
+        if not child:
+            kill_at(step)
+            run.end_epoch(60.0, due)
+            os._exit(0)
+        killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0
+        again, best = resumed(folder), ckpt.read_checkpoint(str(folder / "best.pth"))
+        assert again.best == again.highest == best["score"] == best["max_accuracy"]
+        assert best["epoch"] == [50.0, 60.0].index(again.best)
+        assert again.progress.epoch == (2 if due and again.best == 60.0 else 1)
+        outcomes.add(again.best)
+        assert sorted(os.listdir(folder))[0] == "best.pth" and not unfinished(folder)
+        if not killed:
+            break
+    assert outcomes == {50.0, 60.0} and again.best == 60.0
+    count("kills at the steps of a save", step)
+
+
+def test_a_run_claims_no_best_that_its_folder_does_not_hold(tmp_path):
+    run = small_run(tmp_path / "first")
+    run.end_epoch(50.0, due=True)
+    run.start_epoch(1)
+    run.end_epoch(40.0, due=True)
+    best, other = resumed(tmp_path / "a", tmp_path / "first" / "ckpt_epoch_0.pth"), tmp_path / "b"
+    assert best.best == ckpt.score_of_best(str(tmp_path / "a")) == 50.0
+    run = resumed(other, tmp_path / "first" / "ckpt_epoch_1.pth")
+    assert run.best == -1 and "the best so far is unknown" in "".join(run.logger.lines)
+    run.start_epoch(2)
+    run.end_epoch(30.0, due=True)
+    assert ckpt.score_of_best(str(other)) == resumed(other).best == 30.0
+
+
+def test_a_best_that_cannot_be_written_is_not_reported(tmp_path):
+    (tmp_path / "best.pth").mkdir()
+    run = small_run(tmp_path)
+    assert run.end_epoch(50.0, due=True) == ["ckpt_epoch_0.pth"]
+    assert run.best_checkpoint() == f"none, {tmp_path}/best.pth could not be written"
+    assert "Max accuracy: 50.00%" in run.logger.lines and "-1" not in "".join(run.logger.lines)
+    run.start_epoch(1)
+    (tmp_path / "best.pth").rmdir()
+    assert run.end_epoch(40.0, due=True) == ["ckpt_epoch_1.pth", "best.pth"]
+    assert run.best_checkpoint() == f"{tmp_path}/best.pth, with 40.00%: the better one could not be written"
+    assert run.highest == 50.0 and resumed(tmp_path).best == 40.0
+
+
+def test_two_writers_of_one_file_leave_one_of_them_whole(tmp_path):
+    path, writers = str(tmp_path / "file.pth"), []
+    for number in range(2):
+        writers.append(os.fork())
+        if not writers[-1]:
+            for _ in range(40):
+                ckpt.save_checkpoint(path, dict(epoch=number, x=torch.full((1 << 18,), number)))
+            os._exit(0)
+    reads = 0
+    while writers := [writer for writer in writers if os.waitpid(writer, os.WNOHANG) == (0, 0)]:
+        if os.path.exists(path):
+            content = ckpt.read_checkpoint(path)
+            assert content["x"].eq(content["epoch"]).all()
+            reads += 1
+    assert reads > 5 and os.listdir(tmp_path) == ["file.pth"]
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path, data):
+    where = ["--data-path", data, "--output", tmp_path]
+    first = Started(tmp_path, main_command(*ARGUMENTS, "TRAIN.EPOCHS", 999, *where))
+    first.wait_for("[0/999][1/")
+    second = Started(tmp_path, main_command(*ARGUMENTS, *where))
+    assert second.wait() == 1
+    folder, owner = run_folder(tmp_path), f"process {first.process.pid} on {socket.gethostname()} since "
+    assert second.text().startswith(f"error: {folder} belongs to another run, {owner}"), second.text()
+    assert "Traceback" not in second.text() and first.runs()
+    first.process.kill()
+    run_main(*ARGUMENTS, *where)
+    assert (folder / "log_rank0.txt").read_text().count("train on 1 x cpu") == 2
+
+
+def test_a_wrong_checkpoint_is_told_before_the_data_are_looked_at(tmp_path):
+    for way in ("--resume", "--pretrained"):
+        where = ["--data-path", tmp_path / "nowhere", "--output", tmp_path, way, tmp_path / "missing.pth"]
+        done = run_main(*ARGUMENTS, *where, check=False)
+        assert done.returncode == 1 and done.stderr == f"error: no checkpoint file {tmp_path}/missing.pth\n"
+
+
+def test_the_disk_that_checkpoints_will_take_is_told(tmp_path):
+    run = small_run(tmp_path, keep=2)
+    run.end_epoch(50.0, due=True)
+    size = sum(parameter.nbytes for parameter in run.model.parameters()) * 3
+    run.tell_disk_use(epochs=10, save_freq=1)
+    assert f"checkpoints: 3 of {size / 1e6:.0f} MB each will take " in run.logger.lines[-1]
+    run.keep = 0
+    run.tell_disk_use(epochs=10, save_freq=4)  # after epochs 0, 4, 8 and 9
+    assert "checkpoints: 4 of " in run.logger.lines[-1]
 
 
 def disturbed_run(tmp_path, data, count, processes, accumulation, kills, epochs, opts=()):
