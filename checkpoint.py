@@ -1,16 +1,18 @@
 """The one place that writes and reads checkpoint files.
 
 A checkpoint is a dict of plain types and tensors: ``model``, ``optimizer``, ``lr_scheduler``, ``updater``,
-``progress``, ``epoch`` (the last finished one), ``max_accuracy`` and ``config`` (YAML text). Files of the
-official release, with a pickled yacs config and apex's ``amp`` entry, are read too. Nothing in a file is ever
-run.
+``progress``, ``epoch`` (the last finished one), ``max_accuracy``, ``config`` (YAML text) and ``classes``
+(names, in the order of the head). Files of the official release, with a pickled yacs config and apex's
+``amp`` entry, are read too. Nothing in a file is ever run, and what is used of one is checked first.
 """
 
 import contextlib
 import hashlib
+import logging
 import os
 import pickle
 import re
+import resource
 import urllib.parse
 from collections import OrderedDict
 
@@ -19,6 +21,11 @@ import torch
 from utils import UserError, replacing
 
 BEST = "best.pth"
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)
+# What has rows for every class, in a classifier and in a detector.
+HEAD = re.compile(r"head\.|.*\.(box_predictor|mask_fcn_logits)\.")
+
+logger = logging.getLogger("msg_transformer")
 
 
 class CheckpointError(UserError):
@@ -148,19 +155,28 @@ def fetch_checkpoint(url):
 def read_checkpoint(path):
     """Read a checkpoint of this project or of the official release onto the CPU.
 
+    On Linux, reading may take twice the file's size and a GiB of memory. torch.save does not compress, so a
+    file needs about its own size, however large the model; one made to unfold to more is refused. That is why
+    the limit needs no option.
+
     Args:
         path: a file, or an https address.
 
     Raises:
-        CheckpointError: no such file, damaged, not a checkpoint, or holding objects that could run code.
+        CheckpointError: no such file, damaged, not a checkpoint, unfolding to far more than its size, or
+            holding objects that could run code.
     """
     if "://" in path:
         path = fetch_checkpoint(path)
     if not os.path.isfile(path):
-        raise CheckpointError(f"no checkpoint file {path}")
+        raise CheckpointError(
+            f"{path} is not a regular file" if os.path.exists(path) else f"no checkpoint file {path}"
+        )
+    size = os.path.getsize(path)
+    # An ordered dict stands in for the pickled yacs config of official files.
+    config = torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")])
     try:
-        # An ordered dict stands in for the pickled yacs config of official files.
-        with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
+        with config, _memory_limit(2 * size + 2**30):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)|Unsupported (?:class|global)\w* ([\w.]+)", str(error))
@@ -172,10 +188,222 @@ def read_checkpoint(path):
     # torch.load raises nearly anything on a damaged file.
     except Exception as error:
         reason = str(error).split("\n")[0] or type(error).__name__
+        if isinstance(error, MemoryError) or "can't allocate memory" in reason:
+            reason = f"its {size:,} bytes ask for more memory than {2 * size + 2**30:,}"
         raise CheckpointError(f"{path} is damaged or not a checkpoint ({reason})") from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint")
     return checkpoint
+
+
+@contextlib.contextmanager
+def _memory_limit(extra):
+    """Let this process take no more than ``extra`` bytes beyond those it has; on Linux only."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            limit = int(file.read().split()[0]) * resource.getpagesize() + extra
+    except OSError:
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    if soft == resource.RLIM_INFINITY or limit < soft:
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def read_weights(path):
+    """Read what evaluation and fine-tuning need: ``model``, and ``classes``, None where they are not named.
+
+    Raises:
+        CheckpointError: as for :func:`read_checkpoint`, or the weights are such as no model has.
+    """
+    checkpoint = read_checkpoint(path)
+    return dict(model=_weights_of(checkpoint, path), classes=_classes_of(checkpoint, path))
+
+
+def read_run(path):
+    """Read what a run continues from, and no other entries.
+
+    Raises:
+        CheckpointError: as for :func:`read_checkpoint`, or an entry is missing or such as no run writes.
+    """
+    checkpoint = read_checkpoint(path)
+    if not isinstance(checkpoint.get("model"), dict) or "epoch" not in checkpoint:
+        raise CheckpointError(f"{path} is not the checkpoint of a run: --pretrained takes the weights alone")
+    # At the end of an epoch, progress is None.
+    found = [
+        name for name in RUN if name in checkpoint and (name != "progress" or checkpoint[name] is not None)
+    ]
+    run = {name: _checked(checkpoint[name], RUN[name], name, path) for name in found}
+    # Within the first epoch, the last finished one is -1.
+    _checked(run["epoch"], _whole(-1 if "progress" in run else 0), "epoch", path)
+    if "progress" in run:
+        now = run["epoch"] + 1
+        _checked(run["progress"]["epoch"], _whole(now, now), "progress.epoch", path)
+        parts = checkpoint["progress"].get("parts", {})
+        run["progress"]["parts"] = _checked(parts, PARTS, "progress.parts", path)
+    if "optimizer" in checkpoint:
+        run["optimizer"] = _optimizer_of(checkpoint, path)
+    return dict(run, model=_weights_of(checkpoint, path), classes=_classes_of(checkpoint, path))
+
+
+def _whole(least, most=2**31 - 1):
+    return (
+        lambda value: type(value) is int and least <= value <= most,
+        f"a whole number from {least} to {most}",
+    )
+
+
+def _number(least, most):
+    return (
+        lambda value: type(value) in (int, float) and least <= value <= most,
+        f"a number from {least:g} to {most:g}",
+    )
+
+
+def _list_of(kind, words):
+    return lambda value: isinstance(value, list) and len(value) > 0 and all(map(kind[0], value)), words
+
+
+def _is_parts(value):
+    return isinstance(value, dict) and all(isinstance(name, str) and SUMS[0](value[name]) for name in value)
+
+
+def _is_dense(value):
+    kind = type(value) in (torch.Tensor, torch.nn.Parameter) and value.layout == torch.strided
+    return kind and not value.is_nested and value.device.type == "cpu" and value.dtype in DTYPES
+
+
+def _is_step(value):
+    number = value.item() if _is_dense(value) and not value.ndim else value
+    return type(number) in (int, float) and 0 <= number < 2**31 and number == int(number)
+
+
+# A kind of entry is a test and its words, or a dict of kinds by name.
+DICT = (lambda value: isinstance(value, dict)), "a dict"
+TEXT = (lambda value: isinstance(value, str)), "text"
+DENSE = _is_dense, "a dense tensor of real numbers"
+MOMENT = (lambda value: _is_dense(value) and value.is_floating_point()), "a dense tensor of floats"
+SQUARES = (lambda value: not (value < 0).any()), "one without negative numbers"
+STEP = _is_step, "a number of updates"
+CLASSES = _list_of(TEXT, "a list of names")
+SUMS = _list_of(_number(-1e39, 1e39), "a list of finite numbers")
+PARTS = _is_parts, "lists of finite numbers by name"
+RUN = dict(
+    epoch=_whole(-1),
+    max_accuracy=_number(-1, 101),  # the official percentages are rounded to float32
+    updater=dict(
+        scaler=dict(
+            scale=_number(1e-45, 1e38),
+            growth_factor=_number(1, 1e38),
+            backoff_factor=_number(1e-45, 1),
+            growth_interval=_whole(1),
+            _growth_tracker=_whole(0),
+        ),
+        amp_dtype=TEXT,
+        skipped=_whole(0),
+        skipped_in_a_row=_whole(0),
+    ),
+    progress=dict(
+        epoch=_whole(0),
+        images=_whole(1),
+        updates=_whole(1),
+        images_per_update=_whole(1),
+        loss=SUMS,
+        norm=SUMS,
+    ),
+)
+OPTIMIZER = dict(state=DICT, param_groups=_list_of(DICT, "a list of dicts"))
+GROUP = dict(params=_list_of(_whole(0), "a list of whole numbers"))
+ADAMW = dict(step=STEP, exp_avg=MOMENT, exp_avg_sq=MOMENT)
+SGD = dict(momentum_buffer=MOMENT)
+
+
+def _checked(value, kind, name, path):
+    """An entry of a checkpoint, without what its kind does not name.
+
+    Raises:
+        CheckpointError: it is of another kind.
+    """
+    if isinstance(kind, dict):
+        _checked(value, DICT, name, path)
+        return {key: _checked(value.get(key), kind[key], f"{name}.{key}", path) for key in kind}
+    fits, words = kind
+    if not fits(value):
+        found = f"a {type(value).__name__}"
+        if value is None or isinstance(value, (bool, int, float, str)):
+            found = _short(value)
+        elif torch.is_tensor(value):
+            found = f"a {value.dtype} tensor ({value.layout}, {value.device})"
+        raise CheckpointError(
+            f"{path} is damaged or was not written by a run: {name} is {found}, not {words} (--pretrained "
+            "takes the weights alone)"
+        )
+    return value
+
+
+def _plain(tensors, name, path):
+    """Dense tensors by name as plain ones, without attributes and none a view of a larger one.
+
+    So they can be sent to other processes and copied at the cost of their own size.
+
+    Raises:
+        CheckpointError: they claim more memory than they have, or are not finite.
+    """
+    tensors = _checked(tensors, dict.fromkeys(tensors, DENSE), name, path)
+    memory = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors.values()}
+    if sum(x.nbytes for x in tensors.values()) > 2 * sum(memory.values()):  # some may be the same
+        raise CheckpointError(
+            f"{path} is damaged: the tensors of {name} claim more memory than the file holds"
+        )
+    bad = [key for key, x in tensors.items() if not x.isfinite().all()]
+    if bad:
+        raise CheckpointError(
+            f"{path}: {len(bad)} of {len(tensors)} tensors of {name} are not finite ({bad[0]} ...): use a "
+            "checkpoint from before the training diverged"
+        )
+    whole = {key: x.nbytes == x.untyped_storage().nbytes() for key, x in tensors.items()}
+    return {key: x.detach() if whole[key] else x.detach().clone() for key, x in tensors.items()}
+
+
+def _classes_of(checkpoint, path):
+    classes = checkpoint.get("classes")
+    return None if classes is None else _checked(classes, CLASSES, "classes", path)
+
+
+def _weights_of(checkpoint, path):
+    weights = checkpoint.get("model", checkpoint)
+    names = weights if isinstance(weights, dict) else ()
+    if not names or not all(isinstance(name, str) and re.fullmatch(r"[\w.]{1,200}", name) for name in names):
+        raise CheckpointError(f"{path} holds no model weights")
+    return _plain(weights, "model", path)
+
+
+def _optimizer_of(checkpoint, path):
+    """The state of AdamW or SGD by parameter, and the groups without their settings."""
+    saved = _checked(checkpoint["optimizer"], OPTIMIZER, "optimizer", path)
+    groups, kinds = [], []
+    for i, group in enumerate(saved["param_groups"]):
+        params = _checked(group, GROUP, f"optimizer.param_groups.{i}", path)["params"]
+        groups.append({name: None for name in ("betas", "momentum") if name in group} | dict(params=params))
+        kinds += [ADAMW if "betas" in group else SGD] * len(params)
+    state = {}
+    for index, moments in saved["state"].items():
+        _checked(index, _whole(0, len(kinds) - 1), "a parameter's number in optimizer.state", path)
+        _checked(moments, DICT, f"optimizer.state.{index}", path)
+        # SGD without momentum has none to save.
+        if kinds[index] is ADAMW or moments.get("momentum_buffer") is not None:
+            state[index] = _checked(moments, kinds[index], f"optimizer.state.{index}", path)
+    tensors = {f"{i}.{name}": x for i, moments in state.items() for name, x in moments.items()}
+    plain = _plain({name: x for name, x in tensors.items() if torch.is_tensor(x)}, "optimizer.state", path)
+    for name, squares in plain.items():
+        if name.endswith("exp_avg_sq"):
+            _checked(squares, SQUARES, f"optimizer.state.{name}", path)
+    state = {i: {name: plain.get(f"{i}.{name}", x) for name, x in state[i].items()} for i in state}
+    return dict(param_groups=groups, state=state)
 
 
 def epoch_name(epoch):
@@ -209,15 +437,12 @@ def read_latest(folder, warn):
         warn: called with a message for every damaged file that is passed over.
 
     Returns:
-        Its path and content, or (None, None).
+        Its path and what :func:`read_run` makes of it, or (None, None).
     """
     for name in reversed(in_order(folder)):
         path = os.path.join(folder, name)
         try:
-            checkpoint = read_checkpoint(path)
-            if not isinstance(checkpoint.get("model"), dict) or not isinstance(checkpoint.get("epoch"), int):
-                raise CheckpointError(f"{path} is not the checkpoint of a run")
-            return path, checkpoint
+            return path, read_run(path)
         except CheckpointError as error:
             warn(f"not resuming from a damaged checkpoint: {error}")
     return None, None
@@ -233,27 +458,36 @@ def score_of_best(folder):
 
 
 def load_weights(model, checkpoint, path, new_head=False):
-    """Load a checkpoint's weights into ``model``; every name and shape must agree.
+    """Load a checkpoint's weights into ``model``; every name and shape must agree, and the classes if known.
 
     Args:
+        model: ``model.classes``, where there is one, names its classes in the order of the head.
         checkpoint: what :func:`read_checkpoint` returned; a bare state dict will do.
         path: its file, for messages.
-        new_head: leave the model's own head where the number of classes differs (fine-tuning).
+        new_head: leave the model's own head where the classes differ (fine-tuning); the log says so.
 
     Raises:
-        CheckpointError: weights of another architecture or class count, with what differs.
+        CheckpointError: weights of another architecture or of other classes, with what differs.
     """
-    weights = checkpoint.get("model", checkpoint)
-    own = model.state_dict()
-    if not isinstance(weights, dict) or not weights or not all(map(_is_weight, *zip(*weights.items()))):
-        raise CheckpointError(f"{path} holds no model weights")
-    if new_head and "head.weight" in weights and weights["head.weight"].shape != own["head.weight"].shape:
-        weights = dict(weights, **{name: own[name] for name in ("head.weight", "head.bias")})
-    wrong = [
-        f"{name} is {tuple(weights[name].shape)}, the model's {tuple(own[name].shape)}"
-        for name in own
-        if name in weights and weights[name].shape != own[name].shape
-    ]
+    weights, own = _weights_of(checkpoint, path), model.state_dict()
+    theirs, ours = _classes_of(checkpoint, path), getattr(model, "classes", None)
+    difference = _class_difference(theirs, ours) if theirs and ours else ""
+    told = (
+        "" if theirs or not ours else f"{path} does not name its classes: nothing to compare the data's with"
+    )
+    if difference and not new_head:
+        raise CheckpointError(
+            f"{path} was trained on other classes: {difference}; to fine-tune it on these use --pretrained"
+        )
+    head = {name: value for name, value in own.items() if HEAD.match(name) and name in weights}
+    if new_head and head:
+        if not difference and any(weights[name].shape[:1] != value.shape[:1] for name, value in head.items()):
+            difference = f"{path} has another number of classes"
+        told = (
+            f"the head is new: {difference}" if difference else f"the head is kept; {told or 'same classes'}"
+        )
+        weights = dict(weights, **head) if difference else weights
+    wrong = [words for name in own if name in weights for words in _misfit(name, weights[name], own[name])]
     wrong += [f"{name} is missing" for name in own if name not in weights]
     wrong += [f"{name} is not in the model" for name in weights if name not in own]
     if wrong:
@@ -261,11 +495,38 @@ def load_weights(model, checkpoint, path, new_head=False):
         what = _diagnosis(weights, own)
         raise CheckpointError(f"{path} does not fit the model: {what}: {'; '.join(wrong[:4])}{more}")
     model.load_state_dict(weights)
+    if told:
+        logger.info(told)
 
 
-def _is_weight(name, value):
-    dense = torch.is_tensor(value) and value.layout == torch.strided and not value.is_meta
-    return isinstance(name, str) and dense
+def _class_difference(saved, own):
+    """How the class names of a checkpoint differ from the model's, in words; empty where they do not."""
+    if saved == own:
+        return ""
+    if sorted(saved) == sorted(own):
+        i = next(i for i, (there, here) in enumerate(zip(saved, own)) if there != here)
+        return f"the same names in another order, class {i} was {_short(saved[i])} and is {_short(own[i])}"
+    lost, new = sorted(set(saved) - set(own)), sorted(set(own) - set(saved))
+    parts = [f"it has {len(saved)} classes, the data {len(own)}"]
+    for where, names in (("the checkpoint", lost), ("the data", new)):
+        if names:
+            some = ", ".join(map(_short, names[:3]))
+            parts.append(f"only {where} has {some}{' ...' if len(names) > 3 else ''}")
+    return "; ".join(parts)
+
+
+def _short(value):
+    return repr(value)[:40]
+
+
+def _misfit(name, theirs, own):
+    if theirs.shape != own.shape:
+        return [f"{name} is {tuple(theirs.shape)}, the model's {tuple(own.shape)}"]
+    if theirs.is_floating_point() != own.is_floating_point():
+        return [f"{name} is {theirs.dtype}, the model's {own.dtype}"]
+    if name.endswith("relative_position_index") and not theirs.equal(own.cpu()):
+        return [f"{name} is another table than the model's"]
+    return []
 
 
 def _diagnosis(weights, own):
@@ -308,11 +569,11 @@ def load_optimizer(optimizer, model, checkpoint, path):
     tensor more than ours; the state is put where it belongs.
 
     Raises:
-        CheckpointError: the state belongs to other parameters.
+        CheckpointError: the state belongs to other parameters, or is broken.
     """
     if "optimizer" not in checkpoint:
         raise CheckpointError(f"{path} holds weights only: start a new run from it with --pretrained")
-    state = checkpoint["optimizer"]
+    state = _optimizer_of(checkpoint, path)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     ours = [len(group["params"]) for group in optimizer.param_groups]
     theirs = [len(group["params"]) for group in state["param_groups"]]

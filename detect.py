@@ -50,6 +50,7 @@ def main(args):
     model = build_detector(config, len(names)).to(device)
     if device.type == "cuda" and world_size > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model.classes = list(map(str, names))
 
     logger = create_logger(config.OUTPUT, rank)
     mode = "eval" if config.EVAL_MODE else "train"

@@ -107,15 +107,14 @@ def check_checkpoints(config):
 
 
 def choose_for_evaluation(config, logger):
-    """Read ``--resume``, or else the latest checkpoint of the run's folder: (path, its weights alone)."""
+    """Read ``--resume``, or else the latest checkpoint of the run's folder: (path, weights and classes)."""
     path = config.MODEL.RESUME
     if path:
-        checkpoint = ckpt.read_checkpoint(path)
-    else:
-        path, checkpoint = ckpt.read_latest(config.OUTPUT, logger.warning)
+        return path, ckpt.read_weights(path)
+    path, checkpoint = ckpt.read_latest(config.OUTPUT, logger.warning)
     if path is None:
         raise ckpt.CheckpointError(f"nothing to evaluate: give --resume (no checkpoint in {config.OUTPUT})")
-    return path, dict(model=checkpoint.get("model", checkpoint))
+    return path, {name: checkpoint[name] for name in ("model", "classes")}
 
 
 def train_epochs(
@@ -568,6 +567,7 @@ class Run:
             score=score,
             epoch=epoch if epoch_done else epoch - 1,
             config=self.config,
+            classes=getattr(self.model, "classes", None),
         )
         name = ckpt.epoch_name(epoch) if epoch_done else ckpt.within_epoch_name(epoch, self.progress.images)
 
@@ -654,7 +654,7 @@ class Run:
             where = f"epoch {self.progress.epoch}, image {self.progress.images}"
             self.logger.info(f"resuming from {path}: {where}, max {self.score} {percent(self.best)}")
         elif pretrained:
-            weights = from_rank_0(lambda: ckpt.read_checkpoint(pretrained))
+            weights = from_rank_0(lambda: ckpt.read_weights(pretrained))
             if load_pretrained is None:
                 ckpt.load_weights(self.model, weights, pretrained, new_head=True)
             else:
@@ -675,6 +675,12 @@ class Run:
         if "updater" in checkpoint:
             self.updater.load_state_dict(checkpoint["updater"])
         if checkpoint.get("progress"):
+            images, length = checkpoint["progress"]["images"], self.sampler.length
+            if images > length:
+                raise ckpt.CheckpointError(
+                    f"{path} stands at image {images} of an epoch, and the training set has {length}: resume "
+                    "with the same data, or start from the weights alone with --pretrained"
+                )
             self._continue_epoch(checkpoint["progress"])
 
     def _agree_with_best(self, path, checkpoint):
@@ -708,7 +714,7 @@ class Run:
             if resume:
                 self.logger.warning(f"auto-resume: continuing from {latest} rather than from {resume}")
             return latest, checkpoint, latest
-        return (resume, ckpt.read_checkpoint(resume), latest) if resume else (None, None, latest)
+        return (resume, ckpt.read_run(resume), latest) if resume else (None, None, latest)
 
     def _continue_epoch(self, state):
         rank, world_size = rank_and_world_size()

@@ -40,7 +40,7 @@ def main(args):
     if config.DETERMINISTIC:
         utils.be_deterministic()
 
-    train_loader = sampler = val_loader = None
+    train_loader = sampler = val_loader = classes = None
     if config.DATA.DATA_PATH or not config.THROUGHPUT_MODE:
         loaders = build_loaders(config, rank, world_size, device)
         train_loader, sampler, val_loader, classes = loaders
@@ -49,6 +49,7 @@ def main(args):
         config.MODEL.NUM_CLASSES = len(classes)
         config.freeze()
     model = build_model(config).to(device)
+    model.classes = classes
 
     logger = create_logger(config.OUTPUT, rank)
     logger.info(f"{mode} on {world_size} x {device}, PyTorch {torch.__version__}\n{dump_config(config)}")

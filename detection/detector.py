@@ -140,7 +140,7 @@ def load_pretrained(detector, checkpoint, path):
 
     Args:
         checkpoint: what ``read_checkpoint`` returned: of a classifier, for the backbone; or of a detector,
-            whose class and mask predictors are left out where the number of classes differs.
+            whose class and mask predictors are left out where the classes differ.
         path: its file, for messages.
 
     Raises:
@@ -150,13 +150,7 @@ def load_pretrained(detector, checkpoint, path):
     if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
         raise ckpt.CheckpointError(f"{path} holds no model weights")
     if any(name.startswith("backbone.") for name in weights):
-        own = detector.state_dict()
-        new = [
-            name
-            for name, value in weights.items()
-            if "predictor" in name and name in own and getattr(value, "shape", None) != own[name].shape
-        ]
-        ckpt.load_weights(detector, dict(weights, **{name: own[name] for name in new}), path)
+        ckpt.load_weights(detector, checkpoint, path, new_head=True)
         return
     kept = {name: value for name, value in weights.items() if not name.startswith(("norm.", "head."))}
     ckpt.load_weights(detector.backbone.model, kept, path)
