@@ -268,6 +268,13 @@ def _list_of(kind, words):
     return lambda value: isinstance(value, list) and len(value) > 0 and all(map(kind[0], value)), words
 
 
+def _numbers_from(first):
+    return (
+        lambda value: isinstance(value, list) and value == list(range(first, first + len(value))),
+        f"a list of numbers in order from {first}",
+    )
+
+
 def _is_parts(value):
     return isinstance(value, dict) and all(isinstance(name, str) and SUMS[0](value[name]) for name in value)
 
@@ -317,7 +324,6 @@ RUN = dict(
     ),
 )
 OPTIMIZER = dict(state=DICT, param_groups=_list_of(DICT, "a list of dicts"))
-GROUP = dict(params=_list_of(_whole(0), "a list of whole numbers"))
 ADAMW = dict(step=STEP, exp_avg=MOMENT, exp_avg_sq=MOMENT)
 SGD = dict(momentum_buffer=MOMENT)
 
@@ -387,7 +393,8 @@ def _optimizer_of(checkpoint, path):
     saved = _checked(checkpoint["optimizer"], OPTIMIZER, "optimizer", path)
     groups, kinds = [], []
     for i, group in enumerate(saved["param_groups"]):
-        params = _checked(group, GROUP, f"optimizer.param_groups.{i}", path)["params"]
+        group_kind = dict(params=_numbers_from(len(kinds)))
+        params = _checked(group, group_kind, f"optimizer.param_groups.{i}", path)["params"]
         groups.append({name: None for name in ("betas", "momentum") if name in group} | dict(params=params))
         kinds += [ADAMW if "betas" in group else SGD] * len(params)
     state = {}
@@ -484,7 +491,9 @@ def load_weights(model, checkpoint, path, new_head=False):
         if not difference and any(weights[name].shape[:1] != value.shape[:1] for name, value in head.items()):
             difference = f"{path} has another number of classes"
         told = (
-            f"the head is new: {difference}" if difference else f"the head is kept; {told or 'same classes'}"
+            f"the head is new: {difference}"
+            if difference
+            else f"the head is kept; {told or 'the same classes'}"
         )
         weights = dict(weights, **head) if difference else weights
     wrong = [words for name in own if name in weights for words in _misfit(name, weights[name], own[name])]

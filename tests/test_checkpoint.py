@@ -206,6 +206,138 @@ def test_fine_tuning_keeps_the_body_and_renews_the_head():
     assert torch.equal(target.norm.weight, source.norm.weight)
 
 
+def quantized(x):
+    return torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x * 1j,
+        lambda x: x.long(),
+        lambda x: x.bool(),
+        lambda x: x.to_sparse(),
+        lambda x: x.to("meta"),
+        lambda x: torch.full_like(x, float("nan")),
+        lambda x: x / 0,
+        lambda x: torch.nested.nested_tensor(list(x)),
+        quantized,
+        list,
+    ],
+)
+def test_weights_of_another_kind_are_refused(change):
+    weights = micro().state_dict()
+    weights["head.weight"] = change(weights["head.weight"])
+    for new_head in (False, True):
+        with pytest.raises(ckpt.CheckpointError, match=r"other.pth.*head.weight") as error:
+            ckpt.load_weights(micro(), dict(model=weights), "other.pth", new_head)
+        assert "\n" not in str(error.value)
+
+
+def test_half_precision_weights_load():
+    weights = {n: x.half() if x.is_floating_point() else x for n, x in micro().state_dict().items()}
+    model = MSGTransformer(**MICRO)
+    ckpt.load_weights(model, weights, "half.pth")
+    assert torch.equal(model.head.weight, weights["head.weight"].float())
+
+
+def test_another_table_of_relative_positions_is_refused():
+    weights = micro().state_dict()
+    name = "layers.0.blocks.0.attn.relative_position_index"
+    weights[name] = weights[name].flip(0)
+    with pytest.raises(ckpt.CheckpointError, match=f"{name} is another table"):
+        ckpt.load_weights(micro(), weights, "other.pth")
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_broken_optimizer_states_are_refused(name):
+    model = micro()
+    optimizer = build_optimizer(digits_config("TRAIN.OPTIMIZER.NAME", name), model, 1.0)
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    ckpt.load_optimizer(optimizer, model, dict(optimizer=optimizer.state_dict()), "a.pth")
+    moment = "exp_avg" if name == "adamw" else "momentum_buffer"
+    shape = model.msg_tokens.shape
+    broken = [{moment: torch.ones(shape) * 1j}, {moment: torch.ones(shape, dtype=torch.long)}]
+    broken += [{moment: quantized(torch.ones(shape))}, {moment: torch.full(shape, float("nan"))}]
+    broken += [{moment: torch.ones(shape).to_sparse()}, {moment: torch.ones(shape).bool()}]
+    broken += [{moment: torch.ones(shape, device="meta")}, {moment: "x"}, {moment: torch.ones(3)}]
+    if name == "adamw":
+        broken += [{moment: None}, {"exp_avg_sq": -torch.ones(shape)}]
+        broken += [{"step": step} for step in (None, "1", -1, 0.5, 2**63, float("nan"), torch.ones(2))]
+    for change in broken:
+        state = optimizer.state_dict()
+        state["state"][0] = dict(state["state"][0], **change)
+        with pytest.raises(ckpt.CheckpointError, match="a.pth.*optimizer"):
+            ckpt.load_optimizer(optimizer, model, dict(optimizer=state), "a.pth")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(param_groups=[1, 2]),
+        dict(param_groups=None),
+        dict(param_groups=[dict(params=None)]),
+        dict(state=[1]),
+        dict(state={0: [1]}),
+        dict(state={10**6: {}}),
+        dict(state={"0": {}}),
+    ],
+    ids=str,
+)
+def test_optimizer_entries_of_another_form_are_refused(change):
+    model = micro()
+    optimizer = build_optimizer(digits_config(), model, 1.0)
+    with pytest.raises(ckpt.CheckpointError, match="a.pth.*optimizer"):
+        ckpt.load_optimizer(optimizer, model, dict(optimizer=dict(optimizer.state_dict(), **change)), "a.pth")
+
+
+def test_swapped_parameters_of_the_optimizer_are_refused():
+    model = micro()
+    optimizer = build_optimizer(digits_config(), model, 1.0)
+    state = optimizer.state_dict()
+    state["param_groups"][0]["params"].reverse()
+    with pytest.raises(ckpt.CheckpointError, match="a.pth"):
+        ckpt.load_optimizer(optimizer, model, dict(optimizer=state), "a.pth")
+
+
+OTHER_CLASSES = [
+    ("abcdefghix", ["has 10 classes, the data 10", "only the checkpoint has 'x'", "only the data has 'j'"]),
+    ("bacdefghij", ["the same names in another order, class 0 was 'b' and is 'a'"]),
+    ("0123456789", ["only the checkpoint has '0', '1', '2' ...", "only the data has 'a', 'b', 'c' ..."]),
+]
+
+
+@pytest.mark.parametrize("names, words", OTHER_CLASSES)
+def test_other_classes_are_refused_with_what_differs(names, words):
+    model = micro()
+    model.classes = list("abcdefghij")
+    with pytest.raises(ckpt.CheckpointError) as error:
+        ckpt.load_weights(model, dict(model=model.state_dict(), classes=list(names)), "other.pth")
+    assert all(word in str(error.value) for word in ["other.pth", "--pretrained", *words]), error.value
+
+
+@pytest.mark.parametrize(
+    "classes, kept, words",
+    [(list(names), False, ["the head is new", *words]) for names, words in OTHER_CLASSES]
+    + [
+        (list("abcdefghij"), True, ["the head is kept", "the same classes"]),
+        (None, True, ["the head is kept", "c.pth does not name its classes"]),
+    ],
+)
+def test_fine_tuning_says_whether_the_head_is_new(classes, kept, words, caplog):
+    source, target = micro(), MSGTransformer(**MICRO)
+    target.classes, head = list("abcdefghij"), target.head.weight.clone()
+    ckpt.logger.addHandler(caplog.handler)
+    caplog.set_level("INFO", "msg_transformer")
+    ckpt.load_weights(target, dict(model=source.state_dict(), classes=classes), "c.pth", new_head=True)
+    ckpt.logger.removeHandler(caplog.handler)
+    assert torch.equal(target.head.weight, source.head.weight if kept else head)
+    assert torch.equal(target.norm.weight, source.norm.weight)
+    assert all(word in caplog.text for word in words), caplog.text
+
+
 def test_weights_without_optimizer_are_not_resumed():
     model = nn.Linear(2, 2)
     with pytest.raises(ckpt.CheckpointError, match="weights only.*--pretrained"):

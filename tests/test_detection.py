@@ -332,6 +332,19 @@ def test_a_detectors_weights_start_one_of_other_classes():
     assert new.heads.stages[0].box_predictor.cls_score.weight.shape[0] == 8
 
 
+def test_a_detector_of_other_categories_gets_new_predictors():
+    torch.manual_seed(0)
+    old, new = build_detector(config(), 3), build_detector(config(), 3)
+    new.classes, before = ["bus", "car", "dog"], {name: x.clone() for name, x in new.state_dict().items()}
+    checkpoint = dict(model=old.state_dict(), classes=["bus", "car", "cat"])
+    with pytest.raises(ckpt.CheckpointError, match="only the checkpoint has 'cat'; only the data has 'dog'"):
+        ckpt.load_weights(new, checkpoint, "detector.pth")
+    load_pretrained(new, checkpoint, "detector.pth")
+    for name, value in new.state_dict().items():
+        of_class = "box_predictor" in name or "mask_fcn_logits" in name
+        assert torch.equal(value, before[name] if of_class else old.state_dict()[name]), name
+
+
 def test_detections_return_to_the_pixels_of_the_file():
     masks = torch.ones(1, 1, 28, 28)
     detection = dict(

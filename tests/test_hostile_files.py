@@ -5,6 +5,7 @@ import contextlib
 import io
 import os
 import pickle
+import resource
 import runpy
 import shlex
 import subprocess
@@ -20,12 +21,14 @@ import torch
 import torch.utils.collect_env
 import yaml
 from helpers import digits_config, micro, run_main
+from torch._utils import _rebuild_device_tensor_from_cpu_tensor, _rebuild_tensor_v2
 from torch.jit.unsupported_tensor_ops import execWrapper
 from yacs.config import CfgNode
 
 import checkpoint as ckpt
 from config import ConfigError, get_config
-from engine import Run
+from data.samplers import TrainBatchSampler
+from engine import Run, Updater
 from optimizer import build_optimizer
 
 pytestmark = [
@@ -154,12 +157,12 @@ def test_nothing_in_a_checkpoint_is_called(tmp_path, official, legacy, count):
     trap = str(tmp_path / "trap")
     contents = {name: dict(official, config=bad) for name, bad in traps(trap).items()}
     contents |= places(official, Calls(os.mkdir, trap))
-    allowed = torch.serialization.get_safe_globals()
+    allowed = set(torch.serialization.get_safe_globals())
     for name, content in contents.items():
         path = str(tmp_path / f"{name}.pth")
         torch.save(content, path, _use_new_zipfile_serialization=not legacy)
         refuse(path, trap, trusting_load)
-    assert torch.serialization.get_safe_globals() == allowed
+    assert set(torch.serialization.get_safe_globals()) == allowed
     count("malicious files refused", len(contents))
 
 
@@ -268,11 +271,12 @@ def restored(official, folder, **changes):
     content = {name: value for name, value in dict(official, **changes).items() if value is not None}
     torch.save(content, path)
     model = micro()
-    updater = argparse.Namespace(
-        optimizer=build_optimizer(digits_config(), model, 1.0), device=torch.device("cpu")
-    )
+    model.classes = list("0123456789")
+    optimizer = build_optimizer(digits_config(), model, 1.0)
+    updater = Updater(model, optimizer, torch.device("cpu"), None, 1, 5.0, 0)
+    sampler = TrainBatchSampler(72, 8, 1, 0, 1, seed=0)
     logger = argparse.Namespace(info=print, warning=print)
-    run = Run(model, updater, None, None, str(folder), "", 0, False, logger)
+    run = Run(model, updater, None, sampler, str(folder), "", 0, False, logger)
     run.restore(path, False, "", 0)
     return run
 
@@ -301,6 +305,151 @@ def test_resuming_from_the_official_entries(tmp_path, official):
 def test_nonsense_in_a_checkpoint_is_refused(tmp_path, official, changes):
     with pytest.raises(ckpt.CheckpointError, match="other.pth"):
         restored(official, tmp_path, **changes)
+
+
+def run_entries():
+    """Entries of a checkpoint within an epoch, beside the optimizer's."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0).state_dict()
+    place = dict(
+        epoch=6, images=64, updates=8, images_per_update=8, loss=[9.0], norm=[3.0], parts={"a": [1.0]}
+    )
+    return dict(
+        model={"weight": torch.ones(2)},
+        epoch=5,
+        max_accuracy=81.25,
+        updater=dict(scaler=scaler, amp_dtype="None", skipped=2, skipped_in_a_row=0),
+        progress=place,
+        classes=["a", "b"],
+    )
+
+
+NONSENSE = {
+    "epoch": [-1, 0.5, True, "5", 2**63, torch.tensor(5), float("nan"), None, [5]],
+    "max_accuracy": ["high", None, float("nan"), float("inf"), -2, 1e9, 3j, torch.tensor(50.0), True],
+    "updater": [3, None, {}],
+    "updater.scaler": [None, {}],
+    "updater.scaler.scale": ["1", 0.0, -1.0, float("nan"), float("inf")],
+    "updater.scaler.growth_interval": [0, 0.5],
+    "updater.scaler._growth_tracker": [-1],
+    "updater.amp_dtype": [16],
+    "updater.skipped": [-1, 2**63, 0.5],
+    "progress": ["at its end", 3, {}, ""],
+    "progress.epoch": [5, -6, 6.0],
+    "progress.images": [-8, 0, 0.5, 2**63, None],
+    "progress.updates": [0, "8"],
+    "progress.images_per_update": [0],
+    "progress.loss": [9.0, [], [float("nan")], ["9"], [None]],
+    "progress.norm": [{}, [10**400]],
+    "progress.parts": [[1.0], {"a": 1.0}, {3: [1.0]}],
+    "classes": ["ab", [1, 2], [], {"a": 0}],
+    "model.weight": [torch.ones(2) * 1j, torch.tensor([1.0, float("nan")]), torch.ones(2).to_sparse()],
+    "optimizer": [None, [1], {}],
+}
+
+
+@pytest.mark.parametrize("place", NONSENSE)
+def test_entries_that_no_run_writes_are_named_and_passed_over(tmp_path, place):
+    good, bad = str(tmp_path / "ckpt_epoch_4.pth"), str(tmp_path / "ckpt_epoch_5.pth")
+    torch.save(run_entries(), good)
+    for value in NONSENSE[place]:
+        content = entry = run_entries()
+        *folders, name = place.split(".")
+        for folder in folders:
+            entry = entry[folder]
+        entry[name] = value
+        torch.save(content, bad)
+        with pytest.raises(ckpt.CheckpointError) as error:
+            ckpt.read_run(bad)
+        words = str(error.value)
+        assert bad in words and place.split(".")[-1] in words and "\n" not in words, (value, words)
+        warnings = []
+        assert ckpt.read_latest(str(tmp_path), warnings.append)[0] == good and bad in warnings[0]
+
+
+def test_only_what_a_run_needs_is_taken_from_its_checkpoint(tmp_path):
+    path, content = str(tmp_path / "c.pth"), run_entries()
+    content["model"]["weight"].note = content["progress"]["more"] = content["more"] = "anything"
+    torch.save(content, path)
+    run = ckpt.read_run(path)
+    assert run["progress"] == run_entries()["progress"] and "more" not in run
+    assert torch.equal(run["model"]["weight"], torch.ones(2)) and not hasattr(run["model"]["weight"], "note")
+
+
+def test_a_place_beyond_the_training_set_is_refused(tmp_path, official):
+    entries = {name: run_entries()[name] for name in ("updater", "progress")}
+    assert restored(official, tmp_path, **entries).progress.images == 64
+    entries["progress"].update(images=80)
+    with pytest.raises(ckpt.CheckpointError, match="other.pth stands at image 80 .* training set has 72"):
+        restored(official, tmp_path, **entries)
+
+
+def test_a_run_with_other_classes_is_not_resumed(tmp_path, official):
+    assert restored(official, tmp_path, classes=list("0123456789")).progress.epoch == 6
+    with pytest.raises(ckpt.CheckpointError, match="other.pth was trained on other classes.* 'ten'"):
+        restored(official, tmp_path, classes=[*"012345678", "ten"])
+
+
+def compressed(path, record, size):
+    """Write a checkpoint as a compressed archive, one record of it with as many zeros as ``size``."""
+    buffer = io.BytesIO()
+    torch.save(dict(model={"weight": torch.zeros(2)}), buffer)
+    with zipfile.ZipFile(buffer) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, True, 1) as new:
+        for name in old.namelist():
+            with new.open(name, "w", force_zip64=True) as file:
+                for _ in range(size // 2**24 if name.endswith(record) else 0):
+                    file.write(bytes(2**24))
+                if not name.endswith(record):
+                    file.write(old.read(name))
+
+
+def bombs(path):
+    """Write small checkpoint files that would take gigabytes, one after the other."""
+    large, storage = 6 * 2**30, torch.ones(2)._typed_storage()
+    torch.save(dict(model={"weight": torch.zeros(1).expand(large)}), path)
+    yield "an expanded tensor"
+    alias = torch.zeros(2**20)
+    torch.save(dict(model={f"weight{i}": alias.view(-1) for i in range(2000)}), path)
+    yield "one storage many times"
+    double = Calls(
+        _rebuild_device_tensor_from_cpu_tensor, torch.zeros(1).expand(large), torch.float64, "cpu", False
+    )
+    calls = [double, Calls(bytearray, 4 * large), Calls(torch.Tensor, large)]
+    calls.append(Calls(_rebuild_tensor_v2, storage, 0, (large,), (1,), False, {}))
+    for call in calls:
+        for legacy in (False, True):
+            torch.save(dict(model={"weight": call}), path, _use_new_zipfile_serialization=not legacy)
+            yield f"{call.call[0].__name__}, {'legacy' if legacy else 'zip'}"
+    for record in ("data/0", "data.pkl"):
+        compressed(path, record, 5 * 2**28)
+        yield f"{record} compressed"
+
+
+def test_small_files_that_unfold_to_gigabytes_are_refused_in_seconds(tmp_path, count):
+    path = str(tmp_path / "bomb.pth")
+    for name in bombs(path):
+        memory, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+        with pytest.raises(ckpt.CheckpointError, match="bomb.pth"):
+            ckpt.read_weights(path)
+        assert time.monotonic() - begin < 5, name
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 2**20, name  # KiB
+        count("memory bombs refused", 1)
+    assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
+
+
+def test_views_of_one_storage_travel_at_their_own_size(tmp_path):
+    path, flat = str(tmp_path / "flat.pth"), torch.arange(1000.0)
+    torch.save({f"weight{i}": flat[i : i + 10] for i in range(0, 1000, 10)}, path)
+    weights = ckpt.read_weights(path)["model"]
+    assert torch.equal(weights["weight20"], flat[20:30])
+    assert len(pickle.dumps(weights)) < 100_000
+
+
+def test_what_is_not_a_regular_file_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "ckpt_epoch_9.pth")
+    for path in (str(tmp_path / "ckpt_epoch_9.pth"), "/dev/zero", str(tmp_path)):
+        with pytest.raises(ckpt.CheckpointError, match=f"{path} is not a regular file"):
+            ckpt.read_checkpoint(path)
+    assert ckpt.read_latest(str(tmp_path), lambda _: None) == (None, None)
 
 
 def test_foreign_files_are_passed_over(tmp_path, official):

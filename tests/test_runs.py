@@ -66,6 +66,7 @@ def test_a_run_leaves_logs_metrics_curves_and_checkpoints(trained):
     assert figures(printed)[:3] == pytest.approx(
         [rows[1]["acc1"], rows[1]["acc5"], rows[1]["val_loss"]], abs=1e-3
     )
+    assert ckpt.read_checkpoint(str(folder / "best.pth"))["classes"] == ["a", "b", "c"]
     assert Image.open(folder / "curves.png").width > 800
     assert any(name.startswith("events") for name in os.listdir(folder / "tensorboard"))
 
@@ -123,12 +124,21 @@ def test_fine_tuning_on_other_classes_starts_from_the_weights(trained, tmp_path)
         "--use-checkpoint", "--amp-opt-level", "O2",
     ).stdout  # fmt: skip
     assert "starting from the weights of" in printed and "running as O1" in printed
+    assert "the head is new: it has 3 classes, the data 2; only the checkpoint has 'c'" in printed
     source, tuned = (
         ckpt.read_checkpoint(str(f / "best.pth"))["model"] for f in (trained[0], run_folder(tmp_path))
     )
     assert tuned.pop("head.weight").shape == (2, 192) and tuned.pop("head.bias").shape == (2,)
     for name, weight in tuned.items():
         torch.testing.assert_close(weight, source[name], rtol=0, atol=1e-6)
+
+
+def test_a_folder_of_other_classes_is_not_evaluated(trained, tmp_path):
+    write_images(tmp_path / "val", 1, classes="abd")
+    arguments = ["--cfg", "configs/digits.yaml", "--data-path", tmp_path, "--eval", "--output", tmp_path]
+    done = run_main(*arguments, "--resume", trained[0] / "best.pth", check=False)
+    assert done.returncode == 1
+    assert "best.pth was trained on other classes" in done.stderr and "only the data has 'd'" in done.stderr
 
 
 def test_throughput_without_data():
