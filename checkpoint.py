@@ -1,9 +1,10 @@
 """The one place that writes and reads checkpoint files.
 
 A checkpoint is a dict of plain types and tensors: ``model``, ``optimizer``, ``lr_scheduler``, ``updater``,
-``progress``, ``epoch`` (the last finished one), ``max_accuracy``, ``config`` (YAML text) and ``classes``
-(names, in the order of the head). Files of the official release, with a pickled yacs config and apex's
-``amp`` entry, are read too. Nothing in a file is ever run, and what is used of one is checked first.
+``progress``, ``epoch`` (the last finished one), ``score`` (of these weights, at the end of an epoch),
+``max_accuracy`` (of the best so far), ``config`` (YAML text) and ``classes`` (names, in the order of the
+head). Files of the official release, with a pickled yacs config and apex's ``amp`` entry, are read too.
+Nothing in a file is ever run, and what is used of one is checked first.
 """
 
 import contextlib
@@ -86,6 +87,14 @@ def save_best(folder, checkpoint, saved=None):
     if saved is None or not _link(saved, path):
         save_checkpoint(path, checkpoint)
     return path
+
+
+def score_of_best(folder):
+    """The score that a run's ``best.pth`` was kept for, in percent; -1 where there is no intact one."""
+    try:
+        return read_run(os.path.join(folder, BEST))["max_accuracy"]
+    except (CheckpointError, KeyError):
+        return -1.0
 
 
 def remove_unfinished(folder):
@@ -233,10 +242,9 @@ def read_run(path):
     checkpoint = read_checkpoint(path)
     if not isinstance(checkpoint.get("model"), dict) or "epoch" not in checkpoint:
         raise CheckpointError(f"{path} is not the checkpoint of a run: --pretrained takes the weights alone")
-    # At the end of an epoch, progress is None.
-    found = [
-        name for name in RUN if name in checkpoint and (name != "progress" or checkpoint[name] is not None)
-    ]
+    # At the end of an epoch, progress is None; within it, score is.
+    absent = [name for name in ("progress", "score") if checkpoint.get(name) is None]
+    found = [name for name in RUN if name in checkpoint and name not in absent]
     run = {name: _checked(checkpoint[name], RUN[name], name, path) for name in found}
     # Within the first epoch, the last finished one is -1.
     _checked(run["epoch"], _whole(-1 if "progress" in run else 0), "epoch", path)
@@ -302,6 +310,7 @@ PARTS = _is_parts, "lists of finite numbers by name"
 RUN = dict(
     epoch=_whole(-1),
     max_accuracy=_number(-1, 101),  # the official percentages are rounded to float32
+    score=_number(0, 101),
     updater=dict(
         scaler=dict(
             scale=_number(1e-45, 1e38),
@@ -453,15 +462,6 @@ def read_latest(folder, warn):
         except CheckpointError as error:
             warn(f"not resuming from a damaged checkpoint: {error}")
     return None, None
-
-
-def score_of_best(folder):
-    """The score that a run's ``best.pth`` was kept for, in percent; -1 where there is no intact one."""
-    try:
-        score = read_checkpoint(os.path.join(folder, BEST)).get("max_accuracy")
-    except CheckpointError:
-        return -1.0
-    return float(score) if isinstance(score, (int, float)) else -1.0
 
 
 def load_weights(model, checkpoint, path, new_head=False):

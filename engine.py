@@ -102,8 +102,10 @@ def check_checkpoints(config):
     """
     if config.TRAIN.AUTO_RESUME and not config.EVAL_MODE and ckpt.in_order(config.OUTPUT):
         return
-    for path in filter(None, (config.MODEL.RESUME, config.MODEL.PRETRAINED)):
-        ckpt.read_checkpoint(path)
+    if config.MODEL.RESUME:
+        (ckpt.read_weights if config.EVAL_MODE else ckpt.read_run)(config.MODEL.RESUME)
+    if config.MODEL.PRETRAINED:
+        ckpt.read_weights(config.MODEL.PRETRAINED)
 
 
 def choose_for_evaluation(config, logger):
@@ -692,9 +694,8 @@ class Run:
         def agree():
             held = ckpt.score_of_best(self.folder)
             if held < self.best and checkpoint.get("score") == self.best:
-                own = os.path.dirname(path) == os.path.normpath(self.folder)
                 with contextlib.suppress(OSError):
-                    best = ckpt.save_best(self.folder, checkpoint, path if own else None)
+                    best = ckpt.save_best(self.folder, ckpt.read_checkpoint(path), path)
                     self.logger.info(f"saved {best}: {path} is the best so far")
                     held = self.best
             return held

@@ -190,7 +190,7 @@ def test_a_best_that_cannot_be_written_is_not_reported(tmp_path):
     run = small_run(tmp_path)
     assert run.end_epoch(50.0, due=True) == ["ckpt_epoch_0.pth"]
     assert run.best_checkpoint() == f"none, {tmp_path}/best.pth could not be written"
-    assert "Max accuracy: 50.00%" in run.logger.lines and "-1" not in "".join(run.logger.lines)
+    assert "Max accuracy: 50.00%" in run.logger.lines and "-1.00" not in "".join(run.logger.lines)
     run.start_epoch(1)
     (tmp_path / "best.pth").rmdir()
     assert run.end_epoch(40.0, due=True) == ["ckpt_epoch_1.pth", "best.pth"]
