@@ -8,13 +8,32 @@ official release.
 import argparse
 import ast
 import difflib
-import math
+import errno
 import os
+import re
+import stat
+import sys
 
 import yaml
 from yacs.config import CfgNode
 
 from utils import UserError
+
+# What a config and the BASE files below it may come to: a few lines of a stranger's could unfold to hours.
+MOST_FILES, MOST_BYTES = 100, 100_000
+LARGEST = 2**31 - 1  # of any number but the seed
+LARGEST_SEED = 2**63 - 1
+MOST_ENTRIES = 1000  # of a list
+
+# Flags of Swin's main.py that mean nothing here, and what to do instead.
+ELSEWHERE = {
+    "--fused-window-process": "messengers exchange without shifted windows, so there is nothing to fuse: "
+    "leave it out",
+    "--fused-layernorm": "PyTorch's own LayerNorm is one kernel already: leave it out",
+    "--zip": "unpack the archives into train/<class>/<image> and val/<class>/<image>, see the README",
+    "--cache-mode": "images are read from the folder, and the system's own cache keeps them: leave it out",
+    "--throughput": "detect.py has no such mode; main.py times the classifier",
+}
 
 
 class ConfigError(UserError):
@@ -232,7 +251,8 @@ def default_config():
 
     # cuda or cpu; empty takes cuda where there is one.
     config.DEVICE = ""
-    # O0 is float32; O1 is mixed precision; O2 existed only in apex and runs as O1.
+    # O0 is float32; O1 is mixed precision; O2 existed only in apex and runs as O1. --throughput measures
+    # float32 unless this key or AMP_DTYPE is set.
     config.AMP_OPT_LEVEL = "O1"
     # Mixed-precision type on CUDA: float16 (with gradient scaling) or bfloat16. The CPU always uses bfloat16.
     config.AMP_DTYPE = "float16"
@@ -261,14 +281,24 @@ def default_config():
 
 
 def parse_args(description, throughput=False, argv=None):
-    """Parse the official release's command line, and --pretrained, --use-checkpoint and --device.
+    """Parse the official release's command line, and what Swin's and this project add to it.
+
+    Underscores in a flag are as good as dashes.
 
     Args:
         throughput: whether the program has a mode that times inference.
         argv: the words; those of the command line by default.
+
+    Raises:
+        ConfigError: an unknown flag, with the one that was probably meant.
     """
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    add = parser.add_argument
+    flags = ["-h", "--help"]
+
+    def add(flag, to=parser, **options):
+        to.add_argument(flag, **options)
+        flags.append(flag)
+
     add("--cfg", required=True, metavar="FILE", help="YAML config")
     add("--opts", nargs="+", metavar="KEY VALUE", help="change config keys, e.g. TRAIN.EPOCHS 100")
     add("--batch-size", type=int, help="images per process and micro-batch")
@@ -277,27 +307,54 @@ def parse_args(description, throughput=False, argv=None):
     add("--pretrained", metavar="FILE", help="checkpoint whose weights start a new run (fine-tuning)")
     add("--accumulation-steps", type=int, help="micro-batches per optimizer update")
     add("--use-checkpoint", action="store_true", help="gradient checkpointing, to save memory")
-    add("--amp-opt-level", choices=["O0", "O1", "O2"], help="O0: float32; O1: mixed precision; O2: as O1")
+    add("--optim", metavar="NAME", help="adamw or sgd")
+    amp = parser.add_mutually_exclusive_group()
+    levels = ["O0", "O1", "O2"]
+    add("--amp-opt-level", to=amp, choices=levels, help="O0: float32; O1: mixed precision; O2: as O1")
+    add("--disable-amp", to=amp, dest="amp_opt_level", action="store_const", const="O0", help="float32")
     add("--device", choices=["cuda", "cpu"], help="default: cuda where there is one")
     add("--output", metavar="DIR", help="results go to <output>/<model name>/<tag>; default: output")
     add("--tag", help="name of this run; default: default")
     add("--eval", action="store_true", help="evaluate only")
     if throughput:
-        add("--throughput", action="store_true", help="time inference only")
-    add("--local_rank", "--local-rank", type=int, help="set by torch.distributed.launch")
-    args = parser.parse_args(argv)
+        add("--throughput", action="store_true", help="time inference only, in float32 unless told otherwise")
+    add("--local-rank", type=int, help="set by torch.distributed.launch")
+    words = []
+    for word in sys.argv[1:] if argv is None else argv:
+        flag, *value = word.split("=", 1)
+        if re.match("--?[A-Za-z]", flag):
+            dashed = flag.replace("_", "-")
+            if dashed not in flags:
+                raise ConfigError(f"unknown flag {_show(flag)}; {_flag_hint(dashed, flags)}")
+            flag = dashed
+        words.append("=".join([flag, *value]))
+    args = parser.parse_args(words)
     args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank or 0))
     return args
 
 
-def get_config(args):
+def _flag_hint(flag, flags):
+    """What to use in place of an unknown flag."""
+    name = flag.lstrip("-").lower()
+    if f"--{name}" in ELSEWHERE:
+        return ELSEWHERE[f"--{name}"]
+    near = [known for known in flags if known.startswith(f"--{name}")]
+    near = near or difflib.get_close_matches(f"--{name}", flags, 1, 0.7)
+    if near:
+        return f"did you mean {near[0]}?"
+    key = _nearest_key(name)
+    return f"did you mean --opts {key} VALUE?" if key else "--help lists every flag"
+
+
+def get_config(args, dataset=None):
     """Build the effective config of a run.
 
     Args:
         args: a namespace with ``cfg`` (path of a YAML file) and optionally ``opts`` (a flat list of keys and
             values), ``batch_size``, ``data_path``, ``resume``, ``pretrained``, ``accumulation_steps``,
-            ``use_checkpoint``, ``amp_opt_level``, ``device``, ``output``, ``tag``, ``eval``, ``throughput``,
-            ``local_rank``.
+            ``use_checkpoint``, ``optim``, ``amp_opt_level``, ``device``, ``output``, ``tag``, ``eval``,
+            ``throughput``, ``local_rank``.
+        dataset: the ``DATA.DATASET`` that the program is for, imagenet or coco; None takes either.
 
     Returns:
         A frozen CfgNode whose ``OUTPUT`` is the run's own folder, OUTPUT/MODEL.NAME/TAG.
@@ -307,10 +364,10 @@ def get_config(args):
             out.
     """
     config, sources = default_config(), {}
-    _merge_file(config, args.cfg, sources, ())
+    _merge_file(config, os.path.expanduser(args.cfg), sources, (), [])
     opts = list(getattr(args, "opts", None) or [])
     if len(opts) % 2:
-        raise ConfigError(f"--opts takes pairs of KEY VALUE, but {opts[-1]!r} has no partner")
+        raise ConfigError(f"--opts takes pairs of KEY VALUE, but {_show(opts[-1])} has no partner")
     if "BASE" in opts[::2]:
         raise ConfigError("--opts: BASE belongs in a YAML file")
     for key, value in zip(opts[::2], opts[1::2]):
@@ -322,6 +379,7 @@ def get_config(args):
         ("pretrained", "MODEL.PRETRAINED"),
         ("accumulation_steps", "TRAIN.ACCUMULATION_STEPS"),
         ("use_checkpoint", "TRAIN.USE_CHECKPOINT"),
+        ("optim", "TRAIN.OPTIMIZER.NAME"),
         ("amp_opt_level", "AMP_OPT_LEVEL"),
         ("device", "DEVICE"),
         ("output", "OUTPUT"),
@@ -333,7 +391,12 @@ def get_config(args):
         value = getattr(args, flag, None)
         if value is not None and value is not False:
             _assign(config, key, value, "--" + flag.replace("_", "-"), sources)
+    _check_dataset(config, sources, dataset)
     _check(config, sources)
+    _check_version(config, sources)
+    timed = config.THROUGHPUT_MODE and not config.EVAL_MODE
+    if timed and not {"AMP_OPT_LEVEL", "AMP_DTYPE"} & sources.keys():
+        config.AMP_OPT_LEVEL = "O0"  # as the official code does
     config.OUTPUT = os.path.join(config.OUTPUT, config.MODEL.NAME, config.TAG)
     config.freeze()
     return config
@@ -358,19 +421,29 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def _merge_file(config, path, sources, parents):
-    """Merge a YAML file into ``config``, the files of its ``BASE`` first."""
+def _merge_file(config, path, sources, parents, sizes):
+    """Merge a YAML file into ``config``, the files of its ``BASE`` first; ``sizes`` are those read so far."""
     path = os.path.normpath(path)
     if path in parents:
         raise ConfigError(f"{path}: BASE goes in a circle: {' -> '.join((*parents, path))}")
+    if len(sizes) == MOST_FILES:
+        raise ConfigError(f"{path}: BASE leads to more than {MOST_FILES} files, repeated ones included")
     try:
-        with open(path, encoding="utf-8") as file:
-            tree = yaml.load(file, _Loader)
-    except OSError as error:
-        raise ConfigError(f"cannot read the config file {path}: {error.strerror}") from error
-    # The reader leaves impossible dates and numbers, and lists in lists in lists, to Python.
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise OSError(errno.EINVAL, "it is a folder, a pipe or a device")
+        with open(path, "rb") as file:
+            text = file.read(MOST_BYTES + 1)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", error)
+        raise ConfigError(f"cannot read the config file {path}: {reason}") from error
+    sizes.append(len(text))
+    if sum(sizes) > MOST_BYTES:
+        raise ConfigError(f"{path}: a config and its BASE files may have {MOST_BYTES:,} bytes together")
+    try:
+        tree = yaml.load(text, _Loader)
+    # The reader leaves impossible dates and numbers, false tags, and lists in lists in lists, to Python.
+    except Exception as error:
+        raise ConfigError(f"{path} is not valid YAML: {_short(' '.join(str(error).split()), 300)}") from error
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):
@@ -378,9 +451,10 @@ def _merge_file(config, path, sources, parents):
     bases = tree.pop("BASE", None) or []
     bases = bases if isinstance(bases, list) else [bases]
     if not all(isinstance(base, str) and "\0" not in base for base in bases):
-        raise ConfigError(f"{path}: BASE is {bases!r}, but must be a list of YAML files")
+        raise ConfigError(f"{path}: BASE is {_show(bases)}, but must be a list of YAML files")
     for base in filter(None, bases):
-        _merge_file(config, os.path.join(os.path.dirname(path), base), sources, (*parents, path))
+        base = os.path.join(os.path.dirname(path), os.path.expanduser(base))
+        _merge_file(config, base, sources, (*parents, path), sizes)
     for key, value in _leaves(tree):
         _assign(config, key, value, path, sources)
 
@@ -388,10 +462,23 @@ def _merge_file(config, path, sources, parents):
 def _leaves(tree, prefix=""):
     """Dotted keys and values of a nested dict."""
     for key, value in tree.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def _nearest_key(key):
+    """The key that was probably meant, or None."""
+    known = [name for name, _ in _leaves(default_config())]
+    wanted = key.upper().replace("-", "_")
+    near = difflib.get_close_matches(wanted, known, 1, 0.75)
+    if near:
+        return near[0]
+    # A key in the wrong section is as likely as a typing error: compare the last part too.
+    lasts = [name.split(".")[-1] for name in known]
+    near = difflib.get_close_matches(wanted.split(".")[-1], lasts, 1, 0.8)
+    return known[lasts.index(near[0])] if near else None
 
 
 def _assign(config, key, value, source, sources):
@@ -400,52 +487,101 @@ def _assign(config, key, value, source, sources):
     for name in path[:-1]:
         node = node.get(name) if isinstance(node, CfgNode) else None
     if not isinstance(node, CfgNode) or path[-1] not in node:
-        known = [name for name, _ in _leaves(default_config())]
-        # A key in the wrong section is as likely as a typing error: compare the last part too.
-        near = difflib.get_close_matches(key, known, 1, 0.75) or [
-            name
-            for last in difflib.get_close_matches(path[-1], [name.split(".")[-1] for name in known], 1, 0.8)
-            for name in known
-            if name.split(".")[-1] == last
-        ]
-        hint = f"did you mean {near[0]}?" if near else "config.py lists every key"
-        raise ConfigError(f"{source}: unknown key {key}; {hint}")
-    if isinstance(node[path[-1]], CfgNode):
-        if value is None:
+        near = _nearest_key(key)
+        hint = f"did you mean {near}?" if near else "config.py lists every key"
+        raise ConfigError(f"{source}: unknown key {_show(key)[1:-1]}; {hint}")
+    present = node[path[-1]]
+    if isinstance(present, CfgNode):
+        if value is None or value == {}:
             return
         raise ConfigError(
-            f"{source}: {key} is a section; set one of its keys, such as {key}.{next(iter(node[path[-1]]))}"
+            f"{source}: {key} is a section; set one of its keys, such as {key}.{next(iter(present))}"
         )
-    default = default_config()
-    for name in path:
-        default = default[name]
-    node[path[-1]] = _coerce(value, default, key, source)
+    node[path[-1]] = _coerce(value, present, key, source)
     sources[key] = source
 
 
-def _coerce(value, default, key, source):
-    """Bring a value to the type of its default, or refuse it."""
-    if isinstance(value, str) and not isinstance(default, str):
-        # YAML reads 5e-4 as a string, and so comes everything from the command line.
-        try:
-            value = ast.literal_eval(value)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            value = {"true": True, "false": False, "none": None, "null": None}.get(value.lower(), value)
+def _coerce(value, present, key, source):
+    """Bring a value to the type of the present one, or refuse it."""
     optional = {"MODEL.MSG.QK_SCALE": float, "AUG.CUTMIX_MINMAX": list}
-    kind = optional.get(key, type(default))
+    kind = optional.get(key, type(present))
+
+    def refuse(what):
+        raise ConfigError(f"{source}: {key} is {_show(value)}, but must be {what}")
+
+    if kind is str:
+        # YAML reads a name of digits as a number.
+        if type(value) in (int, float) and abs(value) < 1e300:
+            value = str(value)
+        if type(value) is not str or "\0" in value or not _is_encodable(value):
+            refuse(f"text, such as {present!r}")
+        return os.path.expanduser(value) if key in _PATHS else value
+    value = _literal(value)
     if value is None and key in optional:
         return None
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(value)
-    if kind in (list, tuple) and isinstance(value, (list, tuple)):
-        return kind(value)
-    if type(value) is not kind:
-        raise ConfigError(f"{source}: {key} is {value!r}, but must be {_NAMES[kind]}, such as {default!r}")
-    return value
+    if kind in (list, tuple) and type(value) is list:
+        value = kind(value)
+    if type(value) is not kind and not (kind is float and type(value) is int):
+        refuse(f"{_NAMES[kind]}, such as {present!r}")
+    largest = LARGEST_SEED if key == "SEED" else LARGEST
+    if not all(abs(number) <= largest for number in _numbers(value)):
+        refuse(f"finite and no larger than {largest}")
+    if kind in (list, tuple) and len(value) > MOST_ENTRIES:
+        refuse(f"a list of at most {MOST_ENTRIES} entries")
+    return float(value) if kind is float else value
 
 
+def _literal(value):
+    """What text says, in lists too: YAML reads 5e-4 as text, and so comes all from the command line."""
+    if isinstance(value, str):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            return {"true": True, "false": False, "none": None, "null": None}.get(value.lower(), value)
+    return [_literal(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+
+def _numbers(value):
+    """The numbers in a value and its nested lists."""
+    if isinstance(value, (list, tuple)):
+        for entry in value:
+            yield from _numbers(entry)
+    elif type(value) in (int, float):
+        yield value
+
+
+def _is_encodable(text):
+    """Whether text can be part of a file's name; a YAML file can hold halves of characters."""
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _show(value):
+    """A value as Python writes it, on one line and not too long."""
+    try:
+        return _short(repr(value))
+    except ValueError:  # more digits than Python writes
+        return "an enormous number"
+
+
+def _short(text, most=120):
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+# Where ~ is the home folder.
+_PATHS = (
+    "DATA.DATA_PATH",
+    "MODEL.RESUME",
+    "MODEL.PRETRAINED",
+    "OUTPUT",
+    "DET.TRAIN_IMAGES",
+    "DET.TRAIN_JSON",
+    "DET.VAL_IMAGES",
+    "DET.VAL_JSON",
+)
 _NAMES = {
     bool: "True or False",
     int: "a whole number",
@@ -456,27 +592,82 @@ _NAMES = {
 }
 
 
-def _is_positive(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
-
-
 def _is_below(name):
     """Whether a path stays below the folder that it is joined to."""
     return bool(name) and not os.path.isabs(name) and ".." not in name.split(os.sep)
+
+
+def _value(config, key):
+    for name in key.split("."):
+        config = config[name]
+    return config
+
+
+def _check_dataset(config, sources, dataset):
+    """Refuse a config that is for the other program."""
+    programs = {"imagenet": "main.py", "coco": "detect.py"}
+    found = config.DATA.DATASET
+    if dataset and found in programs and found != dataset:
+        raise ConfigError(
+            f"{sources.get('DATA.DATASET', 'defaults')}: DATA.DATASET is {found!r}, which is for "
+            f"{programs[found]}; {programs[dataset]} takes configs whose DATA.DATASET is {dataset!r}"
+        )
+
+
+def _check_version(config, sources):
+    """Refuse to mix v1 and CVPR 2022 unless both keys that tell them apart are set.
+
+    Official configs have neither key: each of the two official versions can only build one of them. Depths
+    tell which it is.
+    """
+    keys = ("MODEL.MSG.PATCH_EMBED", "MODEL.MSG.DOWNSAMPLE")
+    if all(key in sources for key in keys):
+        return
+    msg = config.MODEL.MSG
+    if list(msg.DEPTHS) in ([2, 4, 12, 4], [2, 4, 28, 4]):
+        problem = f"MODEL.MSG.DEPTHS {msg.DEPTHS} are those of the CVPR 2022 models"
+        source = sources["MODEL.MSG.DEPTHS"]
+    elif msg.PATCH_EMBED != msg.DOWNSAMPLE:
+        problem = f"MODEL.MSG.PATCH_EMBED {msg.PATCH_EMBED} does not go with DOWNSAMPLE {msg.DOWNSAMPLE}"
+        source = next(sources[key] for key in keys if key in sources)
+    else:
+        return
+    raise ConfigError(
+        f"{source}: {problem}, so set both keys: MODEL.MSG.PATCH_EMBED conv and MODEL.MSG.DOWNSAMPLE conv "
+        "build a model of CVPR 2022, as configs/cvpr22 does; any other pair builds a mix, if you want one"
+    )
 
 
 def _check(config, sources):
     """Refuse impossible values. What only the model can judge, the model refuses itself."""
 
     def require(key, possible, what):
-        value = config
-        for name in key.split("."):
-            value = value[name]
+        value = _value(config, key)
         if not possible(value):
-            raise ConfigError(f"{sources.get(key, 'defaults')}: {key} is {value!r}, but must be {what}")
+            raise ConfigError(f"{sources.get(key, 'defaults')}: {key} is {_show(value)}, but must be {what}")
 
     def choice(key, *names):
-        require(key, names.__contains__, "one of " + ", ".join(repr(name) for name in names))
+        what = "one of " + ", ".join(repr(name) for name in names)
+        lower = {name.lower(): name for name in names}
+        near = difflib.get_close_matches(str(_value(config, key)).lower(), lower, 1, 0.7)
+        require(key, names.__contains__, what + (f"; did you mean {lower[near[0]]!r}?" if near else ""))
+
+    def at_least(low, keys):
+        for key in keys.split():
+            require(key, lambda value: value >= low, f"at least {low}")
+
+    def between(low, high, keys):
+        for key in keys.split():
+            require(key, lambda value: low <= value <= high, f"at least {low} and at most {high}")
+
+    def below_1(keys):
+        for key in keys.split():
+            require(key, lambda value: 0 <= value < 1, "at least 0 and below 1")
+
+    def entries(keys, low, high, kinds=(int, float)):
+        what = f"a list of {'' if float in kinds else 'whole '}numbers, at least {low} and at most {high}"
+        for key in keys.split():
+            require(key, lambda value: _all_between(value, low, high, kinds), what)
 
     choice("DATA.DATASET", "imagenet", "coco")
     choice("DATA.BACKEND", "pil", "opencv")
@@ -496,41 +687,47 @@ def _check(config, sources):
     choice("DATA.ON_ERROR", "raise", "skip")
     choice("TRAIN.ON_SAVE_ERROR", "continue", "stop")
     choice("AMP_DTYPE", "float16", "bfloat16")
-    positive = "DATA.BATCH_SIZE DATA.IMG_SIZE MODEL.NUM_CLASSES TRAIN.EPOCHS SAVE_FREQ PRINT_FREQ"
-    positive += " MODEL.MSG.PATCH_SIZE MODEL.MSG.IN_CHANS MODEL.MSG.EMBED_DIM MODEL.MSG.WINDOW_SIZE"
-    positive += " DIST.TIMEOUT_SECONDS DET.MAX_SIZE DET.TEST_SIZE DET.CHANNELS DET.ANCHOR_SCALE"
-    positive += " DET.RPN_SAMPLES DET.PROPOSALS_TRAIN DET.PROPOSALS_TEST DET.ROI_SAMPLES DET.PER_IMAGE"
-    for key in positive.split():
-        require(key, lambda value: value >= 1, "at least 1")
-    not_negative = "DATA.NUM_WORKERS SEED LOCAL_RANK AUG.RECOUNT AUG.MIXUP AUG.CUTMIX AUG.COLOR_JITTER"
-    not_negative += " TRAIN.START_EPOCH TRAIN.WARMUP_EPOCHS TRAIN.WEIGHT_DECAY TRAIN.WARMUP_LR TRAIN.MIN_LR"
-    not_negative += " TRAIN.CLIP_GRAD TRAIN.ACCUMULATION_STEPS TRAIN.SAVE_STEPS TRAIN.SAVE_MINUTES"
-    not_negative += " TRAIN.KEEP_CHECKPOINTS TRAIN.MAX_NONFINITE TRAIN.WARMUP_STEPS"
-    not_negative += " DET.FROZEN_STAGES DET.BOX_CONVS DET.MASK_CONVS DET.PICTURES"
-    for key in not_negative.split():
-        require(key, lambda value: 0 <= value < math.inf, "0 or more, and finite")
-    require("MODEL.MSG.MLP_RATIO", lambda value: value > 0, "above 0")
-    above_0 = "TRAIN.BASE_LR TRAIN.OPTIMIZER.EPS TRAIN.LR_SCHEDULER.DECAY_RATE"
-    for key in above_0.split():
-        require(key, lambda value: 0 < value < math.inf, "above 0 and finite")
-    require("TRAIN.OPTIMIZER.MOMENTUM", lambda value: 0 <= value < 1, "at least 0 and below 1")
+    at_least(1, "SAVE_FREQ PRINT_FREQ DET.RPN_SAMPLES DET.PROPOSALS_TRAIN DET.PROPOSALS_TEST")
+    at_least(1, "DET.ROI_SAMPLES DET.PER_IMAGE")
+    at_least(0, "SEED LOCAL_RANK AUG.MIXUP AUG.CUTMIX AUG.COLOR_JITTER DET.FROZEN_STAGES DET.PICTURES")
+    at_least(0, "TRAIN.WEIGHT_DECAY TRAIN.WARMUP_LR TRAIN.MIN_LR TRAIN.CLIP_GRAD TRAIN.ACCUMULATION_STEPS")
+    at_least(0, "TRAIN.SAVE_STEPS TRAIN.SAVE_MINUTES TRAIN.KEEP_CHECKPOINTS TRAIN.MAX_NONFINITE")
+    at_least(0, "TRAIN.WARMUP_STEPS")
+    # Beyond these, what is asked for cannot be held in memory, counted in time, or waited for.
+    between(1, 10**6, "DATA.BATCH_SIZE MODEL.NUM_CLASSES TRAIN.EPOCHS TRAIN.LR_SCHEDULER.DECAY_EPOCHS")
+    between(1, 10**6, "DIST.TIMEOUT_SECONDS")
+    between(0, 10**6, "TRAIN.START_EPOCH TRAIN.WARMUP_EPOCHS")
+    between(1, 10**5, "DATA.IMG_SIZE MODEL.MSG.PATCH_SIZE MODEL.MSG.WINDOW_SIZE DET.MAX_SIZE DET.TEST_SIZE")
+    between(1, 10**4, "MODEL.MSG.EMBED_DIM MODEL.MSG.IN_CHANS DET.CHANNELS DET.ANCHOR_SCALE")
+    between(0, 1000, "DATA.NUM_WORKERS")
+    between(0, 100, "AUG.RECOUNT DET.BOX_CONVS DET.MASK_CONVS")
+    between(0, 1, "AUG.HFLIP AUG.REPROB AUG.MIXUP_PROB AUG.MIXUP_SWITCH_PROB")
+    between(0, 1, "DET.ROI_POSITIVE DET.SCORE_THRESHOLD DET.NMS_IOU")
+    below_1("MODEL.DROP_RATE MODEL.DROP_PATH_RATE MODEL.LABEL_SMOOTHING TRAIN.OPTIMIZER.MOMENTUM")
+    for key in ("TRAIN.BASE_LR", "TRAIN.OPTIMIZER.EPS"):
+        require(key, lambda value: value > 0, "above 0")
+    require("TRAIN.LR_SCHEDULER.DECAY_RATE", lambda value: 0 < value <= 1, "above 0 and at most 1")
+    require(
+        "MODEL.MSG.MLP_RATIO",
+        lambda value: 1 / config.MODEL.MSG.EMBED_DIM <= value <= 100,
+        "at least 1 / MODEL.MSG.EMBED_DIM and at most 100",
+    )
     require("MODEL.MSG.QK_SCALE", lambda value: value is None or value > 0, "None or above 0")
     require(
         "MODEL.MSG.IN_CHANS", lambda value: value == 3 or not config.DATA.DATA_PATH, "3 for image folders"
     )
-    require("TRAIN.LR_SCHEDULER.DECAY_EPOCHS", lambda value: value >= 1, "at least 1")
-    for key in ("MODEL.DROP_RATE", "MODEL.DROP_PATH_RATE", "MODEL.LABEL_SMOOTHING"):
-        require(key, lambda value: 0 <= value < 1, "at least 0 and below 1")
-    shares = "AUG.HFLIP AUG.REPROB AUG.MIXUP_PROB AUG.MIXUP_SWITCH_PROB"
-    shares += " DET.ROI_POSITIVE DET.SCORE_THRESHOLD DET.NMS_IOU"
-    for key in shares.split():
-        require(key, lambda value: 0 <= value <= 1, "between 0 and 1")
+    entries("MODEL.MSG.DEPTHS MODEL.MSG.NUM_HEADS MODEL.MSG.SHUF_SIZE DET.SHUF_SIZE", 1, 1000, (int,))
+    entries("DET.CROP_SIZES DET.CROP_MIN_SIZES DET.MIN_SIZES", 1, 10**5, (int,))
+    entries("DET.BOX_FCS", 1, 10**4, (int,))
+    entries("DET.ANCHOR_RATIOS", 0.001, 1000)
+    entries("DET.IOU_THRESHOLDS", 0, 1)
+    entries("DET.LOSS_WEIGHTS", 0, 10**6)
+    entries("TRAIN.LR_SCHEDULER.MILESTONES", 0, 10**6)
+    milestones = sorted(config.TRAIN.LR_SCHEDULER.MILESTONES)
+    require("TRAIN.LR_SCHEDULER.MILESTONES", milestones.__eq__, "in order, smallest first")
     for key in ("MIN_SIZES", "ANCHOR_RATIOS", "BOX_FCS", "IOU_THRESHOLDS"):
-        require(
-            f"DET.{key}", lambda values: values and all(_is_positive(v) for v in values), "positive numbers"
-        )
-    for key in ("CROP_MIN_SIZES", "CROP_SIZES"):
-        require(f"DET.{key}", lambda values: all(_is_positive(v) for v in values), "positive numbers")
+        require(f"DET.{key}", bool, "a list of one number or more")
+    require("DET.TEST_SIZE", lambda value: value < config.DET.MAX_SIZE, "below DET.MAX_SIZE")
     require(
         "DET.CROP_SIZES", lambda value: not value or len(value) == 2 and value[0] <= value[1], "two sides"
     )
@@ -539,17 +736,19 @@ def _check(config, sources):
         require(f"DET.{key}", lambda value: len(value) == stages, "as long as DET.IOU_THRESHOLDS")
     require(
         "DET.DELTA_STDS",
-        lambda value: all(isinstance(v, list) and len(v) == 4 and all(map(_is_positive, v)) for v in value),
+        lambda value: all(type(v) is list and len(v) == 4 and _all_between(v, 1e-6, 10**6) for v in value),
         "four positive numbers for each stage",
     )
     require(
         "TRAIN.OPTIMIZER.BETAS",
-        lambda value: len(value) == 2 and all(isinstance(b, (int, float)) and 0 <= b < 1 for b in value),
+        lambda value: len(value) == 2 and _all_between(value, 0, 1) and 1 not in value,
         "two numbers, at least 0 and below 1",
     )
     require(
         "AUG.CUTMIX_MINMAX",
-        lambda value: value is None or (len(value) == 2 and 0 < value[0] <= value[1] <= 1),
+        lambda value: (
+            value is None or (len(value) == 2 and _all_between(value, 0, 1) and 0 < value[0] <= value[1])
+        ),
         "None or two ratios, smallest first, above 0 and at most 1",
     )
     for key in ("MODEL.NAME", "TAG"):
@@ -557,3 +756,8 @@ def _check(config, sources):
     mixes = config.AUG.MIXUP > 0 or config.AUG.CUTMIX > 0 or config.AUG.CUTMIX_MINMAX is not None
     if mixes and config.DATA.DATASET == "imagenet" and not config.EVAL_MODE and not config.THROUGHPUT_MODE:
         require("DATA.BATCH_SIZE", lambda value: value % 2 == 0, "even for mixup and CutMix, which mix pairs")
+
+
+def _all_between(values, low, high, kinds=(int, float)):
+    """Whether a list holds nothing but numbers from ``low`` to ``high``."""
+    return all(type(value) in kinds and low <= value <= high for value in values)

@@ -28,7 +28,7 @@ from run import FolderClaim
 
 def main(args):
     """Set up a run and do it."""
-    config = get_config(args)
+    config = get_config(args, "coco")
     schedule = None
     if not config.EVAL_MODE:
         schedule = SaveSchedule(config.TRAIN.SAVE_STEPS, config.TRAIN.SAVE_MINUTES)

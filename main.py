@@ -25,7 +25,7 @@ from run import FolderClaim
 
 def main(args):
     """Set up a run and do it."""
-    config = get_config(args)
+    config = get_config(args, "imagenet")
     mode = "eval" if config.EVAL_MODE else "throughput" if config.THROUGHPUT_MODE else "train"
     schedule = SaveSchedule(config.TRAIN.SAVE_STEPS, config.TRAIN.SAVE_MINUTES) if mode == "train" else None
     rank, world_size = distributed.rank_and_world_size()
@@ -171,7 +171,9 @@ def throughput(model, images, amp_dtype, logger):
             if device.type == "cuda":
                 torch.cuda.synchronize()
             seconds = time.time() - begin
-    logger.info(f"batch_size {len(images)} throughput {30 * len(images) / seconds:.2f} images/s")
+    precision = str(amp_dtype or torch.float32).removeprefix("torch.")
+    speed = 30 * len(images) / seconds
+    logger.info(f"batch_size {len(images)} throughput {speed:.2f} images/s in {precision}")
 
 
 if __name__ == "__main__":

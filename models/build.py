@@ -70,6 +70,11 @@ def build_model(config):
         model = MSGTransformer(**arguments)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    except (RuntimeError, MemoryError) as error:
+        raise ConfigError(
+            f"a model of these sizes cannot be made ({str(error).splitlines()[0]}): lower "
+            "MODEL.MSG.EMBED_DIM, MLP_RATIO or DEPTHS, or MODEL.NUM_CLASSES"
+        ) from error
     model.set_grad_checkpointing(config.TRAIN.USE_CHECKPOINT)
     use_onednn(model)
     return model
