@@ -23,7 +23,7 @@ from utils import UserError
 MOST_FILES, MOST_BYTES = 100, 100_000
 LARGEST = 2**31 - 1  # of any number but the seed
 LARGEST_SEED = 2**63 - 1
-MOST_ENTRIES = 1000  # of a list
+MOST_ENTRIES, MOST_CHARACTERS = 1000, 4096  # of a list, of a text
 
 # Flags of Swin's main.py that mean nothing here, and what to do instead.
 ELSEWHERE = {
@@ -515,6 +515,8 @@ def _coerce(value, present, key, source):
             value = str(value)
         if type(value) is not str or "\0" in value or not _is_encodable(value):
             refuse(f"text, such as {present!r}")
+        if len(value) > MOST_CHARACTERS:
+            refuse(f"text of at most {MOST_CHARACTERS} characters")
         return os.path.expanduser(value) if key in _PATHS else value
     value = _literal(value)
     if value is None and key in optional:
@@ -697,12 +699,16 @@ def _check(config, sources):
     between(1, 10**6, "DATA.BATCH_SIZE MODEL.NUM_CLASSES TRAIN.EPOCHS TRAIN.LR_SCHEDULER.DECAY_EPOCHS")
     between(1, 10**6, "DIST.TIMEOUT_SECONDS")
     between(0, 10**6, "TRAIN.START_EPOCH TRAIN.WARMUP_EPOCHS")
-    between(1, 10**5, "DATA.IMG_SIZE MODEL.MSG.PATCH_SIZE MODEL.MSG.WINDOW_SIZE DET.MAX_SIZE DET.TEST_SIZE")
-    between(1, 10**4, "MODEL.MSG.EMBED_DIM MODEL.MSG.IN_CHANS DET.CHANNELS DET.ANCHOR_SCALE")
+    between(1, 10**5, "DATA.IMG_SIZE MODEL.MSG.PATCH_SIZE MODEL.MSG.WINDOW_SIZE")
+    between(16, 10**5, "DET.MAX_SIZE DET.TEST_SIZE")
+    between(1, 10**4, "MODEL.MSG.EMBED_DIM MODEL.MSG.IN_CHANS DET.ANCHOR_SCALE")
+    between(1, 2000, "DET.CHANNELS")
     between(0, 1000, "DATA.NUM_WORKERS")
     between(0, 100, "AUG.RECOUNT DET.BOX_CONVS DET.MASK_CONVS")
-    between(0, 1, "AUG.HFLIP AUG.REPROB AUG.MIXUP_PROB AUG.MIXUP_SWITCH_PROB")
-    between(0, 1, "DET.ROI_POSITIVE DET.SCORE_THRESHOLD DET.NMS_IOU")
+    shares = "AUG.HFLIP AUG.REPROB AUG.MIXUP_PROB AUG.MIXUP_SWITCH_PROB"
+    shares += " DET.ROI_POSITIVE DET.SCORE_THRESHOLD DET.NMS_IOU"
+    for key in shares.split():
+        require(key, lambda value: 0 <= value <= 1, "between 0 and 1")
     below_1("MODEL.DROP_RATE MODEL.DROP_PATH_RATE MODEL.LABEL_SMOOTHING TRAIN.OPTIMIZER.MOMENTUM")
     for key in ("TRAIN.BASE_LR", "TRAIN.OPTIMIZER.EPS"):
         require(key, lambda value: value > 0, "above 0")
@@ -717,7 +723,7 @@ def _check(config, sources):
         "MODEL.MSG.IN_CHANS", lambda value: value == 3 or not config.DATA.DATA_PATH, "3 for image folders"
     )
     entries("MODEL.MSG.DEPTHS MODEL.MSG.NUM_HEADS MODEL.MSG.SHUF_SIZE DET.SHUF_SIZE", 1, 1000, (int,))
-    entries("DET.CROP_SIZES DET.CROP_MIN_SIZES DET.MIN_SIZES", 1, 10**5, (int,))
+    entries("DET.CROP_SIZES DET.CROP_MIN_SIZES DET.MIN_SIZES", 16, 10**5, (int,))
     entries("DET.BOX_FCS", 1, 10**4, (int,))
     entries("DET.ANCHOR_RATIOS", 0.001, 1000)
     entries("DET.IOU_THRESHOLDS", 0, 1)

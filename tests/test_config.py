@@ -1,12 +1,17 @@
 """Config: official keys and defaults, BASE, --opts, flags, errors that name the key and the file."""
 
 import argparse
+import math
+import os
+import time
 
 import pytest
 import yaml
 from helpers import ROOT, digits_config
 
-from config import ConfigError, default_config, dump_config, get_config
+import detect
+import main
+from config import MOST_FILES, ConfigError, default_config, dump_config, get_config, parse_args
 from detection.detector import build_detector
 from models import build_model
 
@@ -90,8 +95,10 @@ def test_later_sources_win(tmp_path):
 
 
 def test_numbers_written_like_5e_4_are_numbers(tmp_path):
-    config = config_of(tmp_path, "TRAIN: {BASE_LR: 5e-3, CLIP_GRAD: 1}\nMODEL: {MSG: {QK_SCALE: 1e-1}}")
+    text = "TRAIN: {BASE_LR: 5e-3, CLIP_GRAD: 1}\nMODEL: {MSG: {QK_SCALE: 1e-1}}\n"
+    config = config_of(tmp_path, text + "AUG: {CUTMIX_MINMAX: [2e-1, 1]}")
     assert (config.TRAIN.BASE_LR, config.TRAIN.CLIP_GRAD, config.MODEL.MSG.QK_SCALE) == (5e-3, 1.0, 0.1)
+    assert config.AUG.CUTMIX_MINMAX == [0.2, 1]
 
 
 @pytest.mark.parametrize(
@@ -103,6 +110,20 @@ def test_numbers_written_like_5e_4_are_numbers(tmp_path):
         ("TRAIN: {EPOCHS: many}", ["run.yaml", "TRAIN.EPOCHS is 'many'", "whole number"]),
         ("TRAIN: {EPOCHS: 1.5}", ["TRAIN.EPOCHS is 1.5", "whole number"]),
         ("TRAIN: {AUTO_RESUME: 3}", ["TRAIN.AUTO_RESUME is 3", "True or False"]),
+        ("train: {epochs: 3}", ["unknown key train.epochs;", "did you mean TRAIN.EPOCHS"]),
+        ("Model.Msg.Embed-Dim: 3", ["did you mean MODEL.MSG.EMBED_DIM"]),
+        ("seed: 3", ["did you mean SEED"]),
+        ("TRAIN: {EPOCHS: {}}", ["TRAIN.EPOCHS is {}", "whole number"]),
+        ("MODEL: {MSG: {MANIP_TYPE: ShUF}}", ["MANIP_TYPE is 'ShUF'", "did you mean 'shuf'?"]),
+        ("AMP_OPT_LEVEL: o1", ["did you mean 'O1'?"]),
+        ("TRAIN: {EPOCHS: 9223372036854775808}", ["run.yaml", "TRAIN.EPOCHS is 9223372036854775808"]),
+        ("MODEL: {MSG: {MLP_RATIO: 1e300}}", ["MODEL.MSG.MLP_RATIO is", "finite and no larger than"]),
+        ("MODEL: {MSG: {MLP_RATIO: 1000}}", ["MODEL.MSG.MLP_RATIO is 1000.0", "at most 100"]),
+        ("AUG: {CUTMIX_MINMAX: [a, b]}", ["AUG.CUTMIX_MINMAX is ['a', 'b']", "two ratios"]),
+        ("TRAIN: {LR_SCHEDULER: {MILESTONES: [a]}}", ["MILESTONES is ['a']", "a list of numbers"]),
+        ("TRAIN: {LR_SCHEDULER: {MILESTONES: [33, 27]}}", ["MILESTONES is [33, 27]", "in order"]),
+        ("MODEL: {MSG: {DEPTHS: [true, 2, 6, 2]}}", ["DEPTHS is [True, 2, 6, 2]", "whole numbers"]),
+        ("DET: {TEST_SIZE: 1333}", ["DET.TEST_SIZE is 1333", "below DET.MAX_SIZE"]),
         ("TRAIN: 3", ["TRAIN is a section"]),
         ("DATA: {BATCH_SIZE: 0}", ["run.yaml", "DATA.BATCH_SIZE is 0", "at least 1"]),
         ("DATA: {BATCH_SIZE: 3}", ["DATA.BATCH_SIZE is 3", "even"]),
@@ -142,3 +163,199 @@ def test_dumped_config_gives_the_same_run_again(tmp_path):
 def test_impossible_model_names_the_key():
     with pytest.raises(ConfigError, match="DATA.IMG_SIZE is 64"):
         build_model(digits_config("DATA.IMG_SIZE", 64))
+
+
+def test_a_model_that_no_memory_holds_is_one_message():
+    sizes = dict(PATCH_SIZE=1, WINDOW_SIZE=10**5, EMBED_DIM=10**4)
+    sizes |= dict(DEPTHS=[1], NUM_HEADS=[1000], SHUF_SIZE=[1])
+    opts = [word for key, value in sizes.items() for word in (f"MODEL.MSG.{key}", value)]
+    with pytest.raises(ConfigError, match="cannot be made .*: lower MODEL.MSG.EMBED_DIM"):
+        build_model(digits_config("DATA.IMG_SIZE", 10**5, *opts))
+
+
+OFFICIAL = """
+MODEL:
+  TYPE: msg
+  NAME: msg_tiny_p4_win7_224
+  DROP_PATH_RATE: {}
+  MSG:
+    EMBED_DIM: {}
+    DEPTHS: [ {} ]
+    NUM_HEADS: [ {} ]
+    WINDOW_SIZE: 7
+    SHUF_SIZE: [4, 4, 2, 1]
+    MANIP_TYPE: shuf"""
+
+
+@pytest.mark.parametrize(
+    "sizes", [(0.2, 96, "2, 2, 6, 2", "3, 6, 12, 24"), (0.5, 128, "2, 2, 18, 2", "4, 8, 16, 32")]
+)
+def test_official_v1_files_build_v1(tmp_path, sizes):
+    config = config_of(tmp_path, OFFICIAL.format(*sizes))
+    assert (config.MODEL.MSG.PATCH_EMBED, config.MODEL.MSG.DOWNSAMPLE) == ("linear", "linear")
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (0.1, 64, "2, 4, 12, 4", "2, 4, 8, 16"),
+        (0.3, 96, "2, 4, 12, 4", "3, 6, 12, 24"),
+        (0.5, 96, "2, 4, 28, 4", "3, 6, 12, 24"),
+    ],
+)
+def test_official_cvpr22_files_ask_for_the_keys_that_they_lack(tmp_path, sizes):
+    text = OFFICIAL.format(*sizes)
+    message = refusal(tmp_path, text)
+    assert message.startswith(f"{tmp_path}/run.yaml: MODEL.MSG.DEPTHS") and "CVPR 2022" in message
+    assert "MODEL.MSG.PATCH_EMBED conv and MODEL.MSG.DOWNSAMPLE conv" in message
+    assert "DOWNSAMPLE" in refusal(tmp_path, text, opts=["MODEL.MSG.PATCH_EMBED", "conv"])
+    for embed, merge in (("conv", "conv"), ("linear", "linear"), ("linear", "conv")):
+        opts = ["MODEL.MSG.PATCH_EMBED", embed, "MODEL.MSG.DOWNSAMPLE", merge]
+        msg = config_of(tmp_path, text, opts=opts).MODEL.MSG
+        assert (embed, merge) == (msg.PATCH_EMBED, msg.DOWNSAMPLE)
+
+
+@pytest.mark.parametrize("key", ["PATCH_EMBED", "DOWNSAMPLE"])
+def test_half_of_cvpr22_is_refused_unless_both_keys_say_so(tmp_path, key):
+    (tmp_path / "half.yaml").write_text(f"MODEL: {{MSG: {{{key}: conv}}}}")
+    message = refusal(tmp_path, "BASE: [half.yaml]")
+    assert (
+        message.startswith(f"{tmp_path}/half.yaml: MODEL.MSG.PATCH_EMBED") and "does not go with" in message
+    )
+    other = {"PATCH_EMBED": "DOWNSAMPLE", "DOWNSAMPLE": "PATCH_EMBED"}[key]
+    config = config_of(tmp_path, "BASE: [half.yaml]", opts=[f"MODEL.MSG.{other}", "linear"])
+    assert config.MODEL.MSG[key] == "conv" and config.MODEL.MSG[other] == "linear"
+
+
+def test_each_program_refuses_the_configs_of_the_other_before_it_writes(tmp_path):
+    for program, cfg, other in ((main, "coco/shapes", "detect.py"), (detect, "digits", "main.py")):
+        argv = ["--cfg", str(ROOT / f"configs/{cfg}.yaml"), "--output", str(tmp_path), "--data-path", "none"]
+        with pytest.raises(ConfigError, match=f"DATA.DATASET is .* is for {other};"):
+            program.main(parse_args("", argv=argv))
+    assert not list(tmp_path.iterdir())
+
+
+def test_throughput_is_of_float32_unless_a_precision_is_asked_for(tmp_path):
+    def level(text="", **flags):
+        return config_of(tmp_path, text, throughput=True, **flags).AMP_OPT_LEVEL
+
+    assert level() == "O0" and config_of(tmp_path, "").AMP_OPT_LEVEL == "O1"
+    assert level("AMP_OPT_LEVEL: O1") == level(amp_opt_level="O1") == "O1"
+    assert level("AMP_DTYPE: bfloat16") == level(opts=["AMP_DTYPE", "float16"]) == "O1"
+
+
+def from_flags(*argv):
+    return get_config(parse_args("", throughput=True, argv=["--cfg", "configs/digits.yaml", *argv]))
+
+
+def test_flags_of_swin_and_of_either_spelling_are_taken():
+    config = from_flags("--optim", "sgd", "--disable_amp", "--batch_size=8", "--data-path", "a", "--tag=c_d")
+    assert (config.TRAIN.OPTIMIZER.NAME, config.AMP_OPT_LEVEL, config.DATA.BATCH_SIZE) == ("sgd", "O0", 8)
+    assert (config.DATA.DATA_PATH, config.TAG) == ("a", "c_d")
+    assert from_flags("--disable-amp", "--local_rank=1").LOCAL_RANK == 1
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        ("--fused_window_process", "--fused_window_process'; messengers exchange without shifted windows"),
+        ("--fused-layernorm", "PyTorch's own LayerNorm"),
+        ("--zip", "unpack the archives into train/<class>/<image>"),
+        ("--cache-mode part", "the system's own cache"),
+        ("--optim fused_adam", "--optim: TRAIN.OPTIMIZER.NAME is 'fused_adam', but must be one of 'adamw'"),
+        ("--data-pth x", "did you mean --data-path?"),
+        ("--Data_Path x", "did you mean --data-path?"),
+        ("--batch 8", "did you mean --batch-size?"),
+        ("-resume x", "did you mean --resume?"),
+        ("--epochs 3", "did you mean --opts TRAIN.EPOCHS VALUE?"),
+        ("--nonsense", "--help lists every flag"),
+    ],
+)
+def test_flags_that_mean_nothing_say_what_to_use_instead(argv, words):
+    with pytest.raises(ConfigError) as error:
+        from_flags(*argv.split())
+    assert words in str(error.value)
+
+
+def test_a_mistyped_cfg_is_told_before_the_missing_one():
+    with pytest.raises(ConfigError, match="unknown flag '--cgf'; did you mean --cfg?"):
+        parse_args("", argv=["--cgf", "configs/digits.yaml"])
+
+
+def test_home_folders_are_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "base.yaml").write_text("MODEL: {RESUME: ~/a.pth, PRETRAINED: ~/b.pth}\nTAG: ~x")
+    (tmp_path / "run.yaml").write_text("BASE: [~/base.yaml]")
+    flags = dict(data_path="~/data", output="~/out", opts=["DET.VAL_JSON", "~/val.json"])
+    config = get_config(argparse.Namespace(cfg="~/run.yaml", **flags))
+    found = [config.MODEL.RESUME, config.MODEL.PRETRAINED, config.DATA.DATA_PATH, config.DET.VAL_JSON]
+    assert found == [str(tmp_path / name) for name in ("a.pth", "b.pth", "data", "val.json")]
+    assert str(tmp_path / "out/msg_tiny_p4_win7_224/~x") == config.OUTPUT
+
+
+def leaves(tree, prefix=""):
+    for key, value in tree.items():
+        yield from leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+
+
+def is_finite(value):
+    entries = value if isinstance(value, (list, tuple)) else [value]
+    return all(isinstance(v, str) or v is None or math.isfinite(v) for v in entries if type(v) is not list)
+
+
+ODD = ["", "-1", "0", "1.5", str(2**63), "1e300", "-1e300", "nan", "1e999", "1j", "b'x'", "[]", "[nan, 1]"]
+ODD += ["['a', 'b']", "[a", "[[1, 2], [3]]", "[[[1]]]", "[True, True]", "[None]", f"[{2**63}]", "[-1, -1]"]
+ODD += ["{[]: 1}", "{'a': 1}", str([1] * 2000), "\0", "\ud800"]
+ODD += ["x" * 5000, "9" * 5000, "0x" + "f" * 5000, "(" * 300]
+
+
+def test_every_key_takes_or_refuses_any_value_in_one_line(tmp_path):
+    for key, default in leaves(default_config()):
+        for value in ODD if key != "BASE" else ():
+            try:
+                config = config_of(tmp_path, "", opts=[key, value])
+            except ConfigError as error:
+                message = str(error)
+                assert message.startswith(f"--opts: {key} is ") and len(message.splitlines()) == 1, message
+                assert len(message) < 500
+            else:
+                taken = dict(leaves(config))[key]
+                assert default is None or type(taken) is type(default), (key, value)
+                assert is_finite(taken), (key, value)
+
+
+@pytest.mark.parametrize("key", ["SEED", "TRAIN.BASE_LR", "TAG", "COMPILE", "MODEL.MSG.DEPTHS"])
+def test_yaml_values_that_python_cannot_write_are_refused_in_one_line(tmp_path, key):
+    for value in (
+        "0x" + "f" * 5000, "1" + ":59" * 3000, "[0x" + "f" * 5000 + "]", ".nan", "!!bool maybe", "!!int ''",
+        "!!timestamp x", "!!set {a}", "!!binary YQ==", '"\\ud800"', "2020-01-01", "[" * 200 + "]" * 200,
+    ):  # fmt: skip
+        message = refusal(tmp_path, f"{key}: {value}")
+        assert message.startswith(f"{tmp_path}/run.yaml") and len(message.splitlines()) == 1, message
+        assert len(message) < 500
+
+
+def test_files_that_unfold_or_never_end_are_refused_in_seconds(tmp_path):
+    for i in range(25):
+        (tmp_path / f"{i + 1}.yaml").write_text(f"BASE: [{i}.yaml, {i}.yaml]")
+    (tmp_path / "0.yaml").write_text("SEED: 1")
+    os.mkfifo(tmp_path / "pipe")
+    os.symlink("/dev/zero", tmp_path / "zero.yaml")
+    (tmp_path / "large.yaml").write_text("a: [" + "1," * 10**6 + "1]")
+    begin = time.monotonic()
+    assert f"more than {MOST_FILES} files" in refusal(tmp_path, "BASE: [25.yaml]")
+    for name in ("pipe", "zero.yaml", "/dev/zero", "."):
+        message = refusal(tmp_path, f"BASE: [{name}]")
+        assert "cannot read the config file" in message and "a folder, a pipe or a device" in message
+    assert "100,000 bytes" in refusal(tmp_path, "BASE: [large.yaml]")
+    assert "100,000 bytes" in refusal(tmp_path, "\n".join(f"KEY_{i}: 1" for i in range(200_000)))
+    assert "unknown key KEY_0" in refusal(tmp_path, "\n".join(f"KEY_{i}: 1" for i in range(6000)))
+    assert "not valid YAML" in refusal(tmp_path, "{a: " * 20_000)
+    assert time.monotonic() - begin < 20
+
+
+def test_a_diamond_of_base_files_is_no_circle(tmp_path):
+    (tmp_path / "root.yaml").write_text("SEED: 3")
+    for name in "ab":
+        (tmp_path / f"{name}.yaml").write_text("BASE: [root.yaml]")
+    assert config_of(tmp_path, "BASE: [a.yaml, b.yaml]").SEED == 3

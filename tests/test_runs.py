@@ -143,7 +143,7 @@ def test_a_folder_of_other_classes_is_not_evaluated(trained, tmp_path):
 
 def test_throughput_without_data():
     printed = run_main("--cfg", "configs/digits.yaml", "--throughput", "--batch-size", 2).stdout
-    assert float(re.search(r"batch_size 2 throughput ([\d.]+)", printed)[1]) > 0
+    assert float(re.search(r"batch_size 2 throughput ([\d.]+) images/s in float32", printed)[1]) > 0
 
 
 @pytest.mark.parametrize(
@@ -152,6 +152,7 @@ def test_throughput_without_data():
         (["--cfg", "configs/none.yaml"], "cannot read the config file configs/none.yaml"),
         (["--cfg", "configs/digits.yaml", "--data-path", "none"], "none/val is not a folder"),
         (["--cfg", "configs/digits.yaml", "--opts", "TRAIN.EPOCS", "1"], "did you mean TRAIN.EPOCHS"),
+        (["--cfg", "configs/digits.yaml", "--data-pth", "none"], "did you mean --data-path?"),
         (
             ["--cfg", "configs/digits.yaml", "--resume", "none.pth", "--eval", "--data-path", "{data}"],
             "none.pth",
