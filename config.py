@@ -413,12 +413,23 @@ def dump_config(config):
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain YAML without aliases: a few lines of them can unfold to gigabytes, or to a circle."""
+    """Plain YAML without aliases: a few lines of them can unfold to gigabytes, or to a circle.
+
+    A key that is given twice is an error: the last one would win without a word.
+    """
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError(f"configs may not use aliases{self.peek_event().start_mark}")
         return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                raise yaml.YAMLError(f"{key.value} is given twice{key.start_mark}")
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 def _merge_file(config, path, sources, parents, sizes):

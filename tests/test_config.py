@@ -137,6 +137,7 @@ def test_numbers_written_like_5e_4_are_numbers(tmp_path):
         ("TRAIN: {EPOCHS: 3", ["run.yaml is not valid YAML"]),
         ("TAG: !!python/object/apply:os.system ['echo hacked']", ["run.yaml is not valid YAML"]),
         ("- a\n- b", ["run.yaml", "found a list"]),
+        ("TRAIN: {EPOCHS: 3}\nTRAIN: {BASE_LR: 1}", ["run.yaml", "TRAIN is given twice", "line 2"]),
         ("BASE: [none.yaml]", ["cannot read the config file", "none.yaml"]),
         ("BASE: [run.yaml]", ["BASE goes in a circle"]),
     ],
