@@ -9,6 +9,7 @@ import shutil
 import ssl
 import subprocess
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -156,6 +157,29 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         ckpt.save_checkpoint(path, dict(epoch=2))
     assert ckpt.read_checkpoint(path)["epoch"] == 1
+
+
+def test_a_checkpoint_is_on_the_disk_before_its_name(tmp_path, monkeypatch):
+    """Content, then name, then folder: in another order a power cut leaves the name of an empty file."""
+    calls = []
+
+    def recorded(name, function):
+        def call(what, *others):
+            path = Path(f"/proc/self/fd/{what}").resolve() if name == "fsync" else Path(others[0])
+            calls.append((name, "folder" if path.is_dir() else "file", os.stat(what).st_size))
+            return function(what, *others)
+
+        return call
+
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(os, name, recorded(name, getattr(os, name)))
+    ckpt.save_checkpoint(str(tmp_path / "c.pth"), dict(model=micro().state_dict(), epoch=1))
+    size = os.path.getsize(tmp_path / "c.pth")
+    assert [call[:2] for call in calls] == [("fsync", "file"), ("replace", "file"), ("fsync", "folder")]
+    assert calls[0][2] == calls[1][2] == size  # all of the content was handed to the system
+    calls.clear()
+    ckpt.save_best(str(tmp_path), None, saved=str(tmp_path / "c.pth"))  # a second name of the same content
+    assert [call[:2] for call in calls] == [("replace", "file"), ("fsync", "folder")]
 
 
 def test_old_checkpoints_go_and_the_best_stays(tmp_path):

@@ -1,14 +1,18 @@
 """Learning rates, parameter groups, accumulation."""
 
+import itertools
+import os
 import signal
+import time
 
 import pytest
 import torch
 from helpers import digits_config, micro, reference
 from torch import nn
 
+import checkpoint as ckpt
 from data.samplers import TrainBatchSampler
-from engine import NonFiniteError, Run, SaveSchedule, Updater, train_one_epoch
+from engine import NonFiniteError, Progress, Run, SaveSchedule, Updater, train_epochs, train_one_epoch
 from lr_scheduler import build_scheduler
 from main import evaluate
 from optimizer import build_optimizer, parameter_groups
@@ -59,6 +63,34 @@ def test_step_schedule_decays_every_given_number_of_epochs():
     assert rates("step", expected) == pytest.approx(expected, rel=1e-12)
 
 
+def test_multistep_schedule_decays_after_each_milestone():
+    milestones = ["TRAIN.LR_SCHEDULER.MILESTONES", "[27, 33]"]
+    first, second = 27 * 1251, 33 * 1251
+    # timm decays an update early.
+    expected = {0: 1e-6, first - 2: 1e-3, first: 1e-4, second - 2: 1e-4, second: 1e-5}
+    assert rates("multistep", expected, *milestones) == pytest.approx(expected, rel=1e-12)
+
+
+def test_warm_up_may_be_given_in_updates():
+    expected = {0: 1e-6, 250: 1e-6 + (1e-3 - 1e-6) / 2, 500: 1e-3}
+    found = rates("step", expected, "TRAIN.WARMUP_STEPS", 500)
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_optimizer_has_the_settings_of_the_config():
+    common = ["TRAIN.WEIGHT_DECAY", 0.3, "TRAIN.OPTIMIZER.NAME"]
+    adamw = digits_config(
+        *common, "adamw", "TRAIN.OPTIMIZER.EPS", 1e-7, "TRAIN.OPTIMIZER.BETAS", "(0.8, 0.9)"
+    )
+    sgd = digits_config(*common, "sgd", "TRAIN.OPTIMIZER.MOMENTUM", 0.7)
+    for config, expected in (
+        (adamw, dict(weight_decay=0.3, eps=1e-7, betas=(0.8, 0.9))),
+        (sgd, dict(weight_decay=0.3, momentum=0.7, nesterov=True)),
+    ):
+        decayed = build_optimizer(config, nn_model(), 1.0).param_groups[0]
+        assert {name: decayed[name] for name in expected} == expected
+
+
 def test_weight_decay_spares_norms_biases_positions_and_messengers():
     model = micro(ape=True)
     names = {id(p): n for n, p in model.named_parameters()}
@@ -105,16 +137,24 @@ def signal_handlers():
         signal.signal(number, handler)
 
 
+def new_run(model, sampler, folder="", clip_grad=0.5, max_nonfinite=3):
+    """A run of 20 epochs with SGD that has not begun."""
+    config = digits_config("TRAIN.OPTIMIZER.NAME", "sgd")
+    optimizer = build_optimizer(config, model, 1.0)
+    scheduler = build_scheduler(config, optimizer, sampler.updates_per_epoch, 1.0)
+    updater = Updater(
+        model, optimizer, torch.device("cpu"), None, sampler.accumulation, clip_grad, max_nonfinite
+    )
+    return Run(model, updater, scheduler, sampler, str(folder), "", 0, False, Quiet())
+
+
 def train(batches, accumulation=1, clip_grad=0.5, max_nonfinite=3):
     """Train the micro model on given micro-batches as epoch 3 of 20: (model, metrics, log, updater)."""
     torch.manual_seed(0)
     model, size = micro().to(batches[0][0].dtype), len(batches[0][0])
-    config = digits_config("TRAIN.OPTIMIZER.NAME", "sgd")
     sampler = TrainBatchSampler(size * len(batches), size, accumulation, 0, 1, seed=0)
-    optimizer = build_optimizer(config, model, 1.0)
-    scheduler = build_scheduler(config, optimizer, sampler.updates_per_epoch, 1.0)
-    updater = Updater(model, optimizer, torch.device("cpu"), None, accumulation, clip_grad, max_nonfinite)
-    run = Run(model, updater, scheduler, sampler, "", "", 0, False, Quiet())
+    run = new_run(model, sampler, "", clip_grad, max_nonfinite)
+    updater = run.updater
     run.start_epoch(3)
     criterion = nn.CrossEntropyLoss()
 
@@ -137,6 +177,108 @@ def test_accumulation_equals_the_large_batch_and_clips_once():
     assert accumulated["grad_norm"] == pytest.approx(result["grad_norm"], rel=1e-6)
 
 
+@pytest.mark.parametrize("amp_dtype", [None, torch.float16])
+@pytest.mark.parametrize("clip_grad, moved", [(0.0, 5.0), (2.0, 2.0), (4.9, 4.9), (5.1, 5.0)])
+def test_gradients_are_cut_to_the_threshold_and_left_alone_below_it(clip_grad, moved, amp_dtype):
+    """The gradient is (3, 4) and the rate 1, so that the weights move as far as the gradient is long."""
+    model = nn.Linear(2, 1, bias=False)
+    before, direction = model.weight.detach().clone(), torch.tensor([[3.0, 4.0]])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    updater = Updater(model, optimizer, torch.device("cpu"), amp_dtype, 1, clip_grad, 3)
+    with updater.micro_batch(0):
+        updater.backward((model.weight * direction).sum())
+    assert updater.update().item() == pytest.approx(5)  # without the scale of the loss
+    torch.testing.assert_close(before - model.weight, direction * moved / 5)
+
+
+def drawn(rank, seed, epoch):
+    """What each of two updates of an epoch draws at random on a rank."""
+    model, sampler, found = nn_model(), TrainBatchSampler(8, 2, 1, rank, 2, seed), []
+
+    def losses_of(images, targets, part):
+        found.append(torch.rand(1).item())
+        return dict(loss=model(images).sum())
+
+    run = new_run(model, sampler)
+    run.start_epoch(epoch)
+    batches = Batches([(torch.ones(2, 2), None)] * 2)
+    train_one_epoch(run, batches, losses_of, SaveSchedule(0, 0), seed, 20, 1, None)
+    return found
+
+
+def test_ranks_seeds_epochs_and_updates_draw_different_dropout():
+    places = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
+    found = [number for place in places for number in drawn(*place)]
+    assert len(found) == len(set(found)) == 8
+    assert drawn(1, 0, 0) == found[2:4]
+
+
+def test_a_run_of_another_size_goes_on_between_two_updates_of_the_schedule():
+    """A run of smaller updates left an epoch after 2.5 of today's."""
+    run = new_run(nn_model(), TrainBatchSampler(100, 8, 1, 0, 1, seed=0))  # 12 updates of an epoch
+    run.progress.epoch, run.progress.images = 2, 20
+    assert run.position() == 2 * 12 + 2.5
+
+
+def test_means_of_an_epoch_go_on_with_the_sums_of_each_rank():
+    saved = dict(epoch=3, images=64, updates=8, loss=[1.0, 3.0], norm=[5.0, 5.0], parts=dict(box=[0.5, 1.5]))
+
+    def restored(rank, world_size):
+        progress = Progress(0, torch.device("cpu"))
+        progress.load_state_dict(saved, rank, world_size)
+        return progress.loss.item(), progress.norm.item(), progress.parts["box"].item()
+
+    assert restored(0, 2) == (1, 5, 0.5) and restored(1, 2) == (3, 5, 1.5)
+    # The mean stays the same where their number changes.
+    assert restored(0, 1) == restored(0, 3) == restored(2, 3) == (2, 5, 1)
+
+
+def test_the_first_of_the_best_epochs_and_the_last_epoch_are_kept(tmp_path):
+    model, sampler, scores = nn_model(), TrainBatchSampler(4, 2, 1, 0, 1, seed=0), [0, 50, 50, 40]
+    run, results = new_run(model, sampler, tmp_path), iter(scores)
+    train_epochs(
+        run,
+        Batches([(torch.ones(2, 2), None)] * 2),
+        lambda images, targets, part: dict(loss=model(images).sum()),
+        lambda: dict(acc1=next(results)),
+        "acc1",
+        SaveSchedule(0, 0),
+        seed=0,
+        epochs=4,
+        print_freq=1,
+        save_freq=2,
+        record=None,
+    )
+    best = ckpt.read_checkpoint(os.path.join(tmp_path, ckpt.BEST))
+    assert (best["epoch"], best["max_accuracy"]) == (1, 50)
+    assert ckpt.in_order(tmp_path) == [f"ckpt_epoch_{epoch}.pth" for epoch in (0, 2, 3)]
+
+
+def test_a_checkpoint_within_an_epoch_does_not_claim_the_epoch(tmp_path):
+    run = new_run(nn_model(), TrainBatchSampler(4, 2, 1, 0, 1, seed=0), tmp_path)
+    run.start_epoch(3)
+    run.progress.add(2, dict(loss=torch.ones(())), torch.ones(()))
+    for epoch_done, finished in ((False, 2), (True, 3)):
+        (name,) = run.save(epoch_done)
+        assert ckpt.read_checkpoint(os.path.join(tmp_path, name))["epoch"] == finished
+
+
+def test_checkpoints_are_due_after_so_many_updates_or_minutes(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def due(steps, minutes, seconds):
+        now[0], schedule, found = 0.0, SaveSchedule(steps, minutes), []
+        schedule.start()
+        for now[0] in seconds:
+            found.append(schedule.after_update()[0])
+        return [second for second, save in zip(seconds, found) if save]
+
+    assert due(3, 0, range(1, 8)) == [3, 6]
+    assert due(0, 2, range(10, 400, 10)) == [120, 240, 360]
+    assert due(0, 0, range(10, 400, 10)) == []
+
+
 def test_log_lines_have_the_fields_of_swin():
     _, _, lines, _ = train([(torch.randn(2, 3, 32, 32), torch.tensor([1, 2]))] * 2)
     for update, line in enumerate(lines[:2]):
@@ -144,6 +286,16 @@ def test_log_lines_have_the_fields_of_swin():
         for field in (" lr ", "\ttime ", "\tloss ", "\tgrad_norm ", "\tmem "):
             assert field in line
     assert lines[2].startswith("EPOCH 3 training takes")
+
+
+def test_log_lines_say_how_long_the_epoch_and_the_run_still_take(monkeypatch):
+    """A clock that goes on by 10 s whenever it is looked at; 16 epochs of 2 updates follow."""
+    clock = itertools.count(0, 10)
+    monkeypatch.setattr(time, "time", lambda: next(clock))
+    _, metrics, lines, _ = train([(torch.randn(2, 3, 32, 32), torch.tensor([1, 2]))] * 2)
+    for line, left in zip(lines, ("eta 0:00:10 (run 0:05:30)", "eta 0:00:00 (run 0:05:20)")):
+        assert left in line and "time 10.0000 (10.0000)" in line
+    assert metrics["seconds"] == 30 and metrics["images_per_second"] == pytest.approx(4 / 30)
 
 
 def test_updates_with_bad_gradients_are_skipped_and_counted():
@@ -162,11 +314,13 @@ def test_updates_with_bad_gradients_are_skipped_and_counted():
 
 def test_too_many_bad_updates_in_a_row_end_the_run_with_their_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    bad = (torch.full((2, 3, 32, 32), float("nan")), torch.tensor([1, 2]))
+    good, bad = ((torch.full((2, 3, 32, 32), x), torch.tensor([1, 2])) for x in (1.0, float("nan")))
     with pytest.raises(NonFiniteError, match=r"3 updates in a row; .* held \d+.png, \d+.png") as error:
-        train([bad] * 8)
+        train([good, bad, bad, bad, good, good])
     files = (tmp_path / "nonfinite_rank0.txt").read_text().split()
-    assert len(files) == 2 and files[0] in str(error.value)
+    sampler = TrainBatchSampler(12, 2, 1, 0, 1, seed=0)
+    sampler.start(3)
+    assert files == [Batches.paths[index] for index in sampler.indices_of(3)] and files[0] in str(error.value)
 
 
 def test_evaluation_figures_are_means_over_images_not_batches():
