@@ -1,5 +1,6 @@
 """Datasets, transforms, samplers and mixup."""
 
+import itertools
 import os
 import random
 
@@ -11,10 +12,11 @@ from PIL import Image
 
 from config import ConfigError
 from data import DataError, build_loaders
-from data.datasets import build_dataset, load_image
+from data.datasets import TrainingSamples, build_dataset, load_image
 from data.mixup import build_augmentation
 from data.samplers import TrainBatchSampler, evaluation_shard
 from data.transforms import build_transform, posterize_from_0_bits
+from utils import seeded
 
 FULL_RECIPE = ["AUG.AUTO_AUGMENT", "rand-m9-mstd0.5-inc1", "AUG.HFLIP", 0.5, "AUG.REPROB", 0.5]
 
@@ -41,6 +43,47 @@ def test_augmentation_depends_on_seed_epoch_and_image_only(folder):
     other_epoch, other_seed = batches(folder, 0, epoch=1), batches(folder, 0, opts=["SEED", 1])
     assert not torch.equal(alone[0][0], other_epoch[0][0])
     assert not torch.equal(alone[0][0], other_seed[0][0])
+
+
+def test_an_image_is_augmented_differently_in_other_epochs_and_for_other_seeds(folder):
+    config = digits_config(*FULL_RECIPE)
+    dataset = build_dataset(folder, "train", build_transform(config, is_train=True))
+    places = [(0, 0, 5), (0, 1, 5), (1, 0, 5)]  # seed, epoch, image
+    images = [TrainingSamples(dataset, seed, skip=False)[place][0] for seed, *place in places]
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(images, 2))
+    assert torch.equal(images[1], TrainingSamples(dataset, 0, skip=False)[1, 5][0])
+
+
+def test_purposes_draw_different_numbers():
+    found = []
+    for purpose, number in (("dropout", 0), ("mixup", 0), ("mixup", 1)):
+        with seeded(purpose, number):
+            found += [torch.rand(1).item(), random.random(), np.random.rand()]
+    assert len(set(found)) == 9
+
+
+PLAIN = ["AUG.AUTO_AUGMENT", "none", "AUG.COLOR_JITTER", 0.0, "AUG.HFLIP", 0.0]
+
+
+@pytest.mark.parametrize("size", [32, 64])
+@pytest.mark.parametrize("probability", [0.0, 1.0])
+def test_images_are_flipped_with_their_probability(size, probability):
+    config = digits_config(*PLAIN, "DATA.IMG_SIZE", size, "AUG.HFLIP", probability)
+    transform = build_transform(config, is_train=True)
+    brighter_to_the_right = Image.fromarray(np.tile(np.arange(256, dtype=np.uint8), (256, 1))).convert("RGB")
+    for seed in range(20):
+        with seeded("test", seed):
+            columns = transform(brighter_to_the_right)[0, 8:-8].mean(0)
+        assert (columns[8] > columns[-8]) == bool(probability)
+
+
+@pytest.mark.parametrize("probability", [0.0, 1.0])
+def test_images_are_erased_with_their_probability(probability):
+    config = digits_config(*PLAIN, "DATA.IMG_SIZE", 64, "AUG.REPROB", probability)
+    transform, grey = build_transform(config, is_train=True), Image.new("RGB", (256, 256), (128, 128, 128))
+    for seed in range(20):
+        with seeded("test", seed):
+            assert (transform(grey)[0].unique().numel() > 1) == bool(probability)
 
 
 def test_loading_in_the_training_process_leaves_its_random_numbers_alone(folder):
@@ -79,12 +122,14 @@ def test_an_update_sees_the_same_images_however_it_is_spread():
         assert updates(*spread) == expected
 
 
-def test_epochs_are_permuted_differently():
-    sampler = TrainBatchSampler(100, 10, 1, 0, 1, seed=0)
-    first = [index for batch in sampler for _, index in batch]
-    sampler.start(1)
-    second = [index for batch in sampler for _, index in batch]
-    assert sorted(first) == sorted(second) == list(range(100)) and first != second
+def test_epochs_and_seeds_are_permuted_differently():
+    orders = []
+    for seed, epoch in ((0, 0), (0, 1), (1, 0)):
+        sampler = TrainBatchSampler(100, 10, 1, 0, 1, seed)
+        sampler.start(epoch)
+        orders.append([index for batch in sampler for _, index in batch])
+        assert sorted(orders[-1]) == list(range(100))
+    assert orders[0] != orders[1] != orders[2] != orders[0]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
@@ -94,15 +139,26 @@ def test_every_image_is_evaluated_by_exactly_one_process(world_size):
 
 
 def test_mixup_depends_on_seed_epoch_step_and_rank_only():
-    config = digits_config("AUG.MIXUP", 0.8, "AUG.CUTMIX", 1.0)
+    opts = ["AUG.MIXUP", 0.8, "AUG.CUTMIX", 1.0, "SEED"]
     images, targets = torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
+    places = [(0, 0, 5), (0, 0, 5), (0, 0, 6), (0, 1, 5), (1, 0, 5)]  # seed, rank, step
     mixed = [
-        build_augmentation(config, rank, "cpu")(images.clone(), targets, 0, step)
-        for rank, step in ((0, 5), (0, 5), (0, 6), (1, 5))
+        build_augmentation(digits_config(*opts, seed), rank, "cpu")(images.clone(), targets, 0, step)
+        for seed, rank, step in places
     ]
     assert torch.equal(mixed[0][0], mixed[1][0]) and torch.equal(mixed[0][1], mixed[1][1])
-    assert not torch.equal(mixed[0][0], mixed[2][0]) and not torch.equal(mixed[0][0], mixed[3][0])
+    assert all(not torch.equal(mixed[0][0], other) for other, _ in mixed[2:])
     torch.testing.assert_close(mixed[0][1].sum(1), torch.ones(4))
+
+
+def test_mixup_of_probability_0_smooths_labels_only():
+    config = digits_config(
+        "AUG.MIXUP", 0.8, "AUG.MIXUP_PROB", 0.0, "MODEL.LABEL_SMOOTHING", 0.2, "MODEL.NUM_CLASSES", 4
+    )
+    images, targets = torch.rand(4, 3, 32, 32), torch.tensor([3, 0, 2, 2])
+    found, soft = build_augmentation(config, 0, "cpu")(images.clone(), targets, 0)
+    assert torch.equal(found, images)
+    torch.testing.assert_close(soft, 0.8 * torch.eye(4)[targets] + 0.2 / 4)
 
 
 def test_mixup_is_off_when_both_parameters_are_0():
@@ -120,6 +176,17 @@ def test_evaluation_crops_the_centre_of_the_resized_image():
     np.testing.assert_allclose(out.mean((1, 2)), white, rtol=1e-4)
     squeezed = build_transform(digits_config("DATA.IMG_SIZE", 224, "TEST.CROP", False), is_train=False)(image)
     assert squeezed[0, 112, 5] < 0 < squeezed[0, 112, 112]
+
+
+def test_the_centre_crop_leaves_a_sixteenth_of_the_short_side_on_each_side():
+    """224 of 256 pixels, so that a whole white square of 224 is seen and one of 222 is seen with its edge."""
+    transform = build_transform(digits_config("DATA.IMG_SIZE", 224), is_train=False)
+    for margin, edge in ((16, 1.0), (17, 0.0)):
+        image = Image.new("L", (256, 256))
+        image.paste(255, (margin, margin, 256 - margin, 256 - margin))
+        out = transform(image.convert("RGB"))[0] * 0.229 + 0.485
+        for side in (out[0], out[-1], out[:, 0], out[:, -1]):
+            torch.testing.assert_close(side, torch.full((224,), edge))
 
 
 def test_small_images_are_brought_to_size(tmp_path):

@@ -1,6 +1,7 @@
 """main.py as a user runs it: training, resuming, evaluating, timing, and what it says when it cannot."""
 
 import json
+import math
 import os
 import re
 import shlex
@@ -10,11 +11,15 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, run_folder, run_main, write_images
+from helpers import ROOT, digits_config, run_folder, run_main, write_images
 from PIL import Image
+from torch.nn.functional import cross_entropy
 
 import checkpoint as ckpt
+from data import build_loaders
 from logger import read_metrics
+from models import build_model
+from utils import seeded
 
 SMALL = shlex.split(
     "--cfg configs/digits.yaml --batch-size 4 --opts DATA.NUM_WORKERS 1 PRINT_FREQ 1 SAVE_FREQ 1"
@@ -69,6 +74,47 @@ def test_a_run_leaves_logs_metrics_curves_and_checkpoints(trained):
     assert ckpt.read_checkpoint(str(folder / "best.pth"))["classes"] == ["a", "b", "c"]
     assert Image.open(folder / "curves.png").width > 800
     assert any(name.startswith("events") for name in os.listdir(folder / "tensorboard"))
+
+
+def test_the_learning_rate_is_for_the_images_of_all_processes(trained):
+    """2 epochs of 9 updates, the first to warm up; an update takes 8 images, the config has rates for 512."""
+    rows = read_metrics(trained[0] / "metrics.jsonl")
+    base, warmup, least = (rate * 8 / 512 for rate in (8e-3, 8e-6, 8e-5))
+    last_of_warmup = warmup + (base - warmup) * 8 / 9
+    last = least + (base - least) * (1 + math.cos(math.pi * 17 / 18)) / 2
+    assert [row["lr"] for row in rows] == pytest.approx([last_of_warmup, last], rel=1e-9)
+
+
+def test_processes_see_different_images_and_share_their_gradients(trained):
+    logs = [(trained[0] / f"log_rank{rank}.txt").read_text() for rank in (0, 1)]
+    losses, norms = (
+        [re.findall(rf"Train: .*\t{name} ([\d.]+) \(([\d.]+)\)", log) for log in logs]
+        for name in ("loss", "grad_norm")
+    )
+    assert len(norms[0]) == 18 and norms[0] == norms[1]
+    assert all(one != other for one, other in zip(*losses))
+    rows = read_metrics(trained[0] / "metrics.jsonl")
+    for row, last in zip(rows, (8, 17)):
+        means = [float(losses_of_rank[last][1]) for losses_of_rank in losses]
+        assert row["train_loss"] == pytest.approx(sum(means) / 2, abs=1e-4)
+        assert row["grad_norm"] == pytest.approx(float(norms[0][last][1]), abs=1e-4)
+
+
+def test_the_first_loss_is_that_of_the_seeds_model_and_images(data, tmp_path):
+    """Labels are smoothed once, though mixup, which mixes nothing here, smooths them as well."""
+    opts = ["SEED", 3, "AUG.MIXUP", 0.8, "AUG.MIXUP_PROB", 0.0, "MODEL.LABEL_SMOOTHING", 0.5]
+    opts += ["MODEL.DROP_PATH_RATE", 0.0, "PRINT_FREQ", 1, "TRAIN.EPOCHS", 1, "TRAIN.WARMUP_EPOCHS", 0]
+    printed = run_main(
+        "--cfg", "configs/digits.yaml", "--data-path", data, "--output", tmp_path, "--batch-size", 36,
+        "--opts", *opts,
+    ).stdout  # fmt: skip
+    config = digits_config(*opts, "MODEL.NUM_CLASSES", 3, data_path=str(data), batch_size=36)
+    with seeded("model", 3):
+        model = build_model(config)
+    images, targets = next(iter(build_loaders(config)[0]))
+    expected = cross_entropy(model(images), targets, label_smoothing=0.5).item()
+    found = float(re.search(r"Train: \[0/1\]\[0/2\].*\tloss ([\d.]+)", printed)[1])
+    assert found == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_same_command_resumes_and_says_so(trained, data, tmp_path):
