@@ -1,31 +1,48 @@
 """The model against the reference numbers and against a second implementation from the formulas."""
 
+import argparse
 import math
 
 import pytest
 import timm
 import torch
-from helpers import CVPR22, CVPR22_TINY, MICRO, fill_weights, golden_images, micro, reference
+from helpers import (
+    CVPR22,
+    CVPR22_TINY,
+    MICRO,
+    ROOT,
+    digits_config,
+    fill_weights,
+    golden_images,
+    micro,
+    reference,
+)
 from torch.nn.functional import cross_entropy
 
+from config import get_config
+from models import build_model
 from models.msg_transformer import Block, MSGTransformer, merge_windows, partition_windows, shuffle_messengers
 
-SIZES = [  # name, parameters, GMACs of the specification
-    ("msg_tiny_p4_win7_224", 28_290_166, 4.589),
-    ("msg_small_p4_win7_224", 49_608_358, 8.929),
-    ("msg_base_p4_win7_224", 87_771_024, 15.759),
-    ("msg_cvpr22_tiny_p4_win7_224", 25_086_116, 3.825),
-    ("msg_cvpr22_small_p4_win7_224", 55_968_514, 8.465),
-    ("msg_cvpr22_base_p4_win7_224", 84_392_770, 14.252),
+SIZES = [  # name, parameters, GMACs and drop path of the specification
+    ("msg_tiny_p4_win7_224", 28_290_166, 4.589, 0.2),
+    ("msg_small_p4_win7_224", 49_608_358, 8.929, 0.3),
+    ("msg_base_p4_win7_224", 87_771_024, 15.759, 0.5),
+    ("msg_cvpr22_tiny_p4_win7_224", 25_086_116, 3.825, 0.1),
+    ("msg_cvpr22_small_p4_win7_224", 55_968_514, 8.465, 0.3),
+    ("msg_cvpr22_base_p4_win7_224", 84_392_770, 14.252, 0.5),
 ]
 
 
-@pytest.mark.parametrize("name, parameters, gmacs", SIZES)
-def test_parameters_and_macs_are_those_of_the_specification(name, parameters, gmacs):
+@pytest.mark.parametrize("name, parameters, gmacs, drop_path", SIZES)
+def test_sizes_and_drop_path_are_those_of_the_specification(name, parameters, gmacs, drop_path):
     with torch.device("meta"):
         model = timm.create_model(name)
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert round(model.flops() / 1e9, 3) == gmacs
+    assert model.layers[-1].blocks[-1].drop_path.drop_prob == drop_path
+    path = ROOT / "configs" / ("cvpr22" if "cvpr22" in name else "") / f"{name.replace('cvpr22_', '')}.yaml"
+    config = get_config(argparse.Namespace(cfg=str(path)))
+    assert config.MODEL.NAME == name and config.MODEL.DROP_PATH_RATE == drop_path
 
 
 @pytest.mark.parametrize("name", ["msg_tiny_p4_win7_224", "micro_32"])
@@ -155,6 +172,22 @@ def test_maps_of_a_large_image_are_those_of_its_tiles():
         model.forward_intermediates(image[:, :, :32, :48], intermediates_only=True)
 
 
+def test_stages_are_chosen_by_number_or_from_the_end_and_the_last_is_normed():
+    model = micro().double()
+
+    def maps(indices, norm=False):
+        with torch.no_grad():
+            return model.forward_intermediates(
+                golden_images(32), indices, norm, output_fmt="NHWC", intermediates_only=True
+            )
+
+    every = maps(None)
+    assert [m.shape for m in every] == [(2, 16, 16, 48), (2, 8, 8, 96), (2, 4, 4, 192)]
+    for indices, chosen in ((1, [2]), (2, [1, 2]), ([0, -1], [0, 2]), ([-2], [1])):
+        torch.testing.assert_close(maps(indices), [every[i] for i in chosen], rtol=0, atol=0)
+    torch.testing.assert_close(maps(None, norm=True), [*every[:2], model.norm(every[2])], rtol=0, atol=0)
+
+
 def test_shuffle_sends_group_j_of_every_messenger_to_window_j():
     x = torch.zeros(1, 4, 3, 8)
     x[0, :, 0] = torch.arange(4)[:, None] * 10 + torch.arange(8) // 2  # window * 10 + group
@@ -265,6 +298,26 @@ def test_drop_path_grows_linearly_to_its_rate():
     model = MSGTransformer(**MICRO, drop_path_rate=0.5)
     rates = [block.drop_path.drop_prob for stage in model.layers for block in stage.blocks]
     assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5])
+
+
+def test_drop_path_drops_both_branches_of_a_block():
+    block = Block(8, 3, 2, 4.0, True, None, drop=0.0, drop_path=1 - 1e-9, tokens=True, shuffle=True).train()
+    x = torch.randn(1, 4, 10, 8)
+    assert torch.equal(block(x), shuffle_messengers(x.clone()))
+
+
+def test_dropout_follows_the_embedding_the_projections_and_both_layers_of_every_mlp():
+    model = build_model(digits_config("MODEL.DROP_RATE", 0.25)).train()
+    calls = []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout) and module.p == 0.25:
+            module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    model(golden_images(32).float())
+    of_a_block = ("attn.proj_drop", "mlp.drop1", "mlp.drop2")
+    blocks = [
+        f"layers.{stage}.blocks.{i}.{name}" for stage in range(3) for i in (0, 1) for name in of_a_block
+    ]
+    assert calls == ["pos_drop", *blocks]
 
 
 def test_initialisation_is_that_of_the_specification():
