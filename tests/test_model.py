@@ -42,7 +42,7 @@ def test_sizes_and_drop_path_are_those_of_the_specification(name, parameters, gm
     assert model.layers[-1].blocks[-1].drop_path.drop_prob == drop_path
     path = ROOT / "configs" / ("cvpr22" if "cvpr22" in name else "") / f"{name.replace('cvpr22_', '')}.yaml"
     config = get_config(argparse.Namespace(cfg=str(path)))
-    assert config.MODEL.NAME == name and config.MODEL.DROP_PATH_RATE == drop_path
+    assert name == config.MODEL.NAME and drop_path == config.MODEL.DROP_PATH_RATE
 
 
 @pytest.mark.parametrize("name", ["msg_tiny_p4_win7_224", "micro_32"])
