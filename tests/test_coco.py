@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import json
+import math
 import os
 import random
 import shutil
@@ -26,7 +27,7 @@ from data import DataError
 from data.samplers import TrainBatchSampler, group
 from detection.dataset import Annotations, build_dataset
 from detection.evaluation import METRICS, average_precision, table, to_results
-from detection.loaders import BatchToDevice, collate
+from detection.loaders import BatchToDevice, build_loaders, collate
 from detection.pictures import draw_detections
 from detection.transforms import build_transform
 from logger import read_metrics
@@ -315,6 +316,15 @@ def test_a_perfect_predictor_gets_100_and_an_empty_one_0(shapes):
     assert empty["box_AP"] == empty["mask_AP"] == 0 and rows == [(name, 0, 0) for name, *_ in rows]
 
 
+def test_images_that_were_not_evaluated_are_not_missed(shapes):
+    annotations = Annotations(str(shapes / "annotations" / "train.json"))
+    ids = [image["id"] for image in annotations.images[:12]]
+    results = detections_of(annotations, 0, random.Random(0))
+    results = [result for result in results if result["image_id"] in ids]
+    figures, _ = average_precision(annotations.as_coco(), results, ids)
+    assert figures["box_AP"] == figures["mask_AP"] == pytest.approx(100)
+
+
 def test_crowds_count_neither_for_nor_against(shapes):
     annotations = Annotations(str(shapes / "annotations" / "train.json"))
     crowds = [item for item in annotations.kept() if item["iscrowd"]]
@@ -389,6 +399,25 @@ def test_a_run_writes_checkpoints_curves_metrics_and_detections(trained, shapes)
     ids = {image["id"] for image in content_of(shapes, "val")["images"]}
     results = json.loads((trained / "detections.json").read_text())
     assert results and {result["image_id"] for result in results} <= ids
+
+
+def test_the_learning_rate_of_the_config_is_for_16_images(trained):
+    """2 epochs of 6 updates of 4 images, along the cosine of the whole run."""
+    rows = read_metrics(trained / "metrics.jsonl", ("epoch", "lr"))
+    expected = [1e-5 + (8e-3 - 1e-5) * (1 + math.cos(math.pi * update / 12)) / 2 for update in (5, 11)]
+    assert [row["lr"] for row in rows] == pytest.approx([4 / 16 * lr for lr in expected], rel=1e-9)
+
+
+def test_training_and_validation_have_the_same_categories(shapes, tmp_path):
+    shutil.copytree(shapes, tmp_path / "copy")
+    content = content_of(tmp_path / "copy", "val")
+    for record in content["categories"] + content["annotations"]:
+        name = "id" if "name" in record else "category_id"
+        record[name] += 1
+    (tmp_path / "copy" / "annotations" / "val.json").write_text(json.dumps(content))
+    of_copy = ["DATA.DATA_PATH", str(tmp_path / "copy"), "DATA.NUM_WORKERS", 0]
+    with pytest.raises(DataError, match="train.json and .*val.json have different categories"):
+        build_loaders(config("shapes", *of_copy))
 
 
 def figures_of(done):

@@ -224,6 +224,46 @@ def test_sampling_keeps_the_share_of_positives():
     assert len(boxes[0]) == 32 and (labels[0] == 2).sum() == 8
 
 
+def test_losses_of_a_stage_are_multiplied_by_its_weight():
+    found = []
+    for weights in ("[1.0, 1.0, 1.0]", "[1.0, 0.5, 0.25]"):
+        torch.manual_seed(0)
+        detector = build_detector(config("shapes", "DET.LOSS_WEIGHTS", weights), 3)
+        found.append(seeded_losses(detector, scene([(64, 64)]), torch.float64)[0])
+    for kind in ("class", "box", "mask"):
+        for number, weight in ((1, 1), (2, 0.5), (3, 0.25)):
+            name = f"{kind}{number}"
+            assert found[0][name] > 0 and found[1][name] == pytest.approx(weight * found[0][name]), name
+
+
+def test_suppression_is_among_boxes_of_a_class_and_the_best_are_kept():
+    heads = CascadeHeads([], 1, [], 32, 0.25, score_threshold=0.05, nms_iou=0.5, per_image=4)
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [20, 0, 30, 10], [40, 0, 90, 10]])
+    scores = torch.tensor([[0.0, 0.9, 0.1], [0.0, 0.8, 0.7], [0.0, 0.04, 0.6], [0.0, 0.5, 0.2]])
+    boxes, size = boxes[:, None].expand(-1, 3, -1), (20, 60)
+
+    def kept():
+        found = heads.keep_best(boxes, scores, size)
+        return list(zip(found["boxes"][:, 2].tolist(), found["labels"].tolist(), found["scores"].tolist()))
+
+    # The second box of class 1 and the first of class 2 lie on better ones; the last is cut to the image.
+    expected = [(10, 1, 0.9), (10, 2, 0.7), (30, 2, 0.6), (60, 1, 0.5), (60, 2, 0.2)]
+    assert kept() == [(x, label, pytest.approx(score)) for x, label, score in expected[:4]]
+    heads.per_image = 100
+    assert kept() == [(x, label, pytest.approx(score)) for x, label, score in expected]
+
+
+def test_so_many_proposals_reach_the_heads_in_training_and_at_test():
+    opts = ["DET.PROPOSALS_TRAIN", 11, "DET.PROPOSALS_TEST", 7]
+    detector, found = build_detector(config("shapes", *opts), 3), []
+    detector.rpn.register_forward_hook(lambda rpn, inputs, output: found.append(len(output[0][0])))
+    images, sizes, targets = scene([(128, 128)], torch.float32)
+    with torch.no_grad():
+        detector.train()(images, sizes, targets)
+        detector.eval()(images, sizes)
+    assert found == [11, 7]
+
+
 def test_detections_average_scores_and_masks_over_the_stages():
     detector = build_detector(config(), 3).eval()
     heads = detector.heads
