@@ -1,0 +1,63 @@
+"""What processes tell each other."""
+
+import json
+import sys
+
+from helpers import ROOT, Started, group_of_two
+
+SCRIPT = """
+import json
+
+import torch
+
+import distributed
+from utils import UserError
+
+rank, world_size = distributed.rank_and_world_size()
+distributed.start_process_group(torch.device("cpu"), 60)
+norm = torch.nn.BatchNorm1d(2)
+norm.running_mean.fill_(rank + 5)
+distributed.send_buffers(norm)
+
+
+def refuse():
+    raise UserError(f"rank {rank} refuses")
+
+
+try:
+    refusal = distributed.from_rank_0(refuse)
+except UserError as error:
+    refusal = str(error)
+found = dict(
+    total=distributed.sum_over_processes(torch.tensor([1.0, rank])).tolist(),
+    largest=distributed.largest_over_processes(15, 10 * rank, 3 - rank),
+    floats=distributed.gather_floats(torch.tensor(rank + 0.5)),
+    lists=distributed.gather_lists([rank] * (rank + 1)),
+    decision=distributed.from_rank_0(lambda: rank),
+    refusal=refusal,
+    buffers=norm.running_mean.tolist(),
+)
+distributed.stop_process_group()
+print(json.dumps(found))
+"""
+
+
+def test_two_processes_agree_on_sums_extremes_lists_and_decisions(tmp_path, port):
+    script = tmp_path / "ranks.py"
+    script.write_text(SCRIPT)
+    group = dict(group_of_two(port), PYTHONPATH=str(ROOT))
+    runs = [
+        Started(tmp_path, [sys.executable, script], **{k: v.format(rank=rank) for k, v in group.items()})
+        for rank in (0, 1)
+    ]
+    for rank, run in enumerate(runs):
+        assert run.wait() == 0, run.text()
+        assert json.loads(run.text().splitlines()[-1]) == dict(
+            total=[2, 1],
+            largest=[15, 10, 3],
+            floats=[0.5, 1.5],
+            lists=[0, 1, 1] if rank == 0 else None,
+            decision=0,
+            refusal="rank 0 refuses",
+            buffers=[5, 5],
+        )
