@@ -366,6 +366,16 @@ def test_entries_that_no_run_writes_are_named_and_passed_over(tmp_path, place):
         assert ckpt.read_latest(str(tmp_path), warnings.append)[0] == good and bad in warnings[0]
 
 
+def test_the_epoch_before_the_first_is_only_one_within_it(tmp_path):
+    path, content = str(tmp_path / "c.pth"), dict(run_entries(), epoch=-1)
+    content["progress"]["epoch"] = 0
+    torch.save(content, path)
+    assert ckpt.read_run(path)["epoch"] == -1
+    torch.save(dict(content, progress=None), path)
+    with pytest.raises(ckpt.CheckpointError, match="epoch is -1, not a whole number from 0"):
+        ckpt.read_run(path)
+
+
 def test_only_what_a_run_needs_is_taken_from_its_checkpoint(tmp_path):
     path, content = str(tmp_path / "c.pth"), run_entries()
     content["model"]["weight"].note = content["progress"]["more"] = content["more"] = "anything"
