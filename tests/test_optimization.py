@@ -258,8 +258,8 @@ def test_a_checkpoint_within_an_epoch_does_not_claim_the_epoch(tmp_path):
     run = new_run(nn_model(), TrainBatchSampler(4, 2, 1, 0, 1, seed=0), tmp_path)
     run.start_epoch(3)
     run.progress.add(2, dict(loss=torch.ones(())), torch.ones(()))
-    for epoch_done, finished in ((False, 2), (True, 3)):
-        (name,) = run.save(epoch_done)
+    for score, finished in ((None, 2), (50.0, 3)):
+        (name,) = run.save(score)
         assert ckpt.read_checkpoint(os.path.join(tmp_path, name))["epoch"] == finished
 
 
