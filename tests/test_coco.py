@@ -392,6 +392,8 @@ def test_a_run_writes_checkpoints_curves_metrics_and_detections(trained, shapes)
         "detections.json",
         "config.yaml",
     } <= names
+    categories = [category["name"] for category in content_of(shapes, "val")["categories"]]
+    assert ckpt.read_checkpoint(str(trained / "best.pth"))["classes"] == categories
     rows = read_metrics(trained / "metrics.jsonl", ("epoch", "train_loss", "box_AP", "mask_AP", "loss_mask3"))
     assert [row["epoch"] for row in rows] == [0, 1]
     parts = [value for name, value in rows[0].items() if name.startswith("loss_")]
