@@ -13,13 +13,12 @@ import logging
 import os
 import pickle
 import re
-import resource
 import urllib.parse
 from collections import OrderedDict
 
 import torch
 
-from utils import UserError, replacing
+from utils import UserError, memory_limit, replacing
 
 BEST = "best.pth"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)
@@ -185,7 +184,7 @@ def read_checkpoint(path):
     # An ordered dict stands in for the pickled yacs config of official files.
     config = torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")])
     try:
-        with config, _memory_limit(2 * size + 2**30):
+        with config, memory_limit(2 * size + 2**30):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)|Unsupported (?:class|global)\w* ([\w.]+)", str(error))
@@ -203,24 +202,6 @@ def read_checkpoint(path):
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint")
     return checkpoint
-
-
-@contextlib.contextmanager
-def _memory_limit(extra):
-    """Let this process take no more than ``extra`` bytes beyond those it has; on Linux only."""
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            limit = int(file.read().split()[0]) * resource.getpagesize() + extra
-    except OSError:
-        yield
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    if soft == resource.RLIM_INFINITY or limit < soft:
-        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def read_weights(path):
@@ -479,9 +460,8 @@ def load_weights(model, checkpoint, path, new_head=False):
     weights, own = _weights_of(checkpoint, path), model.state_dict()
     theirs, ours = _classes_of(checkpoint, path), getattr(model, "classes", None)
     difference = _class_difference(theirs, ours) if theirs and ours else ""
-    told = (
-        "" if theirs or not ours else f"{path} does not name its classes: nothing to compare the data's with"
-    )
+    unnamed = ours and not theirs
+    told = f"{path} does not name its classes: they cannot be compared with the data's" if unnamed else ""
     if difference and not new_head:
         raise CheckpointError(
             f"{path} was trained on other classes: {difference}; to fine-tune it on these use --pretrained"
@@ -490,12 +470,9 @@ def load_weights(model, checkpoint, path, new_head=False):
     if new_head and head:
         if not difference and any(weights[name].shape[:1] != value.shape[:1] for name, value in head.items()):
             difference = f"{path} has another number of classes"
-        told = (
-            f"the head is new: {difference}"
-            if difference
-            else f"the head is kept; {told or 'the same classes'}"
-        )
-        weights = dict(weights, **head) if difference else weights
+        told = f"the head is kept: {told or 'the classes are the same'}"
+        if difference:
+            told, weights = f"the head is new: {difference}", dict(weights, **head)
     wrong = [words for name in own if name in weights for words in _misfit(name, weights[name], own[name])]
     wrong += [f"{name} is missing" for name in own if name not in weights]
     wrong += [f"{name} is not in the model" for name in weights if name not in own]
@@ -516,7 +493,7 @@ def _class_difference(saved, own):
         i = next(i for i, (there, here) in enumerate(zip(saved, own)) if there != here)
         return f"the same names in another order, class {i} was {_short(saved[i])} and is {_short(own[i])}"
     lost, new = sorted(set(saved) - set(own)), sorted(set(own) - set(saved))
-    parts = [f"it has {len(saved)} classes, the data {len(own)}"]
+    parts = [f"it has {len(saved)} classes, the data {len(own)}"] if len(saved) != len(own) else []
     for where, names in (("the checkpoint", lost), ("the data", new)):
         if names:
             some = ", ".join(map(_short, names[:3]))

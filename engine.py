@@ -620,8 +620,8 @@ class Run:
         free = shutil.disk_usage(self.folder).free
         tell = self.logger.warning if count * size > free else self.logger.info
         tell(
-            f"checkpoints: {count} of {size / 1e6:.0f} MB each will take {count * size / 1e9:.1f} GB, "
-            f"{free / 1e9:.1f} GB are free (TRAIN.KEEP_CHECKPOINTS and SAVE_FREQ limit them)"
+            f"checkpoints: {count} of {size / 1e6:.0f} MB each will take {count * size / 1e9:.2f} GB of the "
+            f"{free / 1e9:.2f} GB that are free (TRAIN.KEEP_CHECKPOINTS and SAVE_FREQ limit them)"
         )
 
     def write_config(self):
