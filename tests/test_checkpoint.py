@@ -7,9 +7,9 @@ import os
 import pickle
 import shutil
 import ssl
+import stat
 import subprocess
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -165,8 +165,8 @@ def test_a_checkpoint_is_on_the_disk_before_its_name(tmp_path, monkeypatch):
 
     def recorded(name, function):
         def call(what, *others):
-            path = Path(f"/proc/self/fd/{what}").resolve() if name == "fsync" else Path(others[0])
-            calls.append((name, "folder" if path.is_dir() else "file", os.stat(what).st_size))
+            found = os.stat(what)  # a path or an open file
+            calls.append((name, "folder" if stat.S_ISDIR(found.st_mode) else "file", found.st_size))
             return function(what, *others)
 
         return call
