@@ -210,7 +210,7 @@ def test_augmentation_moves_pixels_boxes_and_masks_together(crop):
     transform = build_transform(config("shapes", *opts), is_train=True)
     from torchvision import tv_tensors
 
-    flips, sizes = set(), set()
+    flips, sizes, cropped = set(), set(), 0
     for seed in range(60):
         image = torch.zeros(3, 120, 160, dtype=torch.uint8)
         image[0, 30:70, 20:60], image[1, 80:110, 100:150] = 255, 255
@@ -222,6 +222,7 @@ def test_augmentation_moves_pixels_boxes_and_masks_together(crop):
         with seeded("test", seed):
             image, target = transform(tv_tensors.Image(image), target)
         sizes.add(tuple(image.shape[1:]))
+        cropped += abs(image.shape[2] / image.shape[1] - 160 / 120) > 0.02
         assert max(image.shape[1:]) <= 200 and (crop or min(image.shape[1:]) in (96, 128, 150, 160))
         for label, box, mask in zip(target["labels"].tolist(), target["boxes"].tolist(), target["masks"]):
             # The first object is red, the second green, wherever they went.
@@ -232,6 +233,7 @@ def test_augmentation_moves_pixels_boxes_and_masks_together(crop):
         if len(target["labels"]) == 2:
             flips.add(target["boxes"][0, 0].item() < target["boxes"][1, 0].item())
     assert flips == {True, False} and len(sizes) >= 3
+    assert 15 < cropped < 45 if crop else cropped == 0
 
 
 def test_batches_hold_images_at_the_top_left_and_zeros_elsewhere():

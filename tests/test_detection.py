@@ -66,6 +66,14 @@ def test_features_do_not_depend_on_the_padding_of_the_batch(changes):
             assert y[0, :, rows:].abs().sum() + y[0, :, :, columns:].abs().sum() == 0
 
 
+@pytest.mark.parametrize("changes", [{}, CVPR22])
+def test_images_of_odd_sides_have_features_up_to_their_edges(changes):
+    images, sizes, _ = scene([(37, 51)])
+    maps = backbone([4, 4, 4], **changes)(images, sizes)
+    assert [x.shape[2:] for x in maps] == [(19, 26), (10, 13), (5, 7)]
+    assert all((x.abs().sum(1) > 0).all() for x in maps)
+
+
 def test_messengers_of_empty_windows_relay_but_hold_no_padding():
     images, sizes, _ = scene([(40, 24)])
     before = backbone([4, 4, 4])(images, sizes)
