@@ -63,8 +63,12 @@ def default_config():
     # Page-locked host memory for faster copies to the GPU; without effect on the CPU.
     config.DATA.PIN_MEMORY = True
     # An image that cannot be read: raise ends the run; skip logs it, takes another in training and leaves it
-    # out in evaluation, and ends the run when more than 1% fail.
+    # out in evaluation, and ends the run when more than 1% of the set fail (of fewer than 100 images, one).
     config.DATA.ON_ERROR = "raise"
+    # Larger images count as unreadable: pixels, each of which may take 8 bytes of the file, and scans of a
+    # JPEG (progressive ones have about 10). What decodes for minutes or needs gigabytes is beyond that.
+    config.DATA.MAX_PIXELS = 100_000_000
+    config.DATA.MAX_SCANS = 100
     # Data-loading worker processes for each training process; 0 loads in the training process itself.
     config.DATA.NUM_WORKERS = 8
 
@@ -701,7 +705,7 @@ def _check(config, sources):
     choice("TRAIN.ON_SAVE_ERROR", "continue", "stop")
     choice("AMP_DTYPE", "float16", "bfloat16")
     at_least(1, "SAVE_FREQ PRINT_FREQ DET.RPN_SAMPLES DET.PROPOSALS_TRAIN DET.PROPOSALS_TEST")
-    at_least(1, "DET.ROI_SAMPLES DET.PER_IMAGE")
+    at_least(1, "DET.ROI_SAMPLES DET.PER_IMAGE DATA.MAX_PIXELS DATA.MAX_SCANS")
     at_least(0, "SEED LOCAL_RANK AUG.MIXUP AUG.CUTMIX AUG.COLOR_JITTER DET.FROZEN_STAGES DET.PICTURES")
     at_least(0, "TRAIN.WEIGHT_DECAY TRAIN.WARMUP_LR TRAIN.MIN_LR TRAIN.CLIP_GRAD TRAIN.ACCUMULATION_STEPS")
     at_least(0, "TRAIN.SAVE_STEPS TRAIN.SAVE_MINUTES TRAIN.KEEP_CHECKPOINTS TRAIN.MAX_NONFINITE")

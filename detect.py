@@ -55,8 +55,9 @@ def main(args):
     logger = create_logger(config.OUTPUT, rank)
     mode = "eval" if config.EVAL_MODE else "train"
     logger.info(f"{mode} on {world_size} x {device}, PyTorch {torch.__version__}\n{dump_config(config)}")
-    for dataset in (val,) if loader is None else (loader.loader.dataset.dataset, val):
-        dataset.annotations.report()
+    for part in (loader, val_loader):
+        if part is not None:
+            part.report()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     macs = count_macs(model, 800, 1280) / 1e9
     logger.info(f"{config.MODEL.NAME}: {parameters:,} parameters, {macs:.1f} GMACs per image of 1280x800")
@@ -133,6 +134,9 @@ def evaluate(model, loader, dataset, device, amp_dtype, print_freq, pictures, fo
     Returns:
         dict of box_AP, box_AP50 ... mask_APl in percent, the same on every process; those without objects of
         their size are left out.
+
+    Raises:
+        DataError: too many images cannot be read.
     """
     distributed.send_buffers(model)
     annotations, rank = dataset.annotations, distributed.rank_and_world_size()[0]
@@ -160,6 +164,7 @@ def evaluate(model, loader, dataset, device, amp_dtype, print_freq, pictures, fo
                     f"Test: [{step}/{len(loader)}]\teta {left}\tTime {mean_time:.3f}\t"
                     f"Mem {utils.peak_memory_mb(device):.0f}MB"
                 )
+    loader.check_failures()
     results, seen = distributed.gather_lists(results), distributed.gather_lists(seen)
 
     def on_rank_0():

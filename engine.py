@@ -142,6 +142,7 @@ def train_epochs(
     for epoch in range(start, epochs):
         run.start_epoch(epoch)
         trained = train_one_epoch(run, loader, losses_of, schedule, seed, epochs, print_freq, record)
+        loader.check_failures()
         result = evaluate()
         if record is not None:
             update = (epoch + 1) * run.sampler.updates_per_epoch

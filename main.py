@@ -55,6 +55,9 @@ def main(args):
     logger.info(f"{mode} on {world_size} x {device}, PyTorch {torch.__version__}\n{dump_config(config)}")
     if val_loader is not None and named_classes != len(classes):
         logger.info(f"MODEL.NUM_CLASSES {named_classes} -> {len(classes)}, the class folders of the data")
+    for loader in (train_loader, val_loader):
+        if loader is not None:
+            loader.report()
     if config.AMP_OPT_LEVEL == "O2":
         logger.warning("AMP level O2 existed only in apex: running as O1")
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -128,6 +131,9 @@ def evaluate(model, loader, device, amp_dtype, print_freq, logger):
 
     Returns:
         dict of val_loss, acc1, acc5.
+
+    Raises:
+        DataError: too many images cannot be read.
     """
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # cross entropy, top-1, top-5, images
     begin = time.time()
@@ -151,6 +157,7 @@ def evaluate(model, loader, device, amp_dtype, print_freq, logger):
                     f"Acc@1 {100 * acc1:.3f}\tAcc@5 {100 * acc5:.3f}\t"
                     f"Mem {utils.peak_memory_mb(device):.0f}MB"
                 )
+    loader.check_failures()
     sums = distributed.sum_over_processes(sums).tolist()
     loss, acc1, acc5 = sums[0] / sums[3], 100 * sums[1] / sums[3], 100 * sums[2] / sums[3]
     logger.info(f" * Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} Loss {loss:.6f} on {sums[3]:.0f} images")

@@ -1,7 +1,13 @@
 """ImageFolder datasets with clear errors and augmentation that depends on (seed, epoch, image) only."""
 
+import collections
 import contextlib
+import io
+import logging
 import os
+import re
+import stat
+from pathlib import Path
 
 import numpy as np
 import torchvision
@@ -14,6 +20,9 @@ from utils import UserError, seeded
 # Formats of the file names that ImageFolder takes, and GIF, which hides behind them. Not all that Pillow
 # knows: an EPS file would run Ghostscript.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+# DATA.MAX_PIXELS and DATA.MAX_SCANS of those who have no config.
+MAX_PIXELS, MAX_SCANS = 100_000_000, 100
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # of a JPEG; within a scan are zeros and restarts
 
 
 class DataError(UserError):
@@ -25,6 +34,8 @@ def decoding(path):
     """Context that reports whatever goes wrong in it as a DataError that names the file."""
     try:
         yield
+    except DataError:
+        raise
     except UnidentifiedImageError as error:
         raise DataError(f"{path} cannot be read as an image (unknown format): repair or remove it") from error
     # A damaged file can make a decoder raise nearly anything.
@@ -33,26 +44,119 @@ def decoding(path):
         raise DataError(f"{path} cannot be read as an image ({reason}): repair or remove it") from error
 
 
-def load_image(path):
-    """Read an image file as PIL RGB; of an animation the first frame, EXIF rotation ignored, as PIL does it.
+def open_image(path, max_pixels=MAX_PIXELS, max_scans=MAX_SCANS):
+    """Read an image file, and decode its header.
+
+    Args:
+        max_pixels: what an image may have; a side counts as 16 pixels at least, because short rows cost as
+            much. The file may have 8 bytes for each.
+        max_scans: what a JPEG may have.
+
+    Returns:
+        The image, whose pixels Pillow decodes when they are asked for, and the bytes of the file.
 
     Raises:
-        DataError: the file cannot be decoded.
+        DataError: it is no regular file, or no image within the limits.
     """
-    with decoding(path), Image.open(path, formats=FORMATS) as image:
+
+    def refuse(found, key, limit):
+        raise DataError(
+            f"{path} cannot be read as an image: it has {found}, and {key} is {limit}: raise that, or remove "
+            "the file"
+        )
+
+    with decoding(path):
+        status = os.stat(path)
+        # A pipe would wait forever, a device would never end.
+        if not stat.S_ISREG(status.st_mode):
+            raise DataError(f"{path} cannot be read as an image: it is not a file; remove it")
+        if status.st_size > 8 * max_pixels:
+            refuse(f"{status.st_size} bytes (8 for a pixel are allowed)", "DATA.MAX_PIXELS", max_pixels)
+        with open(path, "rb") as file:
+            content = file.read()
+        with without_pillows_limit():
+            image = Image.open(io.BytesIO(content), formats=FORMATS)
+        if max(16, image.width) * max(16, image.height) > max_pixels:
+            refuse(f"{image.width}x{image.height} pixels", "DATA.MAX_PIXELS", max_pixels)
+        if content.startswith(b"\xff\xd8") and _has_more_scans(image, content, max_scans):
+            refuse(f"more than {max_scans} scans", "DATA.MAX_SCANS", max_scans)
+    return image, content
+
+
+@contextlib.contextmanager
+def without_pillows_limit():
+    """Context in which Pillow takes images of any size: ours are limited by :func:`open_image`."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def _has_more_scans(image, content, most):
+    """Whether a JPEG has more scans than ``most``: each can take as long to decode as a whole image."""
+    place = scans = 0
+    while scans <= most and (found := _MARKER.search(content, place)):
+        marker, place = content[found.start() + 1], found.end()
+        if marker == 0xD9:  # the end
+            break
+        if marker == 0xDA:
+            scans += 1
+            if "progressive" not in image.info and content[place + 2] == len(image.getbands()):
+                break  # a scan with all colours is the only one
+        if marker >= 0xC0 and marker != 0xD8:
+            place += int.from_bytes(content[place : place + 2], "big")
+    return scans > most
+
+
+def load_image(path, max_pixels=MAX_PIXELS, max_scans=MAX_SCANS):
+    """Read an image file as PIL RGB; of an animation the first frame, EXIF rotation ignored, as PIL does it.
+
+    Args:
+        max_pixels, max_scans: see :func:`open_image`.
+
+    Raises:
+        DataError: the file cannot be decoded, or only beyond the limits.
+    """
+    with decoding(path), open_image(path, max_pixels, max_scans)[0] as image:
         return image.convert("RGB")
 
 
 class ImageFolder(torchvision.datasets.ImageFolder):
-    """torchvision's ImageFolder that skips hidden folders and names the file that cannot be read."""
+    """torchvision's ImageFolder that skips hidden folders and names what cannot be read.
+
+    Attributes:
+        ignored: a Counter of what is in the folders beside images, by ending or in words.
+    """
 
     def __init__(self, root, transform=None, loader=load_image):
+        self.ignored = collections.Counter()
         super().__init__(root, transform, loader=loader, allow_empty=True)
 
     def find_classes(self, directory):
         """Class folders of ``directory``, sorted: (names, index of each name)."""
-        classes = class_names(directory)
+        classes = class_names(directory, self.ignored)
         return classes, {name: index for index, name in enumerate(classes)}
+
+    def make_dataset(self, directory, class_to_idx, **_):
+        """The images as (path, class index), in torchvision's order."""
+        return [
+            (path, index)
+            for name, index in class_to_idx.items()
+            for path in find_images(directory, name, self.ignored)
+        ]
+
+    def __getitem__(self, index):
+        with without_pillows_limit():  # transforms crop, which Pillow limits too
+            return super().__getitem__(index)
+
+    def report(self):
+        """Log what was found and what was ignored."""
+        found = f"{self.root}: {len(self.samples):,} images in {len(self.classes):,} classes"
+        most = [f"{what} {number:,}" for what, number in self.ignored.most_common(10)]
+        if len(self.ignored) > 10:
+            most.append("...")
+        logging.getLogger("msg_transformer").info(found + ("; ignored: " if most else "") + ", ".join(most))
 
 
 class TrainingSamples(Dataset):
@@ -102,22 +206,125 @@ class EvaluationSamples(Dataset):
             return None, None, [index]
 
 
-def class_names(folder):
+def class_names(folder, ignored=None):
     """Sorted names of the class folders in ``folder``, hidden ones left out.
 
+    Args:
+        ignored: a Counter, to which all else in the folder is added.
+
     Raises:
-        DataError: the folder is missing or holds no class folder.
+        DataError: the folder is missing, cannot be listed, or holds no class folder.
     """
     if not os.path.isdir(folder):
         raise DataError(
             f"{folder} is not a folder: --data-path must hold train/<class>/<image> and val/<class>/<image>"
         )
-    names = sorted(
-        entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")
-    )
+    folders, files = list_folder(folder)
+    names = sorted(entry.name for entry in folders if not entry.name.startswith("."))
     if not names:
         raise DataError(f"{folder} has no class folders: images belong in {folder}/<class>/<image>")
+    if ignored is not None:
+        ignored.update(["hidden folders"] * (len(folders) - len(names)))
+        ignored.update(
+            "images outside the class folders" if is_image(name) else ending(name) for name in files
+        )
     return names
+
+
+def find_images(folder, name, ignored):
+    """Paths of the images of a class, in the order of torchvision's ImageFolder.
+
+    Links are followed, except to a folder that holds them, which would show its images again and again.
+
+    Args:
+        folder, name: of the class; it is in ``folder/name``.
+        ignored: a Counter, to which all else in the folder is added.
+
+    Raises:
+        DataError: a folder cannot be listed, or the class is a link to a folder that holds it.
+    """
+    path = os.path.join(folder, name)
+    holders, inside = _with_parents(folder), _with_parents(path)
+    if inside[0] in holders:
+        raise DataError(f"{path} is a link to a folder that holds it: remove it")
+    found, waiting = [], [(path, {*holders, *inside})]
+    while waiting:
+        path, holders = waiting.pop()
+        folders, files = list_folder(path)
+        found.append((path, sorted(filter(is_image, files))))
+        ignored.update(ending(name) for name in files if not is_image(name))
+        for entry in folders:
+            below = os.path.join(path, entry.name)
+            inside = _with_parents(below) if entry.is_symlink() else [_identity(below)]
+            if inside[0] in holders:
+                ignored["links to folders that hold them"] += 1
+            else:
+                waiting.append((below, {*holders, *inside}))
+    return [os.path.join(path, name) for path, names in sorted(found) for name in names]
+
+
+def list_folder(path):
+    """What is in a folder: (entries of folders, names of all else).
+
+    Raises:
+        DataError: the folder cannot be listed, or a link in it leads nowhere: images would be missing in
+            silence.
+    """
+    folders, files = [], []
+    with _following(path), os.scandir(path) as entries:
+        for entry in entries:
+            if _is_folder(entry):
+                folders.append(entry)
+            else:
+                files.append(entry.name)
+    return folders, files
+
+
+@contextlib.contextmanager
+def _following(path):
+    """Context that reports an OSError in it as a DataError that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"cannot follow {error.filename or path} ({error.strerror}): repair or remove it"
+        ) from error
+
+
+def _is_folder(entry):
+    # Whoever reads the image will notice; hidden links are often the locks of editors.
+    is_file = is_image(entry.name) or entry.name.startswith(".")
+    try:
+        if entry.is_dir():
+            return True
+        if entry.is_symlink() and not is_file:
+            entry.stat()
+    except OSError:
+        if not is_file:
+            raise
+    return False
+
+
+def is_image(name):
+    """Whether a file name ends like that of an image."""
+    return name.lower().endswith(IMG_EXTENSIONS)
+
+
+def ending(name):
+    """The ending of a file name, in lower case, for a count."""
+    return os.path.splitext(name)[1].lower() or "no ending"
+
+
+def _identity(path):
+    with _following(path):
+        status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def _with_parents(path):
+    """Identities of a folder and of all that hold it, wherever it really is."""
+    path = Path(os.path.realpath(path))
+    return [_identity(folder) for folder in (path, *path.parents)]
 
 
 def build_dataset(root, split, transform, loader=load_image):

@@ -1,5 +1,6 @@
 """Datasets, transforms and samplers joined to loaders."""
 
+import functools
 import logging
 import signal
 import sys
@@ -9,6 +10,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import DataLoader, default_collate
 
 from config import ConfigError
+from distributed import from_rank_0, gather_lists
 
 from .datasets import DataError, EvaluationSamples, TrainingSamples, build_dataset, load_image
 from .samplers import TrainBatchSampler, evaluation_shard
@@ -23,16 +25,16 @@ class Loader:
     Args:
         loader: a DataLoader over samples (image, target, failed), collated by :func:`collate`.
         paths: the file of every index.
-        world_size: processes that share the files.
         to_device: brings an iterable of batches to the device, as :class:`ToDevice` does.
 
     Raises:
-        DataError: while iterating, when more than 1% of this process's share of the files could not be read.
+        DataError: while iterating, when this process alone could not read more than 1% of all files;
+            :meth:`check_failures` counts those of all processes.
     """
 
-    def __init__(self, loader, paths, world_size, to_device):
-        self.loader, self.paths, self.to_device, self.failed = loader, paths, to_device, set()
-        self.share = max(1, len(paths) // world_size)
+    def __init__(self, loader, paths, to_device):
+        self.loader, self.paths, self.to_device = loader, paths, to_device
+        self.failed, self.failed_now = set(), set()
 
     def __len__(self):
         return len(self.loader)
@@ -41,17 +43,38 @@ class Loader:
         return iter(self.to_device(self._read()))
 
     def _read(self):
-        failed_now = set()  # an epoch's: over many epochs, a process sees the files of the others
+        self.failed_now = set()  # of this epoch: over many of them, a process sees the files of the others
         for images, targets, failed in self.loader:
             for index in failed:
                 self._report(index)
-                failed_now.add(index)
-                if len(failed_now) > LARGEST_FAILED_SHARE * self.share:
-                    raise DataError(
-                        f"{len(failed_now)} of {self.share} images cannot be read, more than "
-                        f"{LARGEST_FAILED_SHARE:.0%}: the log names them; repair or remove them"
-                    )
+                self.failed_now.add(index)
+                self._limit(len(self.failed_now))
             yield images, targets
+
+    def check_failures(self):
+        """Raise a DataError if the last iterations of all processes failed at more than 1% of the files.
+
+        All processes must call it.
+        """
+        failed = gather_lists(sorted(self.failed_now))
+        from_rank_0(lambda: self._limit(len(set(failed))))
+
+    def _limit(self, failed):
+        if failed > LARGEST_FAILED_SHARE * len(self.paths):
+            raise DataError(
+                f"{failed} of {len(self.paths)} images cannot be read, more than "
+                f"{LARGEST_FAILED_SHARE:.0%}: the logs name them; repair or remove them"
+            )
+
+    def report(self):
+        """Log what was found, and what is left out of an epoch."""
+        self.loader.dataset.dataset.report()
+        sampler = self.loader.batch_sampler
+        if isinstance(sampler, TrainBatchSampler) and (left := sampler.length % sampler.images_per_update):
+            logging.getLogger("msg_transformer").info(
+                f"{left:,} of these images, others each time, are left out of an epoch: they do not fill an "
+                f"update of {sampler.parts()}"
+            )
 
     def _report(self, index):
         if index not in self.failed:
@@ -161,8 +184,9 @@ def build_reader(config, is_train):
     Raises:
         ConfigError: OpenCV cannot be imported.
     """
+    limits = dict(max_pixels=config.DATA.MAX_PIXELS, max_scans=config.DATA.MAX_SCANS)
     if config.DATA.BACKEND == "pil":
-        return load_image, build_transform(config, is_train)
+        return functools.partial(load_image, **limits), build_transform(config, is_train)
     try:
         from .opencv import ImageFile
         from .opencv import build_transform as build_for_opencv
@@ -171,15 +195,15 @@ def build_reader(config, is_train):
             f"DATA.BACKEND opencv: OpenCV cannot be imported ({error}): pip install opencv-python, or "
             "opencv-python-headless where there is no display"
         ) from error
-    return ImageFile, build_for_opencv(config, is_train)
+    return functools.partial(ImageFile, **limits), build_for_opencv(config, is_train)
 
 
 def require_an_update(sampler, where):
     """Raise a DataError where the training set is smaller than an update."""
     if not sampler.updates_per_epoch:
         raise DataError(
-            f"{where} has {sampler.length} images, fewer than an update takes: {sampler.batch_size} per "
-            f"process, {sampler.world_size} processes, {sampler.accumulation} accumulated; lower --batch-size"
+            f"{where} has {sampler.length} images, fewer than an update takes: {sampler.parts()}; lower "
+            "--batch-size"
         )
 
 
@@ -205,7 +229,7 @@ def build_loaders(config, rank=0, world_size=1, device="cpu"):
     val = build_dataset(root, "val", transform, read)
     shard = evaluation_shard(len(val), rank, world_size)
     val_loader = DataLoader(EvaluationSamples(val, skip), config.DATA.BATCH_SIZE, sampler=shard, **options)
-    val_loader = Loader(val_loader, [path for path, _ in val.samples], world_size, to_device)
+    val_loader = Loader(val_loader, [path for path, _ in val.samples], to_device)
     if config.EVAL_MODE or config.THROUGHPUT_MODE:
         return None, None, val_loader, val.classes
     read, transform = build_reader(config, is_train=True)
@@ -219,7 +243,6 @@ def build_loaders(config, rank=0, world_size=1, device="cpu"):
     train_loader = Loader(
         DataLoader(samples, batch_sampler=sampler, **options),
         [path for path, _ in train.samples],
-        world_size,
         to_device,
     )
     return train_loader, sampler, val_loader, val.classes

@@ -4,7 +4,6 @@ The random choices are timm's own, drawn in the same order as for Pillow; only t
 others. Images are arrays (H, W, 3), RGB, uint8; batches are normalised and erased on the device.
 """
 
-import io
 import math
 import random
 import re
@@ -19,7 +18,7 @@ from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolatio
 from torch.nn import functional
 from torchvision import transforms
 
-from .datasets import FORMATS, decoding
+from .datasets import MAX_PIXELS, MAX_SCANS, decoding, open_image
 from .transforms import aspect_box, augment_operations, evaluation_sizes, posterize_from_0_bits
 from .transforms import build_transform as build_for_pillow
 
@@ -38,19 +37,19 @@ class ImageFile:
 
     OpenCV decodes JPEGs that look sound, to the same pixels as Pillow; Pillow decodes all else.
 
+    Args:
+        max_pixels, max_scans: see :func:`~data.datasets.open_image`.
+
     Attributes:
         size: (width, height) in pixels; EXIF rotation is ignored, as Pillow does it.
 
     Raises:
-        DataError: the file cannot be decoded; from :meth:`crop`, too.
+        DataError: the file cannot be decoded, or only beyond the limits; from :meth:`crop`, too.
     """
 
-    def __init__(self, path):
+    def __init__(self, path, max_pixels=MAX_PIXELS, max_scans=MAX_SCANS):
         self.path = path
-        with decoding(path):
-            with open(path, "rb") as file:
-                self.data = file.read()
-            self.image = Image.open(io.BytesIO(self.data), formats=FORMATS)
+        self.image, self.data = open_image(path, max_pixels, max_scans)
         self.size = self.image.size
         is_jpeg = self.image.format == "JPEG" and self.image.mode in ("L", "RGB")
         self.is_sound = is_jpeg and self._ends_well()

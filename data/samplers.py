@@ -33,6 +33,10 @@ class TrainBatchSampler(Sampler):
         self.epoch, self.images = epoch, images
         self.updates = (self.length - images) // self.images_per_update
 
+    def parts(self):
+        """What an update consists of, in words."""
+        return f"{self.batch_size} per process, {self.world_size} processes, {self.accumulation} accumulated"
+
     def __len__(self):
         return self.updates * self.accumulation
 

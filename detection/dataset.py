@@ -5,6 +5,7 @@ import logging
 import math
 import os
 
+import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 from torch.utils.data import Dataset
@@ -12,6 +13,9 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional
 
 from data.datasets import DataError, load_image
+
+# In pixels: the side of an image, and the outline of a polygon.
+_LONGEST = 1_000_000
 
 
 class CocoDataset(Dataset):
@@ -25,10 +29,11 @@ class CocoDataset(Dataset):
         images: folder of the image files.
         annotations: a :class:`Annotations`.
         transform: takes and returns image and target.
+        read: makes an RGB image of Pillow of a path.
     """
 
-    def __init__(self, images, annotations, transform):
-        self.annotations, self.transform = annotations, transform
+    def __init__(self, images, annotations, transform, read=load_image):
+        self.annotations, self.transform, self.read = annotations, transform, read
         self.paths = [os.path.join(images, image["file_name"]) for image in annotations.images]
 
     def __len__(self):
@@ -37,7 +42,7 @@ class CocoDataset(Dataset):
     def __getitem__(self, index):
         record, path = self.annotations.images[index], self.paths[index]
         size = (record["height"], record["width"])
-        image = load_image(path)
+        image = self.read(path)
         if image.size != size[::-1]:
             raise DataError(
                 f"{path} is {image.width}x{image.height}, but {self.annotations.path} says "
@@ -51,6 +56,10 @@ class CocoDataset(Dataset):
         )
         image, target = self.transform(tv_tensors.Image(functional.pil_to_tensor(image)), target)
         return image, dict(target, image_id=record["id"], original_size=size)
+
+    def report(self):
+        """Log what was found and what was left out."""
+        self.annotations.report()
 
 
 class Annotations:
@@ -71,58 +80,64 @@ class Annotations:
         content = _read_json(path)
         self.images = content["images"]
         self.categories = sorted(content["categories"], key=lambda category: category["id"])
+        self.categories = [dict(record, name=_text(record["name"])) for record in self.categories]
         self.labels = {category["id"]: i + 1 for i, category in enumerate(self.categories)}
-        sizes = {}
-        for image in self.images:
-            if image["id"] in sizes:
-                raise DataError(f"{path}: two images have the id {image['id']}: give each its own")
-            sizes[image["id"]] = (image["height"], image["width"])
+        sizes = {image["id"]: (image["height"], image["width"]) for image in self.images}
         if not sizes or not self.labels:
             raise DataError(f"{path} lists {'no categories' if sizes else 'no images'}")
         self.problems, by_image = {}, {number: [] for number in sizes}
         for item in content["annotations"]:
+            item = {key: value for key, value in item.items() if value is not None}
             problem = self._problem(item, sizes)
             if problem:
                 self.problems.setdefault(problem, []).append(item.get("id", "?"))
             else:
                 by_image[item["image_id"]].append(item)
+        objects = [sum(not item.get("iscrowd") for item in items) for items in by_image.values()]
+        self.objects, self.images_without_objects = sum(objects), objects.count(0)
         # As text: every loading worker would end up with a copy of its own of a million dicts.
         self._by_image = {number: json.dumps(items).encode() for number, items in by_image.items()}
 
     def _problem(self, item, sizes):
         """What is wrong with an annotation, or None."""
-        if item.get("image_id") not in sizes:
+        if not _is_one_of(item.get("image_id"), sizes):
             return "of an image that is not listed"
-        if item.get("category_id") not in self.labels:
+        if not _is_one_of(item.get("category_id"), self.labels):
             return "of an unknown category"
         box, size = item.get("bbox"), sizes[item["image_id"]]
-        if not isinstance(box, list) or len(box) != 4 or not all(map(_is_finite, box)):
+        if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
             return "without a box of four numbers"
         if box[2] <= 0 or box[3] <= 0:
             return "with a box of no area"
         x1, y1, x2, y2 = clipped(box, size)
         if x2 <= x1 or y2 <= y1:
             return "with a box outside the image"
+        if item.get("iscrowd", 0) not in (0, 1):
+            return "with an iscrowd other than 0 and 1"
+        if not _is_number(item.get("area", 0)) or item.get("area", 0) < 0:
+            return "with an area that is no number"
         return self._mask_problem(item.get("segmentation"), size)
 
     @staticmethod
     def _mask_problem(shape, size):
         if isinstance(shape, dict):
             counts = shape.get("counts")
-            if list(shape.get("size", ())) != list(size):
+            if not isinstance(counts, (list, str)):
+                return "without a mask"
+            if not _is_size(shape.get("size")) or tuple(shape["size"]) != size:
                 return "with a mask of another size than the image"
-            if isinstance(counts, list) and (
-                not all(isinstance(n, int) and n >= 0 for n in counts) or sum(counts) != math.prod(size)
-            ):
+            runs = runs_of(counts) if isinstance(counts, str) else counts
+            if not all(isinstance(n, int) and n >= 0 for n in runs) or sum(runs) != math.prod(size):
                 return "with a mask that does not fill the image"
-            return None if isinstance(counts, (list, str)) else "without a mask"
+            return None
         if not isinstance(shape, list) or not shape:
             return "without a mask"
-        good = all(
-            isinstance(part, list) and len(part) >= 6 and len(part) % 2 == 0 and all(map(_is_finite, part))
-            for part in shape
-        )
-        return None if good else "with a polygon of fewer than three points"
+        for part in shape:
+            if not isinstance(part, list) or len(part) < 6 or len(part) % 2 or not all(map(_is_number, part)):
+                return "with a polygon of fewer than three points"
+            if not _is_drawable(part):
+                return "with a polygon far larger than an image"
+        return None
 
     def kept(self):
         """All annotations but those left out, in the order of their images."""
@@ -159,10 +174,14 @@ class Annotations:
         )
 
     def report(self):
-        """Log what was left out, and how much."""
+        """Log what was found, what was left out, and how much."""
         logger = logging.getLogger("msg_transformer")
+        logger.info(
+            f"{self.path}: {len(self.images):,} images, {self.images_without_objects:,} of them without "
+            f"objects; {self.objects:,} objects in {len(self.categories):,} categories"
+        )
         for problem, ids in self.problems.items():
-            some = ", ".join(map(str, ids[:5])) + (" ..." if len(ids) > 5 else "")
+            some = ", ".join(str(number)[:20] for number in ids[:5]) + (" ..." if len(ids) > 5 else "")
             logger.warning(f"{self.path}: leaving out {len(ids)} annotations {problem} (ids {some})")
 
     def as_coco(self):
@@ -178,11 +197,60 @@ def clipped(box, size):
     return x1, y1, x2, y2
 
 
-def _is_finite(value):
-    return isinstance(value, (int, float)) and math.isfinite(value)
+def runs_of(text):
+    """The run lengths in pycocotools' compressed text; one of -1 if the text is none.
+
+    pycocotools itself reads and writes wherever damaged text leads it.
+    """
+    codes = np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8).astype(np.int64) - 48
+    goes_on = codes & 32 > 0
+    if not len(codes) or codes.min() < 0 or codes.max() > 63 or goes_on[-1]:
+        return [-1]
+    # A number is written in 5 bits at a time, the lowest first; the 6th says that it goes on.
+    last = np.flatnonzero(~goes_on)
+    first = np.append(0, last[:-1] + 1)
+    length = last - first + 1
+    if length.max() > 6:
+        return [-1]
+    bits = (codes & 31) << 5 * (np.arange(len(codes)) - np.repeat(first, length))
+    runs = np.add.reduceat(bits, first) - ((codes[last] & 16 > 0).astype(np.int64) << 5 * length)
+    # From the fourth on, numbers are differences to the run before the last.
+    runs[1::2] = runs[1::2].cumsum()
+    runs[2::2] = runs[2::2].cumsum()
+    return runs.tolist()
+
+
+def _is_drawable(polygon):
+    """Whether pycocotools can draw a polygon (x, y, x, y, ...): of others it writes behind its memory."""
+    low, high = min(polygon), max(polygon)
+    if low < -_LONGEST or high > _LONGEST:
+        return False
+    if len(polygon) / 2 * (high - low) <= _LONGEST:  # then its outline is shorter, too
+        return True
+    points = np.array(polygon, dtype=np.float64).reshape(-1, 2)
+    return abs(points - np.roll(points, 1, axis=0)).max(1).sum() <= _LONGEST
+
+
+def _is_number(value):
+    return type(value) in (int, float) and abs(value) < 2**53
+
+
+def _is_size(value):
+    return isinstance(value, list) and all(type(side) is int for side in value)
+
+
+def _is_one_of(value, known):
+    return type(value) in (int, float, str) and value in known
+
+
+def _text(name):
+    """A category's name as text that can be written and drawn."""
+    return str(name).encode("utf-8", "backslashreplace").decode()
 
 
 def _read_json(path):
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would wait forever
+        raise DataError(f"cannot read the annotations {path}: it is not a file")
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
@@ -199,24 +267,50 @@ def _read_json(path):
             missing = [key for key in keys if not isinstance(record, dict) or key not in record]
             if missing or not isinstance(record, dict):
                 raise DataError(
-                    f"{path}: a record of {section!r} has no {', '.join(missing) or 'keys'}: {record}"
+                    f"{path}: a record of {section!r} has no {', '.join(missing) or 'keys'}: "
+                    f"{str(record)[:200]}"
                 )
+        if "id" in keys:
+            _check_ids(path, section, [record["id"] for record in records])
+    for record in content["images"]:
+        sides = [record["height"], record["width"]]
+        if not _is_size(sides) or min(sides) < 1 or max(sides) > _LONGEST or math.prod(sides) >= 2**29:
+            wrong = f"height and width {sides}"
+        elif not isinstance(record["file_name"], str):
+            wrong = f"file_name {record['file_name']}"
+        else:
+            continue
+        raise DataError(f"{path}: image {record['id']} has the {wrong[:200]}: correct or remove it")
     return content
 
 
-def build_dataset(root, images, annotations, transform, skip):
+def _check_ids(path, section, ids):
+    kind = str if ids and isinstance(ids[0], str) else int
+    known = set()
+    for number in ids:
+        if type(number) is not kind or kind is int and abs(number) >= 2**63:
+            raise DataError(
+                f"{path}: a record of {section!r} has the id {str(number)[:200]!r}: use whole numbers"
+            )
+        if number in known:
+            raise DataError(f"{path}: two records of {section!r} have the id {number}: give each its own")
+        known.add(number)
+
+
+def build_dataset(root, images, annotations, transform, skip, read=load_image):
     """The images of ``root/images`` with the annotations ``root/annotations``.
 
     Args:
         skip: files may be missing; they are reported when they are read.
+        transform, read: see :class:`CocoDataset`.
 
     Raises:
         DataError: what is wrong with the files, and what to do.
     """
     annotations = Annotations(os.path.join(root, annotations))
-    if all(item.get("iscrowd") for item in annotations.kept()):
+    if not annotations.objects:
         raise DataError(f"{annotations.path} has no objects: its annotations are missing or all left out")
-    dataset = CocoDataset(os.path.join(root, images), annotations, transform)
+    dataset = CocoDataset(os.path.join(root, images), annotations, transform, read)
     missing = [path for path in dataset.paths if not os.path.isfile(path)]
     if len(missing) == len(dataset.paths) or (missing and not skip):
         raise DataError(

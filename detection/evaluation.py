@@ -87,7 +87,9 @@ def _mean(precision):
 
 def _coco(truth, annotations):
     coco = COCO()
-    coco.dataset = dict(truth, annotations=[_with_area(item) for item in annotations])
+    # pycocotools takes two objects of one id for one, and id 0 for none.
+    items = [dict(_with_area(item), id=i) for i, item in enumerate(annotations, 1)]
+    coco.dataset = dict(truth, annotations=items)
     coco.createIndex()
     return coco
 

@@ -1,9 +1,11 @@
 """Batches of images of different sizes."""
 
+import functools
+
 import torch
 from torch.utils.data import DataLoader
 
-from data.datasets import DataError, EvaluationSamples, TrainingSamples
+from data.datasets import DataError, EvaluationSamples, TrainingSamples, load_image
 from data.loaders import Loader, ToDevice, require_an_update, worker_options
 from data.samplers import TrainBatchSampler, evaluation_shard
 
@@ -71,14 +73,16 @@ def build_loaders(config, rank=0, world_size=1, device="cpu"):
         raise DataError("no data: give --data-path, a folder with images and annotations in COCO format")
     options = dict(worker_options(config, device), collate_fn=collate)
     to_device = BatchToDevice(device)
-    val = build_dataset(root, det.VAL_IMAGES, det.VAL_JSON, build_transform(config, False), skip)
+    limits = dict(max_pixels=config.DATA.MAX_PIXELS, max_scans=config.DATA.MAX_SCANS)
+    read = functools.partial(load_image, **limits)
+    val = build_dataset(root, det.VAL_IMAGES, det.VAL_JSON, build_transform(config, False), skip, read)
     shard = evaluation_shard(len(val), rank, world_size)
     # One image at a time: the padding of a batch would change what convolutions see at the borders.
     loader = DataLoader(EvaluationSamples(val, skip), 1, sampler=shard, **options)
-    val_loader = Loader(loader, val.paths, world_size, to_device)
+    val_loader = Loader(loader, val.paths, to_device)
     if config.EVAL_MODE:
         return None, None, val_loader, val
-    train = build_dataset(root, det.TRAIN_IMAGES, det.TRAIN_JSON, build_transform(config, True), skip)
+    train = build_dataset(root, det.TRAIN_IMAGES, det.TRAIN_JSON, build_transform(config, True), skip, read)
     if train.annotations.labels != val.annotations.labels:
         raise DataError(f"{train.annotations.path} and {val.annotations.path} have different categories")
     is_tall = [image["height"] > image["width"] for image in train.annotations.images]
@@ -93,4 +97,4 @@ def build_loaders(config, rank=0, world_size=1, device="cpu"):
     )
     require_an_update(sampler, train.annotations.path)
     loader = DataLoader(TrainingSamples(train, config.SEED, skip), batch_sampler=sampler, **options)
-    return Loader(loader, train.paths, world_size, to_device), sampler, val_loader, val
+    return Loader(loader, train.paths, to_device), sampler, val_loader, val

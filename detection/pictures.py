@@ -1,5 +1,6 @@
 """Pictures of detections beside the ground truth, and curves of a run."""
 
+import math
 import os
 
 import torch
@@ -36,10 +37,10 @@ def draw_detections(samples, names, path, smallest_score=0.5):
     for i, (file, truth, detection) in enumerate(samples):
         left, right = panels[i // columns, 2 * (i % columns) :][:2]
         kept = detection["scores"] >= smallest_score
-        image = pil_to_tensor(load_image(file))
+        image = pil_to_tensor(load_image(file, math.inf, math.inf))  # evaluated already
         _draw(left, image, truth, names)
         _draw(right, image, {name: value[kept] for name, value in detection.items()}, names)
-        left.set_title(f"{os.path.basename(file)}: ground truth", fontsize=8)
+        left.set_title(f"{os.path.basename(file)}: ground truth", fontsize=8, parse_math=False)
         right.set_title(f"detections of score {smallest_score} and more", fontsize=8)
     _save(figure, path)
 
@@ -57,9 +58,8 @@ def _draw(axes, image, objects, names):
         x1, y1, x2, y2 = box
         axes.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], color=colour, lw=1)
         text = names[label - 1] + ("" if score != score else f" {score:.2f}")
-        axes.text(
-            x1, y1, text, fontsize=5, color="white", va="bottom", bbox=dict(fc=colour, ec="none", pad=0.8)
-        )
+        background = dict(fc=colour, ec="none", pad=0.8)
+        axes.text(x1, y1, text, fontsize=5, color="white", va="bottom", bbox=background, parse_math=False)
     axes.set(xlim=(0, image.shape[2]), ylim=(image.shape[1], 0))
 
 

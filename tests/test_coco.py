@@ -25,7 +25,7 @@ from test_detection import config
 import checkpoint as ckpt
 from data import DataError
 from data.samplers import TrainBatchSampler, group
-from detection.dataset import Annotations, build_dataset
+from detection.dataset import Annotations, build_dataset, runs_of
 from detection.evaluation import METRICS, average_precision, table, to_results
 from detection.loaders import BatchToDevice, build_loaders, collate
 from detection.pictures import draw_detections
@@ -148,6 +148,10 @@ def broken(**changes):
         ("with a polygon of fewer than three points", broken(segmentation=[[1, 1, 5, 5]])),
         ("with a mask of another size than the image", broken(segmentation=dict(size=[3, 3], counts=[9]))),
         ("with a mask that does not fill the image", "short"),
+        ("with an iscrowd other than 0 and 1", broken(iscrowd="0")),
+        ("with an area that is no number", broken(area="81")),
+        ("with a polygon far larger than an image", broken(segmentation=[[1, 1, 1e9, 1, 1e9, 9]])),
+        ("with a polygon far larger than an image", broken(segmentation=[[0, 0, 9e5, 9e5] * 9])),
     ],
 )
 def test_broken_annotations_are_left_out_and_named(tmp_path, shapes, caplog, problem, item):
@@ -159,8 +163,11 @@ def test_broken_annotations_are_left_out_and_named(tmp_path, shapes, caplog, pro
     content["annotations"] += [dict(item, id=9000), dict(item, id=9001)]
     annotations = Annotations(write_json(tmp_path, content))
     assert annotations.problems == {problem: [9000, 9001]} and len(annotations.kept()) == whole
-    annotations.report()
+    with caplog.at_level("INFO"):
+        annotations.report()
     assert f"leaving out 2 annotations {problem} (ids 9000, 9001)" in caplog.text
+    objects = sum(not item["iscrowd"] for item in annotations.kept())
+    assert f": 24 images, 7 of them without objects; {objects} objects in 3 categories" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -178,6 +185,138 @@ def test_files_that_are_not_coco_are_refused(tmp_path, text, words):
     path.write_text(text)
     with pytest.raises(DataError, match=words):
         Annotations(str(path))
+
+
+ODD = [None, True, -1, 0, 1.5, 1e12, 2**63, 10**400, float("nan"), float("inf"), "", "7", "a\0b", "\ud800"]
+ODD += ["../..", "/etc", "$\\frac", [], [5], [[5]], [True] * 4, [1e12] * 4, [10**400] * 6, ["a"] * 6, {}]
+ODD += [dict(size=5, counts=[1]), dict(size=[8, 8], counts=[32, 32]), dict(size=[8, 8], counts=[-64, 128])]
+ODD += [dict(size=[8, 8], counts=text) for text in ("", "o" * 99, "01", "\u20ac", "\ud800", "P", "`0", "0`")]
+
+
+def small_content():
+    """A COCO file of two images and three objects, each with another kind of mask, and a crowd."""
+    masks = [np.zeros((8, 8), np.uint8, order="F") for _ in range(2)]
+    masks[0][2:6, 1:5], masks[1][4:, 4:] = 1, 1
+    packed = coco_mask.encode(masks[0])["counts"].decode()
+    runs = [36, 4, 4, 4, 4, 4, 4, 4]
+    shapes = [[[1, 1, 6, 1, 6, 7]], dict(size=[8, 8], counts=packed), dict(size=[8, 8], counts=runs)]
+    boxes = [[1, 1, 5, 6], [1, 2, 4, 4], [4, 4, 4, 4]]
+    items = [
+        dict(id=5 + i, image_id=i % 2, category_id=1 + i, bbox=box, area=16, iscrowd=0, segmentation=shape)
+        for i, (box, shape) in enumerate(zip(boxes, shapes))
+    ]
+    return dict(
+        images=[dict(id=i, file_name=f"{i}.png", height=8, width=8) for i in range(2)],
+        categories=[dict(id=1 + i, name=f"kind {i}") for i in range(3)],
+        annotations=[*items, dict(items[2], id=9, iscrowd=1, segmentation=shapes[2])],
+    )
+
+
+def used(folder, content):
+    """All that a run does with a COCO file: its dataset, and its figures for perfect detections."""
+    path = folder / "annotations.json"
+    path.write_text(json.dumps(content))
+    dataset = build_dataset(str(folder), "images", path.name, keep, skip=False)
+    for index in range(len(dataset)):
+        dataset[index]
+    annotations = dataset.annotations
+    annotations.report()
+    results = detections_of(annotations, 0, random.Random(0))
+    figures, rows = average_precision(
+        annotations.as_coco(), results, [image["id"] for image in annotations.images]
+    )
+    table(rows)
+    assert figures["box_AP"] == pytest.approx(100) and figures["mask_AP"] == pytest.approx(100)
+    return dataset
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A folder with the images of :func:`small_content`."""
+    (tmp_path / "images").mkdir()
+    for i in range(2):
+        Image.new("RGB", (8, 8)).save(tmp_path / "images" / f"{i}.png")
+    return tmp_path
+
+
+def test_odd_values_anywhere_in_a_coco_file_are_used_or_refused(small, count):
+    """Or left out, with all that pycocotools is given being right: perfect detections get 100%."""
+    used(small, small_content())
+    outcomes, content = [], small_content()
+    places = [(section, 0, key) for section in content for key in [None, *content[section][0]]]
+    places += [("annotations", place, "segmentation") for place in (1, 2)]
+    for section, place, key in places:
+        for value in ODD:
+            content = small_content()
+            if key is None:
+                content[section][place] = value
+            else:
+                content[section][place][key] = value
+            try:
+                outcomes.append(used(small, content))
+            except DataError as error:
+                outcomes.append(error)
+                assert "annotations.json" in str(error) and len(str(error)) < 600
+    refused = sum(isinstance(outcome, DataError) for outcome in outcomes)
+    assert 200 < refused < len(outcomes) - 200
+    count("odd COCO files tried", len(outcomes))
+
+
+def test_numeric_category_names_and_ids_of_text_work(small):
+    content = small_content()
+    for i, record in enumerate(content["categories"]):
+        record["name"] = [7, 1.5, "$\\frac$"][i]
+    for record in content["images"]:
+        record["id"] = f"image {record['id']}"
+    for item in content["annotations"]:
+        item["image_id"] = f"image {item['image_id']}"
+    dataset = used(small, content)
+    names = [category["name"] for category in dataset.annotations.categories]
+    assert names == ["7", "1.5", "$\\frac$"] and len(dataset.annotations.kept()) == 4
+    truth = dataset.annotations.truth_of(dataset.annotations.images[0])
+    sample = str(small / "images" / "0.png"), truth, dict(truth, scores=torch.ones(len(truth["labels"])))
+    draw_detections([sample], names, str(small / "drawn.png"))
+
+
+def test_ids_of_annotations_do_not_matter(small):
+    content = small_content()
+    content["annotations"] = content["annotations"][:3] * 2
+    content["annotations"] = [dict(item, id=i % 2) for i, item in enumerate(content["annotations"])]
+    assert len(used(small, content).annotations.kept()) == 6
+
+
+@pytest.mark.parametrize("section", ["images", "categories"])
+def test_double_ids_are_refused(small, section):
+    content = small_content()
+    content[section][1]["id"] = content[section][0]["id"]
+    with pytest.raises(DataError, match=f"two records of '{section}' have the id"):
+        used(small, content)
+
+
+def test_compressed_masks_are_read_as_by_pycocotools():
+    rng = np.random.default_rng(0)
+    for size in ((1, 1), (7, 9), (60, 80), (1, 70000)):
+        for share in (0, 0.001, 0.3, 1):
+            mask = np.asfortranarray(rng.random(size) < share, dtype=np.uint8)
+            code = coco_mask.encode(mask)
+            values = np.concatenate([[0], mask.flatten("F"), [2]])
+            starts = np.flatnonzero(np.diff(values[:-1]))
+            runs = np.diff([0, *starts, mask.size]).tolist()
+            assert runs_of(code["counts"].decode()) == runs
+
+
+def test_images_for_detection_have_the_limits_of_all_others(shapes):
+    settings = config("shapes", "DATA.MAX_PIXELS", 99, "DATA.NUM_WORKERS", 0, "DATA.DATA_PATH", shapes)
+    loader, _, val_loader, _ = build_loaders(settings)
+    for each in (loader, val_loader):
+        with pytest.raises(DataError, match=r"\d.png cannot be read .* DATA.MAX_PIXELS is 99"):
+            next(iter(each))
+
+
+def test_an_annotation_file_that_is_a_pipe_is_refused(small):
+    os.mkfifo(small / "pipe.json")
+    with pytest.raises(DataError, match="pipe.json: it is not a file"):
+        build_dataset(str(small), "images", "pipe.json", keep, skip=False)
 
 
 def test_a_set_without_objects_is_refused(tmp_path, shapes):
@@ -507,7 +646,7 @@ def test_evaluation_leaves_out_missing_images_where_it_may(trained, shapes, tmp_
     folder = tmp_path / "copy"
     shutil.copytree(shapes, folder)
     content = content_of(folder, "val")
-    for number in range(7, 150):
+    for number in range(7, 100):
         content["images"].append(
             dict(copy.copy(content["images"][0]), id=number, file_name=f"{number % 7:05d}.png")
         )
@@ -527,10 +666,17 @@ def test_evaluation_leaves_out_missing_images_where_it_may(trained, shapes, tmp_
         *SMALL,
     ]
     done = detect(*arguments, check=False)
-    assert done.returncode == 1 and "1 of the 151 images" in done.stderr
+    assert done.returncode == 1 and "1 of the 101 images" in done.stderr
     done = detect(*arguments, "DATA.ON_ERROR", "skip")
+    assert "val.json: 101 images, 94 of them without objects; 18 objects in 3" in done.stdout
     assert (
         "skipping" in done.stdout
         and "missing.png" in done.stdout
-        and "\n150 images" in done.stdout.replace("INFO 150", "\n150")
+        and "\n100 images" in done.stdout.replace("INFO 100", "\n100")
     )
+    # Another one: too many of the set, but for each of two processes one of 102.
+    content["images"].append(dict(id=1000, file_name="missing.png", height=100, width=100))
+    (folder / "annotations" / "val.json").write_text(json.dumps(content))
+    done = detect(*arguments, "DATA.ON_ERROR", "skip", processes=2, check=False)
+    assert done.returncode == 1
+    assert "error: 2 of 102 images cannot be read, more than 1%" in done.stderr, done.stderr

@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+import torchvision
 from helpers import digits_config, write_images
 from PIL import Image
 
@@ -231,6 +232,86 @@ def test_folders_that_cannot_be_used_are_named(tmp_path):
 def test_hidden_folders_are_not_classes(folder):
     os.makedirs(os.path.join(folder, "val", ".ipynb_checkpoints"))
     assert build_dataset(folder, "val", None).classes == ["a", "b", "c"]
+
+
+def tree(folder, *paths):
+    """Write empty files below a folder; ``a -> b`` is a link."""
+    for path in paths:
+        name, _, target = path.partition(" -> ")
+        os.makedirs(os.path.dirname(folder / name), exist_ok=True)
+        if target:
+            os.symlink(target, folder / name)
+        else:
+            (folder / name).touch()
+    return str(folder)
+
+
+def test_images_are_found_in_torchvisions_order(tmp_path):
+    root = tree(
+        tmp_path, "val/b/2.png", "val/b/10.PNG", "val/b/d/1.jpg", "val/b/d/.x.webp", "val/b-c/1.tif",
+        "val/b/d-e/1.ppm", "val/b/D/1.bmp", "val/b/d/f.jpg/1.pgm", "val/b/.hidden/1.jpeg", "val/b/d/a.txt",
+        "val/A/1.png", "other/z/1.png", "other/y/1.png", "val/b/linked -> ../../other/z",
+        "val/c -> ../other/y", "val/b/again -> d", "val/A/lost.png -> nowhere", "val/A/.#lock -> me@here",
+    )  # fmt: skip
+    expected = torchvision.datasets.ImageFolder(os.path.join(root, "val"))
+    found = build_dataset(root, "val", None)
+    assert found.samples == expected.samples and len(found.samples) == 16
+    assert found.targets == expected.targets and found.classes == expected.classes == ["A", "b", "b-c", "c"]
+
+
+def test_links_to_a_parent_do_not_multiply_images(tmp_path):
+    root = tree(
+        tmp_path, "val/a/1.png", "val/a/self -> .", "val/a/sub/2.png", "val/a/sub/up -> ..",
+        "val/a/sub/top -> ../../..", "val/a/far -> ../../far/x", "far/x/3.png", "far/x/up -> ..", "far/4.png",
+    )  # fmt: skip
+    dataset = build_dataset(root, "val", None)
+    assert [os.path.basename(path) for path, _ in dataset.samples] == ["1.png", "3.png", "2.png"]
+    assert dataset.ignored == {"links to folders that hold them": 4}
+    os.symlink("..", tmp_path / "val" / "b")
+    with pytest.raises(DataError, match="val/b is a link to a folder that holds it: remove it"):
+        build_dataset(root, "val", None)
+
+
+@pytest.mark.parametrize("link", ["val/b -> nowhere", "val/b -> b", "val/a/b -> nowhere", "val/a/b/c -> c"])
+def test_links_that_lead_nowhere_are_named(tmp_path, link):
+    root = tree(tmp_path, "val/a/1.png", link)
+    with pytest.raises(DataError, match=f"cannot follow {tmp_path / link.split()[0]} "):
+        build_dataset(root, "val", None)
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path):
+    tree(tmp_path, "val/a/1.png")
+    here = os.open(tmp_path / "val" / "a", os.O_RDONLY)
+    for _ in range(20):  # deeper than a path may be long
+        os.mkdir("x" * 250, dir_fd=here)
+        below = os.open("x" * 250, os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = below
+    os.close(here)
+    with pytest.raises(DataError, match=f"cannot follow {tmp_path}/val/a/xxx.*File name too long"):
+        build_dataset(str(tmp_path), "val", None)
+
+
+def test_what_is_found_and_ignored_is_said(tmp_path, caplog):
+    for split in ("train", "val"):
+        tree(
+            tmp_path / split, *(f"a/{i}.png" for i in range(7)), "b/1.JPG", "b/1.HEIC", "b/2.heic",
+            "b/3.avif", "b/deep/4.svg", "b/README", "c.txt", "7.png", ".git/8.png",
+        )  # fmt: skip
+    config = digits_config("DATA.NUM_WORKERS", 0, data_path=str(tmp_path), batch_size=3)
+    train, _, val, _ = build_loaders(config)
+    with caplog.at_level("INFO"):
+        train.report(), val.report()
+    ignored = ".heic 2, .avif 1, .svg 1, .txt 1, hidden folders 1, images outside the class folders 1"
+    found, left, found_in_val = caplog.messages
+    for message, split in ((found, "train"), (found_in_val, "val")):
+        beginning, listed = message.split("; ignored: ")
+        assert beginning == f"{tmp_path}/{split}: 8 images in 2 classes"
+        assert sorted(listed.split(", ")) == sorted([*ignored.split(", "), "no ending 1"])
+    assert left == (
+        "2 of these images, others each time, are left out of an epoch: they do not fill an update of 3 per "
+        "process, 1 processes, 1 accumulated"
+    )
 
 
 def test_evaluation_needs_no_training_images(folder, tmp_path):

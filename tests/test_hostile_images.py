@@ -15,13 +15,17 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from helpers import digits_config, micro, write_images
+from helpers import digits_config, micro, run_main, write_images
 from PIL import Image, PngImagePlugin
 
 from data import DataError, build_loaders
-from data.datasets import load_image
+from data.datasets import EvaluationSamples, build_dataset, load_image
+from data.loaders import build_reader
+from data.opencv import ImageFile
+from data.samplers import TrainBatchSampler, evaluation_shard
 from data.transforms import build_transform
 from main import evaluate
+from models import build_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:Palette images with Transparency")
 
@@ -75,6 +79,40 @@ def png_header(width, height):
     return b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
 
 
+def sequential_jpeg():
+    """A JPEG file with a scan for each colour, but not progressive: the grey files of the three colours."""
+    files = [encoded(channel, "JPEG") for channel in picture().split()]
+    header = files[0][: files[0].index(b"\xff\xda")]
+    frame = header.index(b"\xff\xc0")
+    three = b"\3" + b"".join(bytes([number, 0x11, 0]) for number in (1, 2, 3))
+    header = header[: frame + 2] + b"\0\x11" + header[frame + 4 : frame + 9] + three + header[frame + 13 :]
+    for number, file in enumerate(files, 1):
+        scan = file[file.index(b"\xff\xda") : -2]
+        header += scan[:5] + bytes([number]) + scan[6:]
+    return header + b"\xff\xd9"
+
+
+def with_scans(jpeg, number):
+    """A JPEG file whose last scan is there again and again, so that there are ``number`` of them."""
+    header, *scans = jpeg.removesuffix(b"\xff\xd9").split(b"\xff\xda")
+    scans += scans[-1:] * (number - len(scans))
+    return b"\xff\xda".join([header, *scans]) + b"\xff\xd9"
+
+
+def tiff_of_one_strip(width, height, rows=50):
+    """A TIFF file of 8-bit RGB of which every strip is the same few compressed bytes."""
+    strips, strip = height // rows, zlib.compress(bytes(3 * width * rows), 9)
+    arrays = [[8] * 3, [8] * strips, [len(strip)] * strips]
+    contents = [struct.pack(f"<{len(a)}{kind}", *a) for a, kind in zip(arrays, "HII")]
+    places = [8 + len(strip) + sum(map(len, contents[:i])) for i in range(4)]
+    tags = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, 3, places[0]), (259, 3, 1, 8)]
+    tags += [(262, 3, 1, 2), (273, 4, strips, places[1]), (277, 3, 1, 3), (278, 4, 1, rows)]
+    tags += [(279, 4, strips, places[2])]
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    head = b"II*\0" + struct.pack("<I", places[3])
+    return head + strip + b"".join(contents) + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
 def readable_files():
     """Name to bytes of files that Pillow decodes, some of them only just."""
     exif = Image.Exif()
@@ -105,6 +143,10 @@ def readable_files():
         "1x20000.png": encoded(high, "PNG"),
         "20000x1.jpg": encoded(wide, "JPEG"),
         "junk_behind_the_end.jpg": encoded(picture(), "JPEG") + b"junk" * 100,
+        "film_behind_the_end.jpg": encoded(picture(), "JPEG", progressive=True) + b"\xff\xda\0\2" * 200,
+        "thumbnails.jpg": encoded(picture(), "JPEG", progressive=True, comment=b"\xff\xda" * 200),
+        "three_scans.jpg": with_scans(sequential_jpeg(), 3),
+        "100_scans.jpg": with_scans(encoded(picture(), "JPEG", progressive=True), 100),
     }
 
 
@@ -129,6 +171,10 @@ def unreadable_files():
         "bomb.png": png_file([png_header(100000, 100000), (b"IDAT", data[b"IDAT"]), (b"IEND", b"")]),
         "bomb.jpg": huge_jpeg,
         "bomb_named.png": gif[:6] + struct.pack("<HH", 65535, 65535) + gif[10:],
+        "bomb.tif": tiff_of_one_strip(13000, 13000),
+        "tall.png": png_file([png_header(1, 10**8), (b"IDAT", data[b"IDAT"]), (b"IEND", b"")]),
+        "scans.jpg": with_scans(encoded(picture(), "JPEG", progressive=True), 3000),
+        "sequential_scans.jpg": with_scans(sequential_jpeg(), 3000),
         "text_bomb.png": png_file([png_header(40, 28), (b"zTXt", text), (b"IDAT", data[b"IDAT"])]),
     }
 
@@ -198,14 +244,48 @@ def test_unreadable_images_are_named(tmp_path):
         assert "\n" not in message
 
 
-def test_decompression_bombs_follow_pillows_limit(tmp_path, monkeypatch):
-    path = str(tmp_path / "large.png")
-    picture(size=(100, 100)).save(path)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100 * 100)
-    assert load_image(path).size == (100, 100)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100 * 100 // 2 - 1)
-    with pytest.raises(DataError, match="large.png cannot be read as an image .*decompression bomb"):
-        load_image(path)
+@pytest.mark.parametrize("backend", ["pil", "opencv"])
+def test_the_limits_of_a_file_are_keys(tmp_path, backend):
+    large, scans, sparse = (str(tmp_path / name) for name in ("large.png", "scans.jpg", "sparse.bmp"))
+    picture(size=(100, 100)).save(large)
+    write_files(tmp_path, {"scans.jpg": with_scans(encoded(picture(), "JPEG", progressive=True), 30)})
+    picture().save(sparse)
+    os.truncate(sparse, 8 * 10**4 + 1)
+    for path, key, limit in (
+        (large, "DATA.MAX_PIXELS", 10**4),
+        (scans, "DATA.MAX_SCANS", 30),
+        (sparse, "DATA.MAX_PIXELS", 10**4 + 1),
+    ):
+        for value, passes in ((limit, True), (limit - 1, False)):
+            read, transform = build_reader(digits_config(key, value, "DATA.BACKEND", backend), False)
+            if passes:
+                assert transform(read(path)).shape == (3, 32, 32)
+            else:
+                with pytest.raises(DataError, match=f"{path} cannot be read .* {key} is {value}: raise that"):
+                    read(path)
+
+
+def test_the_key_alone_limits_pixels(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # Pillow would refuse twice as many
+    write_images(tmp_path / "train", 1, size=100)
+    config = digits_config("DATA.IMG_SIZE", 64, "DATA.MAX_PIXELS", 10**4)
+    read, transform = build_reader(config, is_train=True)
+    dataset = build_dataset(str(tmp_path), "train", transform, read)
+    assert dataset[0][0].shape == (3, 64, 64) and Image.MAX_IMAGE_PIXELS == 10
+
+
+def test_pipes_and_devices_are_no_images(tmp_path):
+    write_images(tmp_path / "val", 1, classes="a")
+    os.mkfifo(tmp_path / "val" / "a" / "pipe.jpg")
+    for name in ("zero", "tty"):
+        os.symlink(f"/dev/{name}", tmp_path / "val" / "a" / f"{name}.jpg")
+    os.symlink("/proc/kcore", tmp_path / "val" / "a" / "huge.jpg")
+    os.symlink("self.jpg", tmp_path / "val" / "a" / "self.jpg")
+    samples = EvaluationSamples(build_dataset(str(tmp_path), "val", None), skip=True)
+    assert [bool(failed) for *_, failed in map(samples.__getitem__, range(6))] == [False] + [True] * 5
+    for read in (load_image, ImageFile):
+        with pytest.raises(DataError, match="pipe.jpg cannot be read as an image: it is not a file"):
+            read(str(tmp_path / "val" / "a" / "pipe.jpg"))
 
 
 def test_no_image_runs_ghostscript(tmp_path, monkeypatch):
@@ -317,22 +397,72 @@ def test_more_than_1_percent_of_broken_images_ends_the_run(tmp_path, log):
             list(loader)
 
 
-def test_1_percent_is_counted_among_the_images_of_a_process(tmp_path, log):
-    write_images(tmp_path / "train", 110, size=8)
-    write_images(tmp_path / "val", 110, size=8, seed=1)
-    config = digits_config("DATA.NUM_WORKERS", 0, "DATA.ON_ERROR", "skip", data_path=str(tmp_path))
-    both = [build_loaders(config, rank, world_size=2) for rank in (0, 1)]
-    for which in (0, 2):
-        for path in both[0][which].paths[:6]:
-            with open(path, "wb") as file:
-                file.write(b"broken")
-        refused = 0
-        for loaders_of_rank in both:
-            try:
-                list(loaders_of_rank[which])
-            except DataError as error:
-                refused += "more than 1%" in str(error)
-        assert refused
+@pytest.fixture(scope="module")
+def images_361(tmp_path_factory):
+    """361 images in each of train and val, of which ``break_images`` takes some."""
+    folder = tmp_path_factory.mktemp("361")
+    for split in ("train", "val"):
+        write_images(folder / split, 180, classes="ab", size=8)
+        shutil.copy(folder / split / "a" / "0.png", folder / split / "b" / "last.png")
+    return folder
+
+
+def with_broken_images(images_361, folder, split, indices):
+    """A copy of a folder in which the images of these indices of a split are broken."""
+    shutil.copytree(images_361, folder)
+    dataset = build_dataset(str(folder), split, None)
+    for index in indices:
+        with open(dataset.samples[index][0], "wb") as file:
+            file.write(b"broken")
+    return folder
+
+
+def run_with_broken_images(folder, output, *arguments, processes):
+    opts = ["DATA.NUM_WORKERS", "0", "DATA.ON_ERROR", "skip", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0"]
+    common = ["--cfg", "configs/digits.yaml", "--data-path", folder, "--output", output, "--batch-size", 40]
+    return run_main(*common, *arguments, "--opts", *opts, processes=processes, check=False)
+
+
+def test_1_of_361_broken_images_passes_with_4_processes(images_361, tmp_path):
+    folder = with_broken_images(images_361, tmp_path / "data", "val", [8])
+    (folder / "val" / "a" / "notes.txt").touch()
+    first = next(iter(TrainBatchSampler(361, 40, 1, 0, 4, seed=0)))[0][1]
+    with open(build_dataset(str(folder), "train", None).samples[first][0], "wb") as file:
+        file.write(b"broken")
+    done = run_with_broken_images(folder, tmp_path / "out", processes=4)
+    assert done.returncode == 0 and "on 360 images" in done.stdout, done.stdout + done.stderr
+    for line in (
+        f"{folder}/val: 361 images in 2 classes; ignored: .txt 1",
+        f"{folder}/train: 361 images in 2 classes",
+        "41 of these images, others each time, are left out of an epoch: they do not fill an update of 40 "
+        "per process, 4 processes, 1 accumulated",
+    ):
+        assert done.stdout.count(f"{line}\n") == 1, done.stdout
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_6_of_361_broken_images_end_a_run_of_2_processes(images_361, tmp_path, split):
+    # Three for each process, which are no more than 1% of the set.
+    shards = [evaluation_shard(361, rank, 2) for rank in (0, 1)]
+    arguments = ["--eval", "--resume", tmp_path / "weights.pth"]
+    torch.save(build_model(digits_config("MODEL.NUM_CLASSES", 2)).state_dict(), arguments[-1])
+    if split == "train":
+        samplers = [TrainBatchSampler(361, 40, 1, rank, 2, seed=0) for rank in (0, 1)]
+        shards = [[index for batch in sampler for _, index in batch] for sampler in samplers]
+        arguments = []
+    indices = [*shards[0][:3], *shards[1][:3]]
+    folder = with_broken_images(images_361, tmp_path / "data", split, indices)
+    done = run_with_broken_images(folder, tmp_path / "out", *arguments, processes=2)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "error: 6 of 361 images cannot be read, more than 1%" in done.stderr, done.stderr
+
+
+def test_of_fewer_than_100_images_none_may_be_broken(tmp_path, log):
+    write_images(tmp_path / "val", 33, size=8)
+    (tmp_path / "val" / "a" / "0.png").write_bytes(b"broken")
+    config = digits_config("DATA.NUM_WORKERS", 0, "DATA.ON_ERROR", "skip", data_path=str(tmp_path), eval=True)
+    with pytest.raises(DataError, match="1 of 99 images cannot be read, more than 1%"):
+        list(build_loaders(config)[2])
 
 
 def originals(rng):

@@ -122,9 +122,12 @@ class Quiet:
 
 
 class Batches(list):
-    """A list of batches that passes for a training loader."""
+    """A list of batches that passes for a loader."""
 
     paths = [f"{index}.png" for index in range(64)]
+
+    def check_failures(self):
+        pass
 
 
 @pytest.fixture(autouse=True)
@@ -335,7 +338,7 @@ def test_evaluation_figures_are_means_over_images_not_batches():
         acc5=100 * (order[:, :5] == targets[:, None]).any(1).double().mean().item(),
     )
     for size in (1, 3, 7):
-        batches = list(zip(images.split(size), targets.split(size)))
+        batches = Batches(zip(images.split(size), targets.split(size)))
         assert evaluate(model, batches, torch.device("cpu"), None, 1, Quiet()) == pytest.approx(
             expected, rel=1e-6
         )

@@ -108,7 +108,7 @@ def pipeline(name, is_train, paths, batch_size):
     loader = DataLoader(samples, batch_size, sampler=order, **options)
     if for_gpu:
         return lambda: list(map(len, loader))
-    loader = Loader(loader, paths, 1, ToDevice(torch.device("cpu")))
+    loader = Loader(loader, paths, ToDevice(torch.device("cpu")))
     augment = build_augmentation(config, 0, "cpu")
 
     def run():
