@@ -20,6 +20,8 @@ from torch.autograd.function import once_differentiable
 
 from utils import UserError
 
+from .export import exporting
+
 BACKENDS = ("auto", "eager", "sdpa", "blocked", "triton")
 BLOCK = 64  # windows whose scores stay in the cache
 
@@ -30,7 +32,7 @@ def windowed_attention(qkv, bias, scale, backend="auto", padding=None):
     Args:
         qkv, bias: as above; the bias in any floating dtype.
         scale: factor of q k^T.
-        backend: one of ``BACKENDS``; ``auto`` leaves it to :func:`choose_backend`.
+        backend: one of ``BACKENDS``; ``auto`` leaves it to :func:`choose_backend`. Exports get ``eager``.
         padding: which windows hold tokens that nobody may attend to, int64 (n,), and which tokens these are,
             bool (n, tokens), not all of a window; None where there are none.
 
@@ -40,7 +42,9 @@ def windowed_attention(qkv, bias, scale, backend="auto", padding=None):
     Raises:
         UserError: ``triton`` cannot run for these tensors; the message says why.
     """
-    if backend == "auto":
+    if exporting():
+        backend = "eager"
+    elif backend == "auto":
         backend = choose_backend(qkv.device)
     attend = dict(eager=eager, sdpa=sdpa, blocked=blocked, triton=triton)[backend]
     out = attend(qkv, bias, scale)

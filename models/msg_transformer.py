@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import BACKENDS, triton_missing, windowed_attention
+from .export import exporting, image_size
 
 
 def partition_windows(x, window, region):
@@ -27,11 +28,9 @@ def partition_windows(x, window, region):
     Returns:
         (B*regions, region*region, window*window, C)
     """
-    B, H, W, C = x.shape
-    rows, cols = H // (region * window), W // (region * window)
-    x = x.reshape(B, rows, region, window, cols, region, window, C)
+    x = x.unflatten(2, (-1, region, window)).unflatten(1, (-1, region, window))
     x = x.permute(0, 1, 4, 2, 5, 3, 6, 7)  # B, region rows, cols, window rows, cols, token rows, cols, C
-    return x.reshape(B * rows * cols, region * region, window * window, C)
+    return x.flatten(5, 6).flatten(3, 4).flatten(0, 2)
 
 
 def merge_windows(x, window, region, height, width):
@@ -45,11 +44,10 @@ def merge_windows(x, window, region, height, width):
     Returns:
         (B, H, W, C)
     """
-    C = x.shape[-1]
     rows, cols = height // (region * window), width // (region * window)
-    x = x.reshape(-1, rows, cols, region, region, window, window, C)
+    x = x.unflatten(2, (window, window)).unflatten(1, (region, region)).unflatten(0, (-1, rows, cols))
     x = x.permute(0, 1, 3, 5, 2, 4, 6, 7)  # B, region, window and token rows, the same for columns, C
-    return x.reshape(-1, height, width, C)
+    return x.flatten(4, 6).flatten(1, 3)
 
 
 def shuffle_messengers(x):
@@ -65,13 +63,15 @@ def shuffle_messengers(x):
     Returns:
         The same shape.
     """
-    windows = x.shape[1]
-    if windows > 1:
-        messengers = x[:, :, 0].unflatten(2, (windows, -1))  # B*regions, windows, groups, C/G
-        messengers = messengers.transpose(1, 2).flatten(2)  # B*regions, groups, C: group j goes to window j
-        if torch.compiler.is_compiling():  # it would fuse the assignment into all that reads x
-            return torch.cat([messengers[:, :, None], x[:, :, 1:]], dim=2)
-        x[:, :, 0] = messengers
+    recorded = exporting()
+    if not recorded and x.shape[1] == 1:
+        return x
+    groups = x[:, :, 0].unflatten(2, (x.shape[1], -1))  # B*regions, windows, groups, C/G
+    groups = groups.transpose(1, 2)  # B*regions, groups, windows, C/G: group j goes to window j
+    if recorded or torch.compiler.is_compiling():  # it would fuse the assignment into all that reads x
+        return torch.cat([groups.flatten(2)[:, :, None], x[:, :, 1:]], dim=2)
+    # A copy in any case: flattened groups of one channel are a view of what the assignment overwrites.
+    x[:, :, 0] = groups.clone(memory_format=torch.contiguous_format).flatten(2)
     return x
 
 
@@ -149,10 +149,10 @@ class LocalAttention(nn.Module):
         Args:
             padding: windows and tokens in them that nobody attends to, see :func:`windowed_attention`.
         """
-        bias = self.bias() if self.fixed_bias is None else self.fixed_bias
+        bias = self.bias() if self.fixed_bias is None or exporting() else self.fixed_bias
         qkv = self.qkv(x.flatten(0, 1))  # B*regions*windows, tokens, 3*C
         heads = windowed_attention(qkv, bias, self.scale, self.backend, padding)  # as qkv, but C channels
-        return self.proj_drop(self.proj(heads[:, :read])).unflatten(0, x.shape[:2])
+        return self.proj_drop(self.proj(heads[:, :read])).unflatten(0, (-1, x.shape[1]))
 
 
 class Block(nn.Module):
@@ -412,12 +412,16 @@ class MSGTransformer(nn.Module):
         x = self.patch_embed(x)  # B, H, W, C
         if self.absolute_pos_embed is not None:
             x = x + self.absolute_pos_embed.unflatten(1, x.shape[1:3])
+        side = self.window_size * self.regions[0]
+        # Asked for before the windows are cut: of windows, ONNX takes the number for a constant.
+        regions = x.shape[0] * (x.shape[1] // side) * (x.shape[2] // side)
         x = partition_windows(
             self.pos_drop(x), self.window_size, self.regions[0]
         )  # B*regions, windows, w*w, C
         if self.msg_tokens is None:
             return x
-        return torch.cat([self.msg_tokens.expand(x.shape[0], -1, -1, -1), x], dim=2)
+        messengers = self.msg_tokens.expand(regions, -1, -1, -1)
+        return torch.cat([messengers, x], dim=2)
 
     def forward_features(self, x, read=None):
         """Images (B, in_chans, S, S) to normed tokens of the last window (B, 1+w*w, C), messenger first.
@@ -428,10 +432,11 @@ class MSGTransformer(nn.Module):
         Raises:
             ValueError: images of another size than the model was built for.
         """
-        if x.shape[2] != self.img_size or x.shape[3] != self.img_size:
+        x, height, width = image_size(x)
+        if (height, width) != (self.img_size, self.img_size):
             raise ValueError(
                 f"the model takes {self.img_size}x{self.img_size} images, these are "
-                f"{x.shape[2]}x{x.shape[3]}: resize them or set DATA.IMG_SIZE"
+                f"{height}x{width}: resize them or set DATA.IMG_SIZE"
             )
         x = self.embed(x)
         for stage in self.layers:
@@ -472,7 +477,7 @@ class MSGTransformer(nn.Module):
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt {output_fmt!r}: use NCHW or NHWC")
-        (height, width), size = x.shape[2:], self.img_size
+        (x, height, width), size = image_size(x), self.img_size
         larger = (height, width) != (size, size)
         for_maps = intermediates_only and self.absolute_pos_embed is None
         if height % size or width % size or (larger and not for_maps):
@@ -495,6 +500,14 @@ class MSGTransformer(nn.Module):
                 break
             x = stage.merge(x, rows, cols) if stage.downsample is not None else x
         return maps if intermediates_only else (self.norm(x.squeeze(1)), maps)
+
+    def __prepare_scriptable__(self):
+        """What ``torch.jit.script`` asks first.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("the model cannot be scripted: use torch.jit.trace or torch.export")
 
     def prune_intermediate_layers(self, indices=1, prune_norm=False, prune_head=True):
         """Drop what :meth:`forward_intermediates` does not need for ``indices`` (timm's interface)."""

@@ -5,12 +5,16 @@ PyTorch too, can also apply bias and GELU on the way. ``benchmarks/`` has the sa
 """
 
 import platform
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import _has_any_global_hook
+
+from .export import exporting
 
 ROWS = 4096  # tokens whose hidden channels stay in the cache
 
@@ -22,11 +26,12 @@ def has_onednn():
 
 
 def use_onednn(model):
-    """Let all linear layers of a model, and the exact GELU behind an Mlp's first one, run through oneDNN.
+    """Let all linear layers of a model, and the exact GELU of timm's Mlps, run through oneDNN.
 
-    Parameters, their names and the results stay as they are, but for rounding. Outside the CPU nothing
-    changes. Counters of operations that watch ``nn.Linear`` do not see the layers any more. In training an
-    Mlp works on blocks of tokens, whose hidden channels stay in the cache.
+    Classes, parameters, their names and the results stay as they are, except for rounding: a module only gets
+    a ``forward`` of its own, which leaves everything to PyTorch outside the CPU, in exports, and where a
+    weight is quantised or computed from other parameters. In training an Mlp works on blocks of tokens, whose
+    hidden channels stay in the cache.
 
     Args:
         model: a module, changed in place.
@@ -34,49 +39,42 @@ def use_onednn(model):
     if not has_onednn():
         return
     for module in model.modules():
+        if "forward" in vars(module):
+            continue
         if type(module) is nn.Linear:
-            module.__class__ = OneDnnLinear
-            module.gelu, module.packed = False, None
-    for module in model.modules():
-        if isinstance(module, Mlp) and isinstance(module.act, nn.GELU) and module.act.approximate == "none":
-            module.fc1.gelu, module.act = True, nn.Identity()
-            biased = module.fc1.bias is not None and module.fc2.bias is not None
-            if type(module) is Mlp and isinstance(module.norm, nn.Identity) and biased:
-                module.__class__ = BlockedMlp
+            module.packed = None  # weight and bias as oneDNN likes them, while weights are fixed
+            module.forward, module.fix_weights = partial(_layer, module), partial(_pack, module)
+        elif type(module) is Mlp:
+            module.forward = partial(_mlp, module)
 
 
-class OneDnnLinear(nn.Linear):
-    """A linear layer made from another by :func:`use_onednn`.
+def _pack(layer, dtype):
+    """Keep packed weights of a dtype, or none for None; see :func:`models.build.inference`."""
+    layer.packed = None
+    packable = dtype == torch.float32 or (
+        dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+    if packable and type(layer.weight) is nn.Parameter and layer.weight.device.type == "cpu":
+        weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().to(dtype))
+        layer.packed = weight, None if layer.bias is None else layer.bias.detach().to(dtype)
 
-    Attributes:
-        gelu: apply the exact GELU to the result.
-        packed: weight and bias in a dtype and an order that suit oneDNN while weights are fixed, or None.
-    """
 
-    def fix_weights(self, dtype):
-        """Keep packed weights of a dtype, or none for None; see :func:`models.build.inference`."""
-        self.packed = None
-        packable = dtype == torch.float32 or (
-            dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        )
-        if packable and self.weight.device.type == "cpu":
-            weight = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach().to(dtype))
-            self.packed = weight, None if self.bias is None else self.bias.detach().to(dtype)
-
-    def forward(self, x):
-        """(..., in_features) to (..., out_features)."""
-        if x.device.type == "cpu" and torch.backends.mkldnn.enabled:
-            autocast = torch.is_autocast_enabled("cpu")
-            dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
-            if self.packed is not None and self.packed[0].dtype == dtype:
-                return _linear(x.to(dtype), *self.packed, self.gelu, self.out_features)
-            if dtype == torch.float32 and torch.is_grad_enabled():
-                x = _Differentiated.apply(x.float(), self.weight, self.bias)
-                return F.gelu(x) if self.gelu else x
-            if dtype == torch.float32:
-                return _linear(x.float(), self.weight, self.bias, self.gelu, self.out_features)
-        x = super().forward(x)
-        return F.gelu(x) if self.gelu else x
+def _layer(layer, x, gelu=False):
+    """The forward of an ``nn.Linear``, then GELU if wanted: (..., in_features) to (..., out_features)."""
+    weight, bias = layer.weight, layer.bias
+    plain = type(weight) is not nn.Parameter or not torch.backends.mkldnn.enabled or exporting()
+    if x.device.type == "cpu" and not plain:
+        autocast = torch.is_autocast_enabled("cpu")
+        dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
+        if layer.packed is not None and layer.packed[0].dtype == dtype:
+            return _linear(x.to(dtype), *layer.packed, gelu, layer.out_features)
+        if dtype == torch.float32 and torch.is_grad_enabled():
+            x = _Differentiated.apply(x.float(), weight, bias)
+            return F.gelu(x) if gelu else x
+        if dtype == torch.float32:
+            return _linear(x.float(), weight, bias, gelu, layer.out_features)
+    x = F.linear(x, weight, bias)
+    return F.gelu(x) if gelu else x
 
 
 def _linear(x, weight, bias, gelu, out_features):
@@ -139,19 +137,45 @@ class _Differentiated(torch.autograd.Function):
         )
 
 
-class BlockedMlp(Mlp):
-    """An Mlp with exact GELU made from timm's by :func:`use_onednn`: on the CPU it trains block by block."""
+def _mlp(mlp, x):
+    """The forward of timm's Mlp: (..., in) to (..., out). On the CPU it trains block by block.
 
-    def forward(self, x):
-        """(..., in) to (..., out)."""
-        autocast = torch.is_autocast_enabled("cpu")
-        dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
-        blocks = x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        drops = self.training and max(self.drop1.p, self.drop2.p) > 0
-        if not blocks or drops or dtype not in (torch.float32, torch.bfloat16):
-            return super().forward(x)
-        weights = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+    Both ways of going past a part of the Mlp need that it is as :func:`use_onednn` found it.
+    """
+    if exporting() or not _fusible(mlp):
+        return Mlp.forward(mlp, x)
+    autocast = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
+    blocks = x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    drops = mlp.training and max(mlp.drop1.p, mlp.drop2.p) > 0
+    biased = mlp.fc1.bias is not None and mlp.fc2.bias is not None
+    if blocks and biased and not drops and dtype in (torch.float32, torch.bfloat16):
+        weights = (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
         return _Mlp.apply(x.to(dtype).flatten(0, -2), *weights).unflatten(0, x.shape[:-1])
+    return mlp.drop2(mlp.fc2(mlp.drop1(_layer(mlp.fc1, x, gelu=True))))
+
+
+def _fusible(mlp):
+    """Whether an Mlp is two linear layers of :func:`use_onednn` and an exact GELU, which nobody watches."""
+    parts = (mlp.fc1, mlp.act, mlp.drop1, mlp.norm, mlp.fc2, mlp.drop2)
+    kinds = [nn.Linear, nn.GELU, nn.Dropout, nn.Identity, nn.Linear, nn.Dropout]
+    return (
+        [type(part) for part in parts] == kinds
+        and mlp.act.approximate == "none"
+        and all(_own_forward(layer) and type(layer.weight) is nn.Parameter for layer in (mlp.fc1, mlp.fc2))
+        and not any(map(_hooked, parts))
+        and not _has_any_global_hook()
+    )
+
+
+def _own_forward(layer):
+    forward = vars(layer).get("forward")
+    return isinstance(forward, partial) and forward.func is _layer
+
+
+def _hooked(module):
+    forward, backward = module._forward_hooks, module._backward_hooks
+    return bool(forward or module._forward_pre_hooks or backward or module._backward_pre_hooks)
 
 
 class _Mlp(torch.autograd.Function):

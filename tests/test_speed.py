@@ -10,7 +10,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from models import inference, use_onednn
-from models.onednn import ROWS, BlockedMlp, OneDnnLinear, has_onednn
+from models.onednn import ROWS, has_onednn
 
 needs_onednn = pytest.mark.skipif(not has_onednn(), reason="needs oneDNN on x86")
 
@@ -22,7 +22,7 @@ def test_onednn_linear_layers_equal_pytorchs_with_all_gradients(widths, bias):
     plain = nn.Linear(*widths, bias=bias)
     fast = nn.Sequential(copy.deepcopy(plain))
     use_onednn(fast)
-    assert isinstance(fast[0], OneDnnLinear)
+    assert "forward" in vars(fast[0])
     x = torch.randn(3, 5, 11, widths[0], requires_grad=True)
     found, expected = (
         (y, *torch.autograd.grad(y.square().sum(), (x, *layer.parameters())))
@@ -65,7 +65,7 @@ def test_training_an_mlp_by_blocks_gives_the_gradients_of_the_whole(rows, amp):
     plain = Mlp(8, 24, 12)
     fast = copy.deepcopy(plain)
     use_onednn(fast)
-    assert isinstance(fast, BlockedMlp)
+    assert "forward" in vars(fast)
     x, grad = torch.randn(1, rows, 8, requires_grad=True), torch.randn(1, rows, 12)
     wanted, found, exact = [], [], []
     for mlp, dtype, results in ((plain, None, wanted), (fast, None, found), (plain, torch.float64, exact)):

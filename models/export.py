@@ -1,0 +1,35 @@
+"""What a trace, an export or a counter of operations sees of the model: the plain formulas and layers."""
+
+import warnings
+
+import torch
+
+
+def exporting():
+    """Whether the operations of this call are recorded or watched rather than just computed.
+
+    That is so in ``torch.jit.trace``, ``torch.export``, both ONNX exporters and ``make_fx``, and inside
+    counters such as ``FlopCounterMode``. They know PyTorch's own operators only, and some record writes into
+    parts of a tensor wrongly: what is faster than the plain formula stands aside. ``torch.compile`` is not
+    among them.
+    """
+    if torch.jit.is_tracing():
+        return True
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def image_size(x):
+    """Images (B, channels, height, width), their height and their width.
+
+    In ``torch.jit.trace`` shapes are tensors. There the sizes become plain numbers, and the images pass
+    through a reshape that refuses images of another size, because the trace does not hold for them.
+    """
+    height, width = x.shape[2:]
+    if torch.jit.is_tracing():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            height, width = int(height), int(width)
+        x = x.reshape(x.shape[0], x.shape[1], height, width)
+    return x, height, width
