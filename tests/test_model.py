@@ -1,6 +1,7 @@
 """The model against the reference numbers and against a second implementation from the formulas."""
 
 import argparse
+import itertools
 import math
 
 import pytest
@@ -20,7 +21,7 @@ from helpers import (
 from torch.nn.functional import cross_entropy
 
 from config import get_config
-from models import build_model
+from models import build_model, msg_transformer
 from models.msg_transformer import Block, MSGTransformer, merge_windows, partition_windows, shuffle_messengers
 
 SIZES = [  # name, parameters, GMACs and drop path of the specification
@@ -196,6 +197,40 @@ def test_shuffle_sends_group_j_of_every_messenger_to_window_j():
     for j in range(4):
         assert y[0, j, 0].tolist() == [v for window in range(4) for v in (window * 10 + j,) * 2]
     assert torch.equal(y[:, :, 1:], x[:, :, 1:])
+
+
+def loop_shuffle(x):
+    """The exchange of messengers, a window and a channel group at a time."""
+    y, size = x.clone(), x.shape[3] // x.shape[1]
+    for j in range(x.shape[1]):
+        for window in range(x.shape[1]):
+            y[:, j, 0, window * size : (window + 1) * size] = x[:, window, 0, j * size : (j + 1) * size]
+    return y
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("regions", [1, 3])
+@pytest.mark.parametrize("windows, channels", [(1, 6), (4, 4), (4, 8), (9, 9), (16, 48)])
+def test_shuffle_equals_a_loop_in_every_memory_order(windows, channels, regions, tokens):
+    x = torch.randn(regions, windows, tokens, channels, dtype=torch.float64)
+    for order in itertools.permutations(range(4)):
+        back = [order.index(i) for i in range(4)]
+        same = x.permute(order).contiguous().permute(back)  # the same numbers, in memory in another order
+        assert torch.equal(
+            shuffle_messengers(same.clone(memory_format=torch.preserve_format)), loop_shuffle(x)
+        )
+
+
+def test_one_channel_for_each_window_survives_the_shuffle(monkeypatch):
+    """Eight by eight windows of a region share 64 channels."""
+    sizes = dict(
+        img_size=32, patch_size=1, window_size=4, embed_dim=64, depths=(2, 2, 1, 1), num_heads=(2,) * 4
+    )
+    model = micro(**sizes, shuffle_size=(8, 4, 2, 1)).double()
+    with torch.no_grad():
+        found = model(golden_images(32))
+        monkeypatch.setattr(msg_transformer, "shuffle_messengers", loop_shuffle)
+        torch.testing.assert_close(found, model(golden_images(32)), rtol=1e-12, atol=1e-12)
 
 
 def reaches(model):
