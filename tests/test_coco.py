@@ -150,7 +150,7 @@ def broken(**changes):
         ("with a mask that does not fill the image", "short"),
         ("with an iscrowd other than 0 and 1", broken(iscrowd="0")),
         ("with an area that is no number", broken(area="81")),
-        ("with a polygon far larger than an image", broken(segmentation=[[1, 1, 1e9, 1, 1e9, 9]])),
+        ("with a polygon far larger than an image", broken(segmentation=[[1e9, 1, 1e9, 9, 1e9, 5]])),
         ("with a polygon far larger than an image", broken(segmentation=[[0, 0, 9e5, 9e5] * 9])),
     ],
 )
@@ -303,6 +303,17 @@ def test_compressed_masks_are_read_as_by_pycocotools():
             starts = np.flatnonzero(np.diff(values[:-1]))
             runs = np.diff([0, *starts, mask.size]).tolist()
             assert runs_of(code["counts"].decode()) == runs
+    assert runs_of("P" * 5 + "0") == [0] and runs_of("P" * 6 + "0") == [-1]
+
+
+@pytest.mark.parametrize("sides", [(0, 8), (8.0, 8), ("8", 8), (10**7, 8), (30000, 30000)])
+def test_impossible_sizes_are_refused(small, sides):
+    content = small_content()
+    content["images"][1].update(zip(("height", "width"), sides))
+    with pytest.raises(
+        DataError, match="annotations.json: image 1 has the height and width .*correct or remove"
+    ):
+        used(small, content)
 
 
 def test_images_for_detection_have_the_limits_of_all_others(shapes):

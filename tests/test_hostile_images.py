@@ -143,7 +143,7 @@ def readable_files():
         "1x20000.png": encoded(high, "PNG"),
         "20000x1.jpg": encoded(wide, "JPEG"),
         "junk_behind_the_end.jpg": encoded(picture(), "JPEG") + b"junk" * 100,
-        "film_behind_the_end.jpg": encoded(picture(), "JPEG", progressive=True) + b"\xff\xda\0\2" * 200,
+        "film_behind_the_end.jpg": encoded(picture(), "JPEG", progressive=True) + b"\0\2\xff\xda" * 200,
         "thumbnails.jpg": encoded(picture(), "JPEG", progressive=True, comment=b"\xff\xda" * 200),
         "three_scans.jpg": with_scans(sequential_jpeg(), 3),
         "100_scans.jpg": with_scans(encoded(picture(), "JPEG", progressive=True), 100),
@@ -156,6 +156,7 @@ def unreadable_files():
     data = dict(png_chunks(png))
     text = b"comment\0\0" + zlib.compress(bytes(4 * PngImagePlugin.MAX_TEXT_CHUNK))
     gif = encoded(picture("L"), "GIF")
+    rows = zlib.compress(bytes(4 * 10**7))
     huge_jpeg = jpeg.replace(struct.pack(">HH", 28, 40), struct.pack(">HH", 65500, 65500))
     assert huge_jpeg != jpeg
     return {
@@ -172,7 +173,7 @@ def unreadable_files():
         "bomb.jpg": huge_jpeg,
         "bomb_named.png": gif[:6] + struct.pack("<HH", 65535, 65535) + gif[10:],
         "bomb.tif": tiff_of_one_strip(13000, 13000),
-        "tall.png": png_file([png_header(1, 10**8), (b"IDAT", data[b"IDAT"]), (b"IEND", b"")]),
+        "tall.png": png_file([png_header(1, 10**7), (b"IDAT", rows), (b"IEND", b"")]),
         "scans.jpg": with_scans(encoded(picture(), "JPEG", progressive=True), 3000),
         "sequential_scans.jpg": with_scans(sequential_jpeg(), 3000),
         "text_bomb.png": png_file([png_header(40, 28), (b"zTXt", text), (b"IDAT", data[b"IDAT"])]),
@@ -271,6 +272,7 @@ def test_the_key_alone_limits_pixels(tmp_path, monkeypatch):
     config = digits_config("DATA.IMG_SIZE", 64, "DATA.MAX_PIXELS", 10**4)
     read, transform = build_reader(config, is_train=True)
     dataset = build_dataset(str(tmp_path), "train", transform, read)
+    assert load_image(dataset.samples[0][0]).size == (100, 100)
     assert dataset[0][0].shape == (3, 64, 64) and Image.MAX_IMAGE_PIXELS == 10
 
 
