@@ -562,10 +562,13 @@ def test_the_learning_rate_of_the_config_is_for_16_images(trained):
     assert [row["lr"] for row in rows] == pytest.approx([4 / 16 * lr for lr in expected], rel=1e-9)
 
 
-def test_training_and_validation_have_the_same_categories(shapes, tmp_path):
+@pytest.mark.parametrize("differ_by", ["id", "name"])
+def test_training_and_validation_have_the_same_categories(shapes, tmp_path, differ_by):
     shutil.copytree(shapes, tmp_path / "copy")
     content = content_of(tmp_path / "copy", "val")
-    for record in content["categories"] + content["annotations"]:
+    if differ_by == "name":
+        content["categories"][0]["name"] = "zebra"
+    for record in content["categories"] + content["annotations"] if differ_by == "id" else []:
         name = "id" if "name" in record else "category_id"
         record[name] += 1
     (tmp_path / "copy" / "annotations" / "val.json").write_text(json.dumps(content))
