@@ -83,17 +83,12 @@ def build_loaders(config, rank=0, world_size=1, device="cpu"):
     if config.EVAL_MODE:
         return None, None, val_loader, val
     train = build_dataset(root, det.TRAIN_IMAGES, det.TRAIN_JSON, build_transform(config, True), skip, read)
-    named = [
-        {category["id"]: category["name"] for category in part.annotations.categories}
-        for part in (train, val)
-    ]
+    named = [{(c["id"], c["name"]) for c in part.annotations.categories} for part in (train, val)]
     if named[0] != named[1]:
-        number = next(
-            number for part in named for number in part if named[0].get(number) != named[1].get(number)
-        )
+        number, name = min(named[0] ^ named[1])
         raise DataError(
-            f"{train.annotations.path} and {val.annotations.path} have different categories: {number} is "
-            f"{named[0].get(number)!r} and {named[1].get(number)!r}"
+            f"{train.annotations.path} and {val.annotations.path} have different categories: only one of "
+            f"them has {name!r} with the id {number}"
         )
     is_tall = [image["height"] > image["width"] for image in train.annotations.images]
     sampler = TrainBatchSampler(
