@@ -131,8 +131,8 @@ def test_saved_models_compute_the_same_for_any_number_of_images(save, family, at
 @pytest.mark.parametrize("when", ["fresh", "inside", "after"])
 @pytest.mark.parametrize("save", SAVES)
 def test_saved_models_compute_the_same_in_every_combination(save, when):
-    variants = [*FAMILIES.values(), dict(ape=True), dict(tokens=False), dict(manip_type="none")]
-    for attention, changes in itertools.product(BACKENDS, variants):
+    others = [("auto", changes) for changes in (dict(ape=True), dict(tokens=False), dict(manip_type="none"))]
+    for attention, changes in [*itertools.product(BACKENDS, FAMILIES.values()), *others]:
         assert_saved_model_is_right(save, small(attention, **changes), micro(**SMALL, **changes), when)
 
 
@@ -222,8 +222,10 @@ def test_torchao_quantises_every_linear_layer():
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
     assert not any(type(layer.weight) is nn.Parameter for layer in layers)
     with inference(model):
-        error = (model(x) - expected).square().mean().sqrt() / expected.std()
+        found = model(x)
+    error = (found - expected).square().mean().sqrt() / expected.std()
     assert 0 < error < 0.1, error
+    torch.testing.assert_close(model(x), found, rtol=1e-4, atol=1e-4)
 
 
 def quantise_fc1(mlp):
@@ -272,6 +274,7 @@ def test_no_change_to_a_part_of_an_mlp_is_gone_past(change):
     for mlp in (plain, fast):
         torch.manual_seed(0)
         CHANGES[change](mlp.eval())
+    use_onednn(fast)  # tools call it for any model, whoever built it
     x = images(4, 8)
     expected = plain(x)
     torch.testing.assert_close(fast(x), expected, rtol=1e-4, atol=1e-5)
