@@ -153,12 +153,10 @@ def test_the_best_survives_a_kill_at_every_step_of_a_save(tmp_path, count, due):
         run = small_run(folder, keep=1)
         run.end_epoch(50.0, due=True)
         run.start_epoch(1)
-        child = os.fork()
-        if not child:
-            kill_at(step)
-            run.end_epoch(60.0, due)
-            os._exit(0)
-        killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0
+        child = forked(lambda run=run, step=step: (kill_at(step), run.end_epoch(60.0, due)))
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        killed = code == -signal.SIGKILL
+        assert killed or code == 0
         again, best = resumed(folder), ckpt.read_checkpoint(str(folder / "best.pth"))
         assert again.best == again.highest == best["score"] == best["max_accuracy"]
         assert best["epoch"] == [50.0, 60.0].index(again.best)
@@ -198,16 +196,30 @@ def test_a_best_that_cannot_be_written_is_not_reported(tmp_path):
     assert run.highest == 50.0 and resumed(tmp_path).best == 40.0
 
 
+def forked(work):
+    """Start a process that does ``work`` and ends with 0, or with 1 where that raises; returns its number."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        work()
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
 def test_two_writers_of_one_file_leave_one_of_them_whole(tmp_path):
-    path, writers = str(tmp_path / "file.pth"), []
-    for number in range(2):
-        writers.append(os.fork())
-        if not writers[-1]:
-            for _ in range(40):
-                ckpt.save_checkpoint(path, dict(epoch=number, x=torch.full((1 << 18,), number)))
-            os._exit(0)
-    reads = 0
-    while writers := [writer for writer in writers if os.waitpid(writer, os.WNOHANG) == (0, 0)]:
+    path = str(tmp_path / "file.pth")
+
+    def write(number):
+        for _ in range(40):
+            ckpt.save_checkpoint(path, dict(epoch=number, x=torch.full((1 << 18,), number)))
+
+    writers, reads = [forked(lambda number=number: write(number)) for number in range(2)], 0
+    while writers:
+        ended = {writer: os.waitpid(writer, os.WNOHANG) for writer in writers}
+        assert all(status == 0 for _, status in ended.values())
+        writers = [writer for writer, (number, _) in ended.items() if not number]
         if os.path.exists(path):
             content = ckpt.read_checkpoint(path)
             assert content["x"].eq(content["epoch"]).all()
