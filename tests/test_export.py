@@ -89,7 +89,7 @@ def save_legacy_onnx(model, x):
     return file, load_onnx
 
 
-SAVES = [save_trace, save_program, save_strict_program, save_onnx, save_legacy_onnx]
+SAVES = [save_trace, save_program, save_onnx, save_legacy_onnx]
 
 
 def assert_saved_model_is_right(save, model, plain, when="fresh", size=16):
@@ -117,6 +117,8 @@ def assert_saved_model_is_right(save, model, plain, when="fresh", size=16):
         (save_trace, "v1", "triton", "after"),
         (save_program, "v1", "triton", "fresh"),
         (save_program, "cvpr22", "blocked", "inside"),
+        pytest.param(save_strict_program, "v1", "auto", "inside", marks=pytest.mark.slow),
+        pytest.param(save_strict_program, "cvpr22", "triton", "fresh", marks=pytest.mark.slow),
         (save_onnx, "v1", "auto", "inside"),
         (save_legacy_onnx, "v1", "auto", "fresh"),
         (save_legacy_onnx, "cvpr22", "sdpa", "inside"),
