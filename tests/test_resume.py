@@ -202,6 +202,7 @@ def forked(work):
     if child:
         return child
     try:
+        torch.set_num_threads(1)  # those of the parent are not there, and would be waited for
         work()
         os._exit(0)
     finally:
@@ -212,8 +213,9 @@ def test_two_writers_of_one_file_leave_one_of_them_whole(tmp_path):
     path = str(tmp_path / "file.pth")
 
     def write(number):
+        checkpoint = dict(epoch=number, x=torch.full((1 << 18,), number))
         for _ in range(40):
-            ckpt.save_checkpoint(path, dict(epoch=number, x=torch.full((1 << 18,), number)))
+            ckpt.save_checkpoint(path, checkpoint)
 
     writers, reads = [forked(lambda number=number: write(number)) for number in range(2)], 0
     while writers:
