@@ -140,7 +140,7 @@ def evaluate(model, loader, dataset, device, amp_dtype, print_freq, pictures, fo
     """
     distributed.send_buffers(model)
     annotations, rank = dataset.annotations, distributed.rank_and_world_size()[0]
-    files = {image["id"]: (path, image) for image, path in zip(annotations.images, dataset.paths)}
+    files = {record["id"]: (path, record) for record, path in zip(dataset.records, dataset.paths)}
     results, seen, drawn = [], [], []
     begin = time.time()
     with inference(model, amp_dtype):

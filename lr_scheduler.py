@@ -28,7 +28,8 @@ def build_scheduler(config, optimizer, updates_per_epoch, lr_scale):
         rate = train.LR_SCHEDULER.DECAY_RATE
         return StepLRScheduler(optimizer, decay_t=decay, decay_rate=rate, warmup_prefix=False, **common)
     if train.LR_SCHEDULER.NAME == "multistep":
-        decay = [epoch * updates_per_epoch for epoch in train.LR_SCHEDULER.MILESTONES]
+        # timm decays at the update before a milestone, and means to keep it so.
+        decay = [epoch * updates_per_epoch + 1 for epoch in train.LR_SCHEDULER.MILESTONES]
         rate = train.LR_SCHEDULER.DECAY_RATE
         return MultiStepLRScheduler(optimizer, decay_t=decay, decay_rate=rate, warmup_prefix=False, **common)
     if train.LR_SCHEDULER.NAME == "linear":

@@ -1,24 +1,74 @@
 """Cascade heads: every stage refines the boxes of the one before, at a higher IoU (arXiv 1712.00726).
 
 Boxes are (x1, y1, x2, y2) in pixels of the resized image. Class 0 is the background. The parts are
-torchvision's; the cascade is ours. With one stage it is Mask R-CNN.
+torchvision's; the cascade is ours, and does what mmdet's does. With one stage it is Mask R-CNN.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, smooth_l1_loss
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, BoxCoder, Matcher
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.roi_heads import fastrcnn_loss, maskrcnn_inference, maskrcnn_loss
+from torchvision.models.detection.roi_heads import maskrcnn_inference
 from torchvision.ops import (
-    MultiScaleRoIAlign,
     batched_nms,
     box_iou,
     clip_boxes_to_image,
     generalized_box_iou_loss,
     remove_small_boxes,
+    roi_align,
 )
+
+from .masks import mask_targets
+from .proposals import at_least_float32
+
+
+class Samples(NamedTuple):
+    """The boxes of an image that a stage trains on."""
+
+    boxes: torch.Tensor  # (N, 4)
+    labels: torch.Tensor  # (N,), 0 for the background
+    indices: torch.Tensor  # (N,), of the objects in the target; of no meaning for the background
+    are_truth: torch.Tensor  # (N,) bool: the ground-truth boxes themselves
+
+
+class PyramidRoIAlign(nn.Module):
+    """RoIAlign (arXiv 1703.06870) on the map of a pyramid that fits the size of a box.
+
+    Aligned: the centre of a cell is half a cell from its border. A bin takes as many samples as it has cells.
+    Boxes of a side below 112 pixels (the root of their area) are pooled from the first map, and from the next
+    with every doubling.
+
+    Args:
+        strides: of the maps, in pixels.
+        side: bins on a side of what is pooled.
+    """
+
+    def __init__(self, strides, side):
+        super().__init__()
+        self.strides, self.side = strides, side
+
+    def forward(self, maps, boxes):
+        """Maps (B, C, H, W) and boxes (N, 4) of each image to (all N, C, side, side)."""
+        images = torch.cat([box.new_full((len(box), 1), i) for i, box in enumerate(boxes)])
+        rois = torch.cat([images, torch.cat(boxes)], dim=1).to(maps[0])
+        levels = pyramid_levels(rois[:, 1:], len(self.strides))
+        pooled = maps[0].new_zeros(len(rois), maps[0].shape[1], self.side, self.side)
+        for level, (x, stride) in enumerate(zip(maps, self.strides)):
+            chosen = (levels == level).nonzero()[:, 0]
+            found = roi_align(x, rois[chosen], self.side, 1 / stride, sampling_ratio=0, aligned=True)
+            pooled = pooled.index_copy(0, chosen, found)
+        return pooled
+
+
+def pyramid_levels(boxes, levels):
+    """The level (N,) that boxes (N, 4) are pooled from, from 0, as in arXiv 1612.03144."""
+    width, height = (boxes[:, 2:] - boxes[:, :2]).unbind(1)
+    doublings = torch.log2((width * height).sqrt() / 56 + 1e-6).floor()
+    return doublings.clamp(0, levels - 1).long()
 
 
 class CascadeStage(nn.Module):
@@ -61,7 +111,7 @@ class CascadeStage(nn.Module):
 
     def match(self, proposals, target):
         """Labels (N,) and indices (N,) of ground-truth boxes for proposals (N, 4); label 0 matches none."""
-        if not len(target["boxes"]):
+        if not len(target["boxes"]) or not len(proposals):
             zeros = torch.zeros(len(proposals), dtype=torch.int64, device=proposals.device)
             return zeros, zeros
         matched = self.matcher(box_iou(target["boxes"], proposals))
@@ -76,14 +126,15 @@ class CascadeStage(nn.Module):
             boxes, labels: (N, 4) and (N,), the sampled boxes and their classes.
             goals: (N, 4), the ground-truth boxes; those of the background do not count.
         """
-        if self.box_loss == "smooth_l1":
-            return fastrcnn_loss(
-                logits, deltas.flatten(1), [labels], [self.coder.encode_single(goals, boxes)]
-            )
+        count = max(1, len(labels))
+        class_loss = cross_entropy(logits, labels, reduction="sum") / count
         found = labels.nonzero()[:, 0]
-        decoded = self.decode(deltas[found, labels[found]], boxes[found])
-        giou = generalized_box_iou_loss(decoded, goals[found], reduction="sum")
-        return cross_entropy(logits, labels), 10 * giou / max(1, len(labels))
+        deltas, boxes, goals = deltas[found, labels[found]], boxes[found], goals[found]
+        if self.box_loss == "smooth_l1":
+            wanted = self.coder.encode_single(goals, boxes)
+            return class_loss, smooth_l1_loss(deltas, wanted, beta=1 / 9, reduction="sum") / count
+        giou = generalized_box_iou_loss(self.decode(deltas, boxes), goals, reduction="sum")
+        return class_loss, 10 * giou / count
 
 
 class CascadeHeads(nn.Module):
@@ -91,7 +142,7 @@ class CascadeHeads(nn.Module):
 
     Args:
         stages: the :class:`CascadeStage` modules.
-        levels: feature maps that boxes are pooled from; the last of all serves proposals only.
+        strides: of the feature maps that boxes are pooled from, in pixels.
         loss_weights: of each stage.
         samples, positive_share: boxes sampled of each image in training, and how many of them at most are
             positive.
@@ -99,20 +150,19 @@ class CascadeHeads(nn.Module):
     """
 
     def __init__(
-        self, stages, levels, loss_weights, samples, positive_share, score_threshold, nms_iou, per_image
+        self, stages, strides, loss_weights, samples, positive_share, score_threshold, nms_iou, per_image
     ):
         super().__init__()
         self.stages, self.loss_weights = nn.ModuleList(stages), loss_weights
         self.sampler = BalancedPositiveNegativeSampler(samples, positive_share)
         self.score_threshold, self.nms_iou, self.per_image = score_threshold, nms_iou, per_image
-        names = [str(level) for level in range(levels)]
-        self.box_pool, self.mask_pool = MultiScaleRoIAlign(names, 7, 2), MultiScaleRoIAlign(names, 14, 2)
+        self.box_pool, self.mask_pool = PyramidRoIAlign(strides, 7), PyramidRoIAlign(strides, 14)
 
-    def losses(self, features, proposals, sizes, targets):
+    def losses(self, maps, proposals, sizes, targets):
         """Losses of all stages.
 
         Args:
-            features: name to feature map (B, C, H, W).
+            maps: feature maps (B, C, H, W); those after the last stride serve proposals only.
             proposals: boxes (N, 4) of each image.
             sizes: (height, width) of each image.
             targets: of each image, boxes (M, 4), labels (M,) from 1 and masks (M, height, width).
@@ -122,35 +172,44 @@ class CascadeHeads(nn.Module):
         """
         losses = {}
         for i, (stage, weight) in enumerate(zip(self.stages, self.loss_weights)):
-            boxes, labels, indices = self.sample(stage, proposals, targets)
-            logits, deltas = stage.predict_boxes(self.box_pool(features, boxes, sizes))
+            samples = [self.sample(stage, *image) for image in zip(proposals, targets)]
+            boxes, labels, indices, _ = zip(*samples)
+            logits, deltas = stage.predict_boxes(self.box_pool(maps, boxes))
             goals = [
                 target["boxes"][index] if len(target["boxes"]) else box
                 for target, index, box in zip(targets, indices, boxes)
             ]
             parts = stage.losses(logits, deltas, torch.cat(boxes), torch.cat(labels), torch.cat(goals))
             losses[f"class{i + 1}"], losses[f"box{i + 1}"] = (weight * loss for loss in parts)
-            losses[f"mask{i + 1}"] = weight * self._mask_loss(
-                stage, features, sizes, targets, boxes, labels, indices
-            )
+            losses[f"mask{i + 1}"] = weight * self._mask_loss(stage, maps, targets, samples)
             if i + 1 < len(self.stages):
                 with torch.no_grad():
-                    proposals = self.refine(stage, logits, deltas, boxes, sizes, labels)
+                    refined = self.refine(stage, logits, deltas, boxes, sizes, labels)
+                # Ground truth joins every stage as it is; refined it would come twice.
+                proposals = [box[~image.are_truth] for box, image in zip(refined, samples)]
         return losses
 
-    def sample(self, stage, proposals, targets):
-        """Match proposals and the ground-truth boxes themselves, and choose those that are trained on.
+    def sample(self, stage, proposals, target):
+        """Match the proposals of an image, add the ground truth, and choose the boxes that are trained on.
+
+        Args:
+            proposals: boxes (N, 4).
+            target: boxes (M, 4) and labels (M,) among others.
 
         Returns:
-            For each image boxes (N, 4), labels (N,) and indices of ground-truth boxes (N,).
+            :class:`Samples`.
         """
-        candidates = [torch.cat([boxes, target["boxes"]]) for boxes, target in zip(proposals, targets)]
-        matches = [stage.match(boxes, target) for boxes, target in zip(candidates, targets)]
-        positive, negative = self.sampler([labels for labels, _ in matches])
-        chosen = [(p | n).nonzero()[:, 0] for p, n in zip(positive, negative)]
-        boxes = [box[index] for box, index in zip(candidates, chosen)]
-        labels = [labels[index] for (labels, _), index in zip(matches, chosen)]
-        return boxes, labels, [indices[index] for (_, indices), index in zip(matches, chosen)]
+        labels, indices = stage.match(proposals, target)
+        truth = torch.arange(len(target["boxes"]), device=proposals.device)
+        candidates = Samples(
+            torch.cat([proposals, target["boxes"]]),
+            torch.cat([labels, target["labels"]]),
+            torch.cat([indices, truth]),
+            torch.arange(len(labels) + len(truth), device=proposals.device) >= len(labels),
+        )
+        (positive,), (negative,) = self.sampler([candidates.labels])
+        chosen = (positive | negative).nonzero()[:, 0]
+        return Samples(*(value[chosen] for value in candidates))
 
     def refine(self, stage, logits, deltas, boxes, sizes, labels=None):
         """The boxes of a stage for the next: moved by the deltas of their class.
@@ -168,36 +227,44 @@ class CascadeHeads(nn.Module):
         refined = stage.decode(deltas[rows, classes], torch.cat(boxes)).split([len(box) for box in boxes])
         return [clip_boxes_to_image(box, size) for box, size in zip(refined, sizes)]
 
-    def _mask_loss(self, stage, features, sizes, targets, boxes, labels, indices):
-        found = [label.nonzero()[:, 0] for label in labels]
-        boxes = [box[index] for box, index in zip(boxes, found)]
-        indices = [index_of[index] for index_of, index in zip(indices, found)]
-        logits = stage.predict_masks(self.mask_pool(features, boxes, sizes))
+    def _mask_loss(self, stage, maps, targets, samples):
+        found = [image.labels.nonzero()[:, 0] for image in samples]
+        boxes = [image.boxes[index] for image, index in zip(samples, found)]
+        labels = torch.cat([image.labels[index] for image, index in zip(samples, found)])
+        logits = stage.predict_masks(self.mask_pool(maps, boxes))
+        if not len(labels):
+            return logits.sum()
+        goals = [
+            mask_targets(target["masks"], box, image.indices[index], logits.shape[-1])
+            for target, box, image, index in zip(targets, boxes, samples, found)
+        ]
+        rows = torch.arange(len(labels), device=labels.device)
         with torch.autocast(logits.device.type, enabled=False):
-            masks, classes = ([target[name] for target in targets] for name in ("masks", "labels"))
-            return maskrcnn_loss(logits, boxes, masks, classes, indices)
+            return binary_cross_entropy_with_logits(logits[rows, labels], torch.cat(goals).to(logits))
 
-    def detect(self, features, proposals, sizes):
+    def detect(self, maps, proposals, sizes):
         """Detections of each image.
 
-        Class scores are the mean over the stages, boxes those of the last, masks the mean over the stages.
+        Scores are the softmax of the class logits' mean over the stages, boxes those of the last stage, and
+        masks the mean of the stages' probabilities.
 
         Returns:
             For each image a dict of boxes (N, 4), labels (N,), scores (N,) and masks (N, 1, 28, 28), whose
             values are probabilities within the box; the best first.
         """
-        scores = 0
+        total = 0
         for i, stage in enumerate(self.stages):
-            logits, deltas = stage.predict_boxes(self.box_pool(features, proposals, sizes))
-            scores = scores + logits.softmax(1) / len(self.stages)
+            logits, deltas = stage.predict_boxes(self.box_pool(maps, proposals))
+            total = total + logits
             if i + 1 < len(self.stages):
                 proposals = self.refine(stage, logits, deltas, proposals, sizes)
+        scores = (total / len(self.stages)).softmax(1)
         counts = [len(boxes) for boxes in proposals]
         repeated = torch.cat(proposals).repeat_interleave(deltas.shape[1], dim=0)
         decoded = stage.decode(deltas.flatten(0, 1), repeated).view_as(deltas).split(counts)
         detections = [self.keep_best(*image) for image in zip(decoded, scores.split(counts), sizes)]
         boxes = [detection["boxes"] for detection in detections]
-        pooled = self.mask_pool(features, boxes, sizes)
+        pooled = self.mask_pool(maps, boxes)
         labels = [detection["labels"] for detection in detections]
         masks = [maskrcnn_inference(stage.predict_masks(pooled), labels) for stage in self.stages]
         for detection, *masks_of_stages in zip(detections, *masks):
@@ -220,8 +287,3 @@ class CascadeHeads(nn.Module):
         boxes, scores, labels = boxes[kept], scores[kept], labels[kept]
         kept = batched_nms(boxes, scores, labels, self.nms_iou)[: self.per_image]
         return dict(boxes=boxes[kept], labels=labels[kept], scores=scores[kept])
-
-
-def at_least_float32(x):
-    """A tensor in float32, or as it is where that is more."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

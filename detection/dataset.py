@@ -16,6 +16,8 @@ from data.datasets import DataError, load_image
 
 # In pixels: the side of an image, and the outline of a polygon.
 _LONGEST = 1_000_000
+# In pixels: images with a shorter side are not trained on.
+_SHORTEST = 32
 
 
 class CocoDataset(Dataset):
@@ -29,18 +31,29 @@ class CocoDataset(Dataset):
         images: folder of the image files.
         annotations: a :class:`Annotations`.
         transform: takes and returns image and target.
+        is_train: leave out images without objects or with a side below 32 pixels, as mmdet does.
         read: makes an RGB image of Pillow of a path.
+
+    Attributes:
+        records, paths: the image record of each item, and its file.
     """
 
-    def __init__(self, images, annotations, transform, read=load_image):
+    def __init__(self, images, annotations, transform, is_train=False, read=load_image):
         self.annotations, self.transform, self.read = annotations, transform, read
-        self.paths = [os.path.join(images, image["file_name"]) for image in annotations.images]
+        self.records = annotations.images
+        if is_train:
+            self.records = [record for record in self.records if self._has_objects(record)]
+        self.paths = [os.path.join(images, record["file_name"]) for record in self.records]
+
+    def _has_objects(self, record):
+        small = min(record["height"], record["width"]) < _SHORTEST
+        return not small and bool(self.annotations.objects_in[record["id"]])
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, index):
-        record, path = self.annotations.images[index], self.paths[index]
+        record, path = self.records[index], self.paths[index]
         size = (record["height"], record["width"])
         image = self.read(path)
         if image.size != size[::-1]:
@@ -60,6 +73,12 @@ class CocoDataset(Dataset):
     def report(self):
         """Log what was found and what was left out."""
         self.annotations.report()
+        left_out = len(self.annotations.images) - len(self.records)
+        if left_out:
+            logging.getLogger("msg_transformer").info(
+                f"{self.annotations.path}: not training on {left_out:,} images, without objects or with a "
+                f"side below {_SHORTEST} pixels"
+            )
 
 
 class Annotations:
@@ -70,6 +89,7 @@ class Annotations:
         categories: records of the categories, by id.
         labels: category id to label, from 1.
         problems: what is wrong with the annotations left out, to their ids.
+        objects_in: image id to the number of its objects, crowds apart.
 
     Raises:
         DataError: the file is missing, no COCO JSON, or its images contradict each other.
@@ -93,8 +113,9 @@ class Annotations:
                 self.problems.setdefault(problem, []).append(item.get("id", "?"))
             else:
                 by_image[item["image_id"]].append(item)
-        objects = [sum(not item.get("iscrowd") for item in items) for items in by_image.values()]
-        self.objects, self.images_without_objects = sum(objects), objects.count(0)
+        self.objects_in = {
+            number: sum(not item.get("iscrowd") for item in items) for number, items in by_image.items()
+        }
         # As text: every loading worker would end up with a copy of its own of a million dicts.
         self._by_image = {number: json.dumps(items).encode() for number, items in by_image.items()}
 
@@ -176,9 +197,10 @@ class Annotations:
     def report(self):
         """Log what was found, what was left out, and how much."""
         logger = logging.getLogger("msg_transformer")
+        objects = list(self.objects_in.values())
         logger.info(
-            f"{self.path}: {len(self.images):,} images, {self.images_without_objects:,} of them without "
-            f"objects; {self.objects:,} objects in {len(self.categories):,} categories"
+            f"{self.path}: {len(self.images):,} images, {objects.count(0):,} of them without objects; "
+            f"{sum(objects):,} objects in {len(self.categories):,} categories"
         )
         for problem, ids in self.problems.items():
             some = ", ".join(str(number)[:20] for number in ids[:5]) + (" ..." if len(ids) > 5 else "")
@@ -297,20 +319,22 @@ def _check_ids(path, section, ids):
         known.add(number)
 
 
-def build_dataset(root, images, annotations, transform, skip, read=load_image):
+def build_dataset(root, images, annotations, transform, skip, **options):
     """The images of ``root/images`` with the annotations ``root/annotations``.
 
     Args:
         skip: files may be missing; they are reported when they are read.
-        transform, read: see :class:`CocoDataset`.
+        transform, options: of :class:`CocoDataset`.
 
     Raises:
         DataError: what is wrong with the files, and what to do.
     """
     annotations = Annotations(os.path.join(root, annotations))
-    if not annotations.objects:
+    if not any(annotations.objects_in.values()):
         raise DataError(f"{annotations.path} has no objects: its annotations are missing or all left out")
-    dataset = CocoDataset(os.path.join(root, images), annotations, transform, read)
+    dataset = CocoDataset(os.path.join(root, images), annotations, transform, **options)
+    if not len(dataset):
+        raise DataError(f"{annotations.path}: every image with objects has a side below {_SHORTEST} pixels")
     missing = [path for path in dataset.paths if not os.path.isfile(path)]
     if len(missing) == len(dataset.paths) or (missing and not skip):
         raise DataError(

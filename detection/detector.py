@@ -6,10 +6,6 @@ from collections import OrderedDict
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.roi_heads import paste_masks_in_image
-from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
@@ -18,7 +14,9 @@ from config import ConfigError
 from models import build_model
 
 from .backbone import MSGBackbone
-from .cascade import CascadeHeads, CascadeStage, at_least_float32
+from .cascade import CascadeHeads, CascadeStage
+from .masks import paste_masks
+from .proposals import ProposalNetwork, at_least_float32
 
 
 class Detector(nn.Module):
@@ -26,7 +24,8 @@ class Detector(nn.Module):
 
     Args:
         backbone: an :class:`MSGBackbone`.
-        fpn, rpn: torchvision's.
+        fpn: torchvision's.
+        rpn: a :class:`ProposalNetwork`.
         heads: :class:`CascadeHeads`.
     """
 
@@ -47,14 +46,13 @@ class Detector(nn.Module):
             dict of losses by name, or for each image a dict of boxes, labels, scores and masks.
         """
         maps = self.backbone(images, sizes)
-        features = self.fpn(OrderedDict((str(i), x) for i, x in enumerate(maps)))
+        maps = self.fpn(OrderedDict((str(i), x) for i, x in enumerate(maps))).values()
         # What follows sorts, matches and compares: half precision stays in the heads.
-        features = OrderedDict((name, at_least_float32(x)) for name, x in features.items())
-        proposals, losses = self.rpn(ImageList(images, sizes), features, targets)
-        losses = {name.replace("loss_", ""): loss for name, loss in losses.items()}
+        maps = [at_least_float32(x) for x in maps]
+        proposals, losses = self.rpn(maps, sizes, targets)
         if self.training:
-            return dict(losses, **self.heads.losses(features, proposals, sizes, targets))
-        return self.heads.detect(features, proposals, sizes)
+            return dict(losses, **self.heads.losses(maps, proposals, sizes, targets))
+        return self.heads.detect(maps, proposals, sizes)
 
     def no_weight_decay(self):
         """Names of the parameters that weight decay must leave alone, beside biases and 1-d ones."""
@@ -100,21 +98,13 @@ def build_detector(config, classes):
     channels = det.CHANNELS
     fpn = FeaturePyramidNetwork(backbone.channels, channels, LastLevelMaxPool())
     strides = [info["reduction"] for info in backbone.model.feature_info]
-    strides.append(2 * strides[-1])
-    anchors = AnchorGenerator(
-        tuple((det.ANCHOR_SCALE * stride,) for stride in strides),
-        (tuple(float(ratio) for ratio in det.ANCHOR_RATIOS),) * len(strides),
-    )
-    rpn = RegionProposalNetwork(
-        anchors,
-        RPNHead(channels, anchors.num_anchors_per_location()[0]),
-        fg_iou_thresh=0.7,
-        bg_iou_thresh=0.3,
-        batch_size_per_image=det.RPN_SAMPLES,
-        positive_fraction=0.5,
-        pre_nms_top_n=dict(training=det.PROPOSALS_TRAIN, testing=det.PROPOSALS_TEST),
-        post_nms_top_n=dict(training=det.PROPOSALS_TRAIN, testing=det.PROPOSALS_TEST),
-        nms_thresh=0.7,
+    rpn = ProposalNetwork(
+        channels,
+        [*strides, 2 * strides[-1]],
+        det.ANCHOR_SCALE,
+        det.ANCHOR_RATIOS,
+        det.RPN_SAMPLES,
+        (det.PROPOSALS_TRAIN, det.PROPOSALS_TEST),
     )
     stages = [
         CascadeStage(
@@ -124,7 +114,7 @@ def build_detector(config, classes):
     ]
     heads = CascadeHeads(
         stages,
-        len(backbone.channels),
+        strides,
         det.LOSS_WEIGHTS,
         det.ROI_SAMPLES,
         det.ROI_POSITIVE,
@@ -132,7 +122,26 @@ def build_detector(config, classes):
         det.NMS_IOU,
         det.PER_IMAGE,
     )
-    return Detector(backbone, fpn, rpn, heads)
+    detector = Detector(backbone, fpn, rpn, heads)
+    _initialise(detector)
+    return detector
+
+
+def _initialise(detector):
+    """Draw what torchvision's parts draw otherwise than mmdet's."""
+    for module in detector.fpn.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.xavier_uniform_(module.weight)
+    for stage in detector.heads.stages:
+        for module in stage.box_head.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for module, std in ((stage.box_predictor.cls_score, 0.01), (stage.box_predictor.bbox_pred, 0.001)):
+            nn.init.normal_(module.weight, std=std)
+            nn.init.zeros_(module.bias)
+        for module in (stage.mask_predictor.conv5_mask, stage.mask_predictor.mask_fcn_logits):
+            nn.init.zeros_(module.bias)
 
 
 def load_pretrained(detector, checkpoint, path):
@@ -172,5 +181,4 @@ def to_original_size(detection, size, original):
     }
     scale = [there / here for there, here in zip(original, size)]
     boxes = detection["boxes"] * torch.tensor([scale[1], scale[0]] * 2)
-    masks = paste_masks_in_image(detection["masks"], boxes, original)[:, 0] > 0.5
-    return dict(detection, boxes=boxes, masks=masks)
+    return dict(detection, boxes=boxes, masks=paste_masks(detection["masks"][:, 0], boxes, original))

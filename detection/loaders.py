@@ -75,14 +75,15 @@ def build_loaders(config, rank=0, world_size=1, device="cpu"):
     to_device = BatchToDevice(device)
     limits = dict(max_pixels=config.DATA.MAX_PIXELS, max_scans=config.DATA.MAX_SCANS)
     read = functools.partial(load_image, **limits)
-    val = build_dataset(root, det.VAL_IMAGES, det.VAL_JSON, build_transform(config, False), skip, read)
+    val = build_dataset(root, det.VAL_IMAGES, det.VAL_JSON, build_transform(config, False), skip, read=read)
     shard = evaluation_shard(len(val), rank, world_size)
     # One image at a time: the padding of a batch would change what convolutions see at the borders.
     loader = DataLoader(EvaluationSamples(val, skip), 1, sampler=shard, **options)
     val_loader = Loader(loader, val.paths, to_device)
     if config.EVAL_MODE:
         return None, None, val_loader, val
-    train = build_dataset(root, det.TRAIN_IMAGES, det.TRAIN_JSON, build_transform(config, True), skip, read)
+    transform = build_transform(config, True)
+    train = build_dataset(root, det.TRAIN_IMAGES, det.TRAIN_JSON, transform, skip, is_train=True, read=read)
     named = [{(c["id"], c["name"]) for c in part.annotations.categories} for part in (train, val)]
     if named[0] != named[1]:
         number, name = min(named[0] ^ named[1])
@@ -90,7 +91,7 @@ def build_loaders(config, rank=0, world_size=1, device="cpu"):
             f"{train.annotations.path} and {val.annotations.path} have different categories: only one of "
             f"them has {name!r} with the id {number}"
         )
-    is_tall = [image["height"] > image["width"] for image in train.annotations.images]
+    is_tall = [record["height"] > record["width"] for record in train.records]
     sampler = TrainBatchSampler(
         len(train),
         config.DATA.BATCH_SIZE,

@@ -5,6 +5,32 @@ from torch import nn
 from torchvision.transforms import v2
 
 
+class ResizeShortSide(nn.Module):
+    """Resize so that the short side is one of ``sides``, at random, and the long side at most ``longest``.
+
+    Sides, in pixels, are rounded to the nearest, as by mmcv, and are never 0.
+    """
+
+    def __init__(self, sides, longest):
+        super().__init__()
+        self.sides, self.longest = sides, longest
+
+    def forward(self, image, target):
+        """Resize an image (3, H, W), and the boxes and masks of its target."""
+        side = self.sides[_random(0, len(self.sides) - 1)]
+        size = resized(image.shape[-2:], side, self.longest)
+        target = dict(target)
+        for name in ("boxes", "masks"):
+            target[name] = v2.functional.resize(target[name], size)
+        return v2.functional.resize(image, size), target
+
+
+def resized(size, shortest, longest):
+    """(height, width) with a short side of ``shortest``, or less where the long side would be too long."""
+    scale = min(shortest / min(size), longest / max(size))
+    return [max(1, int(side * scale + 0.5)) for side in size]
+
+
 class CropToRandomSize(nn.Module):
     """Crop to random sides between ``low`` and ``high`` pixels, or the whole side where that is shorter."""
 
@@ -46,11 +72,11 @@ def build_transform(config, is_train):
     """
     det = config.DET
     if not is_train:
-        return v2.Resize([det.TEST_SIZE], max_size=det.MAX_SIZE)
-    resize = v2.RandomShortestSize(det.MIN_SIZES, det.MAX_SIZE)
+        return ResizeShortSide([det.TEST_SIZE], det.MAX_SIZE)
+    resize = ResizeShortSide(det.MIN_SIZES, det.MAX_SIZE)
     clean = [v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1), DropUnseen()]
     steps = [v2.RandomHorizontalFlip(config.AUG.HFLIP)]
     if det.CROP_MIN_SIZES and det.CROP_SIZES:
-        crop = [v2.RandomShortestSize(det.CROP_MIN_SIZES), CropToRandomSize(*det.CROP_SIZES)]
+        crop = [ResizeShortSide(det.CROP_MIN_SIZES, det.MAX_SIZE), CropToRandomSize(*det.CROP_SIZES)]
         steps.append(v2.RandomApply(crop, 0.5))
     return v2.Compose([*steps, resize, *clean])

@@ -1,0 +1,53 @@
+"""Masks between the pixels of an image and the cells of a box."""
+
+import math
+
+import torch
+from torch.nn.functional import grid_sample
+from torchvision.ops import roi_align
+
+
+def mask_targets(masks, boxes, indices, side):
+    """What the mask head shall say of boxes: whether more than half of a cell belongs to the object.
+
+    Args:
+        masks: (M, H, W), 0 and 1, of the objects of an image.
+        boxes: (N, 4), in pixels of the masks.
+        indices: (N,), of the mask of each box.
+        side: cells on a side of a box.
+
+    Returns:
+        0 and 1, (N, side, side): 1 where the mask's mean over the cell, by aligned RoIAlign, is 0.5 or more.
+    """
+    rois = torch.cat([indices[:, None].to(boxes), boxes], dim=1)
+    share = roi_align(masks[:, None].to(boxes), rois, side, sampling_ratio=0, aligned=True)[:, 0]
+    return (share >= 0.5).to(boxes)
+
+
+def paste_masks(masks, boxes, size):
+    """Masks of boxes as masks of the image.
+
+    A pixel takes the probability at its centre, bilinear between the centres of the cells and falling to 0
+    beyond them, and belongs to the object from 0.5.
+
+    Args:
+        masks: probabilities (N, side, side) of the cells of each box.
+        boxes: (N, 4) in pixels of the image, exact: not rounded.
+        size: (height, width) of the image.
+
+    Returns:
+        bool (N, height, width).
+    """
+    pasted = torch.zeros(len(masks), *size, dtype=torch.bool, device=masks.device)
+    for place, mask, box in zip(pasted, masks, boxes):
+        x1, y1, x2, y2 = box.tolist()
+        left, right = max(0, math.floor(x1)), min(size[1], math.ceil(x2))
+        top, bottom = max(0, math.floor(y1)), min(size[0], math.ceil(y2))
+        if left >= right or top >= bottom:
+            continue
+        x = (torch.arange(left, right).to(mask) + 0.5 - x1) / (x2 - x1) * 2 - 1
+        y = (torch.arange(top, bottom).to(mask) + 0.5 - y1) / (y2 - y1) * 2 - 1
+        grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
+        values = grid_sample(mask[None, None], grid[None], align_corners=False)[0, 0]
+        place[top:bottom, left:right] = values >= 0.5
+    return pasted
