@@ -9,9 +9,10 @@ import torch
 from test_detection import config, decode, giou, random_boxes, scene
 
 from detection.cascade import PyramidRoIAlign, pyramid_levels
-from detection.detector import build_detector
+from detection.detector import build_detector, to_original_size
 from detection.masks import mask_targets, paste_masks
 from detection.proposals import ProposalNetwork, anchors_of_map, match_anchors
+from detection.transforms import resized
 
 RATIOS = [0.5, 1.0, 2.0]
 # Height and width; their maps have sides that are rounded up, at one level or more.
@@ -333,3 +334,24 @@ def test_masks_are_pasted_by_bilinear_sampling_at_exact_boxes(size):
             j = (column + 0.5 - x1) / (x2 - x1) * 28 - 0.5
             value = bilinear(around, i + 1, j + 1) if -1 < i < 28 and -1 < j < 28 else 0
             assert pasted[row, column] == (value >= 0.5) or abs(value - 0.5) < 1e-9
+
+
+@pytest.mark.parametrize("shortest, longest", [(64, 90), (33, 1000), (200, 210)])
+def test_a_detection_returns_to_the_pixels_that_it_was_resized_from(shortest, longest):
+    """The whole image, and the exact place of a quarter of it, whatever rounding made of the sides."""
+    for original in ODD_SIZES:
+        height, width = resized(original, shortest, longest)
+        boxes = torch.tensor([[0.0, 0, width, height], [width / 2, height / 4, width, height * 0.75]])
+        scores, labels = torch.ones(2), torch.ones(2, dtype=torch.long)
+        detection = dict(boxes=boxes, scores=scores, labels=labels, masks=torch.ones(2, 1, 28, 28))
+        found = to_original_size(detection, (height, width), original)
+        rows, columns = original
+        expected = [[0, 0, columns, rows], [columns / 2, rows / 4, columns, rows * 0.75]]
+        torch.testing.assert_close(found["boxes"], torch.tensor(expected), rtol=1e-5, atol=0)
+        assert found["masks"].shape == (2, *original)
+        # The corners of a mask are round: look at the rows and columns that it reaches.
+        for mask, (x1, y1, x2, y2) in zip(found["masks"], expected):
+            for reached, low, high in ((mask.any(1), y1, y2), (mask.any(0), x1, x2)):
+                centres = torch.arange(len(reached)) + 0.5
+                sure = (centres != low) & (centres != high)
+                assert torch.equal(reached[sure], ((low < centres) & (centres < high))[sure])
