@@ -156,7 +156,7 @@ def evaluate(model, loader, dataset, device, amp_dtype, print_freq, pictures, fo
                 seen.append(number)
                 if rank == 0 and len(drawn) < pictures:
                     path, record = files[number]
-                    drawn.append((path, annotations.truth_of(record), detection))
+                    drawn.append((path, annotations.truth_of(record, most=200), detection))
             if step % print_freq == 0:
                 mean_time = (time.time() - begin) / (step + 1)
                 left = utils.clock((len(loader) - step - 1) * mean_time)

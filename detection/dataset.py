@@ -25,21 +25,23 @@ class CocoDataset(Dataset):
 
     An item is (image, target): a uint8 image (3, H, W), and a dict of boxes (M, 4) as (x1, y1, x2, y2),
     labels (M,) from 1 and masks (M, H, W), all after ``transform``, image_id, and original_size (H, W) before
-    it. Crowds are no objects.
+    it. Crowds are no objects. Without ``with_objects``, only the last two.
 
     Args:
         images: folder of the image files.
         annotations: a :class:`Annotations`.
         transform: takes and returns image and target.
         is_train: leave out images without objects or with a side below 32 pixels, as mmdet does.
+        with_objects: whether items have boxes, labels and masks.
         read: makes an RGB image of Pillow of a path.
 
     Attributes:
         records, paths: the image record of each item, and its file.
     """
 
-    def __init__(self, images, annotations, transform, is_train=False, read=load_image):
+    def __init__(self, images, annotations, transform, is_train=False, with_objects=True, read=load_image):
         self.annotations, self.transform, self.read = annotations, transform, read
+        self.with_objects = with_objects
         self.records = annotations.images
         if is_train:
             self.records = [record for record in self.records if self._has_objects(record)]
@@ -61,12 +63,11 @@ class CocoDataset(Dataset):
                 f"{path} is {image.width}x{image.height}, but {self.annotations.path} says "
                 f"{size[1]}x{size[0]}: correct its width and height"
             )
-        truth = self.annotations.truth_of(record)
-        target = dict(
-            boxes=tv_tensors.BoundingBoxes(truth["boxes"], format="XYXY", canvas_size=size),
-            labels=truth["labels"],
-            masks=tv_tensors.Mask(truth["masks"]),
-        )
+        target = {}
+        if self.with_objects:
+            target = self.annotations.truth_of(record)
+            target["boxes"] = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=size)
+            target["masks"] = tv_tensors.Mask(target["masks"])
         image, target = self.transform(tv_tensors.Image(functional.pil_to_tensor(image)), target)
         return image, dict(target, image_id=record["id"], original_size=size)
 
@@ -182,16 +183,22 @@ class Annotations:
                 f"{self.path}: annotation {item.get('id')} has no valid mask ({error})"
             ) from error
 
-    def truth_of(self, record):
-        """The objects of an image record in its own pixels: boxes (M, 4), labels (M,), masks (M, H, W)."""
-        size, objects = (record["height"], record["width"]), self.objects_of(record["id"])
-        masks = [torch.from_numpy(self.mask_of(item, size)) for item in objects]
+    def truth_of(self, record, most=None):
+        """The objects of an image record, or the first ``most``, in its own pixels.
+
+        Returns:
+            dict of boxes (M, 4), labels (M,) and masks (M, H, W).
+        """
+        size, objects = (record["height"], record["width"]), self.objects_of(record["id"])[:most]
+        masks = torch.zeros(len(objects), *size, dtype=torch.uint8)
+        for place, item in zip(masks, objects):
+            place.copy_(torch.from_numpy(self.mask_of(item, size)))
         return dict(
             boxes=torch.tensor(
                 [clipped(item["bbox"], size) for item in objects], dtype=torch.float32
             ).reshape(-1, 4),
             labels=torch.tensor([self.labels[item["category_id"]] for item in objects], dtype=torch.int64),
-            masks=torch.stack(masks) if masks else torch.zeros(0, *size, dtype=torch.uint8),
+            masks=masks,
         )
 
     def report(self):

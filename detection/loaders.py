@@ -75,7 +75,9 @@ def build_loaders(config, rank=0, world_size=1, device="cpu"):
     to_device = BatchToDevice(device)
     limits = dict(max_pixels=config.DATA.MAX_PIXELS, max_scans=config.DATA.MAX_SCANS)
     read = functools.partial(load_image, **limits)
-    val = build_dataset(root, det.VAL_IMAGES, det.VAL_JSON, build_transform(config, False), skip, read=read)
+    transform = build_transform(config, False)
+    # Evaluation takes the objects from the annotations, in the pixels of the file.
+    val = build_dataset(root, det.VAL_IMAGES, det.VAL_JSON, transform, skip, with_objects=False, read=read)
     shard = evaluation_shard(len(val), rank, world_size)
     # One image at a time: the padding of a batch would change what convolutions see at the borders.
     loader = DataLoader(EvaluationSamples(val, skip), 1, sampler=shard, **options)
@@ -86,7 +88,7 @@ def build_loaders(config, rank=0, world_size=1, device="cpu"):
     train = build_dataset(root, det.TRAIN_IMAGES, det.TRAIN_JSON, transform, skip, is_train=True, read=read)
     named = [{(c["id"], c["name"]) for c in part.annotations.categories} for part in (train, val)]
     if named[0] != named[1]:
-        number, name = min(named[0] ^ named[1])
+        number, name = min(named[0] ^ named[1], key=str)
         raise DataError(
             f"{train.annotations.path} and {val.annotations.path} have different categories: only one of "
             f"them has {name!r} with the id {number}"

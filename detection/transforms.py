@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 
@@ -16,12 +17,14 @@ class ResizeShortSide(nn.Module):
         self.sides, self.longest = sides, longest
 
     def forward(self, image, target):
-        """Resize an image (3, H, W), and the boxes and masks of its target."""
+        """Resize an image (3, H, W), and the boxes and masks of its target, where it has some."""
         side = self.sides[_random(0, len(self.sides) - 1)]
         size = resized(image.shape[-2:], side, self.longest)
         target = dict(target)
-        for name in ("boxes", "masks"):
-            target[name] = v2.functional.resize(target[name], size)
+        if "boxes" in target:
+            target["boxes"] = v2.functional.resize(target["boxes"], size)
+        if "masks" in target:
+            target["masks"] = tv_tensors.Mask(_nearest(target["masks"], size))
         return v2.functional.resize(image, size), target
 
 
@@ -29,6 +32,16 @@ def resized(size, shortest, longest):
     """(height, width) with a short side of ``shortest``, or less where the long side would be too long."""
     scale = min(shortest / min(size), longest / max(size))
     return [max(1, int(side * scale + 0.5)) for side in size]
+
+
+def _nearest(masks, size):
+    """Masks (M, H, W) by nearest neighbour: pixel i is the old pixel floor(i * old / new).
+
+    torch's takes the one before where the quotient is whole and its 32-bit factor rounded down.
+    """
+    for axis, new in enumerate(size, 1):
+        masks = masks.index_select(axis, torch.arange(new) * masks.shape[axis] // new)
+    return masks
 
 
 class CropToRandomSize(nn.Module):
@@ -56,7 +69,7 @@ class DropUnseen(nn.Module):
 
     def forward(self, image, target):
         """An image and its target, without these objects."""
-        seen = target["masks"].flatten(1).any(1)
+        seen = target["masks"].flatten(1).any(1).bool()
         return image, dict(target, **{name: target[name][seen] for name in ("boxes", "labels", "masks")})
 
 

@@ -1,0 +1,442 @@
+"""COCO files as they are found: ids, masks, many objects; and what training and evaluation take of them."""
+
+import contextlib
+import io
+import json
+import logging
+import math
+import multiprocessing
+import random
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from test_coco import detections_of, keep, small_content, used, write_json
+from test_detection import config
+from torch import nn
+from torchvision import tv_tensors
+
+import detect
+from data import DataError
+from detection.dataset import Annotations, build_dataset
+from detection.evaluation import Evaluation, average_precision, to_results
+from detection.loaders import build_loaders
+from detection.transforms import CropToRandomSize, build_transform
+from utils import seeded
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with the images of :func:`test_coco.small_content`."""
+    (tmp_path / "images").mkdir()
+    for i in range(2):
+        Image.new("RGB", (8, 8)).save(tmp_path / "images" / f"{i}.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize("ids", [[0, 1, 0, 1, 0, 1], [-1, -7, -1, 0, 3, -(2**70)], [None] * 6, "abcabc"])
+def test_annotations_are_numbered_by_us(folder, ids):
+    """Perfect detections get 100%, which :func:`used` asserts, whatever the ids are, or without them."""
+    content = small_content()
+    content["annotations"] = [dict(item, id=number) for item, number in zip(content["annotations"] * 2, ids)]
+    for item in content["annotations"]:
+        if item["id"] is None:
+            del item["id"]
+    assert len(used(folder, content).annotations.kept()) == 6
+
+
+FAR = "with a polygon far larger than an image"
+FILL = "with a mask that does not fill the image"
+DAMAGED = [
+    (FAR, [[1e9, 1, 1e9, 9, 1e9, 5]]),
+    (FAR, [[1, 1, 6, 1, 6, 7], [-1e9, -1e9, 1e9, -1e9, 0, 1e9]]),
+    (FAR, [[0, 0, 9e5, 9e5] * 9]),
+    (FAR, [[-9e5, 0, 9e5, 0, 9e5, 5, -9e5, 5]]),
+    ("with a polygon of fewer than three points", [[1, 1, float("nan"), 1, 6, 7]]),
+    ("with a polygon of fewer than three points", [[1, 1, float("inf"), 1, 6, 7]]),
+    ("with a polygon of fewer than three points", [[1, 1, 1e300, 1, 6, 7]]),
+    (FILL, dict(size=[8, 8], counts=[9, 9])),
+    (FILL, dict(size=[8, 8], counts=[64, 64])),
+    (FILL, dict(size=[8, 8], counts=[-9, 73])),
+    (FILL, dict(size=[8, 8], counts=[10**12, -(10**12) + 64])),
+    (FILL, dict(size=[8, 8], counts="99")),  # 18 pixels
+    (FILL, dict(size=[8, 8], counts="o" * 40 + "0")),
+    (FILL, dict(size=[8, 8], counts="T3N")),  # 100 and -2
+    (FILL, dict(size=[8, 8], counts="P20P20P20P20")),  # 64 each
+]
+
+
+def test_masks_that_pycocotools_cannot_take_never_reach_it(folder):
+    """In a process of its own: pycocotools would end it with a signal."""
+
+    def use():
+        torch.set_num_threads(1)
+        for crowd in (0, 1):
+            content = small_content()
+            template = dict(content["annotations"][0], iscrowd=crowd)
+            content["annotations"] += [
+                dict(template, id=100 + i, segmentation=shape) for i, (_, shape) in enumerate(DAMAGED)
+            ]
+            annotations = used(folder, content).annotations
+            expected = {}
+            for i, (problem, _) in enumerate(DAMAGED):
+                expected.setdefault(problem, []).append(100 + i)
+            assert annotations.problems == expected
+            assert [item["id"] for item in annotations.kept()] == [5, 7, 9, 6]
+
+    process = multiprocessing.get_context("fork").Process(target=use)
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+
+
+def lines_run(function):
+    """How many lines of Python a call runs."""
+    count = 0
+
+    def trace(frame, event, argument):
+        nonlocal count
+        count += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        function()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def test_the_work_for_an_image_grows_with_its_objects_and_by_little_for_each(folder):
+    """COCOeval's own matching would take 24,000 lines for each of these objects, for 100 detections."""
+    content = small_content()
+    lines = []
+    for many in (300, 600):
+        content["annotations"] = [dict(small_content()["annotations"][0], id=0) for _ in range(many)]
+
+        def use(many=many):
+            (folder / "many.json").write_text(json.dumps(content))
+            dataset = build_dataset(str(folder), "images", "many.json", keep, skip=False)
+            assert len(dataset[0][1]["masks"]) == many
+            results = detections_of(dataset.annotations, 0, random.Random(0))[:100]
+            figures, _ = average_precision(dataset.annotations.as_coco(), results, [0, 1])
+            # A third or a sixth of the recall at a precision of 1.
+            assert figures["box_AP"] == pytest.approx(100 * (1 + 10000 // many) / 101)
+
+        lines.append(lines_run(use))
+    assert lines[1] - lines[0] < 300 * 400
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_matching_in_arrays_is_that_of_pycocotools(seed):
+    """With ties, crowds, objects of all sizes and more detections than count."""
+    rng = np.random.default_rng(seed)
+    places = [[x, y, w, h] for x in (0, 4) for y in (0, 60) for w, h in ((20, 30), (22, 30), (96, 100))]
+
+    def item(i):
+        box = places[rng.integers(len(places))]
+        mask = np.zeros((200, 200), np.uint8, order="F")
+        mask[box[1] : box[1] + box[3], box[0] : box[0] + box[2]] = 1
+        code = coco_mask.encode(mask)
+        shape = dict(size=code["size"], counts=code["counts"].decode())
+        area = int(rng.choice([box[2] * box[3], 1024, 9216, 50]))
+        place = dict(image_id=int(rng.integers(4)), category_id=int(rng.integers(1, 4)))
+        crowd = int(rng.random() < 0.2)
+        return dict(place, id=i, bbox=box, segmentation=shape, iscrowd=crowd, area=area)
+
+    truth = dict(images=[dict(id=i, height=200, width=200) for i in range(5)])
+    truth["categories"] = [dict(id=i, name=str(i)) for i in range(1, 5)]
+    truth["annotations"] = [item(i) for i in range(1, 60)]
+    results = [dict(item(0), score=float(rng.integers(5)) / 5) for _ in range(400)]
+    results += [dict(results[0], image_id=0, score=0.5) for _ in range(120)]
+    for kind in ("bbox", "segm"):
+        figures = []
+        for evaluation in (COCOeval, Evaluation):
+            with contextlib.redirect_stdout(io.StringIO()):
+                coco = COCO()
+                coco.dataset = json.loads(json.dumps(truth))
+                coco.createIndex()
+                shown = [{k: v for k, v in r.items() if kind == "bbox" or k != "bbox"} for r in results]
+                found = evaluation(coco, coco.loadRes(shown), kind)
+                found.evaluate(), found.accumulate(), found.summarize()
+            figures.append([*(found.eval[name] for name in ("precision", "recall", "scores")), found.stats])
+        for expected, ours in zip(*figures):
+            np.testing.assert_array_equal(ours, expected)
+        assert 0.05 < figures[0][-1][0] < 0.9
+
+
+def test_categories_are_by_id_with_gaps_double_names_and_ids_of_text(tmp_path, folder):
+    for ids in ([90, 7, 13], ["zebra", "ant", "cow"]):
+        content = small_content()
+        for item in content["annotations"]:
+            item["category_id"] = ids[item["category_id"] - 1]
+        content["categories"] = [dict(id=number, name=name) for number, name in zip(ids, "xyx")]
+        annotations = used(folder, content).annotations
+        order = [ids[1], ids[2], ids[0]]
+        assert annotations.labels == {number: i + 1 for i, number in enumerate(order)}
+        assert [category["name"] for category in annotations.categories] == ["y", "x", "x"]
+        results = detections_of(annotations, 0, random.Random(0))
+        assert [result["category_id"] for result in results] == [ids[0], ids[2], ids[1]]
+        # Those of one category wrong: it alone suffers, however it is called.
+        wrong = [dict(r, bbox=[0, 0, 1, 1]) if r["category_id"] == ids[0] else r for r in results]
+        _, rows = average_precision(annotations.as_coco(), wrong, [0, 1])
+        assert [(name, round(box)) for name, box, _ in rows] == [("y", 100), ("x", 100), ("x", 0)]
+
+
+def test_categories_whose_ids_are_of_another_kind_are_named(tmp_path):
+    write_set(tmp_path, [(40, 40, "object")])
+    path = tmp_path / "annotations" / "val.json"
+    content = json.loads(path.read_text())
+    content["categories"][0]["id"] = content["annotations"][0]["category_id"] = "1"
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match="have different categories: only one of them has 'a' with the id 1"):
+        build_loaders(config("shapes", "DATA.DATA_PATH", tmp_path, "DATA.NUM_WORKERS", 0))
+
+
+SIZES = [(7, 3000), (3000, 7), (1, 500), (33, 47), (64, 64), (101, 37), (48, 369), (246, 108), (245, 175)]
+SIZES += [(342, 292), (155, 280), (31, 31), (500, 63)]
+RECIPE = dict(MIN_SIZES=[96, 123], MAX_SIZE=176, CROP_MIN_SIZES=[60, 81], CROP_SIZES=[30, 70])
+
+
+def pick(low, high):
+    return int(torch.randint(low, high + 1, ()))
+
+
+def expected_resize(image, masks, boxes, sides, longest):
+    """ResizeShortSide on arrays (3, H, W) and (M, H, W) and a list of boxes, with a loop over each axis."""
+    size = image.shape[1:]
+    short = sides[pick(0, len(sides) - 1)]
+    scale = min(short / min(size), longest / max(size))
+    new = [max(1, int(side * scale + 0.5)) for side in size]
+    assert max(new) <= longest and min(new) >= 1
+    for axis in (0, 1):
+        old_side, side = size[axis], new[axis]
+        ratio = old_side / side
+        # The weights of an antialiased triangle over the old pixels.
+        weights = np.zeros((side, old_side))
+        for i in range(side):
+            for j in range(max(0, int((i - 1) * ratio - 1)), min(old_side, math.ceil((i + 2) * ratio + 1))):
+                weights[i, j] = max(0, 1 - abs(j + 0.5 - (i + 0.5) * ratio) / max(ratio, 1))
+            weights[i] /= weights[i].sum()
+        image = np.moveaxis(weights @ np.moveaxis(image, axis + 1, 1), 1, axis + 1)
+        masks = masks.take([i * old_side // side for i in range(side)], axis=axis + 1)
+    rows, columns = new[0] / size[0], new[1] / size[1]
+    return image, masks, [[x1 * columns, y1 * rows, x2 * columns, y2 * rows] for x1, y1, x2, y2 in boxes]
+
+
+def expected_crop(image, masks, boxes, low, high):
+    """CropToRandomSize, likewise."""
+    (top, height), (left, width) = [
+        (pick(0, side - length), length)
+        for side in image.shape[1:]
+        for length in [pick(min(side, low), min(side, high))]
+    ]
+    boxes = [
+        [
+            *(min(max(x1 - left, 0), width), min(max(y1 - top, 0), height)),
+            *(min(max(x2 - left, 0), width), min(max(y2 - top, 0), height)),
+        ]
+        for x1, y1, x2, y2 in boxes
+    ]
+    area = np.s_[:, top : top + height, left : left + width]
+    return image[area], masks[area], boxes
+
+
+def expected_augmentation(image, masks, boxes):
+    """The recipe, drawn from torch in the order of its steps: image, masks, boxes, and the objects left."""
+    if torch.rand(1) < 0.5:
+        width = image.shape[2]
+        image, masks = image[:, :, ::-1], masks[:, :, ::-1]
+        boxes = [[width - x2, y1, width - x1, y2] for x1, y1, x2, y2 in boxes]
+    if torch.rand(1) < 0.5:
+        image, masks, boxes = expected_resize(
+            image, masks, boxes, RECIPE["CROP_MIN_SIZES"], RECIPE["MAX_SIZE"]
+        )
+        image, masks, boxes = expected_crop(image.round(), masks, boxes, *RECIPE["CROP_SIZES"])
+    image, masks, boxes = expected_resize(image, masks, boxes, RECIPE["MIN_SIZES"], RECIPE["MAX_SIZE"])
+    left = [
+        i
+        for i, (x1, y1, x2, y2) in enumerate(boxes)
+        if x2 - x1 >= 1 and y2 - y1 >= 1 and any(value for row in masks[i] for value in row)
+    ]
+    return image, masks[left], [boxes[i] for i in left], left
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_augmentation_is_that_of_a_loop_over_pixels(size):
+    opts = [word for key, value in RECIPE.items() for word in (f"DET.{key}", str(value))]
+    transform = build_transform(config("shapes", *opts), is_train=True)
+    rng = np.random.default_rng(size)
+    height, width = size
+    dropped = 0
+    for seed in range(5):
+        image = rng.integers(0, 256, (3, *size), dtype=np.uint8)
+        boxes, masks = [], np.zeros((6, *size), np.uint8)
+        for i in range(6):
+            x1, x2 = sorted(rng.random(2) * width)
+            y1, y2 = sorted(rng.random(2) * height)
+            boxes.append([x1, y1, x2, y2] if i < 4 else [x1, y1, x1 + 0.4, y1 + 0.4])
+            part = masks[i, int(y1) : math.ceil(y2), int(x1) : math.ceil(x2)]
+            part[:] = rng.random(part.shape) < (0.7 if i != 3 else 0.002)
+        target = dict(
+            boxes=tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size, dtype=torch.float32),
+            labels=torch.arange(1, 7),
+            masks=tv_tensors.Mask(torch.from_numpy(masks)),
+        )
+        with seeded("test", seed):
+            ours, target = transform(tv_tensors.Image(torch.from_numpy(image)), target)
+        with seeded("test", seed):
+            expected, masks, boxes, left = expected_augmentation(image, masks, boxes)
+        assert ours.dtype == torch.uint8 and ours.shape == expected.shape
+        # Rounded after each axis, and after the first of two resizes.
+        assert np.abs(ours.numpy() - expected).max() < 2.6
+        assert target["labels"].tolist() == [i + 1 for i in left]
+        np.testing.assert_array_equal(target["masks"].numpy(), masks)
+        np.testing.assert_allclose(target["boxes"].numpy(), np.reshape(boxes, (-1, 4)), atol=2e-3)
+        dropped += 6 - len(left)
+    assert dropped
+
+
+def test_crops_are_uniform_in_size_and_place():
+    """Over every length from the lower to the upper bound, and every place a crop fits."""
+    image = torch.arange(12, dtype=torch.uint8).expand(3, 5, 12)
+    empty = dict(boxes=tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=(5, 12)))
+    empty["masks"] = tv_tensors.Mask(torch.zeros(0, 5, 12))
+    counts = {}
+    with seeded("test", 0):
+        for _ in range(1800):
+            cut, _ = CropToRandomSize(7, 9)(tv_tensors.Image(image), empty)
+            assert cut.shape[1] == 5
+            counts.setdefault(cut.shape[2], []).append(int(cut[0, 0, 0]))
+    assert sorted(counts) == [7, 8, 9] and min(map(len, counts.values())) > 500
+    for length, places in counts.items():
+        expected = len(places) / (13 - length)
+        assert all(abs(places.count(i) - expected) < 6 * expected**0.5 for i in range(13 - length))
+        assert max(places) == 12 - length
+
+
+def write_set(folder, images):
+    """A COCO set for training and validation of images (height, width, "object", "crowd", "both" or "")."""
+    content = dict(images=[], annotations=[], categories=[dict(id=1, name="a")])
+    for split in ("train", "val"):
+        (folder / split).mkdir(exist_ok=True)
+    for i, (height, width, kind) in enumerate(images):
+        number = 7 * (i + 3) % 101  # neither in order nor its place
+        for split in ("train", "val"):
+            Image.new("RGB", (width, height)).save(folder / split / f"{i}.png")
+        content["images"].append(dict(id=number, file_name=f"{i}.png", height=height, width=width))
+        item = dict(image_id=number, category_id=1, bbox=[1, 1, 5 + i, 6], area=15)
+        item["segmentation"] = [[1, 1, 6 + i, 1, 6 + i, 7]]
+        for crowd in dict(object=[0], crowd=[1], both=[1, 0]).get(kind, []):
+            content["annotations"].append(dict(item, iscrowd=crowd))
+    (folder / "annotations").mkdir(exist_ok=True)
+    for split in ("train", "val"):
+        (folder / "annotations" / f"{split}.json").write_text(json.dumps(content))
+    return content
+
+
+MIXED = [(40, 50, ""), (60, 40, "object"), (40, 44, "crowd"), (31, 50, "object"), (50, 31, "object")]
+MIXED += [(32, 50, "both"), (90, 32, "object"), (20, 20, ""), (40, 40, "object")]
+TRAINED = [1, 5, 6, 8]
+
+
+def test_training_leaves_out_images_without_objects_and_small_ones(tmp_path, caplog):
+    content = write_set(tmp_path, MIXED)
+    of_set = ["DATA.DATA_PATH", tmp_path, "DATA.NUM_WORKERS", 0, "DATA.BATCH_SIZE", 1]
+    loader, sampler, val_loader, val = build_loaders(config("shapes", *of_set))
+    train = loader.loader.dataset.dataset
+    assert train.records == [content["images"][i] for i in TRAINED] and len(train) == 4
+    assert loader.paths == train.paths == [str(tmp_path / "train" / f"{i}.png") for i in TRAINED]
+    assert sampler.length == len(sampler) == 4 and sampler.groups == [True, False, True, False]
+    batches = [(sizes[0], *targets) for (_, sizes), targets in loader]
+    assert {target["image_id"] for _, target in batches} == {record["id"] for record in train.records}
+    assert all(target["labels"].tolist() == [1] for _, target in batches)  # crowds are none of them
+
+    assert val.records == content["images"] and len(val_loader) == len(MIXED)
+    batches = list(val_loader)
+    assert [t["image_id"] for _, (t,) in batches] == [record["id"] for record in content["images"]]
+    # Objects would be decoded and resized for nothing.
+    assert all(set(target) == {"image_id", "original_size"} for _, (target,) in batches)
+    with caplog.at_level("INFO"):
+        loader.report()
+        assert f"{train.annotations.path}: not training on 5 images" in caplog.text
+        caplog.clear()
+        val_loader.report()
+        assert "9 images" in caplog.text and "not training" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "images, words",
+    [
+        ([(40, 40, "crowd"), (40, 40, "")], "train.json has no objects"),
+        ([(31, 40, "object"), (40, 40, "crowd")], "every image with objects has a side below 32 pixels"),
+    ],
+)
+def test_a_set_that_leaves_nothing_to_train_on_is_refused(tmp_path, images, words):
+    write_set(tmp_path, images)
+    with pytest.raises(DataError, match=words):
+        build_dataset(str(tmp_path), "train", "annotations/train.json", keep, skip=False, is_train=True)
+
+
+class Oracle(nn.Module):
+    """Finds a box of the image's own width, and nothing else of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, images, sizes):
+        boxes = [torch.tensor([[0.0, 0, width, height]]) for height, width in sizes]
+        rest = dict(labels=torch.tensor([1]), scores=torch.tensor([0.9]), masks=torch.ones(1, 1, 28, 28))
+        return [dict(rest, boxes=box) for box in boxes]
+
+
+def test_evaluation_counts_every_image_and_draws_each_with_its_own_objects(tmp_path, monkeypatch, caplog):
+    content = write_set(tmp_path, MIXED)
+    of_set = ["DATA.DATA_PATH", tmp_path, "DATA.NUM_WORKERS", 0, "DATA.BATCH_SIZE", 1]
+    _, _, loader, val = build_loaders(config("shapes", *of_set))
+    samples = []
+    monkeypatch.setattr(detect, "draw_detections", lambda drawn, *_: samples.extend(drawn))
+    logger = logging.getLogger("msg_transformer")
+    with caplog.at_level("INFO"):
+        detect.evaluate(Oracle(), loader, val, torch.device("cpu"), None, 100, 8, str(tmp_path), logger)
+    assert "9 images, 9 detections" in caplog.text
+    results = json.loads((tmp_path / "detections.json").read_text())
+    assert [(r["image_id"], r["bbox"]) for r in results] == [
+        (record["id"], [0, 0, record["width"], record["height"]]) for record in content["images"]
+    ]
+    assert len(samples) == 8
+    for i, ((height, width, kind), (path, truth, detection)) in enumerate(zip(MIXED, samples)):
+        assert path == str(tmp_path / "val" / f"{i}.png")
+        assert detection["masks"].shape == (1, height, width)
+        expected = [[1, 1, 6 + i, 7]] if kind in ("object", "both") else []
+        assert truth["boxes"].tolist() == expected and truth["masks"].shape[1:] == (height, width)
+
+
+def test_the_first_objects_of_many_are_drawn(tmp_path):
+    annotations = Annotations(write_json(tmp_path, small_content()))
+    whole, first = (annotations.truth_of(annotations.images[0], most) for most in (None, 1))
+    assert len(whole["labels"]) == 2
+    for name, value in first.items():
+        assert torch.equal(value, whole[name][:1])
+
+
+def test_results_are_those_of_their_boxes_masks_and_categories():
+    masks = torch.zeros(2, 5, 6, dtype=torch.bool)
+    masks[0, 1:3, 2:5], masks[1, 4, 0] = True, True
+    detection = dict(
+        boxes=torch.tensor([[2.0, 1, 5, 3], [0.25, 4, 1, 5]]), labels=torch.tensor([2, 1]), masks=masks
+    )
+    results = to_results("a", dict(detection, scores=torch.tensor([0.75, 0.5])), [dict(id=13), dict(id=90)])
+    assert [(r["image_id"], r["category_id"], r["bbox"], r["score"]) for r in results] == [
+        ("a", 90, [2, 1, 3, 2], 0.75),
+        ("a", 13, [0.25, 4, 0.75, 1], 0.5),
+    ]
+    for result, mask in zip(results, masks):
+        np.testing.assert_array_equal(coco_mask.decode(result["segmentation"]), mask.numpy())
