@@ -13,7 +13,8 @@ from timm.layers import DropPath, Mlp, trunc_normal_
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import BACKENDS, triton_missing, windowed_attention
+from .attention import BACKENDS, windowed_attention
+from .attention_triton import triton_missing
 from .export import exporting, image_size
 
 
