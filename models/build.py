@@ -1,37 +1,11 @@
 """From a config, or from a timm model name, to a model."""
 
-import contextlib
-
-import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
 from config import ConfigError
 
+from .cpu import use_onednn
 from .msg_transformer import MSGTransformer
-from .onednn import use_onednn
-
-
-@contextlib.contextmanager
-def inference(model, dtype=None):
-    """Evaluation without gradients, and the promise that the weights stay as they are inside this context.
-
-    So what depends on them alone is computed once rather than in every call: expanded position biases, linear
-    layers packed for the CPU.
-
-    Args:
-        dtype: in which it will compute, that of autocast; None for that of the weights.
-    """
-    modules = [module for module in model.modules() if hasattr(module, "fix_weights")]
-    dtype = dtype or next(model.parameters()).dtype
-    model.eval()
-    try:
-        for module in modules:
-            module.fix_weights(dtype)
-        with torch.inference_mode():
-            yield
-    finally:
-        for module in modules:
-            module.fix_weights(None)
 
 
 def build_model(config):

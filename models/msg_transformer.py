@@ -141,7 +141,7 @@ class LocalAttention(nn.Module):
         return torch.cat([from_messenger, torch.cat([from_patch, bias], dim=2)], dim=1)
 
     def fix_weights(self, dtype):
-        """Keep the expanded bias, or none for None; see :func:`models.build.inference`."""
+        """Keep the expanded bias, or none for None; see :func:`models.inference`."""
         self.fixed_bias = self.bias().detach() if dtype else None
 
     def forward(self, x, read=None, padding=None):
