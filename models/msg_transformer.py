@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import BACKENDS, windowed_attention
 from .attention_triton import triton_missing
-from .export import exporting, image_size
+from .export import exporting, image_size, replace_messengers
 
 
 def partition_windows(x, window, region):
@@ -58,22 +58,12 @@ def shuffle_messengers(x):
     window's old messenger, in window order. Patch tokens stay as they are.
 
     Args:
-        x: (B*regions, G, 1+w*w, C), the messenger first in every window; C a multiple of G. Changed in place,
-            so that the patch tokens are not copied, where no compiler decides on copies.
-
-    Returns:
-        The same shape.
+        x: (B*regions, G, 1+w*w, C), the messenger first in every window; C a multiple of G. It may be changed
+            in place, so that the patch tokens are not copied. The result has its shape.
     """
-    recorded = exporting()
-    if not recorded and x.shape[1] == 1:
-        return x
-    groups = x[:, :, 0].unflatten(2, (x.shape[1], -1))  # B*regions, windows, groups, C/G
-    groups = groups.transpose(1, 2)  # B*regions, groups, windows, C/G: group j goes to window j
-    if recorded or torch.compiler.is_compiling():  # it would fuse the assignment into all that reads x
-        return torch.cat([groups.flatten(2)[:, :, None], x[:, :, 1:]], dim=2)
-    # A copy in any case: flattened groups of one channel are a view of what the assignment overwrites.
-    x[:, :, 0] = groups.clone(memory_format=torch.contiguous_format).flatten(2)
-    return x
+    groups = x[:, :, 0].unflatten(2, (x.shape[1], -1))  # B*regions, G windows, G groups, C/G
+    groups = groups.transpose(1, 2)  # B*regions, G groups, G windows, C/G: group j goes to window j
+    return replace_messengers(x, groups.flatten(2))  # B*regions, G, 1+w*w, C
 
 
 def relative_position_index(window):
