@@ -25,6 +25,14 @@ LARGEST = 2**31 - 1  # of any number but the seed
 LARGEST_SEED = 2**63 - 1
 MOST_ENTRIES, MOST_CHARACTERS = 1000, 4096  # of a list, of a text
 
+# Keys of MODEL.MSG that take one word of a few; the first is the default.
+MSG_CHOICES = {
+    "MANIP_TYPE": ("shuf", "none"),
+    "PATCH_EMBED": ("linear", "conv"),
+    "DOWNSAMPLE": ("linear", "conv"),
+    "ATTENTION": ("auto", "eager", "sdpa", "blocked", "triton"),
+}
+
 # Flags of Swin's main.py that mean nothing here, and what to do instead.
 ELSEWHERE = {
     "--fused-window-process": "messengers exchange without shifted windows, so there is nothing to fuse: "
@@ -690,10 +698,8 @@ def _check(config, sources):
     choice("DATA.BACKEND", "pil", "opencv")
     choice("DATA.INTERPOLATION", "bicubic", "bilinear", "lanczos", "nearest", "random")
     choice("MODEL.TYPE", "msg")
-    choice("MODEL.MSG.MANIP_TYPE", "shuf", "none")
-    choice("MODEL.MSG.PATCH_EMBED", "linear", "conv")
-    choice("MODEL.MSG.DOWNSAMPLE", "linear", "conv")
-    choice("MODEL.MSG.ATTENTION", "auto", "eager", "sdpa", "blocked", "triton")
+    for key, names in MSG_CHOICES.items():
+        choice(f"MODEL.MSG.{key}", *names)
     choice("TRAIN.LR_SCHEDULER.NAME", "cosine", "linear", "step", "multistep")
     choice("DET.BOX_LOSS", "giou", "smooth_l1")
     choice("TRAIN.OPTIMIZER.NAME", "adamw", "sgd")

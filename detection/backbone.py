@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from models.macs import embedding_macs, stage_macs
 from models.msg_transformer import merge_windows, partition_windows
 
 
@@ -24,36 +25,36 @@ class MSGBackbone(nn.Module):
 
     Args:
         model: an MSGTransformer, whose final norm and head are dropped.
-        regions: windows on a side of a shuffle region, for each stage.
+        shuffle_size: windows on a side of a shuffle region, for each stage.
         frozen_stages: how many stages do not train; the patch embedding belongs to the first.
 
     Raises:
-        ValueError: regions that cannot exchange channels, or a model with absolute positions.
+        ValueError: shuffle regions that cannot exchange channels, or a model with absolute positions.
     """
 
-    def __init__(self, model, regions, frozen_stages=0):
+    def __init__(self, model, shuffle_size, frozen_stages=0):
         super().__init__()
         if model.absolute_pos_embed is not None:
             raise ValueError("MODEL.MSG.APE is for images of one size: switch it off for detection")
-        if len(regions) != len(model.layers):
+        if len(shuffle_size) != len(model.layers):
             raise ValueError(
-                f"DET.SHUF_SIZE {list(regions)} needs an entry for each stage: {len(model.layers)}"
+                f"DET.SHUF_SIZE {list(shuffle_size)} needs an entry for each stage: {len(model.layers)}"
             )
         model.norm, model.head = nn.Identity(), nn.Identity()
-        self.model, self.regions, self.frozen_stages = model, list(regions), frozen_stages
+        self.model, self.frozen_stages = model, frozen_stages
         self.channels = [info["num_chs"] for info in model.feature_info]
-        for i, (channels, region) in enumerate(zip(self.channels, regions)):
-            exchanges = model.tokens and any(block.shuffle for block in model.layers[i].blocks)
-            if exchanges and channels % region**2:
+        for i, (stage, channels) in enumerate(zip(model.layers, self.channels)):
+            stage.shuffle_size = shuffle_size[i]
+            windows = stage.shuffle_size**2
+            if channels % windows and any(block.shuffle for block in stage.blocks):
                 raise ValueError(
-                    f"the {channels} channels of stage {i + 1} cannot be split among the {region**2} windows "
-                    f"of a shuffle region: change DET.SHUF_SIZE[{i}]={region}"
+                    f"the {channels} channels of stage {i + 1} cannot be split among the {windows} windows "
+                    f"of a shuffle region: change DET.SHUF_SIZE[{i}]={stage.shuffle_size}"
                 )
-            model.layers[i].region = region
-        if model.tokens and model.msg_tokens.shape[1] != regions[0] ** 2:
+        if model.tokens and model.msg_tokens.shape[1] != shuffle_size[0] ** 2:
             raise ValueError(
-                f"DET.SHUF_SIZE[0] is {regions[0]}, but there are messengers for {model.msg_tokens.shape[1]} "
-                "windows: make it MODEL.MSG.SHUF_SIZE[0]"
+                f"DET.SHUF_SIZE[0] is {shuffle_size[0]}, but there are messengers for "
+                f"{model.msg_tokens.shape[1]} windows: make it MODEL.MSG.SHUF_SIZE[0]"
             )
         self.norms = nn.ModuleList(nn.LayerNorm(channels) for channels in self.channels)
         for part in self._frozen():
@@ -98,20 +99,18 @@ class MSGBackbone(nn.Module):
                     messengers = stage.downsample(_pad_to(messengers, 2))
         return maps
 
-    def flops(self, height, width):
-        """Multiply-accumulate operations for an image, counted as by the classifier's ``flops``.
+    def macs(self, height, width):
+        """Multiply-accumulate operations for an image, counted as in models/macs.py.
 
         Padding does not count: patch tokens are those of the image, windows and messengers those that hold
         some.
         """
         embed = self.model.patch_embed
         rows, columns = (-(-side // embed.proj.stride[0]) for side in (height, width))
-        total = rows * columns * embed.proj.weight.numel()
-        if isinstance(embed.norm, nn.LayerNorm):
-            total += rows * columns * self.channels[0]
+        total = embedding_macs(embed, rows * columns)
         for stage, channels in zip(self.model.layers, self.channels):
-            windows = -(-rows // stage.window) * -(-columns // stage.window)
-            total += stage.flops(rows * columns, windows) + rows * columns * channels
+            windows = -(-rows // stage.window_size) * -(-columns // stage.window_size)
+            total += stage_macs(stage, rows * columns, windows) + rows * columns * channels
             rows, columns = (rows + 1) // 2, (columns + 1) // 2
         return total
 
@@ -130,13 +129,14 @@ class MSGBackbone(nn.Module):
         Returns:
             The map, and the messengers (B, rows, columns, C), both zero outside of each image.
         """
-        stage, window, region = self.model.layers[i], self.model.window_size, self.regions[i]
+        stage = self.model.layers[i]
+        window_size, shuffle_size = stage.window_size, stage.shuffle_size
         height, width = x.shape[1:3]
-        x = _pad_to(x, window * region)
-        rows, columns = x.shape[1] // window, x.shape[2] // window
+        x = _pad_to(x, window_size * shuffle_size)
+        rows, columns = x.shape[1] // window_size, x.shape[2] // window_size
         inside = _inside(sizes, *x.shape[1:3])  # B, H, W, 1
-        in_windows = partition_windows(inside, window, region)  # B*regions, windows, w*w, 1
-        x = partition_windows(x, window, region)
+        in_windows = partition_windows(inside, window_size, shuffle_size)  # B*regions, windows, w*w, 1
+        x = partition_windows(x, window_size, shuffle_size)
         occupied = in_windows.any(2, keepdim=True)  # B*regions, windows, 1, 1
         hidden = ~in_windows.flatten(0, 1).squeeze(2)  # B*regions*windows, w*w
         if self.model.tokens:
@@ -144,7 +144,7 @@ class MSGBackbone(nn.Module):
                 first = self.model.msg_tokens.expand(x.shape[0], -1, -1, -1)
             else:
                 missing = (0, 0, 0, columns - messengers.shape[2], 0, rows - messengers.shape[1])
-                first = partition_windows(functional.pad(messengers, missing), 1, region)
+                first = partition_windows(functional.pad(messengers, missing), 1, shuffle_size)
             x = torch.cat([first * occupied.to(first), x], dim=2)
             hidden = functional.pad(hidden, (1, 0))  # a messenger always sees itself
             padded = hidden.any(1)
@@ -157,7 +157,7 @@ class MSGBackbone(nn.Module):
         x = stage.forward_blocks(x, padding=padding)
         messengers = None
         if self.model.tokens:
-            messengers = merge_windows(x[:, :, :1] * occupied.to(x), 1, region, rows, columns)
+            messengers = merge_windows(x[:, :, :1] * occupied.to(x), 1, shuffle_size, rows, columns)
         x = stage.patch_map(x, rows, columns) * inside.to(x)
         return x[:, :height, :width], messengers
 

@@ -62,7 +62,7 @@ class Detector(nn.Module):
 def count_macs(detector, height, width, boxes=1000, masks=100):
     """Multiply-accumulate operations for an image, in the way of the paper's tables.
 
-    These count: the backbone (:meth:`MSGBackbone.flops`), and every convolution and linear layer of the
+    These count: the backbone (:meth:`MSGBackbone.macs`), and every convolution and linear layer of the
     feature pyramid, of the proposal network, of each box head for ``boxes`` proposals and of each mask head
     for ``masks`` of them. Pooling, box decoding and suppression do not.
     """
@@ -78,7 +78,7 @@ def count_macs(detector, height, width, boxes=1000, masks=100):
         for stage in rest.heads.stages:
             stage.predict_boxes(features[0].new_empty(boxes, features[0].shape[1], 7, 7))
             stage.predict_masks(features[0].new_empty(masks, features[0].shape[1], 14, 14))
-    return backbone.flops(height, width) + counter.get_total_flops() // 2
+    return backbone.macs(height, width) + counter.get_total_flops() // 2
 
 
 def build_detector(config, classes):

@@ -1,7 +1,9 @@
-"""The architecture (``msg_transformer.py``), how a config or a timm name builds it (``build.py``), and what
-makes it fast or says how fast it could be."""
+"""The architecture (``msg_transformer.py``), how a config (``build.py``) or a timm name (``timm_names.py``)
+builds it, and what makes it fast or says how fast it could be."""
 
-from .build import build_model, inference
-from .onednn import use_onednn
+from . import timm_names
+from .build import build_model
+from .cpu import use_onednn
+from .fixed_weights import inference
 
-__all__ = ["build_model", "inference", "use_onednn"]
+__all__ = ["build_model", "inference", "timm_names", "use_onednn"]

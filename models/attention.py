@@ -1,8 +1,8 @@
-"""Attention inside windows: one function, several ways to compute it.
+"""Attention inside windows: the formula, and faster ways to compute it.
 
 ``eager`` is the formula, ``sdpa`` is PyTorch's scaled_dot_product_attention, ``blocked`` is the formula for
 the CPU, a few windows at a time, and ``triton`` are the kernels of attention_kernels.py for GPUs, which never
-store the matrix of probabilities.
+store the matrix of probabilities. :func:`windowed_attention` chooses among them.
 
 All read queries, keys and values where the qkv linear layer wrote them, and write where the projection reads:
 
@@ -11,69 +11,26 @@ All read queries, keys and values where the qkv linear layer wrote them, and wri
     result  (N, tokens, heads*D)
 """
 
-import importlib.util
-import os
-
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from utils import UserError
+from config import MSG_CHOICES
 
+from .attention_triton import triton
 from .export import exporting
 
-BACKENDS = ("auto", "eager", "sdpa", "blocked", "triton")
+BACKENDS = MSG_CHOICES["ATTENTION"]
 BLOCK = 64  # windows whose scores stay in the cache
 
 
-def windowed_attention(qkv, bias, scale, backend="auto", padding=None):
-    """Softmax(scale q k^T + bias) v for every window and head.
-
-    Args:
-        qkv, bias: as above; the bias in any floating dtype.
-        scale: factor of q k^T.
-        backend: one of ``BACKENDS``; ``auto`` leaves it to :func:`choose_backend`. Exports get ``eager``.
-        padding: which windows hold tokens that nobody may attend to, int64 (n,), and which tokens these are,
-            bool (n, tokens), not all of a window; None where there are none.
-
-    Returns:
-        (N, tokens, heads*D) in the dtype of qkv.
-
-    Raises:
-        UserError: ``triton`` cannot run for these tensors; the message says why.
-    """
-    if exporting():
-        backend = "eager"
-    elif backend == "auto":
-        backend = choose_backend(qkv.device)
-    attend = dict(eager=eager, sdpa=sdpa, blocked=blocked, triton=triton)[backend]
-    out = attend(qkv, bias, scale)
-    if padding is None:
-        return out
-    # They are few: so no backend has to know of padding.
-    windows, hidden = padding
-    return out.index_copy(0, windows, eager(qkv[windows], bias, scale, hidden).to(out.dtype))
-
-
-def choose_backend(device):
-    """The fastest backend that is known to be right on a device.
-
-    On the CPU blocks of windows beat the others, but a compiler fuses the plain formula. On a GPU it is
-    ``sdpa``: the kernels of ``triton`` have been compiled for GPUs, but run in Triton's interpreter only.
-    """
-    if device.type != "cpu":
-        return "sdpa"
-    return "eager" if torch.compiler.is_compiling() else "blocked"
-
-
-def heads_of(x, heads):
-    """A view (N, heads, tokens, D) of (N, tokens, heads*D)."""
-    return x.unflatten(2, (heads, -1)).transpose(1, 2)
-
-
-def qkv_heads(qkv, heads):
-    """Queries, keys and values as views (N, heads, tokens, D) of (N, tokens, 3*heads*D)."""
-    return (heads_of(part, heads) for part in qkv.chunk(3, dim=2))
+def eager(qkv, bias, scale, hidden=None):
+    """Softmax(scale q k^T + bias) v; keys that are ``hidden``, bool (N, tokens), get no attention."""
+    q, k, v = qkv_heads(qkv, bias.shape[0])  # N, heads, tokens, D
+    if hidden is not None:
+        bias = bias.masked_fill(hidden[:, None, None], -torch.inf)  # N, heads, tokens, tokens
+    x = probabilities(q, k, bias, scale) @ v  # N, heads, tokens, D
+    return x.transpose(1, 2).flatten(2)  # N, tokens, heads*D
 
 
 def probabilities(q, k, bias, scale):
@@ -83,12 +40,14 @@ def probabilities(q, k, bias, scale):
     return scores.softmax(-1).to(q.dtype)
 
 
-def eager(qkv, bias, scale, hidden=None):
-    """The formulas as they stand; keys that are ``hidden``, (N, tokens), get no attention."""
-    q, k, v = qkv_heads(qkv, bias.shape[0])
-    if hidden is not None:
-        bias = bias.masked_fill(hidden[:, None, None], -torch.inf)  # N, heads, tokens, tokens
-    return (probabilities(q, k, bias, scale) @ v).transpose(1, 2).flatten(2)
+def qkv_heads(qkv, heads):
+    """Queries, keys and values as views (N, heads, tokens, D) of (N, tokens, 3*heads*D)."""
+    return (heads_of(part, heads) for part in qkv.chunk(3, dim=2))
+
+
+def heads_of(x, heads):
+    """A view (N, heads, tokens, D) of (N, tokens, heads*D)."""
+    return x.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
 def sdpa(qkv, bias, scale):
@@ -149,85 +108,41 @@ class _Blocked(torch.autograd.Function):
         return grad_qkv, grad_bias.to(ctx.bias_dtype), None
 
 
-def triton(qkv, bias, scale):
-    """The kernels for GPUs, or in Triton's interpreter."""
-    head_dim = qkv.shape[2] // (3 * bias.shape[0])
-    obstacle = triton_obstacle(qkv.device, qkv.dtype, qkv.shape[1], head_dim)
-    if obstacle:
-        raise UserError(f"MODEL.MSG.ATTENTION is triton, but {obstacle}: use sdpa or auto")
-    return _triton(qkv, bias, float(scale))
+def windowed_attention(qkv, bias, scale, backend="auto", padding=None):
+    """Softmax(scale q k^T + bias) v for every window and head.
+
+    Args:
+        qkv, bias: as above; the bias in any floating dtype.
+        scale: factor of q k^T.
+        backend: one of ``BACKENDS``; ``auto`` leaves it to :func:`choose_backend`. Exports get ``eager``.
+        padding: which windows hold tokens that nobody may attend to, int64 (n,), and which tokens these are,
+            bool (n, tokens), not all of a window; None where there are none.
+
+    Returns:
+        (N, tokens, heads*D) in the dtype of qkv.
+
+    Raises:
+        UserError: ``triton`` cannot run for these tensors; the message says why.
+    """
+    if exporting():
+        backend = "eager"
+    elif backend == "auto":
+        backend = choose_backend(qkv.device)
+    attend = dict(eager=eager, sdpa=sdpa, blocked=blocked, triton=triton)[backend]
+    out = attend(qkv, bias, scale)
+    if padding is None:
+        return out
+    # They are few: so no backend has to know of padding.
+    windows, hidden = padding
+    return out.index_copy(0, windows, eager(qkv[windows], bias, scale, hidden).to(out.dtype))
 
 
-def triton_obstacle(device, dtype, tokens, head_dim):
-    """Why the ``triton`` backend cannot compute attention for tensors of this kind, or None if it can."""
-    missing = triton_missing()
-    if missing:
-        return missing
-    if device.type != "cuda" and not _interpreted():
-        return f"the model is on the {device.type}, and Triton needs a GPU (or TRITON_INTERPRET=1)"
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"its kernels take float16, bfloat16 and float32, not {str(dtype).removeprefix('torch.')}"
-    if dtype == torch.bfloat16 and _interpreted():
-        return "Triton's interpreter multiplies the bits of bfloat16 numbers, not the numbers"
-    if tokens > 256 or head_dim > 64:
-        return (
-            "its kernels take windows of at most 256 tokens and heads of at most 64 channels, not "
-            f"{tokens} tokens and {head_dim} channels"
-        )
-    return None
+def choose_backend(device):
+    """The fastest backend that is known to be right on a device.
 
-
-@torch.compiler.assume_constant_result
-def triton_missing():
-    """Why Triton can run nowhere on this machine, or None if it can."""
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
-    if not torch.cuda.is_available() and not _interpreted():
-        return "Triton needs a GPU (or TRITON_INTERPRET=1), and there is none"
-    if not _interpreted() and torch.cuda.get_device_capability() < (8, 0):
-        return "its kernels need a GPU of the Ampere generation or newer"
-    return None
-
-
-@torch.compiler.assume_constant_result
-def _interpreted():
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-# The kernels are opaque to torch.compile, and their file, which needs Triton, is imported by the first call.
-@torch.library.custom_op("msg_transformer::windowed_attention", mutates_args=())
-def _triton(qkv: torch.Tensor, bias: torch.Tensor, scale: float) -> torch.Tensor:
-    from .attention_kernels import attend
-
-    return attend(qkv, bias, scale)
-
-
-@torch.library.custom_op("msg_transformer::windowed_attention_backward", mutates_args=())
-def _triton_backward(
-    grad: torch.Tensor, qkv: torch.Tensor, bias: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    from .attention_kernels import attend_backward
-
-    return attend_backward(grad, qkv, bias, scale)
-
-
-@_triton.register_fake
-def _(qkv, bias, scale):
-    return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
-
-
-@_triton_backward.register_fake
-def _(grad, qkv, bias, scale):
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (qkv, bias))
-
-
-def _save_for_backward(ctx, inputs, output):
-    qkv, bias, ctx.scale = inputs
-    ctx.save_for_backward(qkv, bias)
-
-
-def _gradients(ctx, grad):
-    return *_triton_backward(grad, *ctx.saved_tensors, ctx.scale), None
-
-
-_triton.register_autograd(_gradients, setup_context=_save_for_backward)
+    On the CPU blocks of windows beat the others, but a compiler fuses the plain formula. On a GPU it is
+    ``sdpa``: the kernels of ``triton`` have been compiled for GPUs, but run in Triton's interpreter only.
+    """
+    if device.type != "cpu":
+        return "sdpa"
+    return "eager" if torch.compiler.is_compiling() else "blocked"

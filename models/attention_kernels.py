@@ -1,4 +1,4 @@
-"""Triton kernels for attention in small windows; attention.py is their interface.
+"""Triton kernels for attention in small windows; attention_triton.py is their interface.
 
 A program handles one head of many windows, one after the other: it loads the keys and values of a window as
 whole tiles, padded to powers of two, then takes the window's queries in blocks of rows. A row of scores is

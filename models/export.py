@@ -20,6 +20,28 @@ def exporting():
     return torch._C._len_torch_dispatch_stack() > 0
 
 
+def replace_messengers(x, messengers):
+    """Windowed tokens with the messengers that an exchange among their windows gave.
+
+    In place, so that the patch tokens are not copied, except where operations are recorded, and under
+    torch.compile, which would fuse the assignment into all that reads x.
+
+    Args:
+        x: (B*regions, windows, 1+w*w, C); not read after this.
+        messengers: (B*regions, windows, C), possibly a view of x.
+
+    Returns:
+        The shape of x.
+    """
+    if not exporting():
+        if x.shape[1] == 1:  # a single window exchanges nothing
+            return x
+        if not torch.compiler.is_compiling():
+            x[:, :, 0] = messengers.clone()  # or the assignment could overwrite what it has yet to read
+            return x
+    return torch.cat([messengers[:, :, None], x[:, :, 1:]], dim=2)
+
+
 def image_size(x):
     """Images (B, channels, height, width), their height and their width.
 

@@ -14,8 +14,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from .build import inference
-from .onednn import use_onednn
+from .cpu import use_onednn
+from .fixed_weights import inference
 
 ADAMW = 7 * 4  # bytes for a float32 parameter: read with its gradient and two moments, written with these
 

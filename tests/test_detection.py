@@ -24,8 +24,8 @@ def config(name="shapes", *opts):
     return get_config(argparse.Namespace(cfg=str(path), opts=list(map(str, opts))))
 
 
-def backbone(regions, frozen=0, **changes):
-    return MSGBackbone(micro(**changes), regions, frozen).double().eval()
+def backbone(shuffle_size, frozen=0, **changes):
+    return MSGBackbone(micro(**changes), shuffle_size, frozen).double().eval()
 
 
 def scene(sizes, dtype=torch.float64, seed=0):
@@ -48,7 +48,7 @@ def test_maps_of_unpadded_images_are_the_classifiers(changes, size):
     classifier = micro(**changes).double()
     images = torch.randn(2, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     expected = classifier.forward_intermediates(images, intermediates_only=True)
-    found = backbone(classifier.regions, **changes)(images, [size] * 2)
+    found = backbone(classifier.shuffle_size, **changes)(images, [size] * 2)
     for x, y in zip(found, expected):
         y = functional.layer_norm(y.movedim(1, 3), y.shape[1:2]).movedim(3, 1)
         torch.testing.assert_close(x, y, rtol=0, atol=1e-12)
@@ -114,10 +114,10 @@ def test_frozen_stages_do_not_train():
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (dict(regions=[4, 2]), "an entry for each stage"),
-        (dict(regions=[4, 2, 5]), "the 192 channels of stage 3 cannot be split among the 25 windows"),
-        (dict(regions=[2, 2, 1]), r"make it MODEL.MSG.SHUF_SIZE\[0\]"),
-        (dict(regions=[4, 2, 1], ape=True), "APE is for images of one size"),
+        (dict(shuffle_size=[4, 2]), "an entry for each stage"),
+        (dict(shuffle_size=[4, 2, 5]), "the 192 channels of stage 3 cannot be split among the 25 windows"),
+        (dict(shuffle_size=[2, 2, 1]), r"make it MODEL.MSG.SHUF_SIZE\[0\]"),
+        (dict(shuffle_size=[4, 2, 1], ape=True), "APE is for images of one size"),
     ],
 )
 def test_impossible_backbones_name_their_key(arguments, words):

@@ -22,7 +22,14 @@ from torch.nn.functional import cross_entropy
 
 from config import get_config
 from models import build_model, msg_transformer
-from models.msg_transformer import Block, MSGTransformer, merge_windows, partition_windows, shuffle_messengers
+from models.msg_transformer import (
+    Block,
+    BlockOptions,
+    MSGTransformer,
+    merge_windows,
+    partition_windows,
+    shuffle_messengers,
+)
 
 SIZES = [  # name, parameters, GMACs and drop path of the specification
     ("msg_tiny_p4_win7_224", 28_290_166, 4.589, 0.2),
@@ -137,14 +144,25 @@ def loop_block(block, x, window):
     return torch.tensor(x, dtype=torch.float64)
 
 
+def small_block(drop_path=0.0):
+    """A block of 8 channels and 2 heads, for windows of 3x3 patches."""
+    options = BlockOptions(
+        window_size=3,
+        mlp_ratio=4.0,
+        qkv_bias=True,
+        qk_scale=None,
+        drop_rate=0.0,
+        tokens=True,
+        shuffle=True,
+        attention="auto",
+    )
+    return Block(8, 2, drop_path, options)
+
+
 def test_block_equals_a_loop_over_the_formulas():
-    window, windows, dim = 3, 4, 8
-    block = Block(
-        dim, window, 2, 4.0, True, None, drop=0.0, drop_path=0.0, tokens=True, shuffle=True
-    ).double()
-    fill_weights(block)
-    x = torch.randn(1, windows, 1 + window**2, dim, dtype=torch.float64)
-    torch.testing.assert_close(block(x)[0], loop_block(block, x[0], window), rtol=1e-11, atol=1e-12)
+    block = fill_weights(small_block().double())
+    x = torch.randn(1, 4, 10, 8, dtype=torch.float64)
+    torch.testing.assert_close(block(x)[0], loop_block(block, x[0], 3), rtol=1e-11, atol=1e-12)
 
 
 def test_windows_are_region_row_major_then_window_then_token():
@@ -336,7 +354,7 @@ def test_drop_path_grows_linearly_to_its_rate():
 
 
 def test_drop_path_drops_both_branches_of_a_block():
-    block = Block(8, 3, 2, 4.0, True, None, drop=0.0, drop_path=1 - 1e-9, tokens=True, shuffle=True).train()
+    block = small_block(drop_path=1 - 1e-9).train()
     x = torch.randn(1, 4, 10, 8)
     assert torch.equal(block(x), shuffle_messengers(x.clone()))
 
@@ -395,7 +413,7 @@ def test_other_image_sizes_are_refused():
 
 def test_shuffle_region_is_the_whole_side_where_fewer_windows_are_left():
     wide, exact = MSGTransformer(**dict(MICRO, shuffle_size=(8, 8, 8))), MSGTransformer(**MICRO)
-    assert wide.regions == exact.regions == [4, 2, 1]
+    assert wide.shuffle_size == exact.shuffle_size == [4, 2, 1]
     assert wide.msg_tokens.shape == exact.msg_tokens.shape
 
 

@@ -10,7 +10,8 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from models import inference, use_onednn
-from models.onednn import ROWS, has_onednn
+from models.mlp import ROWS
+from models.onednn import has_onednn
 
 needs_onednn = pytest.mark.skipif(not has_onednn(), reason="needs oneDNN on x86")
 

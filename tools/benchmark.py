@@ -35,7 +35,8 @@ from torch.nn.functional import cross_entropy
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from models import inference, use_onednn
-from models.attention import BACKENDS, triton_missing
+from models.attention import BACKENDS
+from models.attention_triton import triton_missing
 from models.msg_transformer import MSGTransformer
 from models.roofline import count_work, least_seconds, machine_limits
 from utils import machine

@@ -1,0 +1,92 @@
+"""The kernels of attention_kernels.py as PyTorch operators, and where they can run."""
+
+import importlib.util
+import os
+
+import torch
+
+from utils import UserError
+
+
+def triton(qkv, bias, scale):
+    """The kernels for GPUs, or in Triton's interpreter."""
+    head_dim = qkv.shape[2] // (3 * bias.shape[0])
+    obstacle = triton_obstacle(qkv.device, qkv.dtype, qkv.shape[1], head_dim)
+    if obstacle:
+        raise UserError(f"MODEL.MSG.ATTENTION is triton, but {obstacle}: use sdpa or auto")
+    return _triton(qkv, bias, float(scale))
+
+
+def triton_obstacle(device, dtype, tokens, head_dim):
+    """Why the ``triton`` backend cannot compute attention for tensors of this kind, or None if it can."""
+    missing = triton_missing()
+    if missing:
+        return missing
+    if device.type != "cuda" and not _interpreted():
+        return f"the model is on the {device.type}, and Triton needs a GPU (or TRITON_INTERPRET=1)"
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"its kernels take float16, bfloat16 and float32, not {str(dtype).removeprefix('torch.')}"
+    if dtype == torch.bfloat16 and _interpreted():
+        return "Triton's interpreter multiplies the bits of bfloat16 numbers, not the numbers"
+    if tokens > 256 or head_dim > 64:
+        return (
+            "its kernels take windows of at most 256 tokens and heads of at most 64 channels, not "
+            f"{tokens} tokens and {head_dim} channels"
+        )
+    return None
+
+
+@torch.compiler.assume_constant_result
+def triton_missing():
+    """Why Triton can run nowhere on this machine, or None if it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if not torch.cuda.is_available() and not _interpreted():
+        return "Triton needs a GPU (or TRITON_INTERPRET=1), and there is none"
+    if not _interpreted() and torch.cuda.get_device_capability() < (8, 0):
+        return "its kernels need a GPU of the Ampere generation or newer"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _interpreted():
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+# The kernels are opaque to torch.compile, and their file, which needs Triton, is imported by the first call.
+@torch.library.custom_op("msg_transformer::windowed_attention", mutates_args=())
+def _triton(qkv: torch.Tensor, bias: torch.Tensor, scale: float) -> torch.Tensor:
+    from .attention_kernels import attend
+
+    return attend(qkv, bias, scale)
+
+
+@torch.library.custom_op("msg_transformer::windowed_attention_backward", mutates_args=())
+def _triton_backward(
+    grad: torch.Tensor, qkv: torch.Tensor, bias: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from .attention_kernels import attend_backward
+
+    return attend_backward(grad, qkv, bias, scale)
+
+
+@_triton.register_fake
+def _(qkv, bias, scale):
+    return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
+
+
+@_triton_backward.register_fake
+def _(grad, qkv, bias, scale):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (qkv, bias))
+
+
+def _save_for_backward(ctx, inputs, output):
+    qkv, bias, ctx.scale = inputs
+    ctx.save_for_backward(qkv, bias)
+
+
+def _gradients(ctx, grad):
+    return *_triton_backward(grad, *ctx.saved_tensors, ctx.scale), None
+
+
+_triton.register_autograd(_gradients, setup_context=_save_for_backward)

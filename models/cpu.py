@@ -1,0 +1,29 @@
+"""What makes a model fast on x86 CPUs, whoever built it: oneDNN's linear layers, and MLPs by blocks."""
+
+from timm.layers import Mlp
+from torch import nn
+
+from .mlp import use_blocked_mlp
+from .onednn import has_onednn, use_onednn_layer
+
+
+def use_onednn(model):
+    """Let all linear layers of a model, and the exact GELU of timm's Mlps, run through oneDNN.
+
+    Classes, parameters, their names and the results stay as they are, except for rounding: a module only gets
+    a ``forward`` of its own, which leaves everything to PyTorch outside the CPU, in exports, and where a
+    weight is quantised or computed from other parameters. In training an Mlp works on blocks of tokens, whose
+    hidden channels stay in the cache.
+
+    Args:
+        model: a module, changed in place.
+    """
+    if not has_onednn():
+        return
+    for module in model.modules():
+        if "forward" in vars(module):
+            continue
+        if type(module) is nn.Linear:
+            use_onednn_layer(module)
+        elif type(module) is Mlp:
+            use_blocked_mlp(module)
