@@ -64,8 +64,9 @@ def by_update(loader, accumulation):
     # Closed even where the caller still holds the iterator of an update that an error broke off.
     with contextlib.closing(batch for batch in loader) as batches:
         for first in batches:
-            micro_batches = itertools.chain([first], itertools.islice(batches, accumulation - 1))
-            del first  # or it would stay in memory as long as the update
+            # An iterator, unlike a list, lets go of what it gave: the first shall not outlast its turn.
+            micro_batches = itertools.chain(iter([first]), itertools.islice(batches, accumulation - 1))
+            del first
             yield micro_batches
 
 

@@ -4,6 +4,7 @@ import itertools
 import os
 import signal
 import time
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -205,6 +206,37 @@ def test_ranks_seeds_epochs_and_updates_draw_different_dropout():
     found = [number for place in places for number in drawn(*place)]
     assert len(found) == len(set(found)) == 8
     assert drawn(1, 0, 0) == found[2:4]
+
+
+def test_micro_batches_leave_memory_in_turn_and_a_broken_epoch_closes_its_loader():
+    model, events, images = nn_model(), [], []
+
+    class Loader:
+        paths = ()
+
+        def __iter__(self):
+            try:
+                for number in range(6):
+                    events.append((number, sum(image() is not None for image in images)))
+                    image = torch.ones(2, 2)
+                    images.append(weakref.ref(image))
+                    yield image, number
+                    del image
+            finally:
+                events.append("closed")
+
+    def losses_of(images, number, part):
+        assert part == number % 3
+        if number == 4:
+            raise ZeroDivisionError
+        return dict(loss=model(images).sum())
+
+    run = new_run(model, TrainBatchSampler(12, 2, 3, 0, 1, seed=0))
+    run.start_epoch(0)
+    with pytest.raises(ZeroDivisionError) as error:
+        train_one_epoch(run, Loader(), losses_of)
+    assert error.tb  # which still holds the frames of the epoch
+    assert events == [(0, 0), *((number, 1) for number in range(1, 5)), "closed"]
 
 
 def test_a_run_of_another_size_goes_on_between_two_updates_of_the_schedule():
