@@ -414,6 +414,13 @@ def get_config(args, dataset=None):
     return config
 
 
+def set_classes(config, count):
+    """Set ``MODEL.NUM_CLASSES`` to what the data have; nothing else of a config changes after it is read."""
+    config.defrost()
+    config.MODEL.NUM_CLASSES = count
+    config.freeze()
+
+
 def dump_config(config):
     """The config as YAML that ``--cfg`` takes again: OUTPUT is the root, as it was given."""
     config = config.clone()

@@ -1,6 +1,7 @@
 """What a run leaves for people: log files, TensorBoard scalars, metrics per epoch, and a picture of them."""
 
 import contextlib
+import datetime
 import errno
 import json
 import logging
@@ -15,6 +16,8 @@ from torch.utils.tensorboard import SummaryWriter
 from utils import UserError, replacing
 
 DRAWN = ("epoch", "train_loss", "val_loss", "acc1", "acc5", "lr")  # of the metrics of an epoch
+
+logger = logging.getLogger("msg_transformer")
 
 
 class LogFile(logging.handlers.WatchedFileHandler):
@@ -42,8 +45,8 @@ class LogFile(logging.handlers.WatchedFileHandler):
             print(f"cannot write {self.baseFilename}: {sys.exc_info()[1]}; going on", file=sys.stderr)
 
 
-def create_logger(folder, rank):
-    """A logger that writes ``folder/log_rank<rank>.txt``, and on rank 0 to the console, in colour.
+def start_logging(folder, rank):
+    """Have the logger write ``folder/log_rank<rank>.txt``, and on rank 0 to the console, in colour.
 
     Lines of level DEBUG, such as tracebacks, go to the file only.
 
@@ -55,7 +58,6 @@ def create_logger(folder, rank):
         file = LogFile(os.path.join(folder, f"log_rank{rank}.txt"))
     except OSError as error:
         raise UserError(f"cannot write to the output folder {folder}: {error.strerror}") from error
-    logger = logging.getLogger("msg_transformer")
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
     for handler in logger.handlers[:]:
@@ -73,10 +75,9 @@ def create_logger(folder, rank):
         logger.addHandler(console)
     file.setFormatter(logging.Formatter(f"[%(asctime)s] {where}: %(levelname)s %(message)s", date))
     logger.addHandler(file)
-    return logger
 
 
-def write_config(folder, name, text, logger):
+def write_config(folder, name, text):
     """Write the effective config to the run's folder; on failure say so and go on."""
     path = os.path.join(folder, name)
     try:
@@ -88,24 +89,30 @@ def write_config(folder, name, text, logger):
 
 
 class RunRecord:
-    """Metrics of a run, on rank 0: TensorBoard events, ``metrics.jsonl`` with a line per epoch,
-    ``curves.png``.
+    """Metrics of a run: TensorBoard events, ``metrics.jsonl`` with a line per epoch, ``curves.png``.
+
+    Rank 0 writes them, and the log says what cannot be written: a full disk does not end the run here. The
+    records of other ranks are silent.
 
     Args:
         folder: the run's output folder.
-        start_epoch, start_update: where this process starts; what an interrupted run wrote beyond is dropped.
-        logger: is told what cannot be written; a full disk does not end the run here.
+        rank: of this process.
         draw: draws the curves of a list of rows to a file.
         drawn: what it needs of every row.
     """
 
-    def __init__(self, folder, start_epoch, start_update, logger, draw=None, drawn=DRAWN):
-        self.logger, self.draw = logger, draw or draw_curves
+    def __init__(self, folder, rank, draw, drawn):
+        self.silent, self.draw, self.drawn = rank > 0, draw, drawn
         self.path = os.path.join(folder, "metrics.jsonl")
         self.picture = os.path.join(folder, "curves.png")
-        self.epochs = [row for row in read_metrics(self.path, drawn) if row["epoch"] < start_epoch]
         self.board, self.board_folder = None, os.path.join(folder, "tensorboard")
-        self.purge_step = start_update
+        self.epochs, self.purge_step = [], 0
+
+    def start(self, epoch, update):
+        """Go on from an epoch and an update; what an interrupted run wrote beyond is dropped."""
+        if not self.silent:
+            self.epochs = [row for row in read_metrics(self.path, self.drawn) if row["epoch"] < epoch]
+            self.purge_step = update
 
     def scalars(self, update, **values):
         """Write TensorBoard scalars ``train/<name>`` of an update."""
@@ -113,6 +120,8 @@ class RunRecord:
 
     def end_epoch(self, update, **row):
         """Write the metrics of an epoch, which must include ``epoch``, and draw the curves again."""
+        if self.silent:
+            return
         self.epochs.append(row)
         with self._told():
             os.makedirs(os.path.dirname(self.path), exist_ok=True)
@@ -128,6 +137,8 @@ class RunRecord:
                 self.board.close()
 
     def _write_scalars(self, group, values, update):
+        if self.silent:
+            return
         if not os.path.isdir(self.board_folder):
             self.board = None
         with self._told():
@@ -146,7 +157,7 @@ class RunRecord:
         try:
             yield
         except OSError as error:
-            self.logger.error(f"cannot write metrics: {error}; training goes on")
+            logger.error(f"cannot write metrics: {error}; training goes on")
 
 
 def read_metrics(path, drawn=DRAWN):
@@ -162,6 +173,11 @@ def read_metrics(path, drawn=DRAWN):
                 with contextlib.suppress(ValueError):
                     rows.append(json.loads(line))
     return [row for row in rows if isinstance(row, dict) and all(_is_number(row.get(key)) for key in drawn)]
+
+
+def clock(seconds):
+    """Seconds as h:mm:ss."""
+    return str(datetime.timedelta(seconds=int(seconds)))
 
 
 def _is_number(value):

@@ -5,6 +5,7 @@ torchrun --nproc_per_node 8 main.py --cfg <config> --data-path <folder> --batch-
 torchrun --nproc_per_node 8 main.py --cfg <config> --data-path <folder> --eval --resume <checkpoint>
 """
 
+import logging
 import time
 
 import torch
@@ -14,26 +15,30 @@ from torch.nn.functional import cross_entropy
 import checkpoint as ckpt
 import distributed
 import utils
-from config import dump_config, get_config, parse_args
+from config import dump_config, get_config, parse_args, set_classes
 from data import build_loaders
 from data.mixup import build_augmentation
-from engine import SaveSchedule, build_run, check_checkpoints, choose_for_evaluation, train_epochs
-from logger import RunRecord, create_logger, write_config
+from engine import train_one_epoch
+from logger import clock, start_logging, write_config
 from models import build_model, inference
-from run import FolderClaim
+from run import Task, build_guard, build_run, check_checkpoints, choose_for_evaluation
+
+TASK = Task(base_images=512, score="acc1", score_name="accuracy")
+
+logger = logging.getLogger("msg_transformer")
 
 
 def main(args):
     """Set up a run and do it."""
     config = get_config(args, "imagenet")
     mode = "eval" if config.EVAL_MODE else "throughput" if config.THROUGHPUT_MODE else "train"
-    schedule = SaveSchedule(config.TRAIN.SAVE_STEPS, config.TRAIN.SAVE_MINUTES) if mode == "train" else None
+    guard = build_guard(config) if mode == "train" else None
     rank, world_size = distributed.rank_and_world_size()
-    device = utils.pick_device(config.DEVICE, config.LOCAL_RANK)
+    compute = utils.build_compute(config)
+    device = compute.device
     distributed.start_process_group(device, config.DIST.TIMEOUT_SECONDS)
-    claim = FolderClaim(config.OUTPUT)
-    if schedule is not None:
-        distributed.from_rank_0(claim.take)
+    if guard is not None:
+        distributed.from_rank_0(guard.claim.take)
     distributed.from_rank_0(lambda: check_checkpoints(config))
     utils.seed_everything("model", config.SEED)
     torch.backends.cudnn.benchmark = True
@@ -42,16 +47,13 @@ def main(args):
 
     train_loader = sampler = val_loader = classes = None
     if config.DATA.DATA_PATH or not config.THROUGHPUT_MODE:
-        loaders = build_loaders(config, rank, world_size, device)
-        train_loader, sampler, val_loader, classes = loaders
+        train_loader, sampler, val_loader, classes = build_loaders(config, rank, world_size, device)
         named_classes = config.MODEL.NUM_CLASSES
-        config.defrost()
-        config.MODEL.NUM_CLASSES = len(classes)
-        config.freeze()
+        set_classes(config, len(classes))
     model = build_model(config).to(device)
     model.classes = classes
 
-    logger = create_logger(config.OUTPUT, rank)
+    start_logging(config.OUTPUT, rank)
     logger.info(f"{mode} on {world_size} x {device}, PyTorch {torch.__version__}\n{dump_config(config)}")
     if val_loader is not None and named_classes != len(classes):
         logger.info(f"MODEL.NUM_CLASSES {named_classes} -> {len(classes)}, the class folders of the data")
@@ -64,12 +66,9 @@ def main(args):
     logger.info(f"{config.MODEL.NAME}: {parameters:,} parameters, {model.flops() / 1e9:.3f} GMACs per image")
 
     if config.COMPILE:
-        utils.compile_model(model, logger)
-    amp_dtype = None
-    if config.AMP_OPT_LEVEL != "O0":
-        amp_dtype = getattr(torch, config.AMP_DTYPE) if device.type == "cuda" else torch.bfloat16
+        utils.compile_model(model)
     if mode != "train" and rank == 0:
-        write_config(config.OUTPUT, f"config_{mode}.yaml", dump_config(config), logger)
+        write_config(config.OUTPUT, f"config_{mode}.yaml", dump_config(config))
     if mode == "throughput":
         if val_loader is not None:
             images = next(iter(val_loader))[0]
@@ -77,54 +76,38 @@ def main(args):
             logger.info("no --data-path: synthetic images")
             shape = (config.DATA.BATCH_SIZE, config.MODEL.MSG.IN_CHANS, *[config.DATA.IMG_SIZE] * 2)
             images = torch.randn(shape, device=device)
-        throughput(model, images, amp_dtype, logger)
+        throughput(model, images, compute)
     elif mode == "eval":
-        path, weights = distributed.from_rank_0(lambda: choose_for_evaluation(config, logger))
+        path, weights = distributed.from_rank_0(lambda: choose_for_evaluation(config))
         ckpt.load_weights(model, weights, path)
         logger.info(f"evaluating {path}")
-        evaluate(model, val_loader, device, amp_dtype, config.PRINT_FREQ, logger)
+        evaluate(model, val_loader, compute, config.PRINT_FREQ)
     else:
-        fit(model, train_loader, sampler, val_loader, config, device, amp_dtype, schedule, logger, claim)
+        run = build_run(config, model, sampler, compute, TASK, guard)
+        losses_of = build_losses(config, run)
+        for _epoch in run.epochs_left():
+            means = train_one_epoch(run, train_loader, losses_of)
+            run.end_epoch(means, evaluate(model, val_loader, compute, config.PRINT_FREQ))
     distributed.stop_process_group()
 
 
-def fit(model, loader, sampler, val_loader, config, device, amp_dtype, schedule, logger, claim):
-    """Train up to ``TRAIN.EPOCHS``, evaluating after every epoch and saving as configured."""
-    rank = sampler.rank
-    run = build_run(config, model, sampler, device, amp_dtype, 512, logger, claim=claim)
-    updater = run.updater
-    augment = build_augmentation(config, rank, device)
+def build_losses(config, run):
+    """What :func:`~engine.train_one_epoch` minimises: the cross entropy of augmented micro-batches."""
+    updater, compute = run.updater, run.updater.compute
+    augment = build_augmentation(config, run.sampler.rank, compute.device)
     # Mixup smooths the labels itself.
     criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if augment.mixup else config.MODEL.LABEL_SMOOTHING)
 
     def losses_of(images, targets, part):
         images, targets = augment(images, targets, run.progress.epoch, run.progress.images, part)
-        with updater.autocast():
+        with compute.autocast():
             logits = updater.model(images)
         return dict(loss=criterion(logits.float(), targets))
 
-    def evaluate_now():
-        return evaluate(model, val_loader, device, amp_dtype, config.PRINT_FREQ, logger)
-
-    record = None
-    if rank == 0:
-        record = RunRecord(config.OUTPUT, run.progress.epoch, int(run.position()), logger)
-    train_epochs(
-        run,
-        loader,
-        losses_of,
-        evaluate_now,
-        "acc1",
-        schedule,
-        config.SEED,
-        config.TRAIN.EPOCHS,
-        config.PRINT_FREQ,
-        config.SAVE_FREQ,
-        record,
-    )
+    return losses_of
 
 
-def evaluate(model, loader, device, amp_dtype, print_freq, logger):
+def evaluate(model, loader, compute, print_freq):
     """Top-1, top-5 (percent) and mean cross entropy over all images of all processes, each counted once.
 
     The processes only meet at the end, so they may have different numbers of batches, or none.
@@ -135,13 +118,14 @@ def evaluate(model, loader, device, amp_dtype, print_freq, logger):
     Raises:
         DataError: too many images cannot be read.
     """
+    device = compute.device
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # cross entropy, top-1, top-5, images
     begin = time.time()
-    with inference(model, amp_dtype):
+    with inference(model, compute.dtype):
         for step, (images, targets) in enumerate(loader):
             if not len(targets):
                 continue
-            with utils.autocast(device, amp_dtype):
+            with compute.autocast():
                 logits = model(images)
             hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]  # B, 5
             loss = cross_entropy(logits.double(), targets, reduction="sum")
@@ -152,7 +136,7 @@ def evaluate(model, loader, device, amp_dtype, print_freq, logger):
                 loss_mean, acc1, acc5 = (sums[:3] / sums[3]).tolist()
                 mean_time = (time.time() - begin) / (step + 1)
                 logger.info(
-                    f"Test: [{step}/{len(loader)}]\teta {utils.clock((len(loader) - step - 1) * mean_time)}\t"
+                    f"Test: [{step}/{len(loader)}]\teta {clock((len(loader) - step - 1) * mean_time)}\t"
                     f"Time {mean_time:.3f}\tLoss {loss_mean:.4f}\t"
                     f"Acc@1 {100 * acc1:.3f}\tAcc@5 {100 * acc5:.3f}\t"
                     f"Mem {utils.peak_memory_mb(device):.0f}MB"
@@ -164,21 +148,21 @@ def evaluate(model, loader, device, amp_dtype, print_freq, logger):
     return dict(val_loss=loss, acc1=acc1, acc5=acc5)
 
 
-def throughput(model, images, amp_dtype, logger):
+def throughput(model, images, compute):
     """Log the inference images/s of this process on one batch: 50 warm-up runs, then 30 timed."""
-    device = images.device
-    with inference(model, amp_dtype):
+    device = compute.device
+    with inference(model, compute.dtype):
         for runs, what in ((50, "warm-up"), (30, "timed")):
             begin = time.time()
             for run in range(runs):
-                with utils.autocast(device, amp_dtype):
+                with compute.autocast():
                     model(images)
                 if device.type == "cpu" and run == 4:
-                    logger.info(f"{runs} {what} runs, about {utils.clock((time.time() - begin) / 5 * runs)}")
+                    logger.info(f"{runs} {what} runs, about {clock((time.time() - begin) / 5 * runs)}")
             if device.type == "cuda":
                 torch.cuda.synchronize()
             seconds = time.time() - begin
-    precision = str(amp_dtype or torch.float32).removeprefix("torch.")
+    precision = str(compute.dtype or torch.float32).removeprefix("torch.")
     speed = 30 * len(images) / seconds
     logger.info(f"batch_size {len(images)} throughput {speed:.2f} images/s in {precision}")
 

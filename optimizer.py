@@ -1,6 +1,15 @@
-"""The optimizer and its parameter groups."""
+"""The optimizer, its parameter groups, and one update: accumulate, scale, clip, skip."""
 
-from torch import optim
+import contextlib
+
+import torch
+from torch import nn, optim
+
+from utils import UserError
+
+
+class NonFiniteError(UserError):
+    """Too many updates in a row had a non-finite gradient."""
 
 
 def parameter_groups(model):
@@ -31,3 +40,98 @@ def build_optimizer(config, model, lr_scale):
         return optim.SGD(groups, momentum=settings.MOMENTUM, nesterov=settings.MOMENTUM > 0, **common)
     fused = next(model.parameters()).is_cuda
     return optim.AdamW(groups, eps=settings.EPS, betas=settings.BETAS, fused=fused, **common)
+
+
+class Updater:
+    """Optimizer updates: accumulation, gradient scaling, clipping, and no change from bad gradients.
+
+    An update whose gradient norm is not finite is skipped on every process alike and counted. The gradient
+    scaler serves for that in every precision; it scales the loss only where it is float16.
+
+    Args:
+        model: the module that is called, a DistributedDataParallel one where there are several processes.
+        compute: the run's :class:`~utils.Compute`.
+        accumulation: micro-batches of an update.
+        clip_grad: largest global gradient norm, 0 for no clipping.
+        max_nonfinite: skipped updates in a row after which the run ends.
+    """
+
+    def __init__(self, model, optimizer, compute, accumulation, clip_grad, max_nonfinite):
+        self.model, self.optimizer, self.compute = model, optimizer, compute
+        self.accumulation, self.clip_grad, self.max_nonfinite = accumulation, clip_grad, max_nonfinite
+        device = compute.device
+        self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if self._scales() else 1.0)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
+        cuda = device.type == "cuda"
+        self.counted = torch.zeros((), dtype=torch.int64, pin_memory=cuda)
+        self.counted_event = torch.cuda.Event() if cuda else None
+
+    def _scales(self):
+        return self.compute.dtype == torch.float16
+
+    @contextlib.contextmanager
+    def micro_batch(self, part):
+        """Context of forward and :meth:`backward` of micro-batch ``part``; the last sends gradients."""
+        if part == 0:
+            self.optimizer.zero_grad()
+        last = part + 1 == self.accumulation
+        quiet = not last and isinstance(self.model, nn.parallel.DistributedDataParallel)
+        with self.model.no_sync() if quiet else contextlib.nullcontext():
+            yield
+
+    def backward(self, loss):
+        """Accumulate the gradients of a micro-batch's mean loss."""
+        self.scaler.scale(loss / self.accumulation).backward()
+
+    def update(self):
+        """Clip, then change the parameters unless a gradient is not finite.
+
+        Returns:
+            The global gradient norm before clipping, a tensor on the device.
+
+        Raises:
+            NonFiniteError: ``max_nonfinite`` updates in a row were skipped, the last but one among them.
+        """
+        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        bad = ~torch.isfinite(norm)
+        # The scaler looks at single elements: it must see what makes the norm alone overflow, too.
+        parameters[0].grad.add_(torch.where(bad, torch.nan, 0.0))
+        norm = norm / self.scaler.scale(torch.ones((), device=self.compute.device))
+        self.scaler.unscale_(self.optimizer)
+        if self.clip_grad:
+            nn.utils.clip_grads_with_norm_(parameters, self.clip_grad, norm)
+        self.scaler.step(self.optimizer)
+        # Only float16 has a scale to find; elsewhere a skipped update must not change it.
+        self.scaler.update(None if self._scales() else 1.0)
+        self.skipped = self.skipped + bad.long()
+        self.skipped_in_a_row = bad.long() * (self.skipped_in_a_row + 1)
+        self._check_the_update_before()
+        return norm
+
+    def _check_the_update_before(self):
+        """End the run after too many skips, without waiting for the update that was just queued."""
+        if self.counted_event is not None:
+            self.counted_event.synchronize()
+        in_a_row = int(self.counted)
+        self.counted.copy_(self.skipped_in_a_row, non_blocking=True)
+        if self.counted_event is not None:
+            self.counted_event.record()
+        if self.max_nonfinite and in_a_row >= self.max_nonfinite:
+            raise NonFiniteError(
+                f"loss or gradients were not finite in {self.max_nonfinite} updates in a row"
+            )
+
+    def state_dict(self):
+        """The gradient scale, the precision it is for, and the counts of skipped updates."""
+        counts = dict(skipped=self.skipped.item(), skipped_in_a_row=self.skipped_in_a_row.item())
+        return dict(scaler=self.scaler.state_dict(), amp_dtype=str(self.compute.dtype), **counts)
+
+    def load_state_dict(self, state):
+        """Continue from :meth:`state_dict`; a scale saved for another precision is left alone."""
+        if state["amp_dtype"] == str(self.compute.dtype):
+            self.scaler.load_state_dict(state["scaler"])
+        self.skipped.fill_(state["skipped"])
+        self.skipped_in_a_row.fill_(state["skipped_in_a_row"])
+        self.counted.fill_(state["skipped_in_a_row"])

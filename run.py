@@ -1,14 +1,276 @@
-"""A run's output folder is its own while it lasts."""
+"""Where a training run stands, what it was asked for, and how it is saved, restored and stopped.
+
+Where a run stands is counted in images, not in batches: a run can go on with another number of processes or
+another batch size, and everything random is a function of (seed, epoch, images seen), so nothing random has
+to be saved.
+"""
 
 import contextlib
 import errno
 import fcntl
+import functools
 import logging
 import os
+import shutil
+import signal
 import socket
+import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
+import torch
+
+import checkpoint as ckpt
+from config import dump_config
+from distributed import (
+    from_rank_0,
+    gather_floats,
+    largest_over_processes,
+    parallelize,
+    rank_and_world_size,
+    sum_over_processes,
+)
+from logger import DRAWN, RunRecord, clock, draw_curves, write_config
+from lr_scheduler import build_scheduler
+from optimizer import NonFiniteError, Updater, build_optimizer
 from utils import UserError
+
+REQUEUE_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal, the same command goes on
+
+logger = logging.getLogger("msg_transformer")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the runs of a program have in common.
+
+    Args:
+        base_images: images per update that ``TRAIN.BASE_LR`` is for.
+        score: the figure of an evaluation, in percent, that ``best.pth`` is best in.
+        score_name: its name in the log.
+        load_pretrained: called with the model, the content of ``--pretrained`` and its path.
+        draw, drawn: the curves of a run, see :class:`~logger.RunRecord`.
+    """
+
+    base_images: int = 512
+    score: str = "acc1"
+    score_name: str = "accuracy"
+    load_pretrained: Callable = functools.partial(ckpt.load_weights, new_head=True)
+    draw: Callable = draw_curves
+    drawn: tuple = DRAWN
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run was asked for.
+
+    Args:
+        folder: its output folder.
+        task: the program's :class:`Task`.
+        epochs: to train, counted from the start of the run.
+        config: YAML text of the effective config, for people who open the folder or a checkpoint.
+        print_freq: updates between log lines.
+        save_freq: epochs between checkpoints; there is one after the last epoch too.
+        keep: epoch checkpoints to keep, 0 for all.
+        stop_on_save_error: end the run when a checkpoint cannot be written.
+        resume, auto_resume, pretrained: what it continues from, see :meth:`Run.restore`.
+        start_epoch: the first one of a run that continues from no checkpoint.
+    """
+
+    folder: str
+    task: Task = Task()
+    epochs: int = 300
+    seed: int = 0
+    config: str = ""
+    print_freq: int = 10
+    save_freq: int = 1
+    keep: int = 0
+    stop_on_save_error: bool = False
+    resume: str = ""
+    auto_resume: bool = True
+    pretrained: str = ""
+    start_epoch: int = 0
+
+    def is_due(self, epoch):
+        """Whether a checkpoint is written at the end of ``epoch``."""
+        return epoch % self.save_freq == 0 or epoch + 1 == self.epochs
+
+
+def build_settings(config, task):
+    """The :class:`Settings` of a run of ``task``."""
+    train = config.TRAIN
+    return Settings(
+        folder=config.OUTPUT,
+        task=task,
+        epochs=train.EPOCHS,
+        seed=config.SEED,
+        config=dump_config(config),
+        print_freq=config.PRINT_FREQ,
+        save_freq=config.SAVE_FREQ,
+        keep=train.KEEP_CHECKPOINTS,
+        stop_on_save_error=train.ON_SAVE_ERROR == "stop",
+        resume=config.MODEL.RESUME,
+        auto_resume=train.AUTO_RESUME,
+        pretrained=config.MODEL.PRETRAINED,
+        start_epoch=train.START_EPOCH,
+    )
+
+
+def build_guard(config):
+    """The :class:`Guard` of a run; nothing is claimed yet."""
+    return Guard(config.TRAIN.SAVE_STEPS, config.TRAIN.SAVE_MINUTES, FolderClaim(config.OUTPUT))
+
+
+def build_run(config, model, sampler, compute, task, guard):
+    """Set up training of a model, and restore what is there already.
+
+    Args:
+        sampler: the training sampler.
+        compute: the :class:`~utils.Compute` of this process.
+        guard: was made before anything that takes long.
+
+    Returns:
+        A :class:`Run` at the epoch to train next, its updater's model parallelised over the processes.
+    """
+    train, rank = config.TRAIN, sampler.rank
+    lr_scale = sampler.images_per_update / task.base_images
+    optimizer = build_optimizer(config, model, lr_scale)
+    scheduler = build_scheduler(config, optimizer, sampler.updates_per_epoch, lr_scale)
+    updater = Updater(model, optimizer, compute, sampler.accumulation, train.CLIP_GRAD, train.MAX_NONFINITE)
+    record = RunRecord(config.OUTPUT, rank, task.draw, task.drawn)
+    run = Run(build_settings(config, task), updater, scheduler, sampler, record, guard)
+    run.restore()
+    run.write_config()
+    run.tell_disk_use()
+    if run.progress.epoch < train.EPOCHS and not train.WARMUP_STEPS and train.WARMUP_EPOCHS >= train.EPOCHS:
+        logger.warning("TRAIN.WARMUP_EPOCHS covers the whole run: TRAIN.BASE_LR is never reached")
+    if sampler.world_size > 1:
+        updater.model = parallelize(model, compute.device)
+    return run
+
+
+def check_checkpoints(config):
+    """Read the files of ``--resume`` and ``--pretrained`` once, before anything that takes long.
+
+    Where the run continues from its own folder, it needs neither.
+
+    Raises:
+        CheckpointError: no such file, or not a checkpoint.
+    """
+    if config.TRAIN.AUTO_RESUME and not config.EVAL_MODE and ckpt.in_order(config.OUTPUT):
+        return
+    if config.MODEL.RESUME:
+        (ckpt.read_weights if config.EVAL_MODE else ckpt.read_run)(config.MODEL.RESUME)
+    if config.MODEL.PRETRAINED:
+        ckpt.read_weights(config.MODEL.PRETRAINED)
+
+
+def choose_for_evaluation(config):
+    """Read ``--resume``, or else the latest checkpoint of the run's folder: (path, weights and classes)."""
+    path = config.MODEL.RESUME
+    if path:
+        return path, ckpt.read_weights(path)
+    path, checkpoint = ckpt.read_latest(config.OUTPUT, logger.warning)
+    if path is None:
+        raise ckpt.CheckpointError(f"nothing to evaluate: give --resume (no checkpoint in {config.OUTPUT})")
+    return path, {name: checkpoint[name] for name in ("model", "classes")}
+
+
+def percent(score):
+    """A score as text; one below 0 is none."""
+    return f"{score:.2f}%" if score >= 0 else "unknown"
+
+
+class Progress:
+    """Where a run stands: the epoch, how many of its images were used, the sums behind the epoch's means."""
+
+    def __init__(self, epoch, device):
+        self.epoch, self.images, self.updates = epoch, 0, 0
+        self.loss, self.norm = torch.zeros((), device=device), torch.zeros((), device=device)
+        self.parts = {}  # of a loss that has several, by name
+
+    def add(self, images, losses, norm):
+        """Count an update: its images over all processes, its mean losses here, its gradient norm."""
+        self.images, self.updates = self.images + images, self.updates + 1
+        self.loss = self.loss + torch.nan_to_num(sum(losses.values()), 0.0, 0.0, 0.0)
+        self.norm = self.norm + torch.nan_to_num(norm, 0.0, 0.0, 0.0)
+        if len(losses) > 1:
+            for name, loss in losses.items():
+                self.parts[name] = self.parts.get(name, 0) + torch.nan_to_num(loss, 0.0, 0.0, 0.0)
+
+    def means(self):
+        """Means over the updates and all processes: loss, norm, and ``loss_<part>``; all must call it."""
+        sums = dict(loss=self.loss, norm=self.norm)
+        sums.update({f"loss_{name}": self.parts[name] for name in sorted(self.parts)})
+        total = sum_over_processes(torch.stack(list(sums.values())))
+        return dict(zip(sums, (total / self.updates / rank_and_world_size()[1]).tolist()))
+
+    def state_dict(self):
+        """Plain numbers, the same on every process; all processes must call it."""
+        sums = [gather_floats(self.loss), gather_floats(self.norm)]
+        parts = {name: gather_floats(self.parts[name]) for name in sorted(self.parts)}
+        counts = dict(epoch=self.epoch, images=self.images, updates=self.updates)
+        return dict(counts, loss=sums[0], norm=sums[1], parts=parts)
+
+    def load_state_dict(self, state, rank, world_size):
+        """Continue from :meth:`state_dict`, on the same number of processes or another."""
+        self.epoch, self.images, self.updates = state["epoch"], state["images"], state["updates"]
+        self.parts = {name: torch.zeros_like(self.loss) for name in state.get("parts", {})}
+        totals = [(state["loss"], self.loss), (state["norm"], self.norm)]
+        totals += [(state["parts"][name], total) for name, total in self.parts.items()]
+        for sums, total in totals:
+            total.fill_(sums[rank] if len(sums) == world_size else sum(sums) / len(sums))
+
+
+class Guard:
+    """Keeps a run's folder to it, and decides when it is saved and whether it is to stop.
+
+    SIGTERM, SIGINT and SIGUSR1 of any process ask all of them to save and stop; a second SIGINT interrupts at
+    once. Before :meth:`start`, while there is nothing to save, they end the process with
+    ``REQUEUE_EXIT_CODE``. The end of torchrun, of which its processes hear nothing, counts as a SIGHUP.
+
+    Args:
+        steps: updates between checkpoints, 0 for none within an epoch.
+        minutes: minutes between checkpoints by the fastest clock, 0 for none.
+        claim: the run's :class:`FolderClaim`; None where nobody else could write to the folder.
+    """
+
+    def __init__(self, steps, minutes, claim=None):
+        self.steps, self.seconds, self.claim = steps, 60 * minutes, claim
+        self.updates, self.saved, self.signal = 0, None, 0
+        self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._remember)
+
+    def start(self):
+        """From now on a signal waits for the update that is running."""
+        self.saved = time.monotonic()
+
+    def _remember(self, number, frame):
+        if self.saved is None:
+            name = signal.Signals(number).name
+            print(f"stopped by {name} before training: the same command starts again", file=sys.stderr)
+            sys.exit(REQUEUE_EXIT_CODE)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.signal = number
+
+    def after_update(self):
+        """Count an update; all processes must call it.
+
+        Returns:
+            (whether to save now, number of the signal to stop for or 0), the same on every process.
+        """
+        self.updates += 1
+        if self.launcher is not None and os.getppid() != self.launcher:
+            self.signal = self.signal or signal.SIGHUP
+        late = self.seconds > 0 and time.monotonic() - self.saved >= self.seconds
+        late, stop = largest_over_processes(int(late), self.signal)
+        due = bool(late or stop) or (self.steps > 0 and self.updates % self.steps == 0)
+        if due:
+            self.saved = time.monotonic()
+        return due, stop
 
 
 class FolderClaim:
@@ -76,7 +338,317 @@ class FolderClaim:
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 return False
-            logging.getLogger("msg_transformer").warning(
+            logger.warning(
                 f"no lock for {self.path} ({error.strerror}): nothing keeps a second run out of its folder"
             )
         return True
+
+
+class Run:
+    """What a training run consists of, and how it is saved, restored and stopped.
+
+    Args:
+        settings: what it was asked for.
+        updater: the run's :class:`~optimizer.Updater`, whose model is still the plain module.
+        scheduler: timm's, of the learning rate.
+        sampler: the training sampler; it is told where to start.
+        record: the run's :class:`~logger.RunRecord`.
+        guard: the run's :class:`Guard`.
+
+    Attributes:
+        model: the plain module whose weights are saved.
+        best: the score of the weights in ``best.pth``.
+        highest: the highest score so far, be it written or not.
+    """
+
+    def __init__(self, settings, updater, scheduler, sampler, record, guard):
+        self.settings, self.updater, self.scheduler = settings, updater, scheduler
+        self.sampler, self.record, self.guard = sampler, record, guard
+        self.model, self.device = updater.model, updater.compute.device
+        self.progress = Progress(settings.start_epoch, self.device)
+        self.best = self.highest = -1.0  # below 0, so that even a first score of 0 is the best so far
+        self.saved = []  # names of the files that the last epoch left
+
+    def epochs_left(self):
+        """Yield the epochs to train, having set out for each, and sum up after the last.
+
+        Each must be trained and then ended by :meth:`end_epoch`.
+
+        Raises:
+            CheckpointError: the last checkpoint could not be written.
+        """
+        first, epochs, score_name = self.progress.epoch, self.settings.epochs, self.settings.task.score_name
+        if first >= epochs:
+            logger.info(f"all {epochs} epochs are trained already; max {score_name} {percent(self.best)}")
+            return
+        self.guard.start()
+        begin = time.time()
+        for epoch in range(first, epochs):
+            self.start_epoch(epoch)
+            yield epoch
+        if not self.saved:
+            raise ckpt.CheckpointError(f"the last checkpoint could not be written to {self.settings.folder}")
+        self.record.close()
+        if self.sampler.rank == 0:
+            logger.info(
+                f"trained epochs {first} to {epochs - 1} in {clock(time.time() - begin)}\n"
+                f"  {f'max {score_name}:':16} {percent(self.highest)}\n"
+                f"  best checkpoint: {self.best_checkpoint()}\n"
+                f"  training curves: {self.record.picture}"
+            )
+
+    def start_epoch(self, epoch):
+        """Set out for the rest of a restored epoch, or for a whole one."""
+        if self.progress.epoch != epoch:
+            self.progress = Progress(epoch, self.device)
+        self.sampler.start(epoch, self.progress.images)
+
+    def position(self):
+        """Updates since the start of the run, had all been of today's size: the place in the schedule."""
+        per_epoch = self.sampler.updates_per_epoch
+        return self.progress.epoch * per_epoch + self.progress.images / self.sampler.images_per_update
+
+    def after_update(self):
+        """Save where that is due, and stop where a signal asked for it; all processes must call it.
+
+        Raises:
+            SystemExit: with ``REQUEUE_EXIT_CODE``, the run is saved.
+            CheckpointError: a run that is to stop could not be saved.
+        """
+        due, stop = self.guard.after_update()
+        files = self.save() if due else []
+        if not stop:
+            return
+        self.record.close()
+        if not files:
+            raise ckpt.CheckpointError(f"stopped by signal {stop}, but the run could not be saved")
+        name = "the end of its launcher" if stop == signal.SIGHUP else signal.Signals(stop).name
+        logger.info(f"stopped by {name}: the same command goes on (exit code {REQUEUE_EXIT_CODE})")
+        sys.exit(REQUEUE_EXIT_CODE)
+
+    def end_epoch(self, means, figures):
+        """Record an epoch and save it where that is due, or where it is better than any written before.
+
+        Args:
+            means: of its training.
+            figures: of the evaluation of its weights, in percent the one that counts.
+
+        Returns:
+            The names of the files written, as :meth:`save` does.
+        """
+        epoch, task = self.progress.epoch, self.settings.task
+        updates = (epoch + 1) * self.sampler.updates_per_epoch
+        self.record.end_epoch(updates, epoch=epoch, **means, **figures)
+        score = float(figures[task.score])
+        before, self.best = self.best, max(self.best, score)
+        self.highest = max(self.highest, score)
+        logger.info(f"Max {task.score_name}: {percent(self.highest)}")
+        best = self.best > before
+        self.saved = self.save(score, self.settings.is_due(epoch), best)
+        if best and ckpt.BEST not in self.saved:
+            self.best = before  # the next epoch may still write a best checkpoint
+        return self.saved
+
+    def save(self, score=None, due=True, best=False):
+        """Write a checkpoint; all processes must call it, rank 0 writes.
+
+        Args:
+            score: of the weights, at the end of an epoch; None within it.
+            due: write the run's own checkpoint; otherwise the best only.
+            best: the score is the best so far.
+
+        Returns:
+            The names of the files written; where writing failed, which the log says, some are missing.
+
+        Raises:
+            CheckpointError: writing failed and ``stop_on_save_error`` is set.
+        """
+        settings, folder = self.settings, self.settings.folder
+        progress, updater = self.progress.state_dict(), self.updater.state_dict()
+        epoch, epoch_done = self.progress.epoch, score is not None
+        checkpoint = dict(
+            model=self.model.state_dict(),
+            optimizer=self.updater.optimizer.state_dict(),
+            # For the official code, which reads it; here the rate is a function of the place in the run.
+            lr_scheduler=self.scheduler.state_dict(),
+            updater=updater,
+            progress=None if epoch_done else dict(progress, images_per_update=self.sampler.images_per_update),
+            max_accuracy=self.best,
+            score=score,
+            epoch=epoch if epoch_done else epoch - 1,
+            config=settings.config,
+            classes=getattr(self.model, "classes", None),
+        )
+        name = ckpt.epoch_name(epoch) if epoch_done else ckpt.within_epoch_name(epoch, self.progress.images)
+
+        def write():
+            files = []
+            try:
+                if self.guard.claim is not None:
+                    self.guard.claim.keep()
+                if not os.path.exists(os.path.join(folder, "config.yaml")):  # somebody removed the folder
+                    self.write_config()
+                if due:
+                    files.append(ckpt.save_in_folder(folder, checkpoint, name, settings.keep))
+                if best:
+                    files.append(ckpt.save_best(folder, checkpoint, *files))
+            except OSError as error:
+                return files, f"cannot write a checkpoint to {folder}: {error.strerror or error}"
+            return files, None
+
+        files, problem = from_rank_0(write) if due or best else ([], None)
+        if files:
+            logger.info(f"saved {', '.join(files)}")
+        if problem and settings.stop_on_save_error:
+            raise ckpt.CheckpointError(f"{problem}; stopping (TRAIN.ON_SAVE_ERROR)")
+        if problem:
+            logger.error(f"{problem}; training goes on, earlier checkpoints are untouched")
+        return [os.path.basename(path) for path in files]
+
+    def best_checkpoint(self):
+        """The path of ``best.pth``, and what to know about it."""
+        path = os.path.join(self.settings.folder, ckpt.BEST)
+        if self.best < 0:
+            return f"none, {path} could not be written"
+        if self.best < self.highest:
+            return f"{path}, with {percent(self.best)}: the better one could not be written"
+        return path
+
+    def tell_disk_use(self):
+        """Log what the checkpoints of the epochs that are left will take on the disk, and what is free."""
+        settings = self.settings
+        left = list(filter(settings.is_due, range(self.progress.epoch, settings.epochs)))
+        # The best is one of those, or kept.
+        count = min(len(left), settings.keep + 1) if settings.keep else len(left)
+        moments = 2 if "betas" in self.updater.optimizer.defaults else 1
+        size = sum(tensor.nbytes for tensor in self.model.state_dict().values())
+        size += moments * sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
+        if not left or self.sampler.rank:
+            return
+        free = shutil.disk_usage(settings.folder).free
+        tell = logger.warning if count * size > free else logger.info
+        tell(
+            f"checkpoints: {count} of {size / 1e6:.0f} MB each will take {count * size / 1e9:.2f} GB of the "
+            f"{free / 1e9:.2f} GB that are free (TRAIN.KEEP_CHECKPOINTS and SAVE_FREQ limit them)"
+        )
+
+    def write_config(self):
+        """Write ``config.yaml`` to the run's folder, on rank 0."""
+        if self.sampler.rank == 0:
+            write_config(self.settings.folder, "config.yaml", self.settings.config)
+
+    def restore(self):
+        """Load what the run continues from: its own latest checkpoint, ``resume``, or ``pretrained``.
+
+        Rank 0 alone reads files and decides; the others get what it read.
+
+        Raises:
+            CheckpointError: the file does not fit, or the run would overwrite later checkpoints of another.
+        """
+        settings, task = self.settings, self.settings.task
+        path, checkpoint, latest = from_rank_0(self._choose)
+        if checkpoint is not None:
+            try:
+                self._load(path, checkpoint)
+            except ckpt.CheckpointError:
+                raise
+            # The entries of a stranger's file can be anything.
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}".split("\n")[0]
+                raise ckpt.CheckpointError(f"{path} is not the checkpoint of a run ({reason})") from error
+            self._agree_with_best(path, checkpoint)
+            where = f"epoch {self.progress.epoch}, image {self.progress.images}"
+            logger.info(f"resuming from {path}: {where}, max {task.score_name} {percent(self.best)}")
+        elif settings.pretrained:
+            weights = from_rank_0(lambda: ckpt.read_weights(settings.pretrained))
+            task.load_pretrained(self.model, weights, settings.pretrained)
+            logger.info(f"starting from the weights of {settings.pretrained}")
+        else:
+            logger.info(f"starting from scratch: no checkpoint in {settings.folder}")
+        if latest and ckpt.place_of(latest) > (self.progress.epoch, self.progress.images):
+            raise ckpt.CheckpointError(
+                f"{latest} would be overwritten: choose another --tag, or set TRAIN.AUTO_RESUME True"
+            )
+        self.record.start(self.progress.epoch, int(self.position()))
+
+    def _load(self, path, checkpoint):
+        ckpt.load_weights(self.model, checkpoint, path)
+        ckpt.load_optimizer(self.updater.optimizer, self.model, checkpoint, path)
+        self.best = float(checkpoint.get("max_accuracy", self.best))
+        self.progress = Progress(checkpoint["epoch"] + 1, self.device)
+        if "updater" in checkpoint:
+            self.updater.load_state_dict(checkpoint["updater"])
+        if checkpoint.get("progress"):
+            images, length = checkpoint["progress"]["images"], self.sampler.length
+            if images > length:
+                raise ckpt.CheckpointError(
+                    f"{path} stands at image {images} of an epoch, and the training set has {length}: resume "
+                    "with the same data, or start from the weights alone with --pretrained"
+                )
+            self._continue_epoch(checkpoint["progress"])
+
+    def _agree_with_best(self, path, checkpoint):
+        """Make ``best.pth`` and what the run says of it agree, whatever a kill or a full disk left of them.
+
+        An epoch's checkpoint is written before ``best.pth``, and claims to be the best already.
+        """
+
+        folder = self.settings.folder
+
+        def agree():
+            held = ckpt.score_of_best(folder)
+            if held < self.best and checkpoint.get("score") == self.best:
+                with contextlib.suppress(OSError):
+                    best = ckpt.save_best(folder, ckpt.read_checkpoint(path), path)
+                    logger.info(f"saved {best}: {path} is the best so far")
+                    held = self.best
+            return held
+
+        held = from_rank_0(agree)
+        if held < self.best:
+            logger.warning(
+                f"{path} is of a run that reached {percent(self.best)}, but no {ckpt.BEST} in {folder} "
+                f"has that score: the best so far is {percent(held)}"
+            )
+        self.best = self.highest = held
+
+    def _choose(self):
+        folder, resume = self.settings.folder, self.settings.resume
+        ckpt.remove_unfinished(folder)
+        latest, checkpoint = ckpt.read_latest(folder, logger.warning)
+        if latest and self.settings.auto_resume:
+            if resume:
+                logger.warning(f"auto-resume: continuing from {latest} rather than from {resume}")
+            return latest, checkpoint, latest
+        return (resume, ckpt.read_run(resume), latest) if resume else (None, None, latest)
+
+    def _continue_epoch(self, state):
+        self.progress.load_state_dict(state, self.sampler.rank, self.sampler.world_size)
+        before, now = state["images_per_update"], self.sampler.images_per_update
+        if before != now:
+            logger.warning(
+                f"images per update: {before} before, {now} now. The epoch goes on after its first "
+                f"{state['images']} images; the learning rate follows the images seen and the new size"
+            )
+
+    def explain(self, error, paths, update):
+        """Add to a NonFiniteError the files of an update; ``nonfinite_rank<rank>.txt`` lists them all.
+
+        Args:
+            paths: the file of every image index.
+            update: counted from where the sampler's iteration started.
+        """
+        folder = self.settings.folder
+        path = os.path.join(folder, f"nonfinite_rank{self.sampler.rank}.txt")
+        files = [paths[index] for index in self.sampler.indices_of(update)]
+        try:
+            with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
+                file.writelines(f"{name}\n" for name in files)
+            where = f"all of it in {path}"
+        except OSError as problem:
+            where = f"{path} cannot be written: {problem.strerror}"
+        return NonFiniteError(
+            f"{error}; the last batch of this process held {', '.join(files[:3])} ... ({where}). "
+            f"The last good checkpoint is in {folder}: lower TRAIN.BASE_LR, look at the files, or use "
+            "AMP_DTYPE bfloat16"
+        )

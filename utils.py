@@ -1,7 +1,7 @@
 """Devices, precision, seeds, worker processes, memory, files that are whole."""
 
 import contextlib
-import datetime
+import logging
 import multiprocessing
 import os
 import platform
@@ -12,6 +12,7 @@ import sys
 import time
 import uuid
 import zlib
+from dataclasses import dataclass
 
 import numpy as np
 import timm
@@ -23,34 +24,38 @@ class UserError(ValueError):
     """Something that the person who started the run can mend: shown as one message, without a traceback."""
 
 
-def pick_device(name, local_rank):
-    """The device of this process.
+@dataclass(frozen=True)
+class Compute:
+    """Where a process computes, and the dtype of mixed precision, None for float32."""
 
-    Args:
-        name: ``cuda``, ``cpu``, or empty for cuda where there is one.
-        local_rank: which GPU of this machine.
+    device: torch.device
+    dtype: torch.dtype | None = None
+
+    def autocast(self):
+        """Context of forward passes in mixed precision."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
+
+
+def build_compute(config):
+    """The :class:`Compute` of this process: on ``DEVICE``, or else on a GPU where there is one.
 
     Raises:
         UserError: no such GPU.
     """
-    if name == "cpu" or (not name and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    count = torch.cuda.device_count()
-    if local_rank >= count:
+    mixed = config.AMP_OPT_LEVEL != "O0"
+    if config.DEVICE == "cpu" or (not config.DEVICE and not torch.cuda.is_available()):
+        return Compute(torch.device("cpu"), torch.bfloat16 if mixed else None)
+    number, count = config.LOCAL_RANK, torch.cuda.device_count()
+    if number >= count:
         raise UserError(
-            f"process {local_rank} of this machine has no GPU, PyTorch sees {count}: use --device cpu, or "
-            "launch no more processes than GPUs"
+            f"process {number} of this machine has no GPU, PyTorch sees {count}: use --device "
+            "cpu, or launch no more processes than GPUs"
         )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    torch.cuda.set_device(number)
+    return Compute(torch.device("cuda", number), getattr(torch, config.AMP_DTYPE) if mixed else None)
 
 
-def autocast(device, dtype):
-    """Context of mixed precision on a device: ``dtype``, or float32 where it is None."""
-    return torch.autocast(device.type, dtype, enabled=dtype is not None)
-
-
-def compile_model(model, logger):
+def compile_model(model):
     """Compile a model in place, for one batch size at a time; it stays the same module with the same state.
 
     A graph for each of training and evaluation, and one for a smaller last batch; no part runs uncompiled.
@@ -62,7 +67,9 @@ def compile_model(model, logger):
         begin.append(time.monotonic())
 
     def ended(*_):
-        logger.info(f"torch.compile took {time.monotonic() - begin.pop():.0f} s")
+        logging.getLogger("msg_transformer").info(
+            f"torch.compile took {time.monotonic() - begin.pop():.0f} s"
+        )
 
     on_compile_start(started)
     on_compile_end(ended)
@@ -173,11 +180,6 @@ def machine(device):
     if device == "cuda":
         name = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda} ({name})"
     return f"{name}; Python {platform.python_version()}, PyTorch {torch.__version__}, timm {timm.__version__}"
-
-
-def clock(seconds):
-    """Seconds as h:mm:ss."""
-    return str(datetime.timedelta(seconds=int(seconds)))
 
 
 def peak_memory_mb(device):

@@ -1,7 +1,9 @@
 """What several test files need: reference numbers, small models, small image folders, runs of main.py."""
 
 import argparse
+import contextlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from PIL import Image
 
 import checkpoint as ckpt
 from config import get_config
+from logger import DRAWN, RunRecord, draw_curves
 from models.msg_transformer import MSGTransformer
 
 ROOT = Path(__file__).parents[1]
@@ -142,6 +145,26 @@ def group_of_two(port):
     """What a launcher would put into the environment of two processes."""
     group = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     return dict(group, RANK="{rank}", LOCAL_RANK="{rank}")
+
+
+def silent_record(folder):
+    """The record of a run that leaves none, as on other ranks than 0."""
+    return RunRecord(str(folder), 1, draw_curves, DRAWN)
+
+
+@contextlib.contextmanager
+def logged():
+    """Context that yields the list of the lines that are logged in it."""
+    handler, logger, lines = logging.Handler(), logging.getLogger("msg_transformer"), []
+    handler.emit = lambda record: lines.append(record.getMessage())
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def run_folder(output):

@@ -20,7 +20,7 @@ import pytest
 import torch
 import torch.utils.collect_env
 import yaml
-from helpers import digits_config, micro, run_main
+from helpers import digits_config, micro, run_main, silent_record
 from torch._utils import _rebuild_device_tensor_from_cpu_tensor, _rebuild_tensor_v2
 from torch.jit.unsupported_tensor_ops import execWrapper
 from yacs.config import CfgNode
@@ -28,8 +28,9 @@ from yacs.config import CfgNode
 import checkpoint as ckpt
 from config import ConfigError, get_config
 from data.samplers import TrainBatchSampler
-from engine import Run, Updater
-from optimizer import build_optimizer
+from optimizer import Updater, build_optimizer
+from run import Guard, Run, Settings
+from utils import Compute
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{what}")
@@ -273,11 +274,11 @@ def restored(official, folder, **changes):
     model = micro()
     model.classes = list("0123456789")
     optimizer = build_optimizer(digits_config(), model, 1.0)
-    updater = Updater(model, optimizer, torch.device("cpu"), None, 1, 5.0, 0)
+    updater = Updater(model, optimizer, Compute(torch.device("cpu")), 1, 5.0, 0)
     sampler = TrainBatchSampler(72, 8, 1, 0, 1, seed=0)
-    logger = argparse.Namespace(info=print, warning=print)
-    run = Run(model, updater, None, sampler, str(folder), "", 0, False, logger)
-    run.restore(path, False, "", 0)
+    settings = Settings(str(folder), resume=path, auto_resume=False)
+    run = Run(settings, updater, None, sampler, silent_record(folder), Guard(0, 0))
+    run.restore()
     return run
 
 

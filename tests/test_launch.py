@@ -199,12 +199,12 @@ def test_an_unexpected_error_is_shown_whole_and_before_its_consequences(data, tm
     """Rank 1 meets a bug in its third update, which a script plants; no launcher is there to end rank 0."""
     script = tmp_path / "planted.py"
     script.write_text(
-        "import os, runpy, sys, engine\n"
-        "update, updates = engine.Updater.update, []\n"
+        "import os, runpy, sys, optimizer\n"
+        "update, updates = optimizer.Updater.update, []\n"
         "def planted(self):\n"
         "    updates.append(1)\n"
         "    return update(self) if len(updates) < 3 or os.environ['RANK'] == '0' else 1 / 0\n"
-        "engine.Updater.update = planted\n"
+        "optimizer.Updater.update = planted\n"
         "sys.argv[0] = 'main.py'\n"
         "runpy.run_path('main.py', run_name='__main__')\n"
     )

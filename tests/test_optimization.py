@@ -4,18 +4,25 @@ import itertools
 import os
 import signal
 import time
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import digits_config, micro, reference
+from helpers import digits_config, logged, micro, reference, silent_record
 from torch import nn
 
 import checkpoint as ckpt
+import engine
 from data.samplers import TrainBatchSampler
-from engine import NonFiniteError, Progress, Run, SaveSchedule, Updater, train_epochs, train_one_epoch
+from engine import train_one_epoch
 from lr_scheduler import build_scheduler
 from main import evaluate
-from optimizer import build_optimizer, parameter_groups
+from optimizer import NonFiniteError, Updater, build_optimizer, parameter_groups
+from run import Guard, Progress, Run, Settings
+from utils import Compute
+
+CPU = Compute(torch.device("cpu"))
 
 
 def rates(name, updates, *opts):
@@ -108,18 +115,6 @@ def test_weight_decay_spares_norms_biases_positions_and_messengers():
     assert parameter_groups(model)[1]["weight_decay"] == 0.0
 
 
-class Quiet:
-    """A logger that keeps its lines."""
-
-    def __init__(self):
-        self.lines = []
-
-    def info(self, line):
-        self.lines.append(line)
-
-    warning = error = info
-
-
 class Batches(list):
     """A list of batches that passes for a loader."""
 
@@ -131,7 +126,7 @@ class Batches(list):
 
 @pytest.fixture(autouse=True)
 def signal_handlers():
-    """Give pytest back the signals that a SaveSchedule takes."""
+    """Give pytest back the signals that a Guard takes."""
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     handlers = [signal.getsignal(number) for number in numbers]
     yield
@@ -139,32 +134,31 @@ def signal_handlers():
         signal.signal(number, handler)
 
 
-def new_run(model, sampler, folder="", clip_grad=0.5, max_nonfinite=3):
+def new_run(model, sampler, folder="", max_nonfinite=3, **settings):
     """A run of 20 epochs with SGD that has not begun."""
     config = digits_config("TRAIN.OPTIMIZER.NAME", "sgd")
     optimizer = build_optimizer(config, model, 1.0)
     scheduler = build_scheduler(config, optimizer, sampler.updates_per_epoch, 1.0)
-    updater = Updater(
-        model, optimizer, torch.device("cpu"), None, sampler.accumulation, clip_grad, max_nonfinite
-    )
-    return Run(model, updater, scheduler, sampler, str(folder), "", 0, False, Quiet())
+    updater = Updater(model, optimizer, CPU, sampler.accumulation, 0.5, max_nonfinite)
+    settings = Settings(str(folder), **dict(dict(epochs=20, seed=sampler.seed, print_freq=1), **settings))
+    return Run(settings, updater, scheduler, sampler, silent_record(folder), Guard(0, 0))
 
 
-def train(batches, accumulation=1, clip_grad=0.5, max_nonfinite=3):
+def train(batches, accumulation=1, max_nonfinite=3):
     """Train the micro model on given micro-batches as epoch 3 of 20: (model, metrics, log, updater)."""
     torch.manual_seed(0)
     model, size = micro().to(batches[0][0].dtype), len(batches[0][0])
     sampler = TrainBatchSampler(size * len(batches), size, accumulation, 0, 1, seed=0)
-    run = new_run(model, sampler, "", clip_grad, max_nonfinite)
-    updater = run.updater
+    run = new_run(model, sampler, max_nonfinite=max_nonfinite)
     run.start_epoch(3)
     criterion = nn.CrossEntropyLoss()
 
     def losses_of(images, targets, part):
         return dict(loss=criterion(model(images), targets))
 
-    metrics = train_one_epoch(run, Batches(batches), losses_of, SaveSchedule(0, 0), 0, 20, 1, None)
-    return model, metrics, run.logger.lines, updater
+    with logged() as lines:
+        metrics = train_one_epoch(run, Batches(batches), losses_of)
+    return model, metrics, lines, run.updater
 
 
 def test_accumulation_equals_the_large_batch_and_clips_once():
@@ -186,7 +180,7 @@ def test_gradients_are_cut_to_the_threshold_and_left_alone_below_it(clip_grad, m
     model = nn.Linear(2, 1, bias=False)
     before, direction = model.weight.detach().clone(), torch.tensor([[3.0, 4.0]])
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    updater = Updater(model, optimizer, torch.device("cpu"), amp_dtype, 1, clip_grad, 3)
+    updater = Updater(model, optimizer, Compute(torch.device("cpu"), amp_dtype), 1, clip_grad, 3)
     with updater.micro_batch(0):
         updater.backward((model.weight * direction).sum())
     assert updater.update().item() == pytest.approx(5)  # without the scale of the loss
@@ -203,8 +197,7 @@ def drawn(rank, seed, epoch):
 
     run = new_run(model, sampler)
     run.start_epoch(epoch)
-    batches = Batches([(torch.ones(2, 2), None)] * 2)
-    train_one_epoch(run, batches, losses_of, SaveSchedule(0, 0), seed, 20, 1, None)
+    train_one_epoch(run, Batches([(torch.ones(2, 2), None)] * 2), losses_of)
     return found
 
 
@@ -213,6 +206,37 @@ def test_ranks_seeds_epochs_and_updates_draw_different_dropout():
     found = [number for place in places for number in drawn(*place)]
     assert len(found) == len(set(found)) == 8
     assert drawn(1, 0, 0) == found[2:4]
+
+
+def test_micro_batches_leave_memory_in_turn_and_a_broken_epoch_closes_its_loader():
+    model, events, images = nn_model(), [], []
+
+    class Loader:
+        paths = ()
+
+        def __iter__(self):
+            try:
+                for number in range(6):
+                    events.append((number, sum(image() is not None for image in images)))
+                    image = torch.ones(2, 2)
+                    images.append(weakref.ref(image))
+                    yield image, number
+                    del image
+            finally:
+                events.append("closed")
+
+    def losses_of(images, number, part):
+        assert part == number % 3
+        if number == 4:
+            raise ZeroDivisionError
+        return dict(loss=model(images).sum())
+
+    run = new_run(model, TrainBatchSampler(12, 2, 3, 0, 1, seed=0))
+    run.start_epoch(0)
+    with pytest.raises(ZeroDivisionError) as error:
+        train_one_epoch(run, Loader(), losses_of)
+    assert error.tb  # which still holds the frames of the epoch
+    assert events == [(0, 0), *((number, 1) for number in range(1, 5)), "closed"]
 
 
 def test_a_run_of_another_size_goes_on_between_two_updates_of_the_schedule():
@@ -237,20 +261,10 @@ def test_means_of_an_epoch_go_on_with_the_sums_of_each_rank():
 
 def test_the_first_of_the_best_epochs_and_the_last_epoch_are_kept(tmp_path):
     model, sampler, scores = nn_model(), TrainBatchSampler(4, 2, 1, 0, 1, seed=0), [0, 50, 50, 40]
-    run, results = new_run(model, sampler, tmp_path), iter(scores)
-    train_epochs(
-        run,
-        Batches([(torch.ones(2, 2), None)] * 2),
-        lambda images, targets, part: dict(loss=model(images).sum()),
-        lambda: dict(acc1=next(results)),
-        "acc1",
-        SaveSchedule(0, 0),
-        seed=0,
-        epochs=4,
-        print_freq=1,
-        save_freq=2,
-        record=None,
-    )
+    run, batches = new_run(model, sampler, tmp_path, epochs=4, save_freq=2), [(torch.ones(2, 2), None)] * 2
+    for epoch in run.epochs_left():
+        means = train_one_epoch(run, Batches(batches), lambda images, *_: dict(loss=model(images).sum()))
+        run.end_epoch(means, dict(acc1=scores[epoch]))
     best = ckpt.read_checkpoint(os.path.join(tmp_path, ckpt.BEST))
     assert (best["epoch"], best["max_accuracy"]) == (1, 50)
     assert ckpt.in_order(tmp_path) == [f"ckpt_epoch_{epoch}.pth" for epoch in (0, 2, 3)]
@@ -270,10 +284,10 @@ def test_checkpoints_are_due_after_so_many_updates_or_minutes(monkeypatch):
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
 
     def due(steps, minutes, seconds):
-        now[0], schedule, found = 0.0, SaveSchedule(steps, minutes), []
-        schedule.start()
+        now[0], guard, found = 0.0, Guard(steps, minutes), []
+        guard.start()
         for now[0] in seconds:
-            found.append(schedule.after_update()[0])
+            found.append(guard.after_update()[0])
         return [second for second, save in zip(seconds, found) if save]
 
     assert due(3, 0, range(1, 8)) == [3, 6]
@@ -291,9 +305,9 @@ def test_log_lines_have_the_fields_of_swin():
 
 
 def test_log_lines_say_how_long_the_epoch_and_the_run_still_take(monkeypatch):
-    """A clock that goes on by 10 s whenever it is looked at; 16 epochs of 2 updates follow."""
+    """A clock that goes on by 10 s whenever the epoch looks at it; 16 epochs of 2 updates follow."""
     clock = itertools.count(0, 10)
-    monkeypatch.setattr(time, "time", lambda: next(clock))
+    monkeypatch.setattr(engine, "time", SimpleNamespace(time=lambda: next(clock)))
     _, metrics, lines, _ = train([(torch.randn(2, 3, 32, 32), torch.tensor([1, 2]))] * 2)
     for line, left in zip(lines, ("eta 0:00:10 (run 0:05:30)", "eta 0:00:00 (run 0:05:20)")):
         assert left in line and "time 10.0000 (10.0000)" in line
@@ -338,16 +352,14 @@ def test_evaluation_figures_are_means_over_images_not_batches():
     )
     for size in (1, 3, 7):
         batches = Batches(zip(images.split(size), targets.split(size)))
-        assert evaluate(model, batches, torch.device("cpu"), None, 1, Quiet()) == pytest.approx(
-            expected, rel=1e-6
-        )
+        assert evaluate(model, batches, CPU, 1) == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_loss_scale_of_float16_goes_on_after_a_resume():
     def updater():
         model = micro()
         optimizer = build_optimizer(digits_config(), model, 1.0)
-        return Updater(model, optimizer, torch.device("cpu"), torch.float16, 1, 5.0, 20)
+        return Updater(model, optimizer, Compute(torch.device("cpu"), torch.float16), 1, 5.0, 20)
 
     first, second = updater(), updater()
     with first.micro_batch(0):
@@ -362,9 +374,7 @@ def test_the_loss_scale_of_float16_goes_on_after_a_resume():
 @pytest.mark.parametrize("clip_grad", [0.0, 5.0])
 def test_finite_gradients_whose_norm_overflows_change_nothing(clip_grad):
     model = micro()
-    updater = Updater(
-        model, build_optimizer(digits_config(), model, 1.0), torch.device("cpu"), None, 1, clip_grad, 20
-    )
+    updater = Updater(model, build_optimizer(digits_config(), model, 1.0), CPU, 1, clip_grad, 20)
     before = [parameter.clone() for parameter in model.parameters()]
     with updater.micro_batch(0):
         updater.backward(model(torch.randn(2, 3, 32, 32)).sum() * 1e30)

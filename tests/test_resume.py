@@ -1,6 +1,5 @@
 """A run that is killed at any moment and started again ends with the same bits as one that never was."""
 
-import argparse
 import itertools
 import json
 import os
@@ -23,20 +22,22 @@ from helpers import (
     assert_same_weights,
     digits_config,
     group_of_two,
+    logged,
     main_command,
     micro,
     run_folder,
     run_main,
+    silent_record,
     start_ranks,
 )
 
 import checkpoint as ckpt
 from data.samplers import TrainBatchSampler
-from engine import Run, Updater
 from logger import read_metrics
 from lr_scheduler import build_scheduler
-from optimizer import build_optimizer
-from utils import be_deterministic
+from optimizer import Updater, build_optimizer
+from run import Guard, Run, Settings
+from utils import Compute, be_deterministic
 
 ARGUMENTS = shlex.split(
     "--cfg configs/digits.yaml --batch-size 4 --opts DATA.NUM_WORKERS 1 MODEL.DROP_RATE 0.1"
@@ -111,23 +112,27 @@ def unfinished(folder):
     return folder.exists() and any(".pth." in name for name in os.listdir(folder))
 
 
-def small_run(folder, keep=0):
+def small_run(folder, **settings):
     """A run of a micro model that keeps its checkpoints in ``folder``, at the start of epoch 0."""
-    model, device = micro(), torch.device("cpu")
+    model = micro()
     sampler = TrainBatchSampler(8, 4, 1, 0, 1, seed=0)
     optimizer = build_optimizer(digits_config(), model, 1.0)
     scheduler = build_scheduler(digits_config(), optimizer, 2, 1.0)
-    updater = Updater(model, optimizer, device, None, 1, 0.0, 0)
-    lines = []
-    logger = argparse.Namespace(info=lines.append, warning=lines.append, error=lines.append, lines=lines)
+    updater = Updater(model, optimizer, Compute(torch.device("cpu")), 1, 0.0, 0)
     os.makedirs(folder, exist_ok=True)
-    return Run(model, updater, scheduler, sampler, str(folder), "", keep, False, logger)
+    settings = Settings(str(folder), **settings)
+    return Run(settings, updater, scheduler, sampler, silent_record(folder), Guard(0, 0))
+
+
+def end_epoch(run, score):
+    """End the run's epoch with a score; returns the names of the files written."""
+    return run.end_epoch({}, dict(acc1=score))
 
 
 def resumed(folder, path=""):
     """A small run that was restored from its folder, or from a given file."""
-    run = small_run(folder)
-    run.restore(str(path), True, "", 0)
+    run = small_run(folder, resume=str(path))
+    run.restore()
     return run
 
 
@@ -150,10 +155,10 @@ def test_the_best_survives_a_kill_at_every_step_of_a_save(tmp_path, count, due):
     outcomes = set()
     for step in itertools.count():
         folder = tmp_path / str(step)
-        run = small_run(folder, keep=1)
-        run.end_epoch(50.0, due=True)
+        run = small_run(folder, keep=1, save_freq=1 if due else 2)
+        end_epoch(run, 50.0)
         run.start_epoch(1)
-        child = forked(lambda run=run, step=step: (kill_at(step), run.end_epoch(60.0, due)))
+        child = forked(lambda run=run, step=step: (kill_at(step), end_epoch(run, 60.0)))
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         killed = code == -signal.SIGKILL
         assert killed or code == 0
@@ -171,27 +176,29 @@ def test_the_best_survives_a_kill_at_every_step_of_a_save(tmp_path, count, due):
 
 def test_a_run_claims_no_best_that_its_folder_does_not_hold(tmp_path):
     run = small_run(tmp_path / "first")
-    run.end_epoch(50.0, due=True)
+    end_epoch(run, 50.0)
     run.start_epoch(1)
-    run.end_epoch(40.0, due=True)
+    end_epoch(run, 40.0)
     best, other = resumed(tmp_path / "a", tmp_path / "first" / "ckpt_epoch_0.pth"), tmp_path / "b"
     assert best.best == ckpt.score_of_best(str(tmp_path / "a")) == 50.0
-    run = resumed(other, tmp_path / "first" / "ckpt_epoch_1.pth")
-    assert run.best == -1 and "the best so far is unknown" in "".join(run.logger.lines)
+    with logged() as lines:
+        run = resumed(other, tmp_path / "first" / "ckpt_epoch_1.pth")
+    assert run.best == -1 and "the best so far is unknown" in "".join(lines)
     run.start_epoch(2)
-    run.end_epoch(30.0, due=True)
+    end_epoch(run, 30.0)
     assert ckpt.score_of_best(str(other)) == resumed(other).best == 30.0
 
 
 def test_a_best_that_cannot_be_written_is_not_reported(tmp_path):
     (tmp_path / "best.pth").mkdir()
     run = small_run(tmp_path)
-    assert run.end_epoch(50.0, due=True) == ["ckpt_epoch_0.pth"]
+    with logged() as lines:
+        assert end_epoch(run, 50.0) == ["ckpt_epoch_0.pth"]
     assert run.best_checkpoint() == f"none, {tmp_path}/best.pth could not be written"
-    assert "Max accuracy: 50.00%" in run.logger.lines and "-1.00" not in "".join(run.logger.lines)
+    assert "Max accuracy: 50.00%" in lines and "-1.00" not in "".join(lines)
     run.start_epoch(1)
     (tmp_path / "best.pth").rmdir()
-    assert run.end_epoch(40.0, due=True) == ["ckpt_epoch_1.pth", "best.pth"]
+    assert end_epoch(run, 40.0) == ["ckpt_epoch_1.pth", "best.pth"]
     assert run.best_checkpoint() == f"{tmp_path}/best.pth, with 40.00%: the better one could not be written"
     assert run.highest == 50.0 and resumed(tmp_path).best == 40.0
 
@@ -251,14 +258,14 @@ def test_a_wrong_checkpoint_is_told_before_the_data_are_looked_at(tmp_path):
 
 
 def test_the_disk_that_checkpoints_will_take_is_told(tmp_path):
-    run = small_run(tmp_path, keep=2)
-    run.end_epoch(50.0, due=True)
+    run = small_run(tmp_path, epochs=10, keep=2)
+    end_epoch(run, 50.0)
     size = sum(parameter.nbytes for parameter in run.model.parameters()) * 3
-    run.tell_disk_use(epochs=10, save_freq=1)
-    assert f"checkpoints: 3 of {size / 1e6:.0f} MB each will take " in run.logger.lines[-1]
-    run.keep = 0
-    run.tell_disk_use(epochs=10, save_freq=4)  # after epochs 0, 4, 8 and 9
-    assert "checkpoints: 4 of " in run.logger.lines[-1]
+    with logged() as lines:
+        run.tell_disk_use()
+        small_run(tmp_path, epochs=10, save_freq=4).tell_disk_use()  # after epochs 0, 4, 8 and 9
+    assert f"checkpoints: 3 of {size / 1e6:.0f} MB each will take " in lines[0]
+    assert "checkpoints: 4 of " in lines[1]
 
 
 def disturbed_run(tmp_path, data, count, processes, accumulation, kills, epochs, opts=()):
