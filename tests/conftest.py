@@ -1,5 +1,6 @@
 """The images that runs in tests train on, and the counts that tests leave for the end of a pytest run."""
 
+import signal
 import socket
 
 import pytest
@@ -17,6 +18,16 @@ def data(tmp_path_factory):
     write_images(folder / "train", 24)
     write_images(folder / "val", 3, seed=1)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """Give pytest back the signals that a Guard takes."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    handlers = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, handlers):
+        signal.signal(number, handler)
 
 
 @pytest.fixture

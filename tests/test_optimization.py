@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import signal
 import time
 import weakref
 from types import SimpleNamespace
@@ -122,16 +121,6 @@ class Batches(list):
 
     def check_failures(self):
         pass
-
-
-@pytest.fixture(autouse=True)
-def signal_handlers():
-    """Give pytest back the signals that a Guard takes."""
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    handlers = [signal.getsignal(number) for number in numbers]
-    yield
-    for number, handler in zip(numbers, handlers):
-        signal.signal(number, handler)
 
 
 def new_run(model, sampler, folder="", max_nonfinite=3, **settings):
