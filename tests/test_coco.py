@@ -539,7 +539,7 @@ def figures_of(done):
     return done.stdout.split(" * ")[1].splitlines()[0]
 
 
-@pytest.mark.parametrize("processes, batch", [(2, 2), (3, 1)])
+@pytest.mark.parametrize("processes, batch", [(2, 2), pytest.param(3, 1, marks=pytest.mark.slow)])
 def test_sharded_evaluation_is_that_of_one_process(trained, shapes, tmp_path, processes, batch):
     common = ["--data-path", shapes, "--eval", "--resume", trained / "best.pth", "--amp-opt-level", "O0"]
     alone = detect(*common, "--output", tmp_path / "1", "--opts", *SMALL)
@@ -554,7 +554,7 @@ def test_sharded_evaluation_is_that_of_one_process(trained, shapes, tmp_path, pr
     assert first == second and len(first) > 7
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_killed_run_ends_with_the_same_bits(shapes, tmp_path, processes):
     common = ["--data-path", shapes, "--amp-opt-level", "O1", "--batch-size", 2, "--opts", *SMALL]
     common += ["TRAIN.ACCUMULATION_STEPS", 2, "TRAIN.SAVE_STEPS", 1, "DATA.BATCH_SIZE", 2]

@@ -3,9 +3,9 @@
 import contextlib
 import io
 import json
-import logging
 import math
 import multiprocessing
+import os
 import random
 import sys
 
@@ -27,7 +27,7 @@ from detection.dataset import Annotations, build_dataset
 from detection.evaluation import Evaluation, average_precision, to_results
 from detection.loaders import build_loaders
 from detection.transforms import CropToRandomSize, build_transform
-from utils import seeded
+from utils import Compute, seeded
 
 
 @pytest.fixture
@@ -403,11 +403,13 @@ def test_evaluation_counts_every_image_and_draws_each_with_its_own_objects(tmp_p
     _, _, loader, val = build_loaders(config("shapes", *of_set))
     samples = []
     monkeypatch.setattr(detect, "draw_detections", lambda drawn, *_: samples.extend(drawn))
-    logger = logging.getLogger("msg_transformer")
+    settings = config("shapes", "OUTPUT", tmp_path, "DET.PICTURES", 8)
+    os.makedirs(settings.OUTPUT)
     with caplog.at_level("INFO"):
-        detect.evaluate(Oracle(), loader, val, torch.device("cpu"), None, 100, 8, str(tmp_path), logger)
+        detect.evaluate(Oracle(), loader, val, Compute(torch.device("cpu")), settings)
     assert "9 images, 9 detections" in caplog.text
-    results = json.loads((tmp_path / "detections.json").read_text())
+    with open(os.path.join(settings.OUTPUT, "detections.json"), encoding="utf-8") as file:
+        results = json.load(file)
     assert [(r["image_id"], r["bbox"]) for r in results] == [
         (record["id"], [0, 0, record["width"], record["height"]]) for record in content["images"]
     ]

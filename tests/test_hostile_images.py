@@ -26,6 +26,7 @@ from data.samplers import TrainBatchSampler, evaluation_shard
 from data.transforms import build_transform
 from main import evaluate
 from models import build_model
+from utils import Compute
 
 pytestmark = pytest.mark.filterwarnings("ignore:Palette images with Transparency")
 
@@ -369,12 +370,11 @@ def test_evaluation_leaves_out_broken_images_and_nothing_else(tmp_path, log):
     shutil.copytree(tmp_path / "broken", tmp_path / "clean")
     for name in THREE:
         (tmp_path / "clean" / "val" / name).unlink()
-    logger = logging.getLogger("msg_transformer")
-    logger.setLevel(logging.DEBUG)
+    logging.getLogger("msg_transformer").setLevel(logging.DEBUG)
     model, results = micro(), []
     for folder, skip in (("broken", "skip"), ("clean", "raise")):
         _, _, val = loaders(tmp_path / folder, "DATA.ON_ERROR", skip)
-        results += [evaluate(model, val, torch.device("cpu"), None, 100, logger) for _ in range(2)]
+        results += [evaluate(model, val, Compute(torch.device("cpu")), 100) for _ in range(2)]
         assert "on 327 images" in log[-1]
     assert results[0] == results[1] and results[0] == pytest.approx(results[2], rel=1e-6)
     for path in broken:
@@ -425,6 +425,7 @@ def run_with_broken_images(folder, output, *arguments, processes):
     return run_main(*common, *arguments, "--opts", *opts, processes=processes, check=False)
 
 
+@pytest.mark.slow
 def test_1_of_361_broken_images_passes_with_4_processes(images_361, tmp_path):
     folder = with_broken_images(images_361, tmp_path / "data", "val", [8])
     (folder / "val" / "a" / "notes.txt").touch()

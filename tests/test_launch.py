@@ -60,7 +60,10 @@ def training_processes(output):
     return [pid for pid, parent in found.items() if parent not in found]
 
 
-@pytest.mark.parametrize("name, to_all", [("SIGTERM", False), ("SIGUSR1", True), ("SIGINT", True)])
+@pytest.mark.parametrize(
+    "name, to_all",
+    [("SIGTERM", False), pytest.param("SIGUSR1", True, marks=pytest.mark.slow), ("SIGINT", True)],
+)
 def test_a_signal_saves_and_the_same_command_goes_on(name, to_all, data, tmp_path, undisturbed):
     """Nothing but the signal saves within the epoch."""
     arguments = [*ARGUMENTS, "TRAIN.SAVE_STEPS", "0", "--data-path", data, "--output", tmp_path]

@@ -282,7 +282,7 @@ def disturbed_run(tmp_path, data, count, processes, accumulation, kills, epochs,
     assert hits == kills
 
 
-@pytest.mark.parametrize("backend", ["pil", "opencv"])
+@pytest.mark.parametrize("backend", ["pil", pytest.param("opencv", marks=pytest.mark.slow)])
 def test_resume_is_bit_exact_after_kills(tmp_path, data, count, backend):
     opts = ["DATA.BACKEND", backend, "AUG.AUTO_AUGMENT", "rand-m9-mstd0.5-inc1", "AUG.REPROB", 0.5]
     disturbed_run(tmp_path, data, count, processes=1, accumulation=2, kills=3, epochs=2, opts=opts)
