@@ -275,6 +275,8 @@ def test_objects_of_the_same_box_keep_their_own_classes():
     boxes = torch.tensor([[10.0, 10, 50, 50]]).repeat(3, 1)
     found = heads.sample(stage, boxes[:1] + 1, dict(boxes=boxes, labels=torch.tensor([1, 3, 2])))
     assert found.labels.tolist() == [1, 1, 3, 2] and found.indices.tolist() == [0, 0, 1, 2]
+    alone = heads.sample(stage, boxes[:0], dict(boxes=boxes, labels=torch.tensor([1, 3, 2])))
+    assert alone.labels.tolist() == [1, 3, 2]  # without a proposal
 
 
 @pytest.mark.parametrize("box_loss", ["giou", "smooth_l1"])

@@ -176,10 +176,10 @@ def test_the_losses_of_proposals_are_those_of_the_definition():
 def test_proposals_are_the_best_of_each_level_without_duplicates():
     """Those of a loop; padding of the batch makes no proposals and takes no place among the best."""
     torch.manual_seed(0)
-    rpn = ProposalNetwork(8, [4, 8], 4, RATIOS, 256, (40, 25)).double()
+    rpn = ProposalNetwork(8, [4, 8], 4, RATIOS, 256, (2000, 25)).double()
     torch.nn.init.normal_(rpn.head.bbox_pred.weight, std=0.1)
     maps = [torch.randn(2, 8, 16, 20).double(), torch.randn(2, 8, 8, 10).double()]
-    sizes = [(64, 80), (37, 50)]
+    sizes = [(64, 80), (40, 52)]
     logits, deltas = rpn.head(maps)
     # The padding has the best scores of all.
     hook = rpn.head.register_forward_hook(lambda module, inputs, output: (logits, deltas))
@@ -189,7 +189,9 @@ def test_proposals_are_the_best_of_each_level_without_duplicates():
         30,
         30,
     )
-    for most, is_train in ((40, True), (25, False)):
+    # Boxes of no width are none, whatever their score.
+    deltas[0][:, 2, 3, 4], logits[0][:, 0, 3, 4] = -40, 25
+    for most, is_train in ((2000, True), (25, False)):
         targets = [dict(boxes=torch.zeros(0, 4))] * 2
         found, _ = rpn.train(is_train)(maps, sizes, targets)
         for image, size in enumerate(sizes):
@@ -310,6 +312,9 @@ def test_mask_targets_are_cells_of_which_half_belongs_to_the_object():
         assert torch.equal(target[sure], (share >= 0.5).double()[sure])
         assert 0.1 < target.mean() < 0.95
     assert found.unique().tolist() == [0, 1]
+    # Every cell of a box of 28 pixels has two of its four pixels: half is enough.
+    stripes = (torch.arange(28) % 2).repeat(1, 28, 1)
+    assert mask_targets(stripes, torch.tensor([[0.0, 0, 28, 28]]), torch.tensor([0]), 14).all()
 
 
 @pytest.mark.parametrize("size", ODD_SIZES)
