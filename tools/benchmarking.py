@@ -120,6 +120,7 @@ def main(args, run, report):
         result["command"] = "python " + " ".join([os.path.relpath(sys.argv[0]), *sys.argv[1:]])
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         Path(f"{args.output}.json").write_text(json.dumps(result, indent=1) + "\n")
+        print(f"wrote {args.output}.json")
         draw([f"{args.output}.json"], report)
     except UserError as error:
         sys.exit(f"error: {error}")
