@@ -1,4 +1,4 @@
-"""Datasets, transforms and samplers joined to loaders."""
+"""Loaders: datasets, transforms and samplers put together."""
 
 import functools
 import logging
@@ -20,16 +20,16 @@ LARGEST_FAILED_SHARE = 0.01
 
 
 class Loader:
-    """Batches on the device, images (B, 3, S, S) and class indices (B,), and an account of unreadable files.
+    """Batches on the device, images (B, 3, S, S) and class indices (B,); keeps count of unreadable files.
 
     Args:
         loader: a DataLoader over samples (image, target, failed), collated by :func:`collate`.
         paths: the file of every index.
-        to_device: brings an iterable of batches to the device, as :class:`ToDevice` does.
+        to_device: moves an iterable of batches to the device, as :class:`ToDevice` does.
 
     Raises:
-        DataError: while iterating, when this process alone could not read more than 1% of all files;
-            :meth:`check_failures` counts those of all processes.
+        DataError: while iterating, once this process alone has failed to read more than 1% of all files;
+            :meth:`check_failures` counts the failures of all processes.
     """
 
     def __init__(self, loader, paths, to_device):
@@ -43,7 +43,7 @@ class Loader:
         return iter(self.to_device(self._read()))
 
     def _read(self):
-        self.failed_now = set()  # of this epoch: over many of them, a process sees the files of the others
+        self.failed_now = set()  # in this epoch: over many epochs, every process sees all files
         for images, targets, failed in self.loader:
             for index in failed:
                 self._report(index)
@@ -52,7 +52,7 @@ class Loader:
             yield images, targets
 
     def check_failures(self):
-        """Raise a DataError if the last iterations of all processes failed at more than 1% of the files.
+        """Raise a DataError if all processes together failed to read more than 1% of the files this epoch.
 
         All processes must call it.
         """
@@ -67,7 +67,7 @@ class Loader:
             )
 
     def report(self):
-        """Log what was found, and what is left out of an epoch."""
+        """Log what the dataset found, and how many images an epoch leaves out."""
         self.loader.dataset.dataset.report()
         sampler = self.loader.batch_sampler
         if isinstance(sampler, TrainBatchSampler) and (left := sampler.length % sampler.images_per_update):
@@ -86,9 +86,9 @@ class Loader:
 
 
 class ToDevice:
-    """Brings batches to a device, where 8-bit images are normalised.
+    """Moves batches to a device, where 8-bit images are normalised.
 
-    On CUDA a batch is copied while the one before is worked on, on a stream of its own.
+    On CUDA a stream of its own copies each batch while the one before is being worked on.
     """
 
     def __init__(self, device):
@@ -98,7 +98,7 @@ class ToDevice:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, batches):
-        """Yield (images, targets) on the device for those of ``batches``."""
+        """Yield each (images, targets) of ``batches`` on the device."""
         if self.stream is None:
             yield from map(self.move, batches)
             return
@@ -131,7 +131,7 @@ class ToDevice:
         if images.dtype != torch.uint8:
             return images
         result = torch.empty(images.shape, device=images.device)
-        # On a CPU, one image fits its caches.
+        # On a CPU, image by image: one fits into its caches.
         parts = zip(result, images) if self.stream is None else [(result, images)]
         for part, image in parts:
             part.copy_(image).div_(255).sub_(self.mean).div_(self.std)
@@ -148,7 +148,7 @@ def tensors_of(value):
 
 
 def collate(samples):
-    """Join samples (image, target, failed) to (images, targets, failed), without the images that are None."""
+    """Join samples (image, target, failed) to (images, targets, failed), leaving out images that are None."""
     failed = [index for *_, indices in samples for index in indices]
     read = [(image, target) for image, target, _ in samples if image is not None]
     images, targets = default_collate(read) if read else (torch.empty(0), torch.empty(0, dtype=torch.long))
@@ -156,30 +156,30 @@ def collate(samples):
 
 
 def start_worker(worker):
-    """The training process alone answers signals; a scheduler sends them to its workers too."""
+    """Let a worker ignore signals: schedulers send them to workers too, but only the run answers them."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    if "cv2" in sys.modules:  # where it reads the images
+    if "cv2" in sys.modules:  # imported where it reads the images
         sys.modules["cv2"].setNumThreads(0)
 
 
 def worker_options(config, device):
-    """What a DataLoader is told about its workers."""
+    """Arguments of a DataLoader that concern its workers."""
     return dict(
         worker_init_fn=start_worker,
         num_workers=config.DATA.NUM_WORKERS,
         persistent_workers=config.DATA.NUM_WORKERS > 0,
         pin_memory=device.type == "cuda" and config.DATA.PIN_MEMORY,
-        # The loaders' own generator: without it every epoch draws from the one that dropout uses.
+        # Without a generator of its own, a loader draws from the one that dropout uses, in every epoch.
         generator=torch.Generator(),
     )
 
 
 def build_reader(config, is_train):
-    """What ``DATA.BACKEND`` makes of an image file.
+    """How ``DATA.BACKEND`` reads an image file.
 
     Returns:
-        The function that opens a file, and the transform of what it returns to a tensor (3, S, S).
+        The function that opens a file, and the transform from what it returns to a tensor (3, S, S).
 
     Raises:
         ConfigError: OpenCV cannot be imported.
@@ -211,25 +211,24 @@ def build_loaders(config, rank=0, world_size=1, device="cpu"):
     """Loaders over ``DATA.DATA_PATH``, whose batches are on ``device``.
 
     Returns:
-        The training loader (None with ``EVAL_MODE`` or ``THROUGHPUT_MODE``, which need no training images),
-        its sampler, the validation loader over this process's share of the images, and the class names.
+        The training loader and its sampler (None with ``EVAL_MODE`` or ``THROUGHPUT_MODE``, which need no
+        training images), the validation loader over this process's share of the images, and the class names.
 
     Raises:
         DataError: what is wrong with the folder, and what to do.
     """
     device = torch.device(device)
-    to_device = ToDevice(device)
     root, skip = config.DATA.DATA_PATH, config.DATA.ON_ERROR == "skip"
     if not root:
         raise DataError(
             "no data: give --data-path, a folder with train/<class>/<image> and val/<class>/<image>"
         )
-    options = dict(worker_options(config, device), collate_fn=collate)
+    to_device, options = ToDevice(device), dict(worker_options(config, device), collate_fn=collate)
     read, transform = build_reader(config, is_train=False)
     val = build_dataset(root, "val", transform, read)
     shard = evaluation_shard(len(val), rank, world_size)
-    val_loader = DataLoader(EvaluationSamples(val, skip), config.DATA.BATCH_SIZE, sampler=shard, **options)
-    val_loader = Loader(val_loader, [path for path, _ in val.samples], to_device)
+    loader = DataLoader(EvaluationSamples(val, skip), config.DATA.BATCH_SIZE, sampler=shard, **options)
+    val_loader = Loader(loader, [path for path, _ in val.samples], to_device)
     if config.EVAL_MODE or config.THROUGHPUT_MODE:
         return None, None, val_loader, val.classes
     read, transform = build_reader(config, is_train=True)
@@ -239,10 +238,6 @@ def build_loaders(config, rank=0, world_size=1, device="cpu"):
         len(train), config.DATA.BATCH_SIZE, accumulation, rank, world_size, config.SEED
     )
     require_an_update(sampler, f"{root}/train")
-    samples = TrainingSamples(train, config.SEED, skip)
-    train_loader = Loader(
-        DataLoader(samples, batch_sampler=sampler, **options),
-        [path for path, _ in train.samples],
-        to_device,
-    )
+    loader = DataLoader(TrainingSamples(train, config.SEED, skip), batch_sampler=sampler, **options)
+    train_loader = Loader(loader, [path for path, _ in train.samples], to_device)
     return train_loader, sampler, val_loader, val.classes

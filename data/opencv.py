@@ -1,7 +1,7 @@
-"""The recipe of transforms.py on OpenCV: decode what is needed, resize the crop alone, keep 8 bits.
+"""Images read by OpenCV: only the pixels that the crop needs are decoded, and only the crop is resized.
 
 The random choices are timm's own, drawn in the same order as for Pillow; only the work on pixels is done by
-others. Images are arrays (H, W, 3), RGB, uint8; batches are normalised and erased on the device.
+others. Batches are normalised and erased on the device.
 """
 
 import math
@@ -11,40 +11,35 @@ import re
 import cv2
 import numpy as np
 import torch
-from PIL import Image
 from timm.data import auto_augment
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolation, interp_mode_to_str
-from torch.nn import functional
 from torchvision import transforms
 
 from .datasets import MAX_PIXELS, MAX_SCANS, decoding, open_image
-from .transforms import aspect_box, augment_operations, evaluation_sizes, posterize_from_0_bits
+from .opencv_operations import FASTER, Flip, ThroughPillow, interpolate, resize, to_tensor
+from .transforms import aspect_box, augment_operations, evaluation_sizes
 from .transforms import build_transform as build_for_pillow
 
-# Markers other than restarts and the end; in a progressive file, other than tables, scans and comments too.
+# JPEG markers that have no place in a scan: all but restarts and the end. In a progressive file, tables,
+# scans and comments have a place there too.
 _FOREIGN_IN_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xd9\xff]")
 _FOREIGN_IN_SCANS = re.compile(rb"\xff[^\x00\xc4\xd0-\xd7\xd9-\xdd\xfe\xff]")
-_WARP = {
-    Image.Resampling.NEAREST: cv2.INTER_NEAREST,
-    Image.Resampling.BILINEAR: cv2.INTER_LINEAR,
-    Image.Resampling.BICUBIC: cv2.INTER_CUBIC,
-}
 
 
 class ImageFile:
-    """An image file in memory: the size is read from its header, the pixels are decoded on demand.
+    """An image file in memory: its size is read from the header, its pixels are decoded on demand.
 
-    OpenCV decodes JPEGs that look sound, to the same pixels as Pillow; Pillow decodes all else.
+    OpenCV decodes JPEGs that look sound, to the same pixels as Pillow; Pillow decodes everything else.
 
     Args:
         max_pixels, max_scans: see :func:`~data.datasets.open_image`.
 
     Attributes:
-        size: (width, height) in pixels; EXIF rotation is ignored, as Pillow does it.
+        size: (width, height) in pixels; EXIF rotation is ignored, as it is with Pillow.
 
     Raises:
-        DataError: the file cannot be decoded, or only beyond the limits; from :meth:`crop`, too.
+        DataError: the file cannot be decoded or exceeds the limits; :meth:`crop` may raise it as well.
     """
 
     def __init__(self, path, max_pixels=MAX_PIXELS, max_scans=MAX_SCANS):
@@ -55,21 +50,21 @@ class ImageFile:
         self.is_sound = is_jpeg and self._ends_well()
 
     def _ends_well(self):
-        """Whether a JPEG has an end, and between its first scan and that end only markers that belong there.
+        """Whether a JPEG has an end and, from its first scan to that end, only markers that belong there.
 
-        Where a file is damaged, OpenCV may make the rest of the image grey; Pillow mostly refuses it.
+        Of a damaged file OpenCV may return an image that is partly grey, where Pillow mostly refuses.
         """
         foreign = _FOREIGN_IN_SCANS if "progressive" in self.image.info else _FOREIGN_IN_SCAN
         return self.data.endswith(b"\xff\xd9") and not foreign.search(self.data, self.image.fp.tell())
 
     def crop(self, left, top, width, height, scale):
-        """The pixels of a box, at least twice as many on a side as are wanted where that is decoded faster.
+        """The pixels of a box, decoded at a reduced size where twice the pixels wanted on a side remain.
 
         Args:
-            scale: the box is going to be shrunk by this.
+            scale: how many times smaller the sides of the box are going to be.
 
         Returns:
-            (H, W, 3), H and W being those of the box or the 2nd, 4th or 8th part of them.
+            (H, W, 3): the size of the box, or a half, a quarter or an eighth of it.
         """
         reduction = next((factor for factor in (8, 4, 2) if 2 * factor <= scale), 1)
         with decoding(self.path):
@@ -85,20 +80,20 @@ class ImageFile:
         return pixels if reduction == 1 else cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
 
     def _decode_jpeg(self, reduction):
-        # Reduced images come in BGR only.
+        # OpenCV decodes reduced images to BGR only.
         color = cv2.IMREAD_COLOR_RGB if reduction == 1 else getattr(cv2, f"IMREAD_REDUCED_COLOR_{reduction}")
         return cv2.imdecode(np.frombuffer(self.data, np.uint8), color | cv2.IMREAD_IGNORE_ORIENTATION)
 
 
 class CropResizedRandomly:
-    """timm's random resized crop of an :class:`ImageFile`: its boxes, with only the box resized."""
+    """timm's random resized crop, box for box, of an :class:`ImageFile`."""
 
     def __init__(self, step):
         self.step = step
 
     def __call__(self, file):
         width, height = file.size
-        stand_in = torch.empty(1).expand(3, height, width)  # only its shape is looked at
+        stand_in = torch.empty(1).expand(3, height, width)  # timm looks only at its shape
         top, left, rows, columns = self.step.get_params(stand_in, self.step.scale, self.step.ratio)
         mode = self.step.interpolation
         if isinstance(mode, tuple):
@@ -121,11 +116,11 @@ class ResizeWhole:
 
 
 class ResizeAndCropCenter:
-    """The centre of an :class:`ImageFile` whose short side is resized; what is cut off is not resized.
+    """The centre crop of a resized :class:`ImageFile`; what the crop leaves out is not resized.
 
     Args:
-        short: short side after resizing, in pixels.
-        size: side of the crop.
+        short: short side of the resized image, in pixels.
+        size: side of the crop, in pixels.
     """
 
     def __init__(self, short, size, interpolation):
@@ -144,15 +139,15 @@ class ResizeAndCropCenter:
         cuts = [self._cut(side, target) for side, target in zip(pixels.shape, resized)]
         (rows, skipped_rows), (columns, skipped_columns) = cuts
         factors = [target / side for side, target in zip(pixels.shape, resized)]
-        pixels = _interpolate(pixels[rows, columns], self.interpolation, scale_factor=factors)
+        pixels = interpolate(pixels[rows, columns], self.interpolation, scale_factor=factors)
         pixels = pixels[skipped_rows:, skipped_columns:]
         return pixels[: self.size, : self.size]
 
     def _cut(self, side, resized):
-        """What to resize of an axis of ``side`` pixels: its slice, and the results before those of the crop.
+        """The slice of an axis of ``side`` pixels to resize, and how many resized pixels precede the crop.
 
-        The cut has to begin where a pixel and a result pixel begin nearly together, or the crop would be
-        shifted.
+        The slice must begin where an original and a resized pixel begin at nearly the same place, or the crop
+        would be shifted.
         """
         scale = side / resized
         start = round((resized - self.size) / 2)
@@ -163,52 +158,11 @@ class ResizeAndCropCenter:
         return slice(round(first * scale), min(side, stop)), start - first
 
 
-class Flip:
-    """torchvision's random horizontal flip, for arrays."""
-
-    def __init__(self, probability):
-        self.probability = probability
-
-    def __call__(self, pixels):
-        return cv2.flip(pixels, 1) if torch.rand(1) < self.probability else pixels
-
-
-class ThroughPillow:
-    """A function of a Pillow image and more, such as a transform, as a function of an array and more."""
-
-    def __init__(self, function):
-        self.function = function
-
-    def __call__(self, pixels, *args, **kwargs):
-        return np.asarray(self.function(Image.fromarray(pixels), *args, **kwargs))
-
-
-def to_tensor(pixels):
-    """(H, W, 3) to a tensor (3, H, W), uint8."""
-    planes = np.empty((3, *pixels.shape[:2]), np.uint8)
-    cv2.split(pixels, list(planes))
-    return torch.from_numpy(planes)
-
-
-def resize(pixels, height, width, interpolation):
-    """Resize with antialiasing, as Pillow does: (H, W, 3) to (height, width, 3), both uint8."""
-    if interpolation in ("lanczos", "nearest"):
-        mode = Image.Resampling[interpolation.upper()]
-        return np.asarray(Image.fromarray(pixels).resize((width, height), mode))
-    return _interpolate(pixels, interpolation, size=(height, width))
-
-
-def _interpolate(pixels, interpolation, **size):
-    images = torch.from_numpy(np.ascontiguousarray(pixels))[None].permute(0, 3, 1, 2)  # 1, 3, H, W
-    images = functional.interpolate(images, mode=interpolation, antialias=True, **size)
-    return images[0].permute(1, 2, 0).numpy()
-
-
 def build_transform(config, is_train):
     """The transform of an :class:`ImageFile` to a tensor (3, S, S), uint8, S being ``DATA.IMG_SIZE``.
 
-    It is that of transforms.py without normalisation and erasing, which are left to the device. The random
-    numbers of all else are the same.
+    It is that of transforms.py without normalisation and erasing, which are left to the device; every other
+    step draws the same random numbers.
     """
     if not is_train:
         short, size, mode = evaluation_sizes(config)
@@ -230,170 +184,6 @@ def _for_arrays(step):
     if isinstance(step, (auto_augment.RandAugment, auto_augment.AutoAugment)):
         for operation in augment_operations(step):
             function = operation.aug_fn
-            operation.aug_fn = _FASTER.get(function) or ThroughPillow(function)
+            operation.aug_fn = FASTER.get(function) or ThroughPillow(function)
         return step
     return ThroughPillow(step)
-
-
-def shear_x(pixels, factor, **options):
-    """Shift rows by ``factor`` times their number."""
-    return _warp(pixels, (1, factor, 0, 0, 1, 0), **options)
-
-
-def shear_y(pixels, factor, **options):
-    """Shift columns by ``factor`` times their number."""
-    return _warp(pixels, (1, 0, 0, factor, 1, 0), **options)
-
-
-def translate_x(pixels, share, **options):
-    """Shift to the left by a share of the width."""
-    return _shift(pixels, share * pixels.shape[1], 1, **options)
-
-
-def translate_y(pixels, share, **options):
-    """Shift upwards by a share of the height."""
-    return _shift(pixels, share * pixels.shape[0], 0, **options)
-
-
-def rotate(pixels, degrees, **options):
-    """Rotate counterclockwise around the centre."""
-    x, y = pixels.shape[1] / 2, pixels.shape[0] / 2
-    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    return _warp(pixels, (cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y), **options)
-
-
-def _warp(pixels, matrix, fillcolor, resample):
-    """Result (x, y) is taken from (a x + b y + c, d x + e y + f), corners of pixels being whole numbers."""
-    a, b, c, d, e, f = matrix
-    # OpenCV counts from the centres of pixels.
-    matrix = np.array([[a, b, c + (a + b - 1) / 2], [d, e, f + (d + e - 1) / 2]])
-    flags = _WARP[_chosen(resample)] | cv2.WARP_INVERSE_MAP
-    return cv2.warpAffine(pixels, matrix, pixels.shape[1::-1], flags=flags, borderValue=fillcolor)
-
-
-def _shift(pixels, offset, axis, fillcolor, resample):
-    """Result (x) is taken from (x + offset), at a fifth of the cost of a warp."""
-    whole = math.floor(offset)
-    d = offset - whole
-    weights = {
-        Image.Resampling.NEAREST: (0, d < 0.5, d >= 0.5, 0),
-        Image.Resampling.BILINEAR: (0, 1 - d, d, 0),
-        # The filter of Pillow's warps, sharper than OpenCV's.
-        Image.Resampling.BICUBIC: (
-            -d * (1 - d) ** 2,
-            1 - 2 * d**2 + d**3,
-            d + d**2 - d**3,
-            -(d**2) * (1 - d),
-        ),
-    }[_chosen(resample)]
-    kernel, anchor = np.array([weights], np.float32), (1, 0)
-    if axis == 0:
-        kernel, anchor = kernel.T, (0, 1)
-    filtered = cv2.filter2D(pixels, -1, kernel, anchor=anchor, borderType=cv2.BORDER_REPLICATE)
-    result = np.empty_like(pixels)
-    result[:] = fillcolor
-    from_, to = (np.moveaxis(array, axis, 0) for array in (filtered, result))
-    length = len(to)
-    if abs(whole) < length:
-        to[max(0, -whole) : length - max(0, whole)] = from_[max(0, whole) : length - max(0, -whole)]
-    return result
-
-
-def _chosen(resample):
-    """timm gives a filter, or some to choose from."""
-    return random.choice(resample) if isinstance(resample, (list, tuple)) else resample
-
-
-def sharpen(pixels, factor, **_):
-    """Blend with (below 1) or away from (above 1) a smoothed image; the border stays."""
-    kernel = np.full((3, 3), (1 - factor) / 13)
-    kernel[1, 1] = factor + (1 - factor) * 5 / 13
-    result = cv2.filter2D(pixels, -1, kernel)
-    for border in (np.s_[0], np.s_[-1], np.s_[:, 0], np.s_[:, -1]):
-        result[border] = pixels[border]
-    return result
-
-
-def auto_contrast(pixels, **_):
-    """Stretch every channel to 0 to 255."""
-    tables = []
-    for channel in cv2.split(pixels):
-        low, high = cv2.minMaxLoc(channel)[:2]
-        scale = 255 / max(high - low, 1)
-        tables.append((np.arange(256) * scale - low * scale).clip(0, 255) if high > low else np.arange(256))
-    return cv2.LUT(pixels, np.dstack(tables).astype(np.uint8))
-
-
-def equalize(pixels, **_):
-    """Make all values of a channel about as frequent."""
-    tables = []
-    for channel in range(3):
-        counts = cv2.calcHist([pixels], [channel], None, [256], [0, 256]).ravel().astype(np.int64)
-        step = (counts.sum() - counts[counts.nonzero()[0][-1]]) // 255
-        below = counts.cumsum() - counts
-        tables.append(((below + step // 2) // step).clip(0, 255) if step else np.arange(256))
-    return cv2.LUT(pixels, np.dstack(tables).astype(np.uint8))
-
-
-def invert(pixels, **_):
-    """255 minus every value."""
-    return cv2.bitwise_not(pixels)
-
-
-def solarize(pixels, thresh, **_):
-    """Invert the values from ``thresh`` on."""
-    values = np.arange(256)
-    return cv2.LUT(pixels, np.where(values < thresh, values, 255 - values).astype(np.uint8))
-
-
-def solarize_add(pixels, add, thresh=128, **_):
-    """Add to the values below ``thresh``."""
-    values = np.arange(256)
-    return cv2.LUT(pixels, np.where(values < thresh, np.minimum(values + add, 255), values).astype(np.uint8))
-
-
-def posterize(pixels, bits, **_):
-    """Keep the highest bits, 0 to 8 of them."""
-    return pixels & np.uint8(256 - 2 ** (8 - min(bits, 8)))
-
-
-def brightness(pixels, factor, **_):
-    """Multiply every value."""
-    return cv2.LUT(pixels, _blend(0, factor))
-
-
-def contrast(pixels, factor, **_):
-    """Multiply the difference to the image's mean grey."""
-    mean = cv2.mean(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY))[0]
-    return cv2.LUT(pixels, _blend(int(mean + 0.5), factor))
-
-
-def color(pixels, factor, **_):
-    """Multiply the difference of every pixel to its grey."""
-    grey = cv2.cvtColor(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-    return cv2.addWeighted(pixels, factor, grey, 1 - factor, -0.49)  # Pillow cuts decimals off
-
-
-def _blend(other, factor):
-    """Every value with its difference to another one multiplied."""
-    return np.clip(other + np.float32(factor) * (np.arange(256) - other), 0, 255).astype(np.uint8)
-
-
-# In place of the slower ones of Pillow.
-_FASTER = {
-    auto_augment.auto_contrast: auto_contrast,
-    auto_augment.equalize: equalize,
-    auto_augment.invert: invert,
-    auto_augment.solarize: solarize,
-    auto_augment.solarize_add: solarize_add,
-    posterize_from_0_bits: posterize,
-    auto_augment.brightness: brightness,
-    auto_augment.contrast: contrast,
-    auto_augment.color: color,
-    auto_augment.shear_x: shear_x,
-    auto_augment.shear_y: shear_y,
-    auto_augment.translate_x_rel: translate_x,
-    auto_augment.translate_y_rel: translate_y,
-    auto_augment.rotate: rotate,
-    auto_augment.sharpness: sharpen,
-}

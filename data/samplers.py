@@ -17,11 +17,13 @@ class TrainBatchSampler(Sampler):
         accumulation: micro-batches of an update.
         rank, world_size: this process and the number of processes.
         seed: with the epoch, decides the permutation.
-        groups: a number for each image; images of a batch are mostly of one group. None for no grouping.
+
+    Attributes:
+        groups: None, or set afterwards to a number for each image: images of a batch are mostly of one group.
     """
 
-    def __init__(self, length, batch_size, accumulation, rank, world_size, seed, groups=None):
-        self.groups = groups
+    def __init__(self, length, batch_size, accumulation, rank, world_size, seed):
+        self.groups = None
         self.length, self.batch_size, self.accumulation = length, batch_size, accumulation
         self.rank, self.world_size, self.seed = rank, world_size, seed
         self.images_per_update = batch_size * accumulation * world_size

@@ -26,6 +26,24 @@ from .masks import mask_targets
 from .proposals import at_least_float32
 
 
+class HeadLayers(NamedTuple):
+    """The layers of a box head and a mask head."""
+
+    channels: int  # of the feature maps and of every convolution
+    classes: int  # with the background
+    box_convs: int  # 3x3 convolutions of the box head
+    box_fcs: list  # widths of its linear layers
+    mask_convs: int  # 3x3 convolutions of the mask head
+
+
+class DetectionLimits(NamedTuple):
+    """Which detections of an image are kept."""
+
+    score_threshold: float  # those that score higher
+    nms_iou: float  # of two of a class that overlap more than this, the better one
+    per_image: int  # at most so many, the best
+
+
 class Samples(NamedTuple):
     """The boxes of an image that a stage trains on."""
 
@@ -75,17 +93,15 @@ class CascadeStage(nn.Module):
     """Box and mask head of one stage, with its own box deltas and IoU threshold.
 
     Args:
-        channels: of the feature maps and of every convolution.
-        classes: with the background.
-        box_convs, box_fcs: 3x3 convolutions of the box head, and the widths of its linear layers.
-        mask_convs: 3x3 convolutions of the mask head.
+        layers: :class:`HeadLayers`.
         iou: a proposal of at least this IoU with a ground-truth box belongs to it.
         delta_stds: the deltas (dx, dy, dw, dh) are divided by these.
         box_loss: ``giou`` on decoded boxes, or ``smooth_l1`` on deltas.
     """
 
-    def __init__(self, channels, classes, box_convs, box_fcs, mask_convs, iou, delta_stds, box_loss):
+    def __init__(self, layers, iou, delta_stds, box_loss):
         super().__init__()
+        channels, classes, box_convs, box_fcs, mask_convs = layers
         self.box_head = FastRCNNConvFCHead(
             (channels, 7, 7), [channels] * box_convs, box_fcs, nn.BatchNorm2d if box_convs else None
         )
@@ -146,16 +162,14 @@ class CascadeHeads(nn.Module):
         loss_weights: of each stage.
         samples, positive_share: boxes sampled of each image in training, and how many of them at most are
             positive.
-        score_threshold, nms_iou, per_image: what detections are kept.
+        limits: :class:`DetectionLimits`.
     """
 
-    def __init__(
-        self, stages, strides, loss_weights, samples, positive_share, score_threshold, nms_iou, per_image
-    ):
+    def __init__(self, stages, strides, loss_weights, samples, positive_share, limits):
         super().__init__()
         self.stages, self.loss_weights = nn.ModuleList(stages), loss_weights
         self.sampler = BalancedPositiveNegativeSampler(samples, positive_share)
-        self.score_threshold, self.nms_iou, self.per_image = score_threshold, nms_iou, per_image
+        self.limits = limits
         self.box_pool, self.mask_pool = PyramidRoIAlign(strides, 7), PyramidRoIAlign(strides, 14)
 
     def losses(self, maps, proposals, sizes, targets):
@@ -280,10 +294,10 @@ class CascadeHeads(nn.Module):
             size: (height, width).
         """
         boxes = clip_boxes_to_image(boxes, size)
-        rows, labels = (scores[:, 1:] > self.score_threshold).nonzero().unbind(1)
+        rows, labels = (scores[:, 1:] > self.limits.score_threshold).nonzero().unbind(1)
         labels = labels + 1
         boxes, scores = boxes[rows, labels], scores[rows, labels]
         kept = remove_small_boxes(boxes, 1e-2)
         boxes, scores, labels = boxes[kept], scores[kept], labels[kept]
-        kept = batched_nms(boxes, scores, labels, self.nms_iou)[: self.per_image]
+        kept = batched_nms(boxes, scores, labels, self.limits.nms_iou)[: self.limits.per_image]
         return dict(boxes=boxes[kept], labels=labels[kept], scores=scores[kept])

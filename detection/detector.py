@@ -14,7 +14,7 @@ from config import ConfigError
 from models import build_model
 
 from .backbone import MSGBackbone
-from .cascade import CascadeHeads, CascadeStage
+from .cascade import CascadeHeads, CascadeStage, DetectionLimits, HeadLayers
 from .masks import paste_masks
 from .proposals import ProposalNetwork, at_least_float32
 
@@ -106,11 +106,9 @@ def build_detector(config, classes):
         det.RPN_SAMPLES,
         (det.PROPOSALS_TRAIN, det.PROPOSALS_TEST),
     )
+    layers = HeadLayers(channels, 1 + classes, det.BOX_CONVS, det.BOX_FCS, det.MASK_CONVS)
     stages = [
-        CascadeStage(
-            channels, 1 + classes, det.BOX_CONVS, det.BOX_FCS, det.MASK_CONVS, iou, stds, det.BOX_LOSS
-        )
-        for iou, stds in zip(det.IOU_THRESHOLDS, det.DELTA_STDS)
+        CascadeStage(layers, iou, stds, det.BOX_LOSS) for iou, stds in zip(det.IOU_THRESHOLDS, det.DELTA_STDS)
     ]
     heads = CascadeHeads(
         stages,
@@ -118,9 +116,7 @@ def build_detector(config, classes):
         det.LOSS_WEIGHTS,
         det.ROI_SAMPLES,
         det.ROI_POSITIVE,
-        det.SCORE_THRESHOLD,
-        det.NMS_IOU,
-        det.PER_IMAGE,
+        DetectionLimits(det.SCORE_THRESHOLD, det.NMS_IOU, det.PER_IMAGE),
     )
     detector = Detector(backbone, fpn, rpn, heads)
     _initialise(detector)

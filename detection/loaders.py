@@ -93,16 +93,11 @@ def build_loaders(config, rank=0, world_size=1, device="cpu"):
             f"{train.annotations.path} and {val.annotations.path} have different categories: only one of "
             f"them has {name!r} with the id {number}"
         )
-    is_tall = [record["height"] > record["width"] for record in train.records]
+    accumulation = max(1, config.TRAIN.ACCUMULATION_STEPS)
     sampler = TrainBatchSampler(
-        len(train),
-        config.DATA.BATCH_SIZE,
-        max(1, config.TRAIN.ACCUMULATION_STEPS),
-        rank,
-        world_size,
-        config.SEED,
-        groups=is_tall,
+        len(train), config.DATA.BATCH_SIZE, accumulation, rank, world_size, config.SEED
     )
+    sampler.groups = [record["height"] > record["width"] for record in train.records]  # less padding
     require_an_update(sampler, train.annotations.path)
     loader = DataLoader(TrainingSamples(train, config.SEED, skip), batch_sampler=sampler, **options)
     return Loader(loader, train.paths, to_device), sampler, val_loader, val

@@ -1,11 +1,17 @@
-"""tools/benchmark.py as a user runs it, on models small enough for a test."""
+"""The benchmarks as a user runs them, on models small enough for a test, and what they draw."""
 
+import argparse
+import importlib
+import itertools
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 from helpers import ROOT
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 from PIL import Image
 
 
@@ -86,3 +92,66 @@ def test_a_folder_without_images_is_one_clear_message(tmp_path, folder):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert f"error: {tmp_path / folder} holds no JPEG images" in done.stderr
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    """Imports a file of tools/ as if it were the command that runs."""
+
+    def load(name):
+        monkeypatch.setattr(sys, "argv", [str(ROOT / "tools" / f"{name}.py")])
+        return importlib.import_module(name)
+
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    return load
+
+
+def test_functions_are_timed_in_turn_after_a_warm_up(tool, monkeypatch):
+    benchmarking, clock, calls = tool("benchmarking"), [0.0], []
+
+    def advance(name, seconds):
+        calls.append(name)
+        clock[0] += next(seconds)
+
+    monkeypatch.setattr(benchmarking.time, "perf_counter", lambda: clock[0])
+    times = dict(a=iter([90, 90, 3, 1, 2]), b=iter([90, 90, 40, 40, 40]))
+    functions = [lambda name=name: advance(name, times[name]) for name in times]
+    assert benchmarking.time_in_turn(functions, rounds=3) == [[1, 2, 3], [40, 40, 40]]
+    assert calls == ["a", "b"] * 5
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.json")), ids=lambda path: path.stem)
+def test_recorded_results_give_their_tables_and_legible_pictures(tool, path, monkeypatch):
+    report = tool("benchmark_data" if path.stem == "data" else "benchmark").report
+    table, figures = report(json.loads(path.read_text()))
+    assert table == path.with_suffix(".md").read_text()
+    words, draw = [], Text.draw
+    monkeypatch.setattr(Text, "draw", lambda word, renderer: words.append(word) or draw(word, renderer))
+    for suffix, figure in figures.items():
+        words.clear()
+        assert path.with_name(f"{path.stem}{suffix}.png").exists()
+        FigureCanvasAgg(figure).draw()
+        boxes = [word.get_window_extent() for word in words if word.get_visible() and word.get_text()]
+        assert len(boxes) > 8
+        assert all(figure.bbox.contains(*corner) for box in boxes for corner in (box.min, box.max))
+        assert not any(box.overlaps(other) for box, other in itertools.combinations(boxes, 2))
+        for line in (line for axes in figure.axes for line in axes.lines):
+            drawn = line.get_path().transformed(line.get_transform())
+            assert not any(drawn.intersects_bbox(box, filled=False) for box in boxes)
+
+
+def test_ours_are_blue_and_peers_grey(tool):
+    colours = tool("benchmarking").shades({"ours": True, "peer": False, "ours:plain": True, "other": False})
+    (red, _, blue), (pale, _, _) = colours["ours"], colours["ours:plain"]
+    assert blue > 2 * red and pale > red
+    assert all(len(set(colours[name])) == 1 for name in ("peer", "other"))
+    assert len(set(colours.values())) == 4
+
+
+def test_a_recorded_result_is_drawn_again_without_measuring(tool, tmp_path):
+    path = shutil.copy(ROOT / "benchmarks" / "data.json", tmp_path)
+    tool("benchmarking").main(argparse.Namespace(draw=[path]), None, tool("benchmark_data").report)
+    assert (tmp_path / "data.md").read_text() == (ROOT / "benchmarks" / "data.md").read_text()
+    assert Image.open(tmp_path / "data.png").width > 800
+    with pytest.raises(SystemExit, match=f"^error: {path} was not written by benchmark.py$"):
+        tool("benchmarking").main(argparse.Namespace(draw=[path]), None, tool("benchmark").report)

@@ -349,12 +349,15 @@ def test_batches_are_of_one_aspect_and_every_image_comes_once():
     order = np.random.default_rng(0).permutation(300)
     grouped = group(order, groups)
     assert sorted(grouped) == list(range(300)) and not np.array_equal(order, grouped)
-    samplers = [TrainBatchSampler(300, 4, 1, rank, 2, 0, groups) for rank in (0, 1)]
+    alone = TrainBatchSampler(300, 8, 1, 0, 1, seed=0)
+    samplers = [TrainBatchSampler(300, 4, 1, rank, 2, seed=0) for rank in (0, 1)]
+    for sampler in (alone, *samplers):
+        sampler.groups = groups
     batches = [[index for _, index in batch] for sampler in samplers for batch in sampler]
     mixed = [batch for batch in batches if len({groups[index] for index in batch}) > 1]
     assert len(mixed) <= 2
     # Processes and batch sizes do not change which images come first.
-    whole = [index for batch in TrainBatchSampler(300, 8, 1, 0, 1, 0, groups) for _, index in batch]
+    whole = [index for batch in alone for _, index in batch]
     joined = [index for pair in zip(*samplers) for batch in pair for _, index in batch]
     assert joined == whole
 

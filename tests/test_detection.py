@@ -12,10 +12,11 @@ from torch.nn import functional
 import checkpoint as ckpt
 from config import ConfigError, get_config
 from detection.backbone import MSGBackbone
-from detection.cascade import CascadeHeads, CascadeStage, Samples
+from detection.cascade import CascadeHeads, CascadeStage, DetectionLimits, HeadLayers, Samples
 from detection.detector import build_detector, count_macs, load_pretrained, to_original_size
 from models import build_model
 
+LAYERS, LIMITS = HeadLayers(8, 4, 1, [16], 1), DetectionLimits(0.05, 0.5, 100)
 STDS = [[0.1, 0.1, 0.2, 0.2], [0.05, 0.05, 0.1, 0.1], [0.033, 0.033, 0.067, 0.067]]
 
 
@@ -153,8 +154,8 @@ def random_boxes(generator, count, side=60):
 def test_targets_and_losses_of_a_stage_are_those_of_the_definition(number):
     generator = torch.Generator().manual_seed(number)
     iou = (0.5, 0.6, 0.7)[number]
-    stage = CascadeStage(8, 4, 1, [16], 1, iou, STDS[number], "giou")
-    heads = CascadeHeads([stage], [4], [1.0], 10**6, 1.0, 0.05, 0.5, 100)
+    stage = CascadeStage(LAYERS, iou, STDS[number], "giou")
+    heads = CascadeHeads([stage], [4], [1.0], 10**6, 1.0, LIMITS)
     targets, proposals = [], []
     for objects in (3, 0, 2):  # the second image has none
         truth = random_boxes(generator, objects)
@@ -199,8 +200,8 @@ def test_targets_and_losses_of_a_stage_are_those_of_the_definition(number):
 
 
 def test_the_mask_loss_is_that_of_the_matched_objects():
-    stage = CascadeStage(8, 4, 1, [16], 1, 0.5, STDS[0], "giou")
-    heads = CascadeHeads([stage], [4], [1.0], 10**6, 1.0, 0.05, 0.5, 100)
+    stage = CascadeStage(LAYERS, 0.5, STDS[0], "giou")
+    heads = CascadeHeads([stage], [4], [1.0], 10**6, 1.0, LIMITS)
     maps = [torch.randn(2, 8, 28, 28)]
     targets = []
     for image in range(2):
@@ -226,8 +227,8 @@ def test_the_mask_loss_is_that_of_the_matched_objects():
 
 
 def test_sampling_keeps_the_share_of_positives():
-    heads = CascadeHeads([], [], [], 32, 0.25, 0.05, 0.5, 100)
-    stage = CascadeStage(8, 4, 1, [16], 1, 0.5, STDS[0], "giou")
+    heads = CascadeHeads([], [], [], 32, 0.25, LIMITS)
+    stage = CascadeStage(LAYERS, 0.5, STDS[0], "giou")
     truth = torch.tensor([[10.0, 10.0, 50.0, 50.0]])
     proposals = torch.cat([truth + torch.rand(60, 4), torch.rand(100, 4) + torch.tensor([60.0, 60, 70, 70])])
     found = heads.sample(stage, proposals, dict(boxes=truth, labels=torch.tensor([2])))
@@ -237,8 +238,8 @@ def test_sampling_keeps_the_share_of_positives():
 def test_ground_truth_joins_every_stage_once_and_as_it_is():
     """Refined by a stage it is dropped: the next would see it twice, and moved."""
     torch.manual_seed(0)
-    stages = [CascadeStage(8, 4, 1, [16], 1, iou, STDS[0], "giou") for iou in (0.5, 0.6, 0.7)]
-    heads = CascadeHeads(stages, [4], [1, 1, 1], 64, 0.5, 0.05, 0.5, 100)
+    stages = [CascadeStage(LAYERS, iou, STDS[0], "giou") for iou in (0.5, 0.6, 0.7)]
+    heads = CascadeHeads(stages, [4], [1, 1, 1], 64, 0.5, LIMITS)
     for stage in stages:
         nn.init.normal_(stage.box_predictor.bbox_pred.weight, std=0.3)
     images, sizes, targets = scene([(64, 80), (60, 61)], torch.float32)
@@ -270,8 +271,8 @@ def test_ground_truth_joins_every_stage_once_and_as_it_is():
 
 
 def test_objects_of_the_same_box_keep_their_own_classes():
-    stage = CascadeStage(8, 4, 1, [16], 1, 0.5, STDS[0], "giou")
-    heads = CascadeHeads([stage], [4], [1.0], 10**6, 1.0, 0.05, 0.5, 100)
+    stage = CascadeStage(LAYERS, 0.5, STDS[0], "giou")
+    heads = CascadeHeads([stage], [4], [1.0], 10**6, 1.0, LIMITS)
     boxes = torch.tensor([[10.0, 10, 50, 50]]).repeat(3, 1)
     found = heads.sample(stage, boxes[:1] + 1, dict(boxes=boxes, labels=torch.tensor([1, 3, 2])))
     assert found.labels.tolist() == [1, 1, 3, 2] and found.indices.tolist() == [0, 0, 1, 2]
@@ -281,8 +282,8 @@ def test_objects_of_the_same_box_keep_their_own_classes():
 
 @pytest.mark.parametrize("box_loss", ["giou", "smooth_l1"])
 def test_a_stage_without_boxes_has_losses_of_zero(box_loss):
-    stage = CascadeStage(8, 4, 1, [16], 1, 0.5, STDS[0], box_loss)
-    heads = CascadeHeads([stage], [4], [1.0], 64, 0.5, 0.05, 0.5, 100)
+    stage = CascadeStage(LAYERS, 0.5, STDS[0], box_loss)
+    heads = CascadeHeads([stage], [4], [1.0], 64, 0.5, LIMITS)
     target = dict(
         boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long), masks=torch.zeros(0, 9, 9)
     )
@@ -329,7 +330,7 @@ def test_losses_of_a_stage_are_multiplied_by_its_weight():
 
 
 def test_suppression_is_among_boxes_of_a_class_and_the_best_are_kept():
-    heads = CascadeHeads([], [], [], 32, 0.25, score_threshold=0.05, nms_iou=0.5, per_image=4)
+    heads = CascadeHeads([], [], [], 32, 0.25, LIMITS._replace(per_image=4))
     boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [20, 0, 30, 10], [40, 0, 90, 10]])
     scores = torch.tensor([[0.0, 0.9, 0.1], [0.0, 0.8, 0.7], [0.0, 0.04, 0.6], [0.0, 0.5, 0.2]])
     boxes, size = boxes[:, None].expand(-1, 3, -1), (20, 60)
@@ -341,7 +342,7 @@ def test_suppression_is_among_boxes_of_a_class_and_the_best_are_kept():
     # The second box of class 1 and the first of class 2 lie on better ones; the last is cut to the image.
     expected = [(10, 1, 0.9), (10, 2, 0.7), (30, 2, 0.6), (60, 1, 0.5), (60, 2, 0.2)]
     assert kept() == [(x, label, pytest.approx(score)) for x, label, score in expected[:4]]
-    heads.per_image = 100
+    heads.limits = LIMITS
     assert kept() == [(x, label, pytest.approx(score)) for x, label, score in expected]
 
 
@@ -367,7 +368,7 @@ def test_detections_average_logits_and_mask_probabilities_over_the_stages():
             stage.box_predictor.bbox_pred.weight.zero_()
         boxes = heads.box_pool(maps, proposals)
         logits = [stage.predict_boxes(boxes)[0] for stage in heads.stages]
-        heads.score_threshold = 0.0
+        heads.limits = heads.limits._replace(score_threshold=0.0)
         (found,) = heads.detect(maps, proposals, [(160, 160)])
         assert len(found["boxes"]) == 6  # two boxes of three classes
         scores = (sum(logits) / 3).softmax(1)[:, 1:].flatten().sort(descending=True).values

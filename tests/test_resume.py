@@ -268,14 +268,14 @@ def test_the_disk_that_checkpoints_will_take_is_told(tmp_path):
     assert "checkpoints: 4 of " in lines[1]
 
 
-def disturbed_run(tmp_path, data, count, processes, accumulation, kills, epochs, opts=()):
-    arguments = [*ARGUMENTS, *opts, "TRAIN.ACCUMULATION_STEPS", accumulation, "TRAIN.EPOCHS", epochs]
+def disturbed_run(tmp_path, data, count, processes, kills, opts):
+    arguments = [*ARGUMENTS, *opts]
     where = ["--data-path", data, "--output"]
     calm, output = tmp_path / "calm", tmp_path / "disturbed"
     run_main(*arguments, *where, calm, processes=processes)
     arguments += ["TRAIN.SAVE_STEPS", 1, *where, output]
     command = main_command(*arguments, processes=processes)
-    hits, torn = kill_until_done(command, output, kills, random.Random(accumulation))
+    hits, torn = kill_until_done(command, output, kills, random.Random(2))
     assert_same_run(output, calm)
     count("kills survived bit for bit", hits)
     count("of them in the middle of a save", torn)
@@ -285,19 +285,21 @@ def disturbed_run(tmp_path, data, count, processes, accumulation, kills, epochs,
 @pytest.mark.parametrize("backend", ["pil", pytest.param("opencv", marks=pytest.mark.slow)])
 def test_resume_is_bit_exact_after_kills(tmp_path, data, count, backend):
     opts = ["DATA.BACKEND", backend, "AUG.AUTO_AUGMENT", "rand-m9-mstd0.5-inc1", "AUG.REPROB", 0.5]
-    disturbed_run(tmp_path, data, count, processes=1, accumulation=2, kills=3, epochs=2, opts=opts)
+    disturbed_run(tmp_path, data, count, 1, 3, [*opts, "TRAIN.ACCUMULATION_STEPS", 2, "TRAIN.EPOCHS", 2])
 
 
 @pytest.mark.chaos
 @pytest.mark.parametrize("processes, accumulation", [(1, 1), (1, 2), (2, 1), (2, 2), (3, 1)])
 def test_resume_is_bit_exact_after_20_kills(tmp_path, data, count, processes, accumulation):
-    disturbed_run(tmp_path, data, count, processes, accumulation, kills=20, epochs=3 * accumulation)
+    opts = ["TRAIN.ACCUMULATION_STEPS", accumulation, "TRAIN.EPOCHS", 3 * accumulation]
+    disturbed_run(tmp_path, data, count, processes, 20, opts)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_resume_is_bit_exact_with_a_compiled_model(tmp_path, data, count, processes):
-    disturbed_run(tmp_path, data, count, processes, 2, kills=2, epochs=2, opts=["COMPILE", True])
+    opts = ["COMPILE", True, "TRAIN.ACCUMULATION_STEPS", 2, "TRAIN.EPOCHS", 2]
+    disturbed_run(tmp_path, data, count, processes, 2, opts)
     assert "torch.compile took" in (run_folder(tmp_path / "disturbed") / "log_rank0.txt").read_text()
 
 

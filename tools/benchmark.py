@@ -5,34 +5,33 @@ python tools/benchmark.py --modes train --batch-sizes 16     training steps
 python tools/benchmark.py --sizes 224 448 672 896            feature maps at growing sizes
 python tools/benchmark.py --roofline                         and the share of what the machine can do
 python tools/benchmark.py --models msg_small_p4_win7_224 swin_small_patch4_window7_224 --compile
+python tools/benchmark.py --draw benchmarks/sizes_cpu.json   table and pictures of an earlier result again
 
-Any timm name will do; the second model is the peer of the ratios unless --peer names another. In every round
-each candidate runs once, so that a machine that slows down slows down all; a figure is the median of the
-rounds. Our models run as main.py runs them; ``<name>:sdpa`` and the like choose another way of computing
-attention. ``<name>:plain`` is a model as timm builds it, ours with eager attention; ``<name>:onednn`` gives
-any model the linear layers that ours use on the CPU.
+Any timm name will do. The second model is the one that ratios compare with, unless --peer names another. In
+every round each model takes one step; a figure is the median of the rounds. Our models run as main.py runs
+them; ``<name>:sdpa`` and the like choose another way of computing attention. ``<name>:plain`` is a model as
+timm builds it, ours with eager attention; ``<name>:onednn`` gives any model the linear layers that ours use
+on the CPU.
 """
 
 import argparse
 import contextlib
-import json
 import multiprocessing
-import os
 import re
-import statistics
 import sys
-import time
+from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
-import numpy
 import timm
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from timm.layers import set_fused_attn
 from torch.nn.functional import cross_entropy
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import benchmarking
 
 from models import inference, use_onednn
 from models.attention import BACKENDS
@@ -68,12 +67,7 @@ def parse_args():
     add("--rounds", type=int, default=15)
     add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     add("--threads", type=int, help="CPU threads; default: PyTorch's choice")
-    add(
-        "--output",
-        default="output/benchmark",
-        metavar="PATH",
-        help="PATH.json, PATH.md, PATH.png, PATH_roofline.png",
-    )
+    benchmarking.add_arguments(parser, "output/benchmark")
     args = parser.parse_args()
     args.peer = args.peer or args.models[min(1, len(args.models) - 1)]
     if args.memory and args.device == "cpu" and not Path("/proc/self/status").exists():
@@ -113,64 +107,63 @@ def build(name, size=None):
     return model
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What all models are timed at."""
+
+    mode: str  # inference or train
+    dtype: torch.dtype  # of weights and images in inference, of autocast in training
+    batch: int
+    device: str
+    size: int = 224  # side of the images, in pixels
+    features: bool = False  # feature maps rather than logits
+
+
 class Candidate:
     """A model that is ready to be timed.
 
     Args:
         name: as given on the command line.
-        mode: inference or train.
-        dtype: of weights and images in inference, of autocast in training.
-        batch, size: images (batch, 3, size, size).
-        compiled: under torch.compile.
-        features: feature maps rather than logits.
+        setting: a :class:`Setting`.
+        compiled: whether it runs under torch.compile.
     """
 
-    def __init__(self, name, mode, dtype, batch, device, compiled=False, size=224, features=False):
-        self.name, self.mode, self.compiled, self.device = name, mode, compiled, device
-        self.model = build(name, size if features else None).to(device)
-        self.images = torch.randn(batch, 3, size, size, device=device)
+    def __init__(self, name, setting, compiled=False):
+        self.name, self.setting, self.compiled = name, setting, compiled
+        size, device = setting.size, setting.device
+        self.model = build(name, size if setting.features else None).to(device)
+        self.images = torch.randn(setting.batch, 3, size, size, device=device)
         self.autocast = contextlib.nullcontext
         self.forward = self.model
-        if features and isinstance(self.model, MSGTransformer):
+        if setting.features and isinstance(self.model, MSGTransformer):
             self.forward = lambda x: self.model.forward_intermediates(x, [-1], intermediates_only=True)
-        elif features:
+        elif setting.features:
             self.forward = self.model.forward_features
-        if mode == "train":
+        if setting.mode == "train":
             self.model.train()
-            self.targets = torch.randint(CLASSES, (batch,), device=device)
+            self.targets = torch.randint(CLASSES, (setting.batch,), device=device)
             self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=device == "cuda")
-            if dtype != torch.float32:
-                self.autocast = lambda: torch.autocast(device, dtype)
+            if setting.dtype != torch.float32:
+                self.autocast = lambda: torch.autocast(device, setting.dtype)
         else:
-            self.model.eval().to(dtype)
-            self.images = self.images.to(dtype)
-        self.seconds = []
+            self.model.eval().to(setting.dtype)
+            self.images = self.images.to(setting.dtype)
         if compiled:
             self.model.compile(dynamic=False)
 
     def step(self):
-        """One inference, or one training step."""
-        if self.mode == "inference":
+        """One inference or one training step, until the device has done it."""
+        if self.setting.mode == "inference":
             with torch.inference_mode():
                 self.forward(self.images)
-            return
-        with self.autocast():
-            logits = self.model(self.images)
-        cross_entropy(logits.float(), self.targets).backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def time(self):
-        """Seconds of one step, until the device has done it."""
-        begin = time.perf_counter()
-        self.step()
-        if self.device == "cuda":
+        else:
+            with self.autocast():
+                logits = self.model(self.images)
+            cross_entropy(logits.float(), self.targets).backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        if self.setting.device == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - begin
-
-    def measure(self):
-        """Time one step and keep the figure."""
-        self.seconds.append(self.time())
 
 
 def compare(candidates, rounds, peer):
@@ -182,44 +175,37 @@ def compare(candidates, rounds, peer):
     """
     with contextlib.ExitStack() as stack:
         for candidate in candidates:
-            if candidate.mode == "inference" and ":plain" not in candidate.name:
+            if candidate.setting.mode == "inference" and ":plain" not in candidate.name:
                 stack.enter_context(inference(candidate.model))
-            for _ in range(2):
-                candidate.step()
-        for done in range(rounds):
-            for candidate in candidates:
-                candidate.measure()
-            print(f"\r  round {done + 1}/{rounds}", end="", flush=True, file=sys.stderr)
-    print(file=sys.stderr)
-    quartiles = [statistics.quantiles(candidate.seconds, n=4) for candidate in candidates]
-    peers = {c.compiled: median for c, (_, median, _) in zip(candidates, quartiles) if c.name == peer}
+        times = benchmarking.time_in_turn([candidate.step for candidate in candidates], rounds)
+    peers = {c.compiled: median for c, (_, median, _) in zip(candidates, times) if c.name == peer}
     return [
         dict(
             model=candidate.name,
             compiled=candidate.compiled,
-            ms_per_image=1e3 * median / len(candidate.images),
+            ms_per_image=1e3 * median / candidate.setting.batch,
             ratio=median / peers[candidate.compiled],
             quartiles=[low / peers[candidate.compiled], high / peers[candidate.compiled]],
         )
-        for candidate, (low, median, high) in zip(candidates, quartiles)
+        for candidate, (low, median, high) in zip(candidates, times)
     ]
 
 
-def peak_memory(**options):
+def peak_memory(*arguments):
     """Peak memory in MiB of two steps of a :class:`Candidate`, beyond that of an idle process.
 
     It is measured in a process of its own: on the CPU it is the resident memory of the whole process.
     """
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_memory, (), options)
+        return pool.apply(_peak_memory, arguments)
 
 
-def _peak_memory(**options):
+def _peak_memory(*arguments):
     idle = _peak_resident()
-    candidate = Candidate(**options)
+    candidate = Candidate(*arguments)
     for _ in range(2):
-        candidate.time()
-    if candidate.device == "cuda":
+        candidate.step()
+    if candidate.setting.device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     return _peak_resident() - idle
 
@@ -230,23 +216,53 @@ def _peak_resident():
     return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 2**10
 
 
-def add_roofline(rows, options, flops_limit, bytes_limit):
+def add_roofline(rows, setting, flops_limit, bytes_limit):
     """Add to each row what the model computes and moves, and which share of the limits it reaches."""
     for row in rows:
-        model = build(row["model"].split(":")[0]).to("meta", options["dtype"])
-        images = torch.empty(options["batch"], 3, 224, 224, device="meta", dtype=options["dtype"])
-        work = count_work(model, images, options["mode"] == "train")
-        seconds = row["ms_per_image"] * options["batch"] / 1e3
+        model = build(row["model"].split(":")[0]).to("meta", setting.dtype)
+        images = torch.empty(setting.batch, 3, 224, 224, device="meta", dtype=setting.dtype)
+        work = count_work(model, images, setting.mode == "train")
+        seconds = row["ms_per_image"] * setting.batch / 1e3
         flops, size = (sum(parts) for parts in zip(*work))
-        row["gflops"] = flops / options["batch"] / 1e9
-        row["megabytes"] = size / options["batch"] / 1e6
+        row["gflops"] = flops / setting.batch / 1e9
+        row["megabytes"] = size / setting.batch / 1e6
         row["of_flops"] = flops / seconds / flops_limit
         row["of_bandwidth"] = size / seconds / bytes_limit
         row["of_roofline"] = least_seconds(work, flops_limit, bytes_limit) / seconds
 
 
+def label(row):
+    """What a picture calls the candidate of a row."""
+    return row["model"] + " compiled" * row["compiled"]
+
+
+def report(result):
+    """The table of a result in Markdown, and its figures by how their file names end."""
+    if any("growth" in row for rows in result["settings"].values() for row in rows):
+        return table(result), {"": draw_sizes(result)}
+    time = f"time per image, {result['peer']} = 1 (less is faster)"
+    figures = {"": benchmarking.draw_bars(bars(result, itemgetter("ratio", "quartiles")), time)}
+    if result.get("limits"):
+        share = "share of the roofline: least time possible on this machine / time measured"
+        figures["_roofline"] = benchmarking.draw_bars(bars(result, share_of_roofline), share, "{:.0%}")
+    return table(result), figures
+
+
+def share_of_roofline(row):
+    """Median and quartiles of the share of the roofline that a model reaches."""
+    return row["of_roofline"], [row["of_roofline"] * row["ratio"] / time for time in row["quartiles"]]
+
+
+def bars(result, values):
+    """Bars of all rows by setting; ``values`` makes of a row a median and its quartiles."""
+    return {
+        setting: [benchmarking.Bar(label(row), row["model"].startswith("msg_"), *values(row)) for row in rows]
+        for setting, rows in result["settings"].items()
+    }
+
+
 def table(result):
-    """The rows as a markdown table."""
+    """The rows in Markdown."""
     columns = dict(ratio="ratio", quartiles="quartiles", memory_ratio="memory ratio")
     columns.update(growth="time, first size = 1", memory_growth="memory, first size = 1")
     columns.update(gflops="GFLOPs per image", megabytes="MB per image", of_flops="of the FLOP/s")
@@ -254,75 +270,24 @@ def table(result):
     columns.update(ms_per_image="ms per image", memory="memory, MiB")
     rows = [(setting, row) for setting, rows in result["settings"].items() for row in rows]
     columns = {key: name for key, name in columns.items() if any(key in row for _, row in rows)}
-    lines = [f"`{result['command']}`", "", result["machine"], ""]
-    lines += [f"Medians of {result['rounds']} alternating rounds; ratios to `{result['peer']}`.", ""]
-    if result["limits"]:
-        lines += [
-            "Shares are of the FLOP/s of a large linear layer, of the bandwidth of a large copy, and of the",
-            "roofline: the least time that the operations can take at these limits, over the time measured.",
-            "",
-        ]
-    for setting, limits in result["limits"].items():
+    notes = [f"Medians of {result['rounds']} alternating rounds; ratios to `{result['peer']}`."]
+    limits_of = result.get("limits", {})
+    if limits_of:
+        notes.append(
+            "Shares are of the FLOP/s of a large linear layer, of the bandwidth of a large copy, and of the\n"
+            "roofline: the least time that the operations can take at these limits, over the time measured."
+        )
+    for setting, limits in limits_of.items():
         if "teraflops_per_second" in limits:
             rates = "{teraflops_per_second:.4g} TFLOP/s, {gigabytes_per_second:.4g} GB/s".format(**limits)
-            lines += [f"Limits of {setting}: {rates}.", ""]
-    lines += [
-        "| setting | model | " + " | ".join(columns.values()) + " |",
-        "|---|---" + "|---:" * len(columns) + "|",
-    ]
+            notes.append(f"Limits of {setting}: {rates}.")
+    lines = []
     for setting, row in rows:
-        values = dict(row, quartiles="{:.2f} to {:.2f}".format(*row["quartiles"]))
-        cells = [
-            value if isinstance(value := values.get(key, "-"), str) else f"{value:.3g}" for key in columns
-        ]
-        model = f"`{row['model']}`" + (" compiled" if row["compiled"] else "")
-        lines.append("| " + " | ".join([setting, model, *cells]) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def draw_bars(result, path):
-    """Draw the ratio to the peer of every candidate, a panel for each setting."""
-    settings = result["settings"]
-    figure = Figure(figsize=(10, 0.6 + sum(0.5 + 0.3 * len(rows) for rows in settings.values())))
-    figure.set_layout_engine("constrained")
-    FigureCanvasAgg(figure)
-    heights = [1 + len(rows) for rows in settings.values()]
-    panels = figure.subplots(len(settings), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
-    for axes, (setting, rows) in zip(panels, settings.items()):
-        names = [row["model"] + (" compiled" if row["compiled"] else "") for row in rows]
-        ours = [row["model"].startswith("msg_") for row in rows]
-        colours = ["tab:blue" if mine else "tab:grey" for mine in ours]
-        bars = axes.barh(names, [row["ratio"] for row in rows], color=colours)
-        axes.bar_label(bars, fmt="%.2f", padding=3)
-        axes.axvline(1, color="black", lw=0.8, ls=":")
-        axes.invert_yaxis()
-        axes.set_title(setting, loc="left", fontsize=10)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[-1].set_xlabel(f"time per image, {result['peer']} = 1 (less is faster)")
-    panels[-1].set_xlim(0, 1.12 * max(row["ratio"] for rows in settings.values() for row in rows))
-    figure.savefig(path, dpi=120)
-
-
-def draw_roofline(result, path):
-    """Draw every candidate below the limits of the machine, a panel for each setting."""
-    settings = result["settings"]
-    figure = Figure(figsize=(3 + 3.4 * len(settings), 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(settings), squeeze=False, sharey=True)[0]
-    for axes, (setting, rows) in zip(panels, settings.items()):
-        ridge = result["limits"][setting]["flops_per_byte"]
-        intensities = [1e3 * row["gflops"] / row["megabytes"] for row in rows]
-        ends = [min(ridge, *intensities) / 4, max(ridge, *intensities) * 4]
-        roof = numpy.geomspace(*ends, 500)
-        axes.plot(roof, numpy.minimum(roof / ridge, 1), color="black", label="the machine")
-        for row, intensity in zip(rows, intensities):
-            name, marker = row["model"] + " compiled" * row["compiled"], "s" if row["compiled"] else "o"
-            axes.plot(intensity, row["of_flops"], marker, label=name)
-        axes.set(xscale="log", ylim=(0, 1.05), title=setting, xlabel="FLOPs per byte")
-        axes.grid(alpha=0.3)
-    panels[0].set_ylabel("share of the FLOP/s of a large linear layer")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
-    figure.savefig(path, dpi=120)
+        values = {key: f"{value:.3g}" for key, value in row.items() if isinstance(value, float)}
+        values["quartiles"] = "{:.2f} to {:.2f}".format(*row["quartiles"])
+        model = f"`{row['model']}`" + " compiled" * row["compiled"]
+        lines.append([setting, model, *(values.get(key, "-") for key in columns)])
+    return benchmarking.markdown(result, notes, ["setting", "model", *columns.values()], lines)
 
 
 def add_growth(settings):
@@ -335,75 +300,72 @@ def add_growth(settings):
             row["memory_growth"] = row["memory"] / start["memory"]
 
 
-def draw_sizes(result, path):
+def draw_sizes(result):
     """Draw how time and memory grow with the side of an image, beside the growth of its pixels."""
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
     sizes = [int(setting.split()[0]) for setting in result["settings"]]
     by_model = {}
     for row in (row for rows in result["settings"].values() for row in rows):
-        by_model.setdefault(row["model"] + " compiled" * row["compiled"], []).append(row)
+        by_model.setdefault(label(row), []).append(row)
+    colours = benchmarking.shades({model: model.startswith("msg_") for model in by_model})
     panels = dict(growth="time per image", memory_growth="peak memory beyond an idle process")
-    for axes, (key, what) in zip(figure.subplots(1, 2), panels.items()):
+    panels = {key: what for key, what in panels.items() if all(key in rows[0] for rows in by_model.values())}
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    for axes, (key, what) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         for model, rows in by_model.items():
-            if key in rows[0]:
-                axes.plot(sizes, [row[key] for row in rows], marker="o", label=model)
-        axes.plot(sizes, [(size / sizes[0]) ** 2 for size in sizes], "k:", label="the pixels")
+            axes.plot(sizes, [row[key] for row in rows], marker="o", color=colours[model], label=model)
+        axes.plot(sizes, [(size / sizes[0]) ** 2 for size in sizes], "k:", label="number of pixels")
         axes.set(title=f"{what}, {sizes[0]} px = 1", xlabel="image side, px", xticks=sizes, ylim=(0, None))
         axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(path, dpi=120)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
 
 
 def plan(args):
-    """The settings to measure in: name to what a :class:`Candidate` takes."""
+    """The settings to measure in, each by its name."""
     if args.sizes:
-        common = dict(
-            mode="inference", dtype=DTYPES[args.dtypes[0]], batch=args.batch_sizes[0], features=True
-        )
-        return {f"{size} px features, {args.dtypes[0]}": dict(common, size=size) for size in args.sizes}
+        dtype = args.dtypes[0]
+        common = dict(mode="inference", dtype=DTYPES[dtype], batch=args.batch_sizes[0], device=args.device)
+        return {
+            f"{size} px features, {dtype}": Setting(**common, size=size, features=True) for size in args.sizes
+        }
     return {
-        f"{mode} {dtype}, batch {batch}": dict(mode=mode, dtype=DTYPES[dtype], batch=batch)
+        f"{mode} {dtype}, batch {batch}": Setting(mode, DTYPES[dtype], batch, args.device)
         for mode in args.modes
         for dtype in args.dtypes
         for batch in args.batch_sizes
     }
 
 
-def measure(args, options):
+def measure(args, setting):
     """The rows of one setting, with memory if asked for."""
-    choices = [
-        dict(name=name, compiled=compiled, device=args.device, **options)
-        for compiled in ([False, True] if args.compile else [False])
-        for name in args.models
-    ]
-    rows = compare([Candidate(**choice) for choice in choices], args.rounds, args.peer)
+    both = [False, True] if args.compile else [False]
+    choices = [(name, setting, compiled) for compiled in both for name in args.models]
+    rows = compare([Candidate(*choice) for choice in choices], args.rounds, args.peer)
     if args.memory:
         for row, choice in zip(rows, choices):
-            row["memory"] = peak_memory(**choice)
+            row["memory"] = peak_memory(*choice)
         peers = {row["compiled"]: row["memory"] for row in rows if row["model"] == args.peer}
         for row in rows:
             row["memory_ratio"] = row["memory"] / peers[row["compiled"]]
     return rows
 
 
-def main():
-    """Measure every setting, print the ratios, write the files."""
-    args = parse_args()
+def run(args):
+    """Measure every setting and print the ratios; returns the result."""
     if args.threads:
         torch.set_num_threads(args.threads)
     print(machine(args.device))
     result = dict(machine=machine(args.device), peer=args.peer, rounds=args.rounds, settings={}, limits={})
-    result["command"] = "python " + " ".join([os.path.relpath(sys.argv[0]), *sys.argv[1:]])
-    for setting, options in plan(args).items():
-        print(setting, flush=True)
-        result["settings"][setting] = measure(args, options)
-        for row in result["settings"][setting]:
-            print(f"  {row['model'] + ' compiled' * row['compiled']:45} ratio {row['ratio']:.3f}")
+    for name, setting in plan(args).items():
+        print(name, flush=True)
+        rows = result["settings"][name] = measure(args, setting)
+        for row in rows:
+            print(f"  {label(row):45} ratio {row['ratio']:.3f}")
         if args.roofline:
-            flops, size = machine_limits(args.device, options["dtype"])
-            add_roofline(result["settings"][setting], options, flops, size)
-            result["limits"][setting] = dict(
+            flops, size = machine_limits(args.device, setting.dtype)
+            add_roofline(rows, setting, flops, size)
+            result["limits"][name] = dict(
                 teraflops_per_second=flops / 1e12,
                 gigabytes_per_second=size / 1e9,
                 flops_per_byte=flops / size,
@@ -416,14 +378,8 @@ def main():
         for row in (row for rows in result["settings"].values() for row in rows):
             row.pop("ms_per_image")
             row.pop("memory", None)
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    Path(f"{args.output}.json").write_text(json.dumps(result, indent=1) + "\n")
-    Path(f"{args.output}.md").write_text(table(result))
-    (draw_sizes if args.sizes else draw_bars)(result, f"{args.output}.png")
-    if args.roofline:
-        draw_roofline(result, f"{args.output}_roofline.png")
-    print(f"wrote {args.output}.json, .md and .png" + " and _roofline.png" * args.roofline)
+    return result
 
 
 if __name__ == "__main__":
-    main()
+    benchmarking.main(parse_args(), run, report)

@@ -1,32 +1,28 @@
 """Time the input pipelines against timm's: images/s of one core, from JPEG files to normalised batches.
 
-python tools/benchmark_data.py <folder>      any folder with JPEG images in it, at any depth
+python tools/benchmark_data.py <folder>                      any folder with JPEG images, at any depth
+python tools/benchmark_data.py --draw benchmarks/data.json   table and picture of an earlier result again
 
-What is timed is a loader with one worker process. Candidates are timm's create_transform with Pillow, which
-is the peer of the ratios, and ours with each DATA.BACKEND. What opencv leaves to the device, normalising and
-erasing, is done by the main process meanwhile; "opencv for a GPU" ends with the batches that a GPU gets. In
-every round each candidate reads the same images once, so that a machine that slows down slows down all; a
-figure is the median of the rounds.
+What is timed is a loader with one worker process. The ratios compare with timm's create_transform, which uses
+Pillow; ours runs with each DATA.BACKEND. What opencv leaves to the device, normalising and erasing, the main
+process does meanwhile; "opencv for a GPU" stops at the batches that a GPU would receive. In every round each
+pipeline reads the same images once; a figure is the median of the rounds.
 """
 
 import argparse
-import json
-import os
-import statistics
 import sys
-import time
 from pathlib import Path
 
 import cv2
 import PIL
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image
 from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import benchmarking
 
 from config import get_config
 from data.datasets import EvaluationSamples, TrainingSamples
@@ -46,12 +42,15 @@ def parse_args():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("folder", help="folder with JPEG images, at any depth")
+    add("folder", nargs="?", help="folder with JPEG images, at any depth")
     add("--images", type=int, default=200, help="read the first so many, in the order of their paths")
     add("--batch-size", type=int, default=32)
     add("--rounds", type=int, default=9)
-    add("--output", default="output/benchmark_data", metavar="PATH", help="PATH.json, PATH.md and PATH.png")
-    return parser.parse_args()
+    benchmarking.add_arguments(parser, "output/benchmark_data")
+    args = parser.parse_args()
+    if not args.folder and not args.draw:
+        parser.error("give a folder with JPEG images")
+    return args
 
 
 def find_images(folder, count):
@@ -145,64 +144,36 @@ def candidates(paths, batch_size):
 
 def compare(functions, rounds):
     """Time functions in turn: rows of name, and median and quartiles of the speed over the peer's median."""
-    seconds = {name: [] for name in functions}
-    for done in range(-1, rounds):  # the first is a warm-up
-        for name, function in functions.items():
-            begin = time.perf_counter()
-            function()
-            if done >= 0:
-                seconds[name].append(time.perf_counter() - begin)
-        print(f"\r  round {done + 1}/{rounds}", end="", flush=True, file=sys.stderr)
-    print(file=sys.stderr)
-    peer = statistics.median(seconds[PEER])
-    rows = []
-    for name, values in seconds.items():
-        low, median, high = statistics.quantiles(values, n=4)
-        rows.append(dict(name=name, ratio=peer / median, quartiles=[peer / high, peer / low]))
-    return rows
+    times = dict(zip(functions, benchmarking.time_in_turn(list(functions.values()), rounds)))
+    _, peer, _ = times[PEER]
+    return [
+        dict(name=name, ratio=peer / median, quartiles=[peer / high, peer / low])
+        for name, (low, median, high) in times.items()
+    ]
 
 
-def table(result):
-    """The rows as a markdown table."""
-    lines = [f"`{result['command']}`", "", result["machine"], ""]
-    lines += [f"{result['images']} images, medians of {result['rounds']} alternating rounds.", ""]
-    lines += ["| setting | pipeline | images/s, timm + Pillow = 1 | quartiles |", "|---|---|---:|---:|"]
-    for setting, rows in result["settings"].items():
-        for row in rows:
+def report(result):
+    """The table of a result in Markdown, and its figure."""
+    rows, panels = [], {}
+    for setting, found in result["settings"].items():
+        for row in found:
             low, high = row["quartiles"]
-            lines.append(f"| {setting} | {row['name']} | {row['ratio']:.2f} | {low:.2f} to {high:.2f} |")
-    return "\n".join(lines) + "\n"
+            rows.append([setting, row["name"], f"{row['ratio']:.2f}", f"{low:.2f} to {high:.2f}"])
+            bar = benchmarking.Bar(row["name"], row["name"] != PEER, row["ratio"], row["quartiles"])
+            panels.setdefault(setting, []).append(bar)
+    notes = [f"{result['images']} images, medians of {result['rounds']} alternating rounds."]
+    columns = ["setting", "pipeline", "images/s, timm + Pillow = 1", "quartiles"]
+    label = "images/s of one worker, timm + Pillow = 1 (more is faster)"
+    table = benchmarking.markdown(result, notes, columns, rows)
+    return table, {"": benchmarking.draw_bars(panels, label)}
 
 
-def draw_bars(result, path):
-    """Draw the speed of every pipeline, a panel for each setting."""
-    settings = result["settings"]
-    figure = Figure(figsize=(9, 0.8 + sum(0.5 + 0.3 * len(rows) for rows in settings.values())))
-    figure.set_layout_engine("constrained")
-    FigureCanvasAgg(figure)
-    heights = [1 + len(rows) for rows in settings.values()]
-    panels = figure.subplots(len(settings), 1, sharex=True, height_ratios=heights)
-    for axes, (setting, rows) in zip(panels, settings.items()):
-        colours = ["tab:grey" if row["name"] == PEER else "tab:blue" for row in rows]
-        bars = axes.barh([row["name"] for row in rows], [row["ratio"] for row in rows], color=colours)
-        axes.bar_label(bars, fmt="%.2f", padding=3)
-        axes.axvline(1, color="black", lw=0.8, ls=":")
-        axes.invert_yaxis()
-        axes.set_title(setting, loc="left", fontsize=10)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[-1].set_xlabel("images per second of one core, timm + Pillow = 1 (more is faster)")
-    panels[-1].set_xlim(0, 1.12 * max(row["ratio"] for rows in settings.values() for row in rows))
-    figure.savefig(path, dpi=120)
-
-
-def main():
-    """Time the pipelines, print the ratios, write the files."""
-    args = parse_args()
+def run(args):
+    """Time the pipelines and print the ratios; returns the result."""
     paths = find_images(args.folder, args.images)
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     result = dict(machine=f"{machine('cpu')}, Pillow {PIL.__version__}, OpenCV {cv2.__version__}")
-    result["command"] = "python " + " ".join([os.path.relpath(sys.argv[0]), *sys.argv[1:]])
     result.update(images=len(paths), rounds=args.rounds, settings={})
     print(f"{result['machine']}\n{len(paths)} images of {args.folder}")
     for setting, functions in candidates(paths, args.batch_size).items():
@@ -210,15 +181,8 @@ def main():
         rows = result["settings"][setting] = compare(functions, args.rounds)
         for row in rows:
             print(f"  {row['name']:15} {row['ratio']:.2f}")
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    Path(f"{args.output}.json").write_text(json.dumps(result, indent=1) + "\n")
-    Path(f"{args.output}.md").write_text(table(result))
-    draw_bars(result, f"{args.output}.png")
-    print(f"wrote {args.output}.json, .md and .png")
+    return result
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    benchmarking.main(parse_args(), run, report)

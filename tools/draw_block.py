@@ -40,9 +40,10 @@ def arrow(axes, *points, color=INK, lw=1.2):
     axes.annotate("", points[-1], points[-2], arrowprops=style)
 
 
-def box(axes, x, y, w, h, fc="none", ec=INK, lw=1.0, corner=0.0, **style):
-    """Draw a rectangle, given its lower left corner, width, height and the radius of its corners."""
-    axes.add_patch(FancyBboxPatch((x, y), w, h, BoxStyle.Round(0, corner), fc=fc, ec=ec, lw=lw, **style))
+def box(axes, x, y, w, h, **style):
+    """Draw a rectangle, given its lower left corner, width and height."""
+    style = dict(dict(fc="none", ec=INK, lw=1.0, boxstyle=BoxStyle.Round(0, 0)), **style)
+    axes.add_patch(FancyBboxPatch((x, y), w, h, **style))
 
 
 def messenger(axes, x, y, colors, radius=1.35):
@@ -64,7 +65,7 @@ def draw_flow(axes, y=38.5, top=43.3):
     steps = ((7.5, 5, "LN"), (17.5, 12.5, "local attention"), (27.4, 2.4, "+"), (70, 5, "LN"))
     for x, width, words in (*steps, (47.5, 15, "messenger shuffle"), (78.5, 8, "MLP"), (86, 2.4, "+")):
         height, face = min(width, 3.4), {"+": "white", "messenger shuffle": "#ffe9b8"}.get(words, PALE)
-        box(axes, x - width / 2, y - height / 2, width, height, face, corner=1.2)
+        box(axes, x - width / 2, y - height / 2, width, height, fc=face, boxstyle=BoxStyle.Round(0, 1.2))
         arrow(axes, (x - width / 2 - 1, y), (x - width / 2, y))
         text(axes, x, y, words)
     for start, end in ((2.8, 27.4), (65.2, 86)):
@@ -78,7 +79,7 @@ def draw_attention(axes):
     box(axes, 2.6, 6.8, 24.8, 24.8, ec=GREY, ls=(0, (4, 3)))
     for window, color in enumerate(SOURCES):
         x, y = 9.15 + 11.7 * (window % 2), 19.5 - 11.7 * (window // 2)
-        box(axes, x - 5.55, y, 11.1, 11.1, color + "12", color, 1.4)
+        box(axes, x - 5.55, y, 11.1, 11.1, fc=color + "12", ec=color, lw=1.4)
         text(axes, x - 4.15, y + 9.6, window + 1, color=color, weight="bold")
         tokens = [(x, y + 9.2), *((x + dx, y + dy) for dy in (6.5, 4, 1.5) for dx in (-3, 0, 3))]
         for query in tokens:
@@ -101,7 +102,7 @@ def draw_shuffle(axes):
             messenger(axes, left - 2, y, SOURCES if after else SOURCES[window : window + 1])
             for cell in range(4):
                 source, group = (cell, window) if after else (window, cell)
-                box(axes, left + 2.8 * cell, y - 1.5, 2.8, 3, SOURCES[source], "white", 1.2)
+                box(axes, left + 2.8 * cell, y - 1.5, 2.8, 3, fc=SOURCES[source], ec="white", lw=1.2)
                 text(axes, left + 2.8 * cell + 1.4, y - 0.1, group + 1, 9, color="white", weight="bold")
     box(axes, 36.9, 10.1, 3.2, 17.3, lw=1.5, zorder=3)
     box(axes, 53.2, 19.1, 11.6, 3.8, lw=1.5, zorder=3)

@@ -1,0 +1,228 @@
+"""What the recipe of transforms.py does to pixels, on OpenCV: arrays (H, W, 3), RGB, uint8, in and out.
+
+The operations of RandAugment take the arguments of timm's and change pixels as Pillow does, up to rounding.
+"""
+
+import math
+import random
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import auto_augment
+from torch.nn import functional
+
+from .transforms import posterize_from_0_bits
+
+_WARP = {
+    Image.Resampling.NEAREST: cv2.INTER_NEAREST,
+    Image.Resampling.BILINEAR: cv2.INTER_LINEAR,
+    Image.Resampling.BICUBIC: cv2.INTER_CUBIC,
+}
+
+
+class Flip:
+    """torchvision's random horizontal flip, for arrays."""
+
+    def __init__(self, probability):
+        self.probability = probability
+
+    def __call__(self, pixels):
+        return cv2.flip(pixels, 1) if torch.rand(1) < self.probability else pixels
+
+
+class ThroughPillow:
+    """Apply a function of a Pillow image, such as a transform, to an array."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, pixels, *args, **kwargs):
+        return np.asarray(self.function(Image.fromarray(pixels), *args, **kwargs))
+
+
+def to_tensor(pixels):
+    """(H, W, 3) to a tensor (3, H, W), uint8."""
+    planes = np.empty((3, *pixels.shape[:2]), np.uint8)
+    cv2.split(pixels, list(planes))
+    return torch.from_numpy(planes)
+
+
+def resize(pixels, height, width, interpolation):
+    """Resize with antialiasing, as Pillow does: (H, W, 3) to (height, width, 3), both uint8."""
+    if interpolation in ("lanczos", "nearest"):
+        mode = Image.Resampling[interpolation.upper()]
+        return np.asarray(Image.fromarray(pixels).resize((width, height), mode))
+    return interpolate(pixels, interpolation, size=(height, width))
+
+
+def interpolate(pixels, interpolation, **target):
+    """Resize (H, W, 3) with antialiasing; ``size`` or ``scale_factor`` is a pair for (height, width)."""
+    images = torch.from_numpy(np.ascontiguousarray(pixels))[None].permute(0, 3, 1, 2)  # 1, 3, H, W
+    images = functional.interpolate(images, mode=interpolation, antialias=True, **target)
+    return images[0].permute(1, 2, 0).numpy()
+
+
+def shear_x(pixels, factor, **options):
+    """Shift each row sideways by ``factor`` times its distance from the top."""
+    return _warp(pixels, (1, factor, 0, 0, 1, 0), **options)
+
+
+def shear_y(pixels, factor, **options):
+    """Shift each column vertically by ``factor`` times its distance from the left."""
+    return _warp(pixels, (1, 0, 0, factor, 1, 0), **options)
+
+
+def translate_x(pixels, share, **options):
+    """Shift to the left by a fraction of the width."""
+    return _shift(pixels, share * pixels.shape[1], 1, **options)
+
+
+def translate_y(pixels, share, **options):
+    """Shift upwards by a fraction of the height."""
+    return _shift(pixels, share * pixels.shape[0], 0, **options)
+
+
+def rotate(pixels, degrees, **options):
+    """Rotate counterclockwise around the centre."""
+    x, y = pixels.shape[1] / 2, pixels.shape[0] / 2
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    return _warp(pixels, (cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y), **options)
+
+
+def _warp(pixels, matrix, fillcolor, resample):
+    """Result (x, y) is taken from (a x + b y + c, d x + e y + f); pixel corners are whole numbers."""
+    a, b, c, d, e, f = matrix
+    # In OpenCV, pixel centres are whole numbers.
+    matrix = np.array([[a, b, c + (a + b - 1) / 2], [d, e, f + (d + e - 1) / 2]])
+    flags = _WARP[_chosen(resample)] | cv2.WARP_INVERSE_MAP
+    return cv2.warpAffine(pixels, matrix, pixels.shape[1::-1], flags=flags, borderValue=fillcolor)
+
+
+def _shift(pixels, offset, axis, fillcolor, resample):
+    """Result (x) along an axis is taken from (x + offset), at a fifth of the cost of a warp."""
+    whole = math.floor(offset)
+    d = offset - whole
+    weights = {
+        Image.Resampling.NEAREST: (0, d < 0.5, d >= 0.5, 0),
+        Image.Resampling.BILINEAR: (0, 1 - d, d, 0),
+        # The filter of Pillow's warps, sharper than OpenCV's.
+        Image.Resampling.BICUBIC: (
+            -d * (1 - d) ** 2,
+            1 - 2 * d**2 + d**3,
+            d + d**2 - d**3,
+            -(d**2) * (1 - d),
+        ),
+    }[_chosen(resample)]
+    kernel, anchor = np.array([weights], np.float32), (1, 0)
+    if axis == 0:
+        kernel, anchor = kernel.T, (0, 1)
+    filtered = cv2.filter2D(pixels, -1, kernel, anchor=anchor, borderType=cv2.BORDER_REPLICATE)
+    result = np.empty_like(pixels)
+    result[:] = fillcolor
+    from_, to = (np.moveaxis(array, axis, 0) for array in (filtered, result))
+    length = len(to)
+    if abs(whole) < length:
+        to[max(0, -whole) : length - max(0, whole)] = from_[max(0, whole) : length - max(0, -whole)]
+    return result
+
+
+def _chosen(resample):
+    """timm passes either one filter or several to choose from."""
+    return random.choice(resample) if isinstance(resample, (list, tuple)) else resample
+
+
+def sharpen(pixels, factor, **_):
+    """Blend towards (factor below 1) or away from (above 1) a smoothed image; the border pixels stay."""
+    kernel = np.full((3, 3), (1 - factor) / 13)
+    kernel[1, 1] = factor + (1 - factor) * 5 / 13
+    result = cv2.filter2D(pixels, -1, kernel)
+    for border in (np.s_[0], np.s_[-1], np.s_[:, 0], np.s_[:, -1]):
+        result[border] = pixels[border]
+    return result
+
+
+def auto_contrast(pixels, **_):
+    """Stretch every channel to the range 0 to 255."""
+    tables = []
+    for channel in cv2.split(pixels):
+        low, high = cv2.minMaxLoc(channel)[:2]
+        scale = 255 / max(high - low, 1)
+        tables.append((np.arange(256) * scale - low * scale).clip(0, 255) if high > low else np.arange(256))
+    return cv2.LUT(pixels, np.dstack(tables).astype(np.uint8))
+
+
+def equalize(pixels, **_):
+    """Make all values of a channel about as frequent."""
+    tables = []
+    for channel in range(3):
+        counts = cv2.calcHist([pixels], [channel], None, [256], [0, 256]).ravel().astype(np.int64)
+        step = (counts.sum() - counts[counts.nonzero()[0][-1]]) // 255
+        below = counts.cumsum() - counts
+        tables.append(((below + step // 2) // step).clip(0, 255) if step else np.arange(256))
+    return cv2.LUT(pixels, np.dstack(tables).astype(np.uint8))
+
+
+def invert(pixels, **_):
+    """255 minus every value."""
+    return cv2.bitwise_not(pixels)
+
+
+def solarize(pixels, thresh, **_):
+    """Invert the values at or above ``thresh``."""
+    values = np.arange(256)
+    return cv2.LUT(pixels, np.where(values < thresh, values, 255 - values).astype(np.uint8))
+
+
+def solarize_add(pixels, add, thresh=128, **_):
+    """Add to the values below ``thresh``."""
+    values = np.arange(256)
+    return cv2.LUT(pixels, np.where(values < thresh, np.minimum(values + add, 255), values).astype(np.uint8))
+
+
+def posterize(pixels, bits, **_):
+    """Keep the highest bits, 0 to 8 of them."""
+    return pixels & np.uint8(256 - 2 ** (8 - min(bits, 8)))
+
+
+def brightness(pixels, factor, **_):
+    """Multiply every value."""
+    return cv2.LUT(pixels, _blend(0, factor))
+
+
+def contrast(pixels, factor, **_):
+    """Scale every value's difference from the mean grey of the image."""
+    mean = cv2.mean(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY))[0]
+    return cv2.LUT(pixels, _blend(int(mean + 0.5), factor))
+
+
+def color(pixels, factor, **_):
+    """Scale every pixel's difference from its own grey."""
+    grey = cv2.cvtColor(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    return cv2.addWeighted(pixels, factor, grey, 1 - factor, -0.49)  # Pillow truncates
+
+
+def _blend(other, factor):
+    """A lookup table (256,) that scales the difference of every value from ``other``."""
+    return np.clip(other + np.float32(factor) * (np.arange(256) - other), 0, 255).astype(np.uint8)
+
+
+# What replaces which of timm's operations, which work through Pillow and are slower.
+FASTER = {
+    auto_augment.auto_contrast: auto_contrast,
+    auto_augment.equalize: equalize,
+    auto_augment.invert: invert,
+    auto_augment.solarize: solarize,
+    auto_augment.solarize_add: solarize_add,
+    posterize_from_0_bits: posterize,
+    auto_augment.brightness: brightness,
+    auto_augment.contrast: contrast,
+    auto_augment.color: color,
+    auto_augment.shear_x: shear_x,
+    auto_augment.shear_y: shear_y,
+    auto_augment.translate_x_rel: translate_x,
+    auto_augment.translate_y_rel: translate_y,
+    auto_augment.rotate: rotate,
+    auto_augment.sharpness: sharpen,
+}
