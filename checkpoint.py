@@ -18,7 +18,7 @@ from collections import OrderedDict
 
 import torch
 
-from utils import UserError, memory_limit, replacing
+from utils import UserError, memory_limit, replacing, sync_folder
 
 BEST = "best.pth"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)
@@ -43,7 +43,7 @@ def save_checkpoint(path, checkpoint):
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
-        _sync_folder(path)
+        sync_folder(path)
     except (OSError, RuntimeError) as error:
         # torch.save wraps some failed writes.
         cause = error if isinstance(error, OSError) else error.__context__
@@ -120,16 +120,8 @@ def _link(path, second):
             os.link(path, temporary)
     except OSError:
         return False
-    _sync_folder(second)
+    sync_folder(second)
     return True
-
-
-def _sync_folder(path):
-    folder = os.open(os.path.dirname(path) or os.curdir, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def fetch_checkpoint(url):

@@ -13,10 +13,12 @@ import os
 import re
 import stat
 import sys
+from pathlib import PurePath
 
 import yaml
 from yacs.config import CfgNode
 
+from models.geometry import CHOICES as MSG_CHOICES
 from utils import UserError
 
 # What a config and the BASE files below it may come to: a few lines of a stranger's could unfold to hours.
@@ -24,14 +26,6 @@ MOST_FILES, MOST_BYTES = 100, 100_000
 LARGEST = 2**31 - 1  # of any number but the seed
 LARGEST_SEED = 2**63 - 1
 MOST_ENTRIES, MOST_CHARACTERS = 1000, 4096  # of a list, of a text
-
-# Keys of MODEL.MSG that take one word of a few; the first is the default.
-MSG_CHOICES = {
-    "MANIP_TYPE": ("shuf", "none"),
-    "PATCH_EMBED": ("linear", "conv"),
-    "DOWNSAMPLE": ("linear", "conv"),
-    "ATTENTION": ("auto", "eager", "sdpa", "blocked", "triton"),
-}
 
 # Flags of Swin's main.py that mean nothing here, and what to do instead.
 ELSEWHERE = {
@@ -261,12 +255,12 @@ def default_config():
     # Validation images that are drawn with their detections after each evaluation.
     config.DET.PICTURES = 8
 
-    # cuda or cpu; empty takes cuda where there is one.
+    # cuda, mps (the GPU of a Mac, one process only) or cpu; empty takes cuda where there is one, else cpu.
     config.DEVICE = ""
     # O0 is float32; O1 is mixed precision; O2 existed only in apex and runs as O1. --throughput measures
     # float32 unless this key or AMP_DTYPE is set.
     config.AMP_OPT_LEVEL = "O1"
-    # Mixed-precision type on CUDA: float16 (with gradient scaling) or bfloat16. The CPU always uses bfloat16.
+    # Mixed-precision type on GPUs: float16 (with gradient scaling) or bfloat16. The CPU always uses bfloat16.
     config.AMP_DTYPE = "float16"
     # torch.compile for training and evaluation: minutes at the start, faster afterwards.
     config.COMPILE = False
@@ -290,6 +284,160 @@ def default_config():
     config.THROUGHPUT_MODE = False
     config.LOCAL_RANK = 0
     return config
+
+
+# Keys that take one word of a few.
+CHOICES = {
+    "DATA.BACKEND": ("pil", "opencv"),
+    "DATA.DATASET": ("imagenet", "coco"),
+    "DATA.INTERPOLATION": ("bicubic", "bilinear", "lanczos", "nearest", "random"),
+    "DATA.ON_ERROR": ("raise", "skip"),
+    "MODEL.TYPE": ("msg",),
+    **{f"MODEL.MSG.{key}": names for key, names in MSG_CHOICES.items()},
+    "TRAIN.ON_SAVE_ERROR": ("continue", "stop"),
+    "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step", "multistep"),
+    "TRAIN.OPTIMIZER.NAME": ("adamw", "sgd"),
+    "AUG.REMODE": ("pixel", "rand", "const"),
+    "AUG.MIXUP_MODE": ("batch", "pair", "elem"),
+    "DET.BOX_LOSS": ("giou", "smooth_l1"),
+    "DEVICE": ("", "cuda", "mps", "cpu"),
+    "AMP_OPT_LEVEL": ("O0", "O1", "O2"),
+    "AMP_DTYPE": ("float16", "bfloat16"),
+}
+
+
+def _at_least(low):
+    return (lambda value: value >= low), f"at least {low}"
+
+
+def _between(low, high):
+    return (lambda value: low <= value <= high), f"at least {low} and at most {high}"
+
+
+def _numbers(low, high, kinds=(int, float), some=False):
+    words = f"a list of {'' if float in kinds else 'whole '}numbers, at least {low} and at most {high}"
+    words += ", one or more of them" if some else ""
+    return (lambda value: (value or not some) and _all_between(value, low, high, kinds)), words
+
+
+def _all_between(values, low, high, kinds=(int, float)):
+    """Whether a list holds nothing but numbers from ``low`` to ``high``."""
+    return all(type(value) in kinds and low <= value <= high for value in values)
+
+
+def _is_below(name):
+    """Whether a path stays below the folder that it is joined to."""
+    path = PurePath(name)
+    return bool(name) and not path.anchor and ".." not in path.parts
+
+
+_ABOVE_0 = (lambda value: value > 0), "above 0"
+_BELOW_1 = (lambda value: 0 <= value < 1), "at least 0 and below 1"
+_SHARE = (lambda value: 0 <= value <= 1), "between 0 and 1"
+_FOLDER = _is_below, "a name for a folder below OUTPUT"
+_STAGES = _numbers(1, 1000, (int,))
+
+# What the values of the other keys may be, as a test and its words; most of the upper limits are for what
+# cannot be held in memory, counted in time, or waited for.
+RANGES = {
+    "DATA.BATCH_SIZE": _between(1, 10**6),
+    "DATA.IMG_SIZE": _between(1, 10**5),
+    "DATA.MAX_PIXELS": _at_least(1),
+    "DATA.MAX_SCANS": _at_least(1),
+    "DATA.NUM_WORKERS": _between(0, 1000),
+    "MODEL.NAME": _FOLDER,
+    "MODEL.NUM_CLASSES": _between(1, 10**6),
+    "MODEL.DROP_RATE": _BELOW_1,
+    "MODEL.DROP_PATH_RATE": _BELOW_1,
+    "MODEL.LABEL_SMOOTHING": _BELOW_1,
+    "MODEL.MSG.PATCH_SIZE": _between(1, 10**5),
+    "MODEL.MSG.IN_CHANS": _between(1, 10**4),
+    "MODEL.MSG.EMBED_DIM": _between(1, 10**4),
+    "MODEL.MSG.DEPTHS": _STAGES,
+    "MODEL.MSG.NUM_HEADS": _STAGES,
+    "MODEL.MSG.WINDOW_SIZE": _between(1, 10**5),
+    "MODEL.MSG.QK_SCALE": ((lambda value: value is None or value > 0), "None or above 0"),
+    "MODEL.MSG.SHUF_SIZE": _STAGES,
+    "TRAIN.START_EPOCH": _between(0, 10**6),
+    "TRAIN.EPOCHS": _between(1, 10**6),
+    "TRAIN.WARMUP_EPOCHS": _between(0, 10**6),
+    "TRAIN.WARMUP_STEPS": _at_least(0),
+    "TRAIN.WEIGHT_DECAY": _at_least(0),
+    "TRAIN.BASE_LR": _ABOVE_0,
+    "TRAIN.WARMUP_LR": _at_least(0),
+    "TRAIN.MIN_LR": _at_least(0),
+    "TRAIN.CLIP_GRAD": _at_least(0),
+    "TRAIN.SAVE_STEPS": _at_least(0),
+    "TRAIN.SAVE_MINUTES": _at_least(0),
+    "TRAIN.KEEP_CHECKPOINTS": _at_least(0),
+    "TRAIN.MAX_NONFINITE": _at_least(0),
+    "TRAIN.ACCUMULATION_STEPS": _at_least(0),
+    "TRAIN.LR_SCHEDULER.MILESTONES": (
+        lambda value: _all_between(value, 0, 10**6) and value == sorted(value),
+        f"a list of numbers, at least 0 and at most {10**6}, in order, smallest first",
+    ),
+    "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": _between(1, 10**6),
+    "TRAIN.LR_SCHEDULER.DECAY_RATE": ((lambda value: 0 < value <= 1), "above 0 and at most 1"),
+    "TRAIN.OPTIMIZER.EPS": _ABOVE_0,
+    "TRAIN.OPTIMIZER.BETAS": (
+        lambda value: len(value) == 2 and _all_between(value, 0, 1) and 1 not in value,
+        "two numbers, at least 0 and below 1",
+    ),
+    "TRAIN.OPTIMIZER.MOMENTUM": _BELOW_1,
+    "AUG.COLOR_JITTER": _at_least(0),
+    "AUG.HFLIP": _SHARE,
+    "AUG.REPROB": _SHARE,
+    "AUG.RECOUNT": _between(0, 100),
+    "AUG.MIXUP": _at_least(0),
+    "AUG.CUTMIX": _at_least(0),
+    "AUG.CUTMIX_MINMAX": (
+        lambda value: (
+            value is None or (len(value) == 2 and _all_between(value, 0, 1) and 0 < value[0] <= value[1])
+        ),
+        "None or two ratios, smallest first, above 0 and at most 1",
+    ),
+    "AUG.MIXUP_PROB": _SHARE,
+    "AUG.MIXUP_SWITCH_PROB": _SHARE,
+    "DET.MIN_SIZES": _numbers(16, 10**5, (int,), some=True),
+    "DET.MAX_SIZE": _between(16, 10**5),
+    "DET.CROP_MIN_SIZES": _numbers(16, 10**5, (int,)),
+    "DET.CROP_SIZES": (
+        lambda value: (
+            not value or (len(value) == 2 and _all_between(value, 16, 10**5, (int,)) and value[0] <= value[1])
+        ),
+        f"an empty list or two whole numbers, smallest first, at least 16 and at most {10**5}",
+    ),
+    "DET.TEST_SIZE": _between(16, 10**5),
+    "DET.SHUF_SIZE": _STAGES,
+    "DET.FROZEN_STAGES": _at_least(0),
+    "DET.CHANNELS": _between(1, 2000),
+    "DET.ANCHOR_SCALE": _between(1, 10**4),
+    "DET.ANCHOR_RATIOS": _numbers(0.001, 1000, some=True),
+    "DET.RPN_SAMPLES": _at_least(1),
+    "DET.PROPOSALS_TRAIN": _at_least(1),
+    "DET.PROPOSALS_TEST": _at_least(1),
+    "DET.ROI_SAMPLES": _at_least(1),
+    "DET.ROI_POSITIVE": _SHARE,
+    "DET.IOU_THRESHOLDS": _numbers(0, 1, some=True),
+    "DET.LOSS_WEIGHTS": _numbers(0, 10**6),
+    "DET.DELTA_STDS": (
+        lambda value: all(type(v) is list and len(v) == 4 and _all_between(v, 1e-6, 10**6) for v in value),
+        "four positive numbers for each stage",
+    ),
+    "DET.BOX_CONVS": _between(0, 100),
+    "DET.BOX_FCS": _numbers(1, 10**4, (int,), some=True),
+    "DET.MASK_CONVS": _between(0, 100),
+    "DET.SCORE_THRESHOLD": _SHARE,
+    "DET.NMS_IOU": _SHARE,
+    "DET.PER_IMAGE": _at_least(1),
+    "DET.PICTURES": _at_least(0),
+    "DIST.TIMEOUT_SECONDS": _between(1, 10**6),
+    "TAG": _FOLDER,
+    "SAVE_FREQ": _at_least(1),
+    "PRINT_FREQ": _at_least(1),
+    "SEED": _at_least(0),
+    "LOCAL_RANK": _at_least(0),
+}
 
 
 def parse_args(description, throughput=False, argv=None):
@@ -321,10 +469,10 @@ def parse_args(description, throughput=False, argv=None):
     add("--use-checkpoint", action="store_true", help="gradient checkpointing, to save memory")
     add("--optim", metavar="NAME", help="adamw or sgd")
     amp = parser.add_mutually_exclusive_group()
-    levels = ["O0", "O1", "O2"]
+    levels = CHOICES["AMP_OPT_LEVEL"]
     add("--amp-opt-level", to=amp, choices=levels, help="O0: float32; O1: mixed precision; O2: as O1")
     add("--disable-amp", to=amp, dest="amp_opt_level", action="store_const", const="O0", help="float32")
-    add("--device", choices=["cuda", "cpu"], help="default: cuda where there is one")
+    add("--device", choices=CHOICES["DEVICE"][1:], help="default: cuda where there is one, else cpu")
     add("--output", metavar="DIR", help="results go to <output>/<model name>/<tag>; default: output")
     add("--tag", help="name of this run; default: default")
     add("--eval", action="store_true", help="evaluate only")
@@ -624,11 +772,6 @@ _NAMES = {
 }
 
 
-def _is_below(name):
-    """Whether a path stays below the folder that it is joined to."""
-    return bool(name) and not os.path.isabs(name) and ".." not in name.split(os.sep)
-
-
 def _value(config, key):
     for name in key.split("."):
         config = config[name]
@@ -678,120 +821,25 @@ def _check(config, sources):
         if not possible(value):
             raise ConfigError(f"{sources.get(key, 'defaults')}: {key} is {_show(value)}, but must be {what}")
 
-    def choice(key, *names):
-        what = "one of " + ", ".join(repr(name) for name in names)
+    for key, names in CHOICES.items():
         lower = {name.lower(): name for name in names}
         near = difflib.get_close_matches(str(_value(config, key)).lower(), lower, 1, 0.7)
-        require(key, names.__contains__, what + (f"; did you mean {lower[near[0]]!r}?" if near else ""))
+        hint = f"; did you mean {lower[near[0]]!r}?" if near else ""
+        require(key, names.__contains__, "one of " + ", ".join(map(repr, names)) + hint)
+    for key, (possible, what) in RANGES.items():
+        require(key, possible, what)
 
-    def at_least(low, keys):
-        for key in keys.split():
-            require(key, lambda value: value >= low, f"at least {low}")
-
-    def between(low, high, keys):
-        for key in keys.split():
-            require(key, lambda value: low <= value <= high, f"at least {low} and at most {high}")
-
-    def below_1(keys):
-        for key in keys.split():
-            require(key, lambda value: 0 <= value < 1, "at least 0 and below 1")
-
-    def entries(keys, low, high, kinds=(int, float)):
-        what = f"a list of {'' if float in kinds else 'whole '}numbers, at least {low} and at most {high}"
-        for key in keys.split():
-            require(key, lambda value: _all_between(value, low, high, kinds), what)
-
-    choice("DATA.DATASET", "imagenet", "coco")
-    choice("DATA.BACKEND", "pil", "opencv")
-    choice("DATA.INTERPOLATION", "bicubic", "bilinear", "lanczos", "nearest", "random")
-    choice("MODEL.TYPE", "msg")
-    for key, names in MSG_CHOICES.items():
-        choice(f"MODEL.MSG.{key}", *names)
-    choice("TRAIN.LR_SCHEDULER.NAME", "cosine", "linear", "step", "multistep")
-    choice("DET.BOX_LOSS", "giou", "smooth_l1")
-    choice("TRAIN.OPTIMIZER.NAME", "adamw", "sgd")
-    choice("AUG.REMODE", "pixel", "rand", "const")
-    choice("AUG.MIXUP_MODE", "batch", "pair", "elem")
-    choice("DEVICE", "", "cpu", "cuda")
-    choice("AMP_OPT_LEVEL", "O0", "O1", "O2")
-    choice("DATA.ON_ERROR", "raise", "skip")
-    choice("TRAIN.ON_SAVE_ERROR", "continue", "stop")
-    choice("AMP_DTYPE", "float16", "bfloat16")
-    at_least(1, "SAVE_FREQ PRINT_FREQ DET.RPN_SAMPLES DET.PROPOSALS_TRAIN DET.PROPOSALS_TEST")
-    at_least(1, "DET.ROI_SAMPLES DET.PER_IMAGE DATA.MAX_PIXELS DATA.MAX_SCANS")
-    at_least(0, "SEED LOCAL_RANK AUG.MIXUP AUG.CUTMIX AUG.COLOR_JITTER DET.FROZEN_STAGES DET.PICTURES")
-    at_least(0, "TRAIN.WEIGHT_DECAY TRAIN.WARMUP_LR TRAIN.MIN_LR TRAIN.CLIP_GRAD TRAIN.ACCUMULATION_STEPS")
-    at_least(0, "TRAIN.SAVE_STEPS TRAIN.SAVE_MINUTES TRAIN.KEEP_CHECKPOINTS TRAIN.MAX_NONFINITE")
-    at_least(0, "TRAIN.WARMUP_STEPS")
-    # Beyond these, what is asked for cannot be held in memory, counted in time, or waited for.
-    between(1, 10**6, "DATA.BATCH_SIZE MODEL.NUM_CLASSES TRAIN.EPOCHS TRAIN.LR_SCHEDULER.DECAY_EPOCHS")
-    between(1, 10**6, "DIST.TIMEOUT_SECONDS")
-    between(0, 10**6, "TRAIN.START_EPOCH TRAIN.WARMUP_EPOCHS")
-    between(1, 10**5, "DATA.IMG_SIZE MODEL.MSG.PATCH_SIZE MODEL.MSG.WINDOW_SIZE")
-    between(16, 10**5, "DET.MAX_SIZE DET.TEST_SIZE")
-    between(1, 10**4, "MODEL.MSG.EMBED_DIM MODEL.MSG.IN_CHANS DET.ANCHOR_SCALE")
-    between(1, 2000, "DET.CHANNELS")
-    between(0, 1000, "DATA.NUM_WORKERS")
-    between(0, 100, "AUG.RECOUNT DET.BOX_CONVS DET.MASK_CONVS")
-    shares = "AUG.HFLIP AUG.REPROB AUG.MIXUP_PROB AUG.MIXUP_SWITCH_PROB"
-    shares += " DET.ROI_POSITIVE DET.SCORE_THRESHOLD DET.NMS_IOU"
-    for key in shares.split():
-        require(key, lambda value: 0 <= value <= 1, "between 0 and 1")
-    below_1("MODEL.DROP_RATE MODEL.DROP_PATH_RATE MODEL.LABEL_SMOOTHING TRAIN.OPTIMIZER.MOMENTUM")
-    for key in ("TRAIN.BASE_LR", "TRAIN.OPTIMIZER.EPS"):
-        require(key, lambda value: value > 0, "above 0")
-    require("TRAIN.LR_SCHEDULER.DECAY_RATE", lambda value: 0 < value <= 1, "above 0 and at most 1")
+    msg, det, aug = config.MODEL.MSG, config.DET, config.AUG
     require(
         "MODEL.MSG.MLP_RATIO",
-        lambda value: 1 / config.MODEL.MSG.EMBED_DIM <= value <= 100,
+        lambda value: 1 / msg.EMBED_DIM <= value <= 100,
         "at least 1 / MODEL.MSG.EMBED_DIM and at most 100",
     )
-    require("MODEL.MSG.QK_SCALE", lambda value: value is None or value > 0, "None or above 0")
-    require(
-        "MODEL.MSG.IN_CHANS", lambda value: value == 3 or not config.DATA.DATA_PATH, "3 for image folders"
-    )
-    entries("MODEL.MSG.DEPTHS MODEL.MSG.NUM_HEADS MODEL.MSG.SHUF_SIZE DET.SHUF_SIZE", 1, 1000, (int,))
-    entries("DET.CROP_SIZES DET.CROP_MIN_SIZES DET.MIN_SIZES", 16, 10**5, (int,))
-    entries("DET.BOX_FCS", 1, 10**4, (int,))
-    entries("DET.ANCHOR_RATIOS", 0.001, 1000)
-    entries("DET.IOU_THRESHOLDS", 0, 1)
-    entries("DET.LOSS_WEIGHTS", 0, 10**6)
-    entries("TRAIN.LR_SCHEDULER.MILESTONES", 0, 10**6)
-    milestones = sorted(config.TRAIN.LR_SCHEDULER.MILESTONES)
-    require("TRAIN.LR_SCHEDULER.MILESTONES", milestones.__eq__, "in order, smallest first")
-    for key in ("MIN_SIZES", "ANCHOR_RATIOS", "BOX_FCS", "IOU_THRESHOLDS"):
-        require(f"DET.{key}", bool, "a list of one number or more")
-    require("DET.TEST_SIZE", lambda value: value < config.DET.MAX_SIZE, "below DET.MAX_SIZE")
-    require(
-        "DET.CROP_SIZES", lambda value: not value or len(value) == 2 and value[0] <= value[1], "two sides"
-    )
-    stages = len(config.DET.IOU_THRESHOLDS)
-    for key in ("LOSS_WEIGHTS", "DELTA_STDS"):
-        require(f"DET.{key}", lambda value: len(value) == stages, "as long as DET.IOU_THRESHOLDS")
-    require(
-        "DET.DELTA_STDS",
-        lambda value: all(type(v) is list and len(v) == 4 and _all_between(v, 1e-6, 10**6) for v in value),
-        "four positive numbers for each stage",
-    )
-    require(
-        "TRAIN.OPTIMIZER.BETAS",
-        lambda value: len(value) == 2 and _all_between(value, 0, 1) and 1 not in value,
-        "two numbers, at least 0 and below 1",
-    )
-    require(
-        "AUG.CUTMIX_MINMAX",
-        lambda value: (
-            value is None or (len(value) == 2 and _all_between(value, 0, 1) and 0 < value[0] <= value[1])
-        ),
-        "None or two ratios, smallest first, above 0 and at most 1",
-    )
-    for key in ("MODEL.NAME", "TAG"):
-        require(key, _is_below, "a name for a folder below OUTPUT")
-    mixes = config.AUG.MIXUP > 0 or config.AUG.CUTMIX > 0 or config.AUG.CUTMIX_MINMAX is not None
+    if config.DATA.DATA_PATH:
+        require("MODEL.MSG.IN_CHANS", lambda value: value == 3, "3 for image folders")
+    require("DET.TEST_SIZE", lambda value: value < det.MAX_SIZE, "below DET.MAX_SIZE")
+    for key in ("DET.LOSS_WEIGHTS", "DET.DELTA_STDS"):
+        require(key, lambda value: len(value) == len(det.IOU_THRESHOLDS), "as long as DET.IOU_THRESHOLDS")
+    mixes = aug.MIXUP > 0 or aug.CUTMIX > 0 or aug.CUTMIX_MINMAX is not None
     if mixes and config.DATA.DATASET == "imagenet" and not config.EVAL_MODE and not config.THROUGHPUT_MODE:
         require("DATA.BATCH_SIZE", lambda value: value % 2 == 0, "even for mixup and CutMix, which mix pairs")
-
-
-def _all_between(values, low, high, kinds=(int, float)):
-    """Whether a list holds nothing but numbers from ``low`` to ``high``."""
-    return all(type(value) in kinds and low <= value <= high for value in values)

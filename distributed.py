@@ -1,7 +1,6 @@
 """The process group: who is in it, how it starts, reductions, and one process deciding for all."""
 
 import datetime
-import inspect
 import logging
 import os
 import sys
@@ -86,21 +85,17 @@ def parallelize(model, device):
     update of every start, and a resumed run would add up the gradients of three or more processes in another
     order.
     """
-    # The classifier's only buffers are constant indices; those of BatchNorm are sent when they are needed.
-    # The option has two names among the supported versions.
-    known = inspect.signature(DistributedDataParallel).parameters
-    sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     ids = [device] if device.type == "cuda" else None
-    options = dict(gradient_as_bucket_view=True, find_unused_parameters=True)
-    return DistributedDataParallel(model, ids, **options, **{sync_buffers: False})
+    model = DistributedDataParallel(model, ids, gradient_as_bucket_view=True, find_unused_parameters=True)
+    # The classifier's only buffers are constant indices; those of BatchNorm are sent when they are needed.
+    # The constructor's option for this has another name since PyTorch 2.13, the attribute has not.
+    model.broadcast_buffers = False
+    return model
 
 
 def stop_process_group():
     """Leave the process group, if there is one."""
     if dist.is_initialized():
-        # gloo's threads may still be giving back tensors, for which they need the interpreter. PyTorch 2.6
-        # waits for them without letting them have it.
-        time.sleep(0.2)
         dist.destroy_process_group()
 
 

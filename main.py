@@ -20,7 +20,7 @@ from data import build_loaders
 from data.mixup import build_augmentation
 from engine import train_one_epoch
 from logger import clock, start_logging, write_config
-from models import build_model, inference
+from models import build_model, compile_model, inference
 from run import Task, build_guard, build_run, check_checkpoints, choose_for_evaluation
 
 TASK = Task(base_images=512, score="acc1", score_name="accuracy")
@@ -66,7 +66,7 @@ def main(args):
     logger.info(f"{config.MODEL.NAME}: {parameters:,} parameters, {model.flops() / 1e9:.3f} GMACs per image")
 
     if config.COMPILE:
-        utils.compile_model(model)
+        compile_model(model)
     if mode != "train" and rank == 0:
         write_config(config.OUTPUT, f"config_{mode}.yaml", dump_config(config))
     if mode == "throughput":
@@ -118,7 +118,7 @@ def evaluate(model, loader, compute, print_freq):
     Raises:
         DataError: too many images cannot be read.
     """
-    device = compute.device
+    device = compute.float64_device()
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # cross entropy, top-1, top-5, images
     begin = time.time()
     with inference(model, compute.dtype):
@@ -127,6 +127,7 @@ def evaluate(model, loader, compute, print_freq):
                 continue
             with compute.autocast():
                 logits = model(images)
+            logits, targets = logits.to(device), targets.to(device)
             hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]  # B, 5
             loss = cross_entropy(logits.double(), targets, reduction="sum")
             sums += torch.stack(
@@ -139,7 +140,7 @@ def evaluate(model, loader, compute, print_freq):
                     f"Test: [{step}/{len(loader)}]\teta {clock((len(loader) - step - 1) * mean_time)}\t"
                     f"Time {mean_time:.3f}\tLoss {loss_mean:.4f}\t"
                     f"Acc@1 {100 * acc1:.3f}\tAcc@5 {100 * acc5:.3f}\t"
-                    f"Mem {utils.peak_memory_mb(device):.0f}MB"
+                    f"Mem {utils.peak_memory_mb(compute.device):.0f}MB"
                 )
     loader.check_failures()
     sums = distributed.sum_over_processes(sums).tolist()
@@ -159,8 +160,8 @@ def throughput(model, images, compute):
                     model(images)
                 if device.type == "cpu" and run == 4:
                     logger.info(f"{runs} {what} runs, about {clock((time.time() - begin) / 5 * runs)}")
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            if device.type != "cpu":
+                torch.accelerator.synchronize()
             seconds = time.time() - begin
     precision = str(compute.dtype or torch.float32).removeprefix("torch.")
     speed = 30 * len(images) / seconds

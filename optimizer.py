@@ -115,7 +115,7 @@ class Updater:
         if self.counted_event is not None:
             self.counted_event.synchronize()
         in_a_row = int(self.counted)
-        self.counted.copy_(self.skipped_in_a_row, non_blocking=True)
+        self.counted.copy_(self.skipped_in_a_row, non_blocking=self.counted_event is not None)
         if self.counted_event is not None:
             self.counted_event.record()
         if self.max_nonfinite and in_a_row >= self.max_nonfinite:

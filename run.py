@@ -6,8 +6,6 @@ to be saved.
 """
 
 import contextlib
-import errno
-import fcntl
 import functools
 import logging
 import os
@@ -34,9 +32,10 @@ from distributed import (
 from logger import DRAWN, RunRecord, clock, draw_curves, write_config
 from lr_scheduler import build_scheduler
 from optimizer import NonFiniteError, Updater, build_optimizer
-from utils import UserError
+from utils import STOP_SIGNALS, UserError, lock_file
 
 REQUEUE_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal, the same command goes on
+LAUNCHER_GONE = 1  # in place of a signal: the number of SIGHUP, which Windows has not
 
 logger = logging.getLogger("msg_transformer")
 
@@ -228,7 +227,8 @@ class Guard:
 
     SIGTERM, SIGINT and SIGUSR1 of any process ask all of them to save and stop; a second SIGINT interrupts at
     once. Before :meth:`start`, while there is nothing to save, they end the process with
-    ``REQUEUE_EXIT_CODE``. The end of torchrun, of which its processes hear nothing, counts as a SIGHUP.
+    ``REQUEUE_EXIT_CODE``. The end of torchrun, of which its processes hear nothing, counts as a signal too;
+    on Windows, where a process keeps the number of its parent, it stays unnoticed.
 
     Args:
         steps: updates between checkpoints, 0 for none within an epoch.
@@ -240,7 +240,7 @@ class Guard:
         self.steps, self.seconds, self.claim = steps, 60 * minutes, claim
         self.updates, self.saved, self.signal = 0, None, 0
         self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in STOP_SIGNALS:
             signal.signal(number, self._remember)
 
     def start(self):
@@ -264,7 +264,7 @@ class Guard:
         """
         self.updates += 1
         if self.launcher is not None and os.getppid() != self.launcher:
-            self.signal = self.signal or signal.SIGHUP
+            self.signal = self.signal or LAUNCHER_GONE
         late = self.seconds > 0 and time.monotonic() - self.saved >= self.seconds
         late, stop = largest_over_processes(int(late), self.signal)
         due = bool(late or stop) or (self.steps > 0 and self.updates % self.steps == 0)
@@ -333,15 +333,12 @@ class FolderClaim:
 
     def _lock(self):
         try:
-            # Not flock: forked workers would share it, and keep it for a while after the run was killed.
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock_file(self.file)
         except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                return False
             logger.warning(
                 f"no lock for {self.path} ({error.strerror}): nothing keeps a second run out of its folder"
             )
-        return True
+            return True
 
 
 class Run:
@@ -422,7 +419,7 @@ class Run:
         self.record.close()
         if not files:
             raise ckpt.CheckpointError(f"stopped by signal {stop}, but the run could not be saved")
-        name = "the end of its launcher" if stop == signal.SIGHUP else signal.Signals(stop).name
+        name = "the end of its launcher" if stop == LAUNCHER_GONE else signal.Signals(stop).name
         logger.info(f"stopped by {name}: the same command goes on (exit code {REQUEUE_EXIT_CODE})")
         sys.exit(REQUEUE_EXIT_CODE)
 

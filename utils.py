@@ -1,23 +1,32 @@
-"""Devices, precision, seeds, worker processes, memory, files that are whole."""
+"""Devices, precision, seeds, worker processes, memory, files that are whole.
+
+Whatever differs between Linux, macOS and Windows is here.
+"""
 
 import contextlib
-import logging
+import math
 import multiprocessing
 import os
-import platform
 import random
-import resource
 import signal
 import sys
-import time
 import uuid
 import zlib
 from dataclasses import dataclass
 
 import numpy as np
-import timm
 import torch
-from torch._dynamo.callback import on_compile_end, on_compile_start
+
+try:
+    import fcntl
+    import resource
+except ImportError:  # on Windows
+    import msvcrt
+
+    fcntl = resource = None
+
+# What asks a run to stop: schedulers, Ctrl-C. Windows has no SIGUSR1.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
 
 class UserError(ValueError):
@@ -35,45 +44,31 @@ class Compute:
         """Context of forward passes in mixed precision."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
+    def float64_device(self):
+        """Where to add up in float64: on the device, but on the CPU for MPS, which has no float64."""
+        return torch.device("cpu") if self.device.type == "mps" else self.device
+
 
 def build_compute(config):
-    """The :class:`Compute` of this process: on ``DEVICE``, or else on a GPU where there is one.
+    """The :class:`Compute` of this process: on ``DEVICE``, or else on a CUDA GPU where there is one.
 
     Raises:
         UserError: no such GPU.
     """
+    kind = config.DEVICE or ("cuda" if torch.cuda.is_available() else "cpu")
     mixed = config.AMP_OPT_LEVEL != "O0"
-    if config.DEVICE == "cpu" or (not config.DEVICE and not torch.cuda.is_available()):
-        return Compute(torch.device("cpu"), torch.bfloat16 if mixed else None)
-    number, count = config.LOCAL_RANK, torch.cuda.device_count()
+    if kind == "cpu":
+        return Compute(torch.device(kind), torch.bfloat16 if mixed else None)
+    number = config.LOCAL_RANK
+    count = torch.cuda.device_count() if kind == "cuda" else int(torch.backends.mps.is_available())
     if number >= count:
         raise UserError(
-            f"process {number} of this machine has no GPU, PyTorch sees {count}: use --device "
-            "cpu, or launch no more processes than GPUs"
+            f"process {number} of this machine has no GPU for --device {kind}, PyTorch sees {count}: use "
+            "--device cpu, or launch no more processes than GPUs"
         )
-    torch.cuda.set_device(number)
-    return Compute(torch.device("cuda", number), getattr(torch, config.AMP_DTYPE) if mixed else None)
-
-
-def compile_model(model):
-    """Compile a model in place, for one batch size at a time; it stays the same module with the same state.
-
-    A graph for each of training and evaluation, and one for a smaller last batch; no part runs uncompiled.
-    The log says how long each takes when it happens.
-    """
-    begin = []
-
-    def started(*_):
-        begin.append(time.monotonic())
-
-    def ended(*_):
-        logging.getLogger("msg_transformer").info(
-            f"torch.compile took {time.monotonic() - begin.pop():.0f} s"
-        )
-
-    on_compile_start(started)
-    on_compile_end(ended)
-    model.compile(fullgraph=True, dynamic=False)
+    if kind == "cuda":
+        torch.cuda.set_device(number)
+    return Compute(torch.device(kind, number), getattr(torch, config.AMP_DTYPE) if mixed else None)
 
 
 def be_deterministic():
@@ -126,12 +121,11 @@ def _seed_of(purpose, numbers):
 @contextlib.contextmanager
 def memory_limit(extra):
     """Let this process take no more than ``extra`` bytes beyond those it has; on Linux only."""
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            limit = int(file.read().split()[0]) * resource.getpagesize() + extra
-    except OSError:
+    if resource is None or not os.path.exists("/proc/self/statm"):
         yield
         return
+    with open("/proc/self/statm", encoding="ascii") as file:
+        limit = int(file.read().split()[0]) * resource.getpagesize() + extra
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     if soft == resource.RLIM_INFINITY or limit < soft:
         resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
@@ -139,6 +133,14 @@ def memory_limit(extra):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def peak_memory_mb(device):
+    """Peak memory so far, in MiB: allocated by CUDA, or else resident in this process; nan on Windows."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else math.nan
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 @contextlib.contextmanager
@@ -157,34 +159,41 @@ def replacing(path):
             os.remove(temporary)
 
 
+def sync_folder(path):
+    """Make the new name of a file last through a power cut; Windows has no call for that."""
+    if fcntl:
+        folder = os.open(os.path.dirname(path) or os.curdir, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def lock_file(file):
+    """Lock an open file until this process closes it or ends; its children do not inherit the lock.
+
+    Returns:
+        False where another process holds the lock.
+
+    Raises:
+        OSError: there are no locks here.
+    """
+    try:
+        if fcntl:
+            # Not flock: forked workers would share it, and keep it for a while after the run was killed.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            # Nobody else could read what is locked on Windows: so it is a byte beyond the content.
+            os.lseek(file.fileno(), 2**30, os.SEEK_SET)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
+
+
 def end_workers():
     """Kill data-loading workers that an error left behind: they ignore the signals that a run handles."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for child in multiprocessing.active_children():
         child.kill()
-
-
-def machine(device):
-    """One line that names the processor, its threads and the versions, for what was measured.
-
-    Args:
-        device: cpu or cuda.
-    """
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
-        lines = file.read().splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-        flags = next((line for line in lines if line.startswith("flags")), "")
-        name += "".join(f", {flag}" for flag in ("avx512f", "avx512_bf16", "amx_bf16") if flag in flags)
-    name += f", {torch.get_num_threads()} threads"
-    if device == "cuda":
-        name = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda} ({name})"
-    return f"{name}; Python {platform.python_version()}, PyTorch {torch.__version__}, timm {timm.__version__}"
-
-
-def peak_memory_mb(device):
-    """Peak memory so far: allocated on the GPU, or resident in this process on the CPU, in MiB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)

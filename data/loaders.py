@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from config import ConfigError
 from distributed import from_rank_0, gather_lists
+from utils import STOP_SIGNALS
 
 from .datasets import DataError, EvaluationSamples, TrainingSamples, build_dataset, load_image
 from .samplers import TrainBatchSampler, evaluation_shard
@@ -114,9 +115,12 @@ class ToDevice:
 
     def move(self, batch):
         """A batch on the device, its images normalised."""
-        images, targets = batch
-        images = self.normalize(images.to(self.device, non_blocking=True))
-        return images, targets.to(self.device, non_blocking=True)
+        images, targets = map(self.copy, batch)
+        return self.normalize(images), targets
+
+    def copy(self, tensor):
+        """A tensor on the device, which CUDA alone may copy later: MPS would read memory given back since."""
+        return tensor.to(self.device, non_blocking=self.stream is not None)
 
     def _hand_over(self, batch, ready):
         current = torch.cuda.current_stream(self.device)
@@ -132,7 +136,7 @@ class ToDevice:
             return images
         result = torch.empty(images.shape, device=images.device)
         # On a CPU, image by image: one fits into its caches.
-        parts = zip(result, images) if self.stream is None else [(result, images)]
+        parts = zip(result, images) if self.device.type == "cpu" else [(result, images)]
         for part, image in parts:
             part.copy_(image).div_(255).sub_(self.mean).div_(self.std)
         return result
@@ -157,7 +161,7 @@ def collate(samples):
 
 def start_worker(worker):
     """Let a worker ignore signals: schedulers send them to workers too, but only the run answers them."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     if "cv2" in sys.modules:  # imported where it reads the images
         sys.modules["cv2"].setNumThreads(0)

@@ -43,15 +43,12 @@ class BatchToDevice(ToDevice):
     def move(self, batch):
         """((images, sizes), targets) on the device."""
         (images, sizes), targets = batch
-        images = self.normalize(images.to(self.device, non_blocking=True))
+        images = self.normalize(self.copy(images))
         for image, (height, width) in zip(images, sizes):
             image[:, height:] = 0
             image[:, :, width:] = 0
         targets = [
-            {
-                name: value.to(self.device, non_blocking=True) if torch.is_tensor(value) else value
-                for name, value in target.items()
-            }
+            {name: self.copy(value) if torch.is_tensor(value) else value for name, value in target.items()}
             for target in targets
         ]
         return (images, sizes), targets

@@ -3,7 +3,8 @@ builds it, and what makes it fast or says how fast it could be."""
 
 from . import timm_names
 from .build import build_model
+from .compiled import compile_model
 from .cpu import use_onednn
 from .fixed_weights import inference
 
-__all__ = ["build_model", "inference", "timm_names", "use_onednn"]
+__all__ = ["build_model", "compile_model", "inference", "timm_names", "use_onednn"]

@@ -15,12 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from config import MSG_CHOICES
-
 from .attention_triton import triton
 from .export import exporting
 
-BACKENDS = MSG_CHOICES["ATTENTION"]
+BACKENDS = ("auto", "eager", "sdpa", "blocked", "triton")
 BLOCK = 64  # windows whose scores stay in the cache
 
 

@@ -1,6 +1,6 @@
 """From a config to a model."""
 
-from config import ConfigError
+from utils import UserError
 
 from .cpu import use_onednn
 from .msg_transformer import MSGTransformer
@@ -12,7 +12,7 @@ def build_model(config):
     On the CPU its linear layers run through oneDNN.
 
     Raises:
-        ConfigError: a combination that cannot be built; the message names the key to change.
+        UserError: a combination that cannot be built; the message names the key to change.
     """
     msg = config.MODEL.MSG
     arguments = dict(
@@ -41,9 +41,9 @@ def build_model(config):
     try:
         model = MSGTransformer(**arguments)
     except ValueError as error:
-        raise ConfigError(str(error)) from error
+        raise UserError(str(error)) from error
     except (RuntimeError, MemoryError) as error:
-        raise ConfigError(
+        raise UserError(
             f"a model of these sizes cannot be made ({str(error).splitlines()[0]}): lower "
             "MODEL.MSG.EMBED_DIM, MLP_RATIO or DEPTHS, or MODEL.NUM_CLASSES"
         ) from error

@@ -2,10 +2,17 @@
 
 from dataclasses import dataclass
 
-from config import MSG_CHOICES
-
+from .attention import BACKENDS
 from .attention_triton import triton_missing
 from .export import image_size
+
+# The keys of MODEL.MSG that take one word of a few.
+CHOICES = {
+    "MANIP_TYPE": ("shuf", "none"),
+    "PATCH_EMBED": ("linear", "conv"),
+    "DOWNSAMPLE": ("linear", "conv"),
+    "ATTENTION": BACKENDS,
+}
 
 
 @dataclass(frozen=True)
@@ -111,7 +118,7 @@ def check_choices(manip_type, patch_embed, downsample, attention):
         ValueError: a word that is not among those of the key, or attention that cannot run here.
     """
     words = dict(MANIP_TYPE=manip_type, PATCH_EMBED=patch_embed, DOWNSAMPLE=downsample, ATTENTION=attention)
-    for key, known in MSG_CHOICES.items():
+    for key, known in CHOICES.items():
         if words[key] not in known:
             raise ValueError(f"MODEL.MSG.{key} is {words[key]!r}: use {' or '.join(known)}")
     if attention == "triton" and triton_missing():

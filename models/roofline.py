@@ -5,9 +5,12 @@ activations, additions, windows that move) is taken as fused into them: it costs
 arithmetic is not counted.
 """
 
+import contextlib
+import platform
 import time
 from typing import NamedTuple
 
+import timm
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -51,6 +54,24 @@ def count_work(model, images, training=False):
 def least_seconds(work, flops_per_second, bytes_per_second):
     """The time that operations take where each one is limited by arithmetic or by memory traffic alone."""
     return sum(max(flops / flops_per_second, size / bytes_per_second) for flops, size in work)
+
+
+def machine(device):
+    """One line that names the processor, its threads and the versions, for what was measured.
+
+    Args:
+        device: cpu or cuda.
+    """
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        lines = file.read().splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+        flags = next((line for line in lines if line.startswith("flags")), "")
+        name += "".join(f", {flag}" for flag in ("avx512f", "avx512_bf16", "amx_bf16") if flag in flags)
+    name += f", {torch.get_num_threads()} threads"
+    if device == "cuda":
+        name = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda} ({name})"
+    return f"{name}; Python {platform.python_version()}, PyTorch {torch.__version__}, timm {timm.__version__}"
 
 
 def machine_limits(device, dtype):

@@ -23,10 +23,9 @@ def data(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def signal_handlers():
     """Give pytest back the signals that a Guard takes."""
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    handlers = [signal.getsignal(number) for number in numbers]
+    handlers = [signal.getsignal(number) for number in utils.STOP_SIGNALS]
     yield
-    for number, handler in zip(numbers, handlers):
+    for number, handler in zip(utils.STOP_SIGNALS, handlers):
         signal.signal(number, handler)
 
 

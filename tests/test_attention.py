@@ -155,7 +155,6 @@ def test_a_model_on_triton_kernels_has_the_gradients_of_the_formula():
     assert max(errors) < 1e-5, errors
 
 
-@pytest.mark.skipif(Version(triton.__version__) < Version("3.3"), reason="Triton took other arguments then")
 @pytest.mark.parametrize("tokens, dim, kind", [(50, 32, "bf16"), (145, 64, "bf16"), (145, 32, "fp32")])
 @pytest.mark.parametrize("arch, shared", [(80, 163 << 10), (90, 227 << 10)])
 def test_triton_kernels_compile_for_gpus_within_their_shared_memory(tokens, dim, kind, arch, shared):

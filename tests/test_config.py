@@ -14,6 +14,7 @@ import main
 from config import MOST_FILES, ConfigError, default_config, dump_config, get_config, parse_args
 from detection.detector import build_detector
 from models import build_model
+from utils import UserError
 
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("configs/**/*.yaml"))
 
@@ -162,7 +163,7 @@ def test_dumped_config_gives_the_same_run_again(tmp_path):
 
 
 def test_impossible_model_names_the_key():
-    with pytest.raises(ConfigError, match="DATA.IMG_SIZE is 64"):
+    with pytest.raises(UserError, match="DATA.IMG_SIZE is 64"):
         build_model(digits_config("DATA.IMG_SIZE", 64))
 
 
@@ -170,7 +171,7 @@ def test_a_model_that_no_memory_holds_is_one_message():
     sizes = dict(PATCH_SIZE=1, WINDOW_SIZE=10**5, EMBED_DIM=10**4)
     sizes |= dict(DEPTHS=[1], NUM_HEADS=[1000], SHUF_SIZE=[1])
     opts = [word for key, value in sizes.items() for word in (f"MODEL.MSG.{key}", value)]
-    with pytest.raises(ConfigError, match="cannot be made .*: lower MODEL.MSG.EMBED_DIM"):
+    with pytest.raises(UserError, match="cannot be made .*: lower MODEL.MSG.EMBED_DIM"):
         build_model(digits_config("DATA.IMG_SIZE", 10**5, *opts))
 
 

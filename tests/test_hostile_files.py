@@ -230,6 +230,20 @@ def test_allowed_types_cannot_be_bent_into_calls(tmp_path):
             ckpt.read_checkpoint(path)
 
 
+def test_a_checkpoint_cannot_reach_beyond_its_tensors(tmp_path):
+    """Two ways in which checkpoints could corrupt memory before PyTorch 2.10 (CVE-2026-24747)."""
+    path, whole = str(tmp_path / "beyond.pth"), io.BytesIO()
+    archive(path, b"\x80\x02ctorch\nTensor\nK\x02\x85RK\x00K\x01s.")  # SETITEM of a tensor
+    with pytest.raises(ckpt.CheckpointError, match="beyond.pth is damaged"):
+        ckpt.read_checkpoint(path)
+    torch.save(dict(model={"weight": torch.zeros(1024)}), whole)
+    with zipfile.ZipFile(whole) as old, zipfile.ZipFile(path, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name)[: 8 if name.endswith("data/0") else None])
+    with pytest.raises(ckpt.CheckpointError, match="beyond.pth is damaged"):
+        ckpt.read_checkpoint(path)
+
+
 def test_older_and_scripted_archives_are_refused(tmp_path, count):
     trap, path = str(tmp_path / "trap"), str(tmp_path / "old.pth")
     bad = pickle.dumps(Calls(os.mkdir, trap), 2)

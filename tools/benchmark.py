@@ -37,8 +37,7 @@ from models import inference, use_onednn
 from models.attention import BACKENDS
 from models.attention_triton import triton_missing
 from models.msg_transformer import MSGTransformer
-from models.roofline import count_work, least_seconds, machine_limits
-from utils import machine
+from models.roofline import count_work, least_seconds, machine, machine_limits
 
 DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
 CLASSES = 1000

@@ -30,7 +30,8 @@ from data.loaders import Loader, ToDevice, build_reader, collate, start_worker
 from data.mixup import build_augmentation
 from data.opencv import ImageFile
 from data.transforms import augment_operations, posterize_from_0_bits
-from utils import UserError, machine
+from models.roofline import machine
+from utils import UserError
 
 CONFIG = Path(__file__).parents[1] / "configs" / "msg_tiny_p4_win7_224.yaml"
 PEER = "timm"

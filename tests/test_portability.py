@@ -1,0 +1,127 @@
+"""What runs on Linux alone must not be needed: Windows, macOS, Apple's GPUs. All of it is tested on Linux."""
+
+import pickle
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+from helpers import ROOT, Started, digits_config, run_folder
+from test_coco_data import write_set
+from test_detection import config as coco_config
+
+import detection.loaders
+import utils
+from config import get_config, parse_args
+from data import build_loaders
+from logger import read_metrics
+from run import FolderClaim
+from utils import Compute, UserError, build_compute
+
+# Windows as far as it can be played: spawned workers read this file too. The libraries come first, since they
+# ask for the operating system in other ways.
+WINDOWS = """
+import errno, fcntl, multiprocessing, os, signal, sys, types
+import timm.data, torch
+if __name__ == "__main__":
+    import matplotlib.backends.backend_agg, torch.utils.tensorboard
+
+def locking(number, mode, size):
+    assert mode == 2
+    lockf(number, 6, size, 0, os.SEEK_CUR)  # at once or never
+
+def open_file(path, *others, open=os.open, **options):
+    if os.path.isdir(path):
+        raise PermissionError(errno.EACCES, "a folder", path)
+    return open(path, *others, **options)
+
+lockf, os.open = fcntl.lockf, open_file
+msvcrt, without = types.ModuleType("msvcrt"), types.ModuleType("signal")
+msvcrt.locking, msvcrt.LK_NBLCK = locking, 2
+here = ("SIGINT", "SIGTERM", "SIGABRT", "SIG_DFL", "SIG_IGN")
+vars(without).update({k: v for k, v in vars(signal).items() if k[:3] != "SIG" or k in here})
+sys.modules.update(fcntl=None, resource=None, msvcrt=msvcrt, signal=without)
+for name in ("fork", "killpg", "getpgid", "setsid", "uname", "sched_getaffinity", "mkfifo", "getuid"):
+    delattr(os, name)
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method("spawn")
+    import distributed, main
+    from config import parse_args
+    distributed.run_command(lambda: main.main(parse_args("", argv=sys.argv[1:])))
+"""
+
+
+def test_an_epoch_and_its_evaluation_need_nothing_that_windows_lacks(data, tmp_path):
+    script = tmp_path / "windows.py"
+    script.write_text(WINDOWS)
+    command = [sys.executable, script, "--cfg", "configs/digits.yaml", "--data-path", data, "--device", "cpu"]
+    command += ["--output", tmp_path, "--batch-size", 36, "--opts", "TRAIN.EPOCHS", 1, "PRINT_FREQ", 1]
+    command += ["TRAIN.WARMUP_EPOCHS", 0, "DATA.NUM_WORKERS", 1]
+    run = Started(tmp_path, list(map(str, command)), PYTHONPATH=str(ROOT))
+    assert run.wait() == 0, run.text()
+    assert "Train: [0/1][1/2]" in run.text() and "mem nanMB" in run.text() and "no lock" not in run.text()
+    (row,) = read_metrics(run_folder(tmp_path) / "metrics.jsonl")
+    assert row["epoch"] == 0 and (run_folder(tmp_path) / "best.pth").exists()
+
+
+def test_a_lock_of_windows_leaves_the_file_readable(tmp_path, monkeypatch):
+    """There, others can neither read nor write the bytes that are locked."""
+    lockf = utils.fcntl.lockf
+    msvcrt = types.SimpleNamespace(LK_NBLCK=2, locking=lambda number, _, size: lockf(number, 6, size, 0, 1))
+    monkeypatch.setattr(utils, "fcntl", None)
+    monkeypatch.setattr(utils, "msvcrt", msvcrt, raising=False)
+    claim = FolderClaim(str(tmp_path))
+    claim.take()
+    other = (
+        "import fcntl; file = open('run.lock', 'a')\n"
+        "fcntl.lockf(file, 6, 1000)\n"  # what there is to read
+        "try: fcntl.lockf(file, 6)\n"
+        "except BlockingIOError: print('refused', open('run.lock').read())"
+    )
+    done = subprocess.run([sys.executable, "-c", other], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.startswith("refused process "), done.stdout + done.stderr
+    claim.file.close()
+    done = subprocess.run([sys.executable, "-c", other], cwd=tmp_path, capture_output=True, text=True)
+    assert not done.stdout and not done.stderr
+
+
+@pytest.mark.parametrize("backend", ["pil", "opencv", "coco"])
+def test_what_a_worker_is_given_can_be_pickled(backend, data, tmp_path):
+    """Where processes are not forked: on Windows and macOS, and on Linux from Python 3.14 on."""
+    if backend == "coco":
+        write_set(tmp_path, [(40, 40, "object")] * 4)
+        of_set = ["DATA.DATA_PATH", tmp_path, "DATA.BATCH_SIZE", 1]
+        train, _, val, _ = detection.loaders.build_loaders(coco_config("shapes", *of_set))
+    else:
+        train, _, val, _ = build_loaders(digits_config("DATA.BACKEND", backend, data_path=str(data)))
+    for part, key in ((train.loader, (0, 1)), (val.loader, 1)):
+        given = part.dataset, part.collate_fn, part.worker_init_fn
+        samples, collate, _ = pickle.loads(pickle.dumps(given))
+        images, _, failed = collate([samples[key]])
+        assert len(images) and not failed
+
+
+def compute_of(*opts):
+    return build_compute(get_config(parse_args("", argv=["--cfg", "configs/digits.yaml", *opts])))
+
+
+def test_the_gpu_of_a_mac_takes_the_precision_of_gpus(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    mixed = "AMP_OPT_LEVEL", "O1"
+    half, brain, full = (
+        compute_of("--device", "mps", *opts)
+        for opts in (("--opts", *mixed), ("--opts", *mixed, "AMP_DTYPE", "bfloat16"), ("--disable-amp",))
+    )
+    assert half == Compute(torch.device("mps", 0), torch.float16)
+    assert (brain.dtype, full.dtype) == (torch.bfloat16, None)
+    assert half.float64_device() == torch.device("cpu")
+
+
+@pytest.mark.parametrize("available, opts", [(False, ()), (True, ("--local-rank", "1"))])
+def test_a_gpu_that_is_not_there_is_refused(available, opts, monkeypatch):
+    """A Mac has one GPU."""
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: available)
+    with pytest.raises(UserError, match="no GPU for --device mps, PyTorch sees [01]: use --device cpu"):
+        compute_of("--device", "mps", *opts)
