@@ -18,12 +18,16 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements-dev.txt
 	touch $@
 
+# torchrun's own default, set so that it need not warn of it. DDP warns in every run that the search for unused
+# parameters finds none; it is on for the order of its sums (distributed.py).
+demo: export OMP_NUM_THREADS ?= 1
+demo: export TORCH_CPP_LOG_LEVEL ?= ERROR
 demo: $(VENV)/.installed
 	@if [ -e $(DEMO)/best.pth ]; then echo "found $(DEMO): resuming it (make demo-clean starts clean)"; \
 	else echo "starting clean in $(DEMO)"; fi
-	$(BIN)/python tools/make_digits.py datasets/digits
-	$(BIN)/python -m torch.distributed.launch --standalone --nproc_per_node 2 main.py \
-	    --cfg configs/digits.yaml --data-path datasets/digits --device cpu --tag seed$(SEED) --opts SEED $(SEED)
+	@$(BIN)/python tools/make_digits.py datasets/digits
+	$(BIN)/torchrun --standalone --nproc_per_node 2 main.py --cfg configs/digits.yaml \
+	    --data-path datasets/digits --device cpu --tag seed$(SEED) --opts SEED $(SEED)
 	$(BIN)/torchrun --standalone --nproc_per_node 2 main.py --cfg configs/digits.yaml \
 	    --data-path datasets/digits --device cpu --tag seed$(SEED) --resume $(DEMO)/best.pth --eval
 	@echo "best checkpoint: $(DEMO)/best.pth"
@@ -36,7 +40,7 @@ demo-clean:
 demo-coco: $(VENV)/.installed
 	@if [ -e $(SHAPES)/best.pth ]; then echo "found $(SHAPES): resuming it (make demo-coco-clean starts clean)"; \
 	else echo "starting clean in $(SHAPES)"; fi
-	$(BIN)/python tools/make_shapes.py datasets/shapes
+	@$(BIN)/python tools/make_shapes.py datasets/shapes
 	$(BIN)/python detect.py --cfg configs/coco/shapes.yaml --data-path datasets/shapes --device cpu \
 	    --tag seed$(SEED) --opts SEED $(SEED)
 	$(BIN)/python detect.py --cfg configs/coco/shapes.yaml --data-path datasets/shapes --device cpu \

@@ -105,7 +105,7 @@ def remove_unfinished(folder):
 
 
 def _prune(folder, keep, newest):
-    # Files of a later place were damaged when the run resumed: they must not push out good ones.
+    # Files from later in the run were damaged when it resumed: they must not push out good ones.
     newest_first = [name for name in in_order(folder) if place_of(name) <= place_of(newest)][::-1]
     epochs = [name for name in newest_first if place_of(name)[1] == 0]
     within = [name for name in newest_first[1:] if place_of(name)[1] > 0]
@@ -131,7 +131,7 @@ def fetch_checkpoint(url):
         Path of the file in torch.hub's checkpoint folder.
 
     Raises:
-        CheckpointError: not https, not to be had, or with another hash than its name says.
+        CheckpointError: not https, cannot be fetched, or has another hash than its name says.
     """
     name = os.path.basename(urllib.parse.urlparse(url).path)
     digest = re.search(r"-([0-9a-f]{8,64})\.\w+$", name)
@@ -200,7 +200,7 @@ def read_weights(path):
     """Read what evaluation and fine-tuning need: ``model``, and ``classes``, None where they are not named.
 
     Raises:
-        CheckpointError: as for :func:`read_checkpoint`, or the weights are such as no model has.
+        CheckpointError: as for :func:`read_checkpoint`, or weights that no model could have.
     """
     checkpoint = read_checkpoint(path)
     return dict(model=_weights_of(checkpoint, path), classes=_classes_of(checkpoint, path))
@@ -210,7 +210,7 @@ def read_run(path):
     """Read what a run continues from, and no other entries.
 
     Raises:
-        CheckpointError: as for :func:`read_checkpoint`, or an entry is missing or such as no run writes.
+        CheckpointError: as for :func:`read_checkpoint`, or an entry is missing or is none that a run writes.
     """
     checkpoint = read_checkpoint(path)
     if not isinstance(checkpoint.get("model"), dict) or "epoch" not in checkpoint:

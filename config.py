@@ -570,12 +570,17 @@ def set_classes(config, count):
 
 
 def dump_config(config):
-    """The config as YAML that ``--cfg`` takes again: OUTPUT is the root, as it was given."""
+    """The config as YAML that ``--cfg`` takes again: OUTPUT is the root, as it was given.
+
+    A config for main.py has no keys of detection.
+    """
     config = config.clone()
     config.defrost()
     suffix = os.path.join("", config.MODEL.NAME, config.TAG)
     config.OUTPUT = config.OUTPUT.removesuffix(suffix).rstrip(os.sep) or os.curdir
     config.BASE = [""]
+    if config.DATA.DATASET != "coco":
+        del config["DET"]
     return config.dump()
 
 

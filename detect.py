@@ -22,7 +22,7 @@ from detection.detector import build_detector, count_macs, load_pretrained, to_o
 from detection.loaders import build_loaders
 from detection.pictures import draw_curves, draw_detections
 from engine import train_one_epoch
-from logger import clock, start_logging, write_config
+from logger import DETAIL, FILE, clock, log_progress, start_logging, write_config
 from models import inference
 from run import Task, build_guard, build_run, check_checkpoints, choose_for_evaluation
 
@@ -30,6 +30,7 @@ TASK = Task(
     base_images=16,
     score="box_AP",
     score_name="box AP",
+    shown=(("box_AP", "box AP"), ("mask_AP", "mask AP")),
     load_pretrained=load_pretrained,
     draw=draw_curves,
     drawn=("epoch", "train_loss", "box_AP", "mask_AP", "lr"),
@@ -61,8 +62,9 @@ def main(args):
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.classes = list(map(str, names))
 
-    start_logging(config.OUTPUT, rank)
-    logger.info(f"{mode} on {world_size} x {device}, PyTorch {torch.__version__}\n{dump_config(config)}")
+    start_logging(config.OUTPUT, rank, training=mode == "train")
+    logger.info(f"{mode} on {world_size} x {device}, PyTorch {torch.__version__}")
+    logger.info(dump_config(config), extra=FILE)
     for loader in (train_loader, val_loader):
         if loader is not None:
             loader.report()
@@ -70,7 +72,7 @@ def main(args):
     macs = count_macs(model, 800, 1280) / 1e9
     logger.info(f"{config.MODEL.NAME}: {parameters:,} parameters, {macs:.1f} GMACs per image of 1280x800")
     if config.COMPILE or config.DATA.BACKEND != "pil":
-        logger.warning("COMPILE and DATA.BACKEND are for classification: detection does without")
+        logger.warning("COMPILE and DATA.BACKEND are for classification: detection uses neither")
 
     if mode == "eval":
         if rank == 0:
@@ -138,29 +140,31 @@ def evaluate(model, loader, dataset, compute, config):
             if step % config.PRINT_FREQ == 0:
                 mean_time = (time.time() - begin) / (step + 1)
                 left = clock((len(loader) - step - 1) * mean_time)
-                logger.info(
+                log_progress(
                     f"Test: [{step}/{len(loader)}]\teta {left}\tTime {mean_time:.3f}\t"
-                    f"Mem {utils.peak_memory_mb(compute.device):.0f}MB"
+                    f"Mem {utils.peak_memory_mb(compute.device):.0f}MB",
+                    len(loader) * mean_time,
                 )
     loader.check_failures()
     results, seen = distributed.gather_lists(results), distributed.gather_lists(seen)
 
     def on_rank_0():
         figures, rows = evaluation.average_precision(annotations.as_coco(), results, seen)
-        logger.info(f"{len(seen)} images, {len(results)} detections\n{evaluation.table(rows)}")
+        logger.info(f"{len(seen)} images, {len(results)} detections\n{evaluation.table(rows)}", extra=DETAIL)
         try:
             path = os.path.join(config.OUTPUT, "detections.json")
             evaluation.write_results(path, results)
             names = [category["name"] for category in annotations.categories]
             if drawn:
                 draw_detections(drawn, names, os.path.join(config.OUTPUT, "detections.png"))
-            logger.info(f"detections: {path} and detections.png")
+            logger.info(f"detections: {path} and detections.png", extra=DETAIL)
         except OSError as error:
             logger.error(f"cannot write the detections: {error}")
         return {name: value for name, value in figures.items() if math.isfinite(value)}
 
     figures = distributed.from_rank_0(on_rank_0)
-    logger.info(" * " + "  ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in figures.items()))
+    line = "  ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in figures.items())
+    logger.info(f" * {line}", extra=DETAIL)
     return figures
 
 

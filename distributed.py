@@ -81,7 +81,7 @@ def _agree_on_a_name(store, rank, world_size, timeout):
 def parallelize(model, device):
     """The model as DistributedDataParallel.
 
-    Without the search for unused parameters, DDP would order its gradient buckets anew behind the first
+    Without the search for unused parameters, DDP would order its gradient buckets anew after the first
     update of every start, and a resumed run would add up the gradients of three or more processes in another
     order.
     """

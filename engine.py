@@ -5,7 +5,7 @@ import itertools
 import logging
 import time
 
-from logger import clock
+from logger import DETAIL, clock, log_progress
 from optimizer import NonFiniteError
 from utils import peak_memory_mb, seed_everything
 
@@ -20,7 +20,7 @@ def train_one_epoch(run, loader, losses_of):
     undisturbed one would.
 
     Args:
-        run: a :class:`~run.Run` that set out for the epoch.
+        run: a :class:`~run.Run` that has started the epoch.
         losses_of: called with the images and targets of a micro-batch and its number in the update; returns
             the mean losses by name, whose sum is minimised.
 
@@ -64,7 +64,7 @@ def by_update(loader, accumulation):
     # Closed even where the caller still holds the iterator of an update that an error broke off.
     with contextlib.closing(batch for batch in loader) as batches:
         for first in batches:
-            # An iterator, unlike a list, lets go of what it gave: the first shall not outlast its turn.
+            # An iterator, unlike a list, lets go of what it gave: the first must not outlast its turn.
             micro_batches = itertools.chain(iter([first]), itertools.islice(batches, accumulation - 1))
             del first
             yield micro_batches
@@ -99,7 +99,7 @@ class EpochLog:
         left = self.updates - update - 1
         left_in_run = left + (epochs - progress.epoch - 1) * per_epoch
         lr = learning_rate(self.run)
-        logger.info(
+        log_progress(
             f"Train: [{progress.epoch}/{epochs}][{update}/{self.updates}]\t"
             f"eta {clock(left * mean_time)} (run {clock(left_in_run * mean_time)}) "
             f"lr {lr:.6f}\ttime {time_now:.4f} ({mean_time:.4f})\t"
@@ -107,7 +107,8 @@ class EpochLog:
             f"grad_norm {values['grad_norm']:.4f} ({progress.norm.item() / progress.updates:.4f})\t"
             f"mem {peak_memory_mb(self.run.device):.0f}MB"
             + (f"\tskipped {skipped}" if skipped else "")
-            + ("\t" + " ".join(f"{name} {loss:.4f}" for name, loss in parts.items()) if parts else "")
+            + ("\t" + " ".join(f"{name} {loss:.4f}" for name, loss in parts.items()) if parts else ""),
+            mean_time * (self.updates - self.first),
         )
         values.update({f"loss_{name}": loss for name, loss in parts.items()})
         speed = self.run.sampler.images_per_update / time_now
@@ -128,7 +129,7 @@ class EpochLog:
         # A run resumed after the last update of an epoch has not set its learning rate.
         run.scheduler.step_update(run.position() - 1)
         seconds = time.time() - self.begin
-        logger.info(f"EPOCH {run.progress.epoch} training takes {clock(seconds)}")
+        logger.info(f"EPOCH {run.progress.epoch} training takes {clock(seconds)}", extra=DETAIL)
         return dict(
             train_loss=means.pop("loss"),
             grad_norm=means.pop("norm"),

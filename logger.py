@@ -16,12 +16,16 @@ from torch.utils.tensorboard import SummaryWriter
 from utils import UserError, replacing
 
 DRAWN = ("epoch", "train_loss", "val_loss", "acc1", "acc5", "lr")  # of the metrics of an epoch
+LONG = 60  # seconds from which an epoch or an evaluation shows its progress on the console
+
+# ``extra`` of lines that the console leaves out: always, or while training.
+FILE, DETAIL = dict(kind="file"), dict(kind="detail")
 
 logger = logging.getLogger("msg_transformer")
 
 
 class LogFile(logging.handlers.WatchedFileHandler):
-    """A log file that is opened again where somebody removed it, and that ends no run by a full disk."""
+    """A log file that is opened again after somebody removed it; if the disk is full, the run goes on."""
 
     def __init__(self, path):
         super().__init__(path, encoding="utf-8", errors="backslashreplace")
@@ -45,10 +49,11 @@ class LogFile(logging.handlers.WatchedFileHandler):
             print(f"cannot write {self.baseFilename}: {sys.exc_info()[1]}; going on", file=sys.stderr)
 
 
-def start_logging(folder, rank):
-    """Have the logger write ``folder/log_rank<rank>.txt``, and on rank 0 to the console, in colour.
+def start_logging(folder, rank, training):
+    """Have the logger write ``folder/log_rank<rank>.txt``, and on rank 0 print what a person waits for.
 
-    Lines of level DEBUG, such as tracebacks, go to the file only.
+    Lines of level DEBUG, such as tracebacks, and those marked :data:`FILE` are not printed; neither are those
+    marked :data:`DETAIL` while ``training``.
 
     Raises:
         UserError: the folder cannot be written to.
@@ -63,18 +68,36 @@ def start_logging(folder, rank):
     for handler in logger.handlers[:]:
         logger.removeHandler(handler)
         handler.close()
-    where = "(%(filename)s %(lineno)d)"
-    date = "%Y-%m-%d %H:%M:%S"
     if rank == 0:
+        hidden = ("file", "detail") if training else ("file",)
         console = logging.StreamHandler(sys.stdout)
         console.setLevel(logging.INFO)
-        tty = sys.stdout.isatty()
-        prefix = colored("[%(asctime)s]", "green", force_color=tty, no_color=not tty)
-        prefix += " " + colored(where, "yellow", force_color=tty, no_color=not tty)
-        console.setFormatter(logging.Formatter(f"{prefix}: %(levelname)s %(message)s", date))
+        console.addFilter(lambda record: getattr(record, "kind", None) not in hidden)
+        console.setFormatter(ConsoleFormatter())
         logger.addHandler(console)
-    file.setFormatter(logging.Formatter(f"[%(asctime)s] {where}: %(levelname)s %(message)s", date))
+    where = "[%(asctime)s] (%(filename)s %(lineno)d)"
+    file.setFormatter(logging.Formatter(f"{where}: %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     logger.addHandler(file)
+
+
+class ConsoleFormatter(logging.Formatter):
+    """The message alone, after its level where that is a warning or worse; in colour on a terminal."""
+
+    def format(self, record):
+        """The text of a record."""
+        text, tty = super().format(record), sys.stdout.isatty()
+        if record.levelno < logging.WARNING:
+            return text
+        return colored(record.levelname, "yellow", force_color=tty, no_color=not tty) + f" {text}"
+
+
+def log_progress(message, seconds):
+    """Log a line of progress; the console shows it where the whole takes longer than :data:`LONG`.
+
+    Args:
+        seconds: how long the whole is expected to take.
+    """
+    logger.info(message, extra=None if seconds > LONG else FILE, stacklevel=2)
 
 
 def write_config(folder, name, text):

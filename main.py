@@ -19,7 +19,7 @@ from config import dump_config, get_config, parse_args, set_classes
 from data import build_loaders
 from data.mixup import build_augmentation
 from engine import train_one_epoch
-from logger import clock, start_logging, write_config
+from logger import DETAIL, FILE, clock, log_progress, start_logging, write_config
 from models import build_model, compile_model, inference
 from run import Task, build_guard, build_run, check_checkpoints, choose_for_evaluation
 
@@ -53,10 +53,12 @@ def main(args):
     model = build_model(config).to(device)
     model.classes = classes
 
-    start_logging(config.OUTPUT, rank)
-    logger.info(f"{mode} on {world_size} x {device}, PyTorch {torch.__version__}\n{dump_config(config)}")
+    start_logging(config.OUTPUT, rank, training=mode == "train")
+    logger.info(f"{mode} on {world_size} x {device}, PyTorch {torch.__version__}")
+    logger.info(dump_config(config), extra=FILE)
     if val_loader is not None and named_classes != len(classes):
-        logger.info(f"MODEL.NUM_CLASSES {named_classes} -> {len(classes)}, the class folders of the data")
+        what = f"MODEL.NUM_CLASSES {named_classes} -> {len(classes)}, the class folders of the data"
+        logger.info(what, extra=FILE)
     for loader in (train_loader, val_loader):
         if loader is not None:
             loader.report()
@@ -136,16 +138,17 @@ def evaluate(model, loader, compute, print_freq):
             if step % print_freq == 0:
                 loss_mean, acc1, acc5 = (sums[:3] / sums[3]).tolist()
                 mean_time = (time.time() - begin) / (step + 1)
-                logger.info(
+                log_progress(
                     f"Test: [{step}/{len(loader)}]\teta {clock((len(loader) - step - 1) * mean_time)}\t"
                     f"Time {mean_time:.3f}\tLoss {loss_mean:.4f}\t"
                     f"Acc@1 {100 * acc1:.3f}\tAcc@5 {100 * acc5:.3f}\t"
-                    f"Mem {utils.peak_memory_mb(compute.device):.0f}MB"
+                    f"Mem {utils.peak_memory_mb(compute.device):.0f}MB",
+                    len(loader) * mean_time,
                 )
     loader.check_failures()
     sums = distributed.sum_over_processes(sums).tolist()
     loss, acc1, acc5 = sums[0] / sums[3], 100 * sums[1] / sums[3], 100 * sums[2] / sums[3]
-    logger.info(f" * Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} Loss {loss:.6f} on {sums[3]:.0f} images")
+    logger.info(f" * Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} Loss {loss:.6f} on {sums[3]:.0f} images", extra=DETAIL)
     return dict(val_loss=loss, acc1=acc1, acc5=acc5)
 
 

@@ -29,7 +29,7 @@ from distributed import (
     rank_and_world_size,
     sum_over_processes,
 )
-from logger import DRAWN, RunRecord, clock, draw_curves, write_config
+from logger import DETAIL, DRAWN, RunRecord, clock, draw_curves, write_config
 from lr_scheduler import build_scheduler
 from optimizer import NonFiniteError, Updater, build_optimizer
 from utils import STOP_SIGNALS, UserError, lock_file
@@ -48,6 +48,7 @@ class Task:
         base_images: images per update that ``TRAIN.BASE_LR`` is for.
         score: the figure of an evaluation, in percent, that ``best.pth`` is best in.
         score_name: its name in the log.
+        shown: figures of an evaluation that the console shows after each epoch, and their names there.
         load_pretrained: called with the model, the content of ``--pretrained`` and its path.
         draw, drawn: the curves of a run, see :class:`~logger.RunRecord`.
     """
@@ -55,6 +56,7 @@ class Task:
     base_images: int = 512
     score: str = "acc1"
     score_name: str = "accuracy"
+    shown: tuple = (("acc1", "top-1"),)
     load_pretrained: Callable = functools.partial(ckpt.load_weights, new_head=True)
     draw: Callable = draw_curves
     drawn: tuple = DRAWN
@@ -122,7 +124,7 @@ def build_guard(config):
 
 
 def build_run(config, model, sampler, compute, task, guard):
-    """Set up training of a model, and restore what is there already.
+    """Set up training of a model, and restore what is already there.
 
     Args:
         sampler: the training sampler.
@@ -355,7 +357,8 @@ class Run:
     Attributes:
         model: the plain module whose weights are saved.
         best: the score of the weights in ``best.pth``.
-        highest: the highest score so far, be it written or not.
+        highest: the highest score so far, whether written or not.
+        first, begin: the epoch that it starts with here, and when.
     """
 
     def __init__(self, settings, updater, scheduler, sampler, record, guard):
@@ -365,43 +368,47 @@ class Run:
         self.progress = Progress(settings.start_epoch, self.device)
         self.best = self.highest = -1.0  # below 0, so that even a first score of 0 is the best so far
         self.saved = []  # names of the files that the last epoch left
+        self.first, self.begin = settings.start_epoch, time.time()
 
     def epochs_left(self):
-        """Yield the epochs to train, having set out for each, and sum up after the last.
+        """Yield the epochs to train, having started each, and sum up after the last.
 
         Each must be trained and then ended by :meth:`end_epoch`.
 
         Raises:
             CheckpointError: the last checkpoint could not be written.
         """
-        first, epochs, score_name = self.progress.epoch, self.settings.epochs, self.settings.task.score_name
+        settings, score_name = self.settings, self.settings.task.score_name
+        first, epochs, per_epoch = self.progress.epoch, settings.epochs, self.sampler.updates_per_epoch
         if first >= epochs:
             logger.info(f"all {epochs} epochs are trained already; max {score_name} {percent(self.best)}")
             return
         self.guard.start()
-        begin = time.time()
+        self.first, self.begin = first, time.time()
+        images = self.sampler.images_per_update
+        logger.info(f"{epochs} epochs of {per_epoch} updates with {images} images each, to {settings.folder}")
         for epoch in range(first, epochs):
             self.start_epoch(epoch)
             yield epoch
         if not self.saved:
-            raise ckpt.CheckpointError(f"the last checkpoint could not be written to {self.settings.folder}")
+            raise ckpt.CheckpointError(f"the last checkpoint could not be written to {settings.folder}")
         self.record.close()
         if self.sampler.rank == 0:
             logger.info(
-                f"trained epochs {first} to {epochs - 1} in {clock(time.time() - begin)}\n"
+                f"trained epochs {first} to {epochs - 1} in {clock(time.time() - self.begin)}\n"
                 f"  {f'max {score_name}:':16} {percent(self.highest)}\n"
                 f"  best checkpoint: {self.best_checkpoint()}\n"
                 f"  training curves: {self.record.picture}"
             )
 
     def start_epoch(self, epoch):
-        """Set out for the rest of a restored epoch, or for a whole one."""
+        """Start the rest of a restored epoch, or a whole one."""
         if self.progress.epoch != epoch:
             self.progress = Progress(epoch, self.device)
         self.sampler.start(epoch, self.progress.images)
 
     def position(self):
-        """Updates since the start of the run, had all been of today's size: the place in the schedule."""
+        """Updates since the start of the run, had all been of the present size: the place in the schedule."""
         per_epoch = self.sampler.updates_per_epoch
         return self.progress.epoch * per_epoch + self.progress.images / self.sampler.images_per_update
 
@@ -439,12 +446,23 @@ class Run:
         score = float(figures[task.score])
         before, self.best = self.best, max(self.best, score)
         self.highest = max(self.highest, score)
-        logger.info(f"Max {task.score_name}: {percent(self.highest)}")
+        logger.info(f"Max {task.score_name}: {percent(self.highest)}", extra=DETAIL)
         best = self.best > before
         self.saved = self.save(score, self.settings.is_due(epoch), best)
         if best and ckpt.BEST not in self.saved:
             self.best = before  # the next epoch may still write a best checkpoint
+        self.tell_epoch(means["train_loss"], figures)
         return self.saved
+
+    def tell_epoch(self, loss, figures):
+        """Log how good the epoch that has just ended is, and how long those that are left will take."""
+        done, epochs, task = self.progress.epoch + 1, self.settings.epochs, self.settings.task
+        scores = [f"{name} {percent(figures[key])}" for key, name in task.shown if key in figures]
+        left = (time.time() - self.begin) / (done - self.first) * (epochs - done)
+        logger.info(
+            f"epoch {done:{len(str(epochs))}} of {epochs}: loss {loss:.4f}, {', '.join(scores)} "
+            f"(best {percent(self.highest)}), {clock(left)} left"
+        )
 
     def save(self, score=None, due=True, best=False):
         """Write a checkpoint; all processes must call it, rank 0 writes.
@@ -495,7 +513,7 @@ class Run:
 
         files, problem = from_rank_0(write) if due or best else ([], None)
         if files:
-            logger.info(f"saved {', '.join(files)}")
+            logger.info(f"saved {', '.join(files)}", extra=DETAIL)
         if problem and settings.stop_on_save_error:
             raise ckpt.CheckpointError(f"{problem}; stopping (TRAIN.ON_SAVE_ERROR)")
         if problem:
@@ -523,10 +541,11 @@ class Run:
         if not left or self.sampler.rank:
             return
         free = shutil.disk_usage(settings.folder).free
-        tell = logger.warning if count * size > free else logger.info
-        tell(
+        logger.log(
+            logging.WARNING if count * size > free else logging.INFO,
             f"checkpoints: {count} of {size / 1e6:.0f} MB each will take {count * size / 1e9:.2f} GB of the "
-            f"{free / 1e9:.2f} GB that are free (TRAIN.KEEP_CHECKPOINTS and SAVE_FREQ limit them)"
+            f"{free / 1e9:.2f} GB that are free (TRAIN.KEEP_CHECKPOINTS and SAVE_FREQ limit them)",
+            extra=None if count * size > free else DETAIL,
         )
 
     def write_config(self):

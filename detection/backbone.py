@@ -6,7 +6,7 @@ its own regions need. Its features do not depend on that:
 
 - Padded tokens are never attended to, and are zero where patch merging or the next layer could see them.
 - A window without a token of its image is empty. Its messenger starts every stage as zeros, attends to itself
-  alone, takes part in the exchange of its shuffle region like any other, and is dropped behind the stage.
+  alone, takes part in the exchange of its shuffle region like any other, and is dropped after the stage.
   (An even number of blocks exchanges channel groups back to where they came from, so nothing is lost.)
 - A region that is larger than the map holds empty windows; it is not made smaller. So the maps are those of
   the classifier where the map of every stage consists of whole regions of the classifier's own sizes.

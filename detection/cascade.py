@@ -228,7 +228,7 @@ class CascadeHeads(nn.Module):
     def refine(self, stage, logits, deltas, boxes, sizes, labels=None):
         """The boxes of a stage for the next: moved by the deltas of their class.
 
-        The class is the true one where ``labels`` know it, and else the most probable one but the background.
+        The class is the true one where ``labels`` know it, and otherwise the most probable object class.
 
         Returns:
             Boxes (N, 4) of each image, within it.

@@ -25,7 +25,7 @@ class CocoDataset(Dataset):
 
     An item is (image, target): a uint8 image (3, H, W), and a dict of boxes (M, 4) as (x1, y1, x2, y2),
     labels (M,) from 1 and masks (M, H, W), all after ``transform``, image_id, and original_size (H, W) before
-    it. Crowds are no objects. Without ``with_objects``, only the last two.
+    it. Crowds do not count as objects. Without ``with_objects``, only the last two.
 
     Args:
         images: folder of the image files.
@@ -250,7 +250,7 @@ def runs_of(text):
 
 
 def _is_drawable(polygon):
-    """Whether pycocotools can draw a polygon (x, y, x, y, ...): of others it writes behind its memory."""
+    """Whether pycocotools can draw a polygon (x, y, x, y, ...): for others it writes beyond its memory."""
     low, high = min(polygon), max(polygon)
     if low < -_LONGEST or high > _LONGEST:
         return False

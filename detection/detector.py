@@ -55,7 +55,7 @@ class Detector(nn.Module):
         return self.heads.detect(maps, proposals, sizes)
 
     def no_weight_decay(self):
-        """Names of the parameters that weight decay must leave alone, beside biases and 1-d ones."""
+        """Names of the parameters that weight decay must leave alone, besides biases and 1-d ones."""
         return {f"backbone.model.{name}" for name in self.backbone.model.no_weight_decay()}
 
 
@@ -124,7 +124,7 @@ def build_detector(config, classes):
 
 
 def _initialise(detector):
-    """Draw what torchvision's parts draw otherwise than mmdet's."""
+    """Draw the first weights where mmdet's differ from torchvision's."""
     for module in detector.fpn.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.xavier_uniform_(module.weight)

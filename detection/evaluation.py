@@ -51,7 +51,7 @@ def average_precision(truth, results, image_ids):
 
     Returns:
         dict of ``box_AP``, ``box_AP50`` ... ``mask_APl``, and rows of (category name, box AP, mask AP).
-        What nobody could find, because there are no objects of its kind, is NaN.
+        A figure without objects of its kind is NaN.
     """
     figures, per_class = {}, []
     with contextlib.redirect_stdout(io.StringIO()):
@@ -81,7 +81,7 @@ def average_precision(truth, results, image_ids):
 
 
 class Evaluation(COCOeval):
-    """COCOeval, matching in arrays: its own loops take minutes over an image of very many objects."""
+    """COCOeval, matching in arrays: its own loops take minutes over an image with very many objects."""
 
     def evaluateImg(self, imgId, catId, aRng, maxDet):
         """Match the detections of an image, the surest first, to its objects of a category.
@@ -129,7 +129,7 @@ def _mean(precision):
 
 def _coco(truth, annotations):
     coco = COCO()
-    # pycocotools takes two objects of one id for one, and id 0 for none.
+    # pycocotools takes two objects with the same id for one, and id 0 for none.
     items = [dict(_with_area(item), id=i) for i, item in enumerate(annotations, 1)]
     coco.dataset = dict(truth, annotations=items)
     coco.createIndex()

@@ -8,7 +8,7 @@ from torchvision.ops import roi_align
 
 
 def mask_targets(masks, boxes, indices, side):
-    """What the mask head shall say of boxes: whether more than half of a cell belongs to the object.
+    """What the mask head learns for boxes: whether at least half of a cell belongs to the object.
 
     Args:
         masks: (M, H, W), 0 and 1, of the objects of an image.

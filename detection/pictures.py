@@ -1,4 +1,4 @@
-"""Pictures of detections beside the ground truth, and curves of a run."""
+"""Pictures of detections next to the ground truth, and curves of a run."""
 
 import math
 import os

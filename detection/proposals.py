@@ -153,5 +153,5 @@ def match_anchors(anchors, boxes, size):
 
 
 def at_least_float32(x):
-    """A tensor in float32, or as it is where that is more."""
+    """A tensor in float32, or unchanged where it is more precise."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -38,7 +38,7 @@ def triton_obstacle(device, dtype, tokens, head_dim):
 
 @torch.compiler.assume_constant_result
 def triton_missing():
-    """Why Triton can run nowhere on this machine, or None if it can."""
+    """Why Triton cannot run on this machine, or None if it can."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if not torch.cuda.is_available() and not _interpreted():

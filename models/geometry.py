@@ -112,7 +112,7 @@ def _check_stage(i, sizes, exchange):
 
 
 def check_choices(manip_type, patch_embed, downsample, attention):
-    """Check the arguments of MSGTransformer that take one word of a few.
+    """Check the arguments of MSGTransformer that take one of a few words.
 
     Raises:
         ValueError: a word that is not among those of the key, or attention that cannot run here.

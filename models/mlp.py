@@ -23,7 +23,7 @@ def use_blocked_mlp(mlp):
 def mlp_forward(mlp, x):
     """The forward of timm's Mlp: (..., in) to (..., out). On the CPU it trains block by block.
 
-    Both ways of going past a part of the Mlp need that it is as :func:`models.use_onednn` found it.
+    Both shortcuts need an Mlp that is as :func:`models.use_onednn` found it.
     """
     if exporting() or not _fusible(mlp):
         return Mlp.forward(mlp, x)

@@ -1,4 +1,4 @@
-"""MSG-Transformer (arXiv 2105.15168), in the order in which the paper tells it.
+"""MSG-Transformer (arXiv 2105.15168), in the order of the paper.
 
 Attention stays inside local windows. Every window carries one messenger (MSG) token, and the messengers of a
 shuffle region exchange channel groups in every block: that is the only way information crosses windows.
@@ -279,7 +279,7 @@ class Stage(nn.Module):
 
         Args:
             x, rows, cols: as for :meth:`merge`.
-            read: how many tokens of a window anybody reads after the last stage; None for all.
+            read: how many tokens of a window are read after the last stage; None for all.
         """
         if self.downsample is None:
             return self.forward_blocks(x, read)

@@ -27,7 +27,7 @@ def use_onednn_layer(layer):
 
 
 def is_onednn_layer(layer):
-    """Whether a module has the forward of this file, and nobody has put another one over it."""
+    """Whether a module has the forward of this file, and nobody has replaced it since."""
     forward = vars(layer).get("forward")
     return isinstance(forward, partial) and forward.func is layer_forward
 
@@ -109,7 +109,7 @@ class _Differentiated(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        if torch.is_grad_enabled():  # a gradient of this gradient is wanted, which oneDNN has not
+        if torch.is_grad_enabled():  # a gradient of this gradient is wanted, which oneDNN does not have
             grads = grad @ weight, grad.flatten(0, -2).T @ x.flatten(0, -2), grad.flatten(0, -2).sum(0)
             return tuple(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad))
         grad_x = plain_linear(grad, weight.T, None) if needs_x else None

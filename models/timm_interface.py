@@ -1,4 +1,4 @@
-"""What timm's users expect of a model, beside ``forward_features`` and ``forward_head``."""
+"""What timm's users expect of a model, besides ``forward_features`` and ``forward_head``."""
 
 from torch import nn
 
@@ -19,7 +19,7 @@ class TimmInterface:
                 may be any multiples of the model's size.
             indices: stages to return: a list, the last n for an int, all for None.
             norm: apply the final norm to the last stage's map.
-            stop_early: accepted for timm; the stages behind the last chosen one never run with
+            stop_early: accepted for timm; the stages after the last chosen one never run with
                 intermediates_only.
             output_fmt: ``NCHW`` or ``NHWC``.
             intermediates_only: leave out the final tokens.
@@ -28,7 +28,7 @@ class TimmInterface:
             The list of maps, or (final tokens, list of maps).
 
         Raises:
-            ValueError: an image size, format or stage that there is not.
+            ValueError: an image size, format or stage that does not exist.
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt {output_fmt!r}: use NCHW or NHWC")
@@ -106,7 +106,7 @@ class TimmInterface:
         )
 
     def no_weight_decay(self):
-        """Names of the parameters that weight decay must leave alone, beside biases and 1-d ones (recipe)."""
+        """Names of the parameters that weight decay must leave alone, besides biases and 1-d ones."""
         kinds = ("msg_tokens", "absolute_pos_embed", "relative_position_bias_table", "rel_pos_msg")
         return {name for name, _ in self.named_parameters() if name.endswith(kinds)}
 

@@ -103,11 +103,15 @@ def run_main(*arguments, processes=1, check=True, timeout=300):
 
 
 class Started:
-    """A command that runs in a session of its own, with its output in a new file of ``folder``."""
+    """A command that runs in a session of its own, with what it prints in a new file of ``folder``."""
 
     def __init__(self, folder, command, **environment):
         self.path = folder / f"console{len(list(folder.glob('console*')))}.txt"
         environment = dict(os.environ, OMP_NUM_THREADS="1", **environment)
+        command = list(map(str, command))
+        after = [word for flag, word in zip(command, command[1:]) if flag in ("--output", "OUTPUT")]
+        self.output = Path(after[0] if after else folder)
+        self.before = {path: path.stat().st_size for path in self.logs()}
         with open(self.path, "wb") as log:
             self.process = subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
@@ -117,14 +121,23 @@ class Started:
         """What it has printed so far."""
         return self.path.read_text()
 
+    def logs(self):
+        """The log files of rank 0 below its ``--output``."""
+        return list(self.output.glob("*/*/log_rank0.txt"))
+
+    def told(self):
+        """What it has printed and logged so far: the updates of short epochs are in the log alone."""
+        logged = [path.read_bytes()[self.before.get(path, 0) :].decode() for path in self.logs()]
+        return self.text() + "".join(logged)
+
     def runs(self):
         """Whether it has not ended yet."""
         return self.process.poll() is None
 
     def wait_for(self, words, seconds=90):
-        """Wait until the output holds ``words``."""
+        """Wait until it has printed or logged ``words``."""
         end = time.monotonic() + seconds
-        while words not in self.text():
+        while words not in self.told():
             assert self.runs() and time.monotonic() < end, self.text()
             time.sleep(0.02)
 

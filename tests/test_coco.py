@@ -644,11 +644,7 @@ def test_evaluation_leaves_out_missing_images_where_it_may(trained, shapes, tmp_
     assert done.returncode == 1 and "1 of the 101 images" in done.stderr
     done = detect(*arguments, "DATA.ON_ERROR", "skip")
     assert "val.json: 101 images, 94 of them without objects; 18 objects in 3" in done.stdout
-    assert (
-        "skipping" in done.stdout
-        and "missing.png" in done.stdout
-        and "\n100 images" in done.stdout.replace("INFO 100", "\n100")
-    )
+    assert "skipping" in done.stdout and "missing.png" in done.stdout and "\n100 images" in done.stdout
     # Another one: too many of the set, but for each of two processes one of 102.
     content["images"].append(dict(id=1000, file_name="missing.png", height=100, width=100))
     (folder / "annotations" / "val.json").write_text(json.dumps(content))

@@ -3,6 +3,8 @@
 import argparse
 import math
 import os
+import re
+import shlex
 import time
 
 import pytest
@@ -73,12 +75,16 @@ def test_official_keys_have_official_defaults():
 
 @pytest.mark.parametrize("path", CONFIGS)
 def test_every_config_builds_its_model_and_begins_with_its_command(path):
-    config = get_config(argparse.Namespace(cfg=str(ROOT / path)))
-    detects = config.DATA.DATASET == "coco"
-    model = build_detector(config, 80).backbone.model if detects else build_model(config)
+    text = (ROOT / path).read_text().replace(" \\\n#", "")
+    header = text[: re.search("^[^#]", text, re.MULTILINE).start()]
+    program, words = re.search(r"(main|detect)\.py (.*)", header).groups()
+    args = parse_args("", argv=shlex.split(words))
+    assert args.cfg == path and args.data_path
+    assert re.search(r"Time not measured\.|\bminutes\b", header)
+    args.cfg = str(ROOT / path)
+    config = get_config(args, dict(main="imagenet", detect="coco")[program])
+    model = build_detector(config, 80).backbone.model if program == "detect" else build_model(config)
     assert model.flops() > 0
-    header = "".join(line for line in (ROOT / path).read_text().splitlines() if line.startswith("#"))
-    assert f"{'detect' if detects else 'main'}.py --cfg {path} --data-path" in header
 
 
 def test_later_sources_win(tmp_path):
@@ -361,3 +367,10 @@ def test_a_diamond_of_base_files_is_no_circle(tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.yaml").write_text("BASE: [root.yaml]")
     assert config_of(tmp_path, "BASE: [a.yaml, b.yaml]").SEED == 3
+
+
+def test_the_config_that_a_classification_run_writes_has_no_keys_of_detection():
+    classification = digits_config("DET.CHANNELS", 64)
+    assert "DET" not in yaml.safe_load(dump_config(classification))
+    detection = get_config(argparse.Namespace(cfg=str(ROOT / "configs/coco/shapes.yaml")))
+    assert yaml.safe_load(dump_config(detection))["DET"]["CHANNELS"] == 40

@@ -93,7 +93,7 @@ def official():
 
 
 def places(official, bad):
-    """Checkpoints that hold the object ``bad`` in different places, good weights beside it."""
+    """Checkpoints that hold the object ``bad`` in different places, good weights next to it."""
     config, node = CfgNode(), CfgNode()
     # Not in the constructor: it would copy the object, and so call it.
     config.DEPTHS = [2, (bad,)]
@@ -194,7 +194,7 @@ def test_pickles_written_by_hand_are_refused(tmp_path, count):
         f"(cos\nmkdir\nS'{trap}'\no.".encode(),  # OBJ
         f'c__builtin__\neval\n(S"{code}"\ntR.'.encode(),  # Python 2's name
         b"\x80\x04\x8c\x02os\x8c\x05mkdir\x93\x8c" + size + trap.encode() + b"\x85R.",  # STACK_GLOBAL
-        # Behind a good stand-in for a config, as the argument of its constructor and as its state.
+        # After a good stand-in for a config, as the argument of its constructor and as its state.
         b"\x80\x02cyacs.config\nCfgNode\n" + f"(cos\nmkdir\n(S'{trap}'\ntRtR.".encode(),
         b"\x80\x02cyacs.config\nCfgNode\n)\x81" + f"cos\nmkdir\n(S'{trap}'\ntRb.".encode(),
         # In the function, the type and the state that torch rebuilds a tensor's subclass from.
@@ -323,7 +323,7 @@ def test_nonsense_in_a_checkpoint_is_refused(tmp_path, official, changes):
 
 
 def run_entries():
-    """Entries of a checkpoint within an epoch, beside the optimizer's."""
+    """Entries of a checkpoint within an epoch, besides the optimizer's."""
     scaler = torch.amp.GradScaler("cpu", init_scale=1.0).state_dict()
     place = dict(
         epoch=6, images=64, updates=8, images_per_update=8, loss=[9.0], norm=[3.0], parts={"a": [1.0]}

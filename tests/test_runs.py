@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 import checkpoint as ckpt
 from data import build_loaders
-from logger import read_metrics
+from logger import log_progress, read_metrics, start_logging
 from models import build_model
 from utils import seeded
 
@@ -35,6 +35,11 @@ def trained(data, tmp_path_factory):
     return run_folder(output), done.stdout
 
 
+def log_of(folder):
+    """The log of rank 0 in a run's folder."""
+    return (folder / "log_rank0.txt").read_text()
+
+
 def figures(text):
     """The last accuracy line: (top-1, top-5, loss, images)."""
     found = re.findall(r"\* Acc@1 ([\d.]+) Acc@5 ([\d.]+) Loss ([\d.]+) on (\d+) images", text)
@@ -50,13 +55,9 @@ def test_foreign_lines_among_the_metrics_do_no_harm(trained, tmp_path):
 
 
 def test_a_run_leaves_logs_metrics_curves_and_checkpoints(trained):
-    folder, printed = trained
-    assert "MODEL.NUM_CLASSES 1000 -> 3" in printed
-    assert "Train: [1/2][8/9]\teta 0:00:00 (run 0:00:00) lr " in printed
-    assert (
-        f"best checkpoint: {folder}/best.pth" in printed
-        and f"training curves: {folder}/curves.png" in printed
-    )
+    folder, log = trained[0], log_of(trained[0])
+    assert "MODEL.NUM_CLASSES 1000 -> 3" in log
+    assert "INFO Train: [1/2][8/9]\teta 0:00:00 (run 0:00:00) lr " in log
     for name in (
         "config.yaml",
         "log_rank0.txt",
@@ -68,12 +69,45 @@ def test_a_run_leaves_logs_metrics_curves_and_checkpoints(trained):
         assert (folder / name).stat().st_size > 0
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [0, 1]
-    assert figures(printed)[:3] == pytest.approx(
+    assert figures(log)[:3] == pytest.approx(
         [rows[1]["acc1"], rows[1]["acc5"], rows[1]["val_loss"]], abs=1e-3
     )
     assert ckpt.read_checkpoint(str(folder / "best.pth"))["classes"] == ["a", "b", "c"]
     assert Image.open(folder / "curves.png").width > 800
     assert any(name.startswith("events") for name in os.listdir(folder / "tensorboard"))
+
+
+def test_a_short_run_prints_what_it_trains_a_line_an_epoch_and_the_result(trained, data):
+    folder, printed = trained
+    best = max(row["acc1"] for row in read_metrics(folder / "metrics.jsonl"))
+    start, first, second, result = re.fullmatch(
+        r"(.*?)(epoch 1 of 2.*?)\n(epoch 2 of 2.*?)\n(trained epochs.*)", printed, re.DOTALL
+    ).groups()
+    model = build_model(digits_config("MODEL.NUM_CLASSES", 3))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    for words in (
+        f"train on 2 x cpu, PyTorch {torch.__version__}\n",
+        f"\n{data}/train: 72 images in 3 classes\n",
+        f"\ndigits: {parameters:,} parameters, ",
+        f"\n2 epochs of 9 updates with 8 images each, to {folder}\n",
+    ):
+        assert words in start
+    for line in (first, second):
+        assert re.fullmatch(
+            r"epoch \d of 2: loss \d\.\d{4}, top-1 [\d.]+% \(best [\d.]+%\), 0:\d\d:\d\d left", line
+        )
+    assert f"{best:.2f}%" in result
+    assert f"best checkpoint: {folder}/best.pth\n" in result
+    assert result.endswith(f"training curves: {folder}/curves.png\n")
+    assert len(printed.splitlines()) < 15
+
+
+def test_a_long_epoch_shows_its_progress_on_the_console_too(capsys, tmp_path):
+    start_logging(str(tmp_path), 0, training=True)
+    for seconds in (59, 61):
+        log_progress(f"a line of {seconds} s", seconds)
+    assert capsys.readouterr().out == "a line of 61 s\n"
+    assert re.findall(r"\(test_runs.py \d+\): INFO a line of (\d+) s", log_of(tmp_path)) == ["59", "61"]
 
 
 def test_the_learning_rate_is_for_the_images_of_all_processes(trained):
@@ -104,16 +138,14 @@ def test_the_first_loss_is_that_of_the_seeds_model_and_images(data, tmp_path):
     """Labels are smoothed once, though mixup, which mixes nothing here, smooths them as well."""
     opts = ["SEED", 3, "AUG.MIXUP", 0.8, "AUG.MIXUP_PROB", 0.0, "MODEL.LABEL_SMOOTHING", 0.5]
     opts += ["MODEL.DROP_PATH_RATE", 0.0, "PRINT_FREQ", 1, "TRAIN.EPOCHS", 1, "TRAIN.WARMUP_EPOCHS", 0]
-    printed = run_main(
-        "--cfg", "configs/digits.yaml", "--data-path", data, "--output", tmp_path, "--batch-size", 36,
-        "--opts", *opts,
-    ).stdout  # fmt: skip
+    where = ["--data-path", data, "--output", tmp_path]
+    run_main("--cfg", "configs/digits.yaml", *where, "--batch-size", 36, "--opts", *opts)
     config = digits_config(*opts, "MODEL.NUM_CLASSES", 3, data_path=str(data), batch_size=36)
     with seeded("model", 3):
         model = build_model(config)
     images, targets = next(iter(build_loaders(config)[0]))
     expected = cross_entropy(model(images), targets, label_smoothing=0.5).item()
-    found = float(re.search(r"Train: \[0/1\]\[0/2\].*\tloss ([\d.]+)", printed)[1])
+    found = float(re.search(r"Train: \[0/1\]\[0/2\].*\tloss ([\d.]+)", log_of(run_folder(tmp_path)))[1])
     assert found == pytest.approx(expected, abs=1e-4)
 
 
@@ -149,7 +181,7 @@ def test_evaluation_is_the_same_for_any_processes_and_batch_size(
         "--cfg", "configs/digits.yaml", "--data-path", data, "--eval", "--batch-size", batch_size,
         "--resume", trained[0] / "ckpt_epoch_1.pth", "--output", tmp_path, processes=processes,
     ).stdout  # fmt: skip
-    assert figures(printed) == pytest.approx(figures(trained[1]), abs=1e-6)
+    assert figures(printed) == pytest.approx(figures(log_of(trained[0])), abs=1e-6)
 
 
 def test_evaluation_with_fewer_images_than_processes(trained, tmp_path):

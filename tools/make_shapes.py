@@ -2,8 +2,8 @@
 
 python tools/make_shapes.py datasets/shapes
 
-Masks are what is seen of a shape: polygons where nothing covers it, run lengths elsewhere. Some images hold a
-crowd of dots, annotated as one; a few hold nothing.
+Masks cover the visible part of a shape: polygons where nothing covers it, run lengths elsewhere. Some images
+hold a crowd of dots, annotated as one; a few hold nothing.
 """
 
 import argparse
