@@ -120,8 +120,11 @@ def default_config():
     config.MODEL.MSG.SHUF_SIZE = [4, 4, 2, 1]
     # What messengers do in every block: shuf (exchange channel groups) or none.
     config.MODEL.MSG.MANIP_TYPE = "shuf"
-    # False removes the messengers: plain local windows, classified by the mean of the final tokens.
+    # False removes the messengers: plain local windows.
     config.MODEL.MSG.TOKENS = True
+    # What the classifier reads of the last stage: token (the mean of its messengers) or avg (the mean of its
+    # patch tokens; always so without messengers).
+    config.MODEL.MSG.HEAD = "token"
     # Patch embedding: linear (v1, non-overlapping) or conv (CVPR 2022, overlapping 7x7).
     config.MODEL.MSG.PATCH_EMBED = "linear"
     # Patch merging: linear (v1, 2x2 neighbours) or conv (CVPR 2022, 3x3 of stride 2).

@@ -11,6 +11,8 @@ All read queries, keys and values where the qkv linear layer wrote them, and wri
     result  (N, tokens, heads*D)
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
@@ -22,13 +24,17 @@ BACKENDS = ("auto", "eager", "sdpa", "blocked", "triton")
 BLOCK = 64  # windows whose scores stay in the cache
 
 
-def eager(qkv, bias, scale, hidden=None):
-    """Softmax(scale q k^T + bias) v; keys that are ``hidden``, bool (N, tokens), get no attention."""
-    q, k, v = qkv_heads(qkv, bias.shape[0])  # N, heads, tokens, D
-    if hidden is not None:
-        bias = bias.masked_fill(hidden[:, None, None], -torch.inf)  # N, heads, tokens, tokens
-    x = probabilities(q, k, bias, scale) @ v  # N, heads, tokens, D
+def eager(qkv, bias, scale, dropout=0.0):
+    """Softmax(scale q k^T + bias) v; the bias may have a dimension for the windows too."""
+    q, k, v = qkv_heads(qkv, bias.shape[-3])  # N, heads, tokens, D
+    p = probabilities(q, k, bias, scale)  # N, heads, tokens, tokens
+    x = (F.dropout(p, dropout) if dropout else p) @ v  # N, heads, tokens, D
     return x.transpose(1, 2).flatten(2)  # N, tokens, heads*D
+
+
+def hide(bias, hidden):
+    """A bias for each of n windows: nobody attends to the tokens that are ``hidden``, bool (n, tokens)."""
+    return bias.masked_fill(hidden[:, None, None], -torch.inf)  # n, heads, tokens, tokens
 
 
 def probabilities(q, k, bias, scale):
@@ -50,35 +56,53 @@ def heads_of(x, heads):
 
 def sdpa(qkv, bias, scale):
     """PyTorch's fused attention."""
-    q, k, v = qkv_heads(qkv, bias.shape[0])
+    q, k, v = qkv_heads(qkv, bias.shape[-3])
     # With a mask of four dimensions the CPU takes its fused kernel, where the bias needs no gradient.
-    x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype)[None], scale=scale)
+    mask = bias.to(q.dtype)
+    x = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask if mask.dim() == 4 else mask[None], scale=scale
+    )
     return x.transpose(1, 2).flatten(2)
 
 
-def blocked(qkv, bias, scale):
-    """The formulas for a block of windows at a time, whose scores never leave the cache."""
+def blocked(qkv, bias, scale, hidden=None):
+    """The formulas for a block of windows at a time, whose scores never leave the cache.
+
+    Args:
+        hidden: bool (n, tokens), the tokens of the last n windows that nobody attends to.
+    """
     if torch.is_grad_enabled() and (qkv.requires_grad or bias.requires_grad):
-        return _Blocked.apply(qkv, bias, scale)
+        return _Blocked.apply(qkv, bias, scale, hidden)
     out = qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
-    for part, result in zip(qkv.split(BLOCK), out.split(BLOCK)):
+    for of_block, part, result in _blocks(bias, hidden, qkv, out):
         q, k, v = qkv_heads(part, bias.shape[0])
-        heads_of(result, bias.shape[0]).copy_(probabilities(q, k, bias, scale) @ v)
+        heads_of(result, bias.shape[0]).copy_(probabilities(q, k, of_block, scale) @ v)
     return out
+
+
+def _blocks(bias, hidden, *tensors):
+    """Blocks of windows, with the bias of each: bias, a part of every tensor."""
+    seen = len(tensors[0]) - (0 if hidden is None else len(hidden))
+    for parts in zip(*(tensor[:seen].split(BLOCK) for tensor in tensors)):
+        yield bias, *parts
+    if hidden is not None:
+        padded = (hidden, *(tensor[seen:] for tensor in tensors))
+        for of_block, *parts in zip(*(tensor.split(BLOCK) for tensor in padded)):
+            yield hide(bias, of_block), *parts
 
 
 class _Blocked(torch.autograd.Function):
     """As :func:`blocked`, with its gradients; only the probabilities are stored."""
 
     @staticmethod
-    def forward(ctx, qkv, bias, scale):
+    def forward(ctx, qkv, bias, scale, hidden):
         windows, tokens, channels = qkv.shape
         heads = bias.shape[0]
         out = qkv.new_empty(windows, tokens, channels // 3)
         stored = qkv.new_empty(windows, heads, tokens, tokens)
-        for part, result, p in zip(qkv.split(BLOCK), out.split(BLOCK), stored.split(BLOCK)):
+        for of_block, part, result, p in _blocks(bias, hidden, qkv, out, stored):
             q, k, v = qkv_heads(part, heads)
-            p.copy_(probabilities(q, k, bias, scale))
+            p.copy_(probabilities(q, k, of_block, scale))
             heads_of(result, heads).copy_(p @ v)
         ctx.save_for_backward(qkv, stored)
         ctx.scale, ctx.bias_dtype = scale, bias.dtype
@@ -103,18 +127,19 @@ class _Blocked(torch.autograd.Function):
             grad_scores *= ctx.scale
             grad_q.copy_(grad_scores @ k)
             grad_k.copy_(grad_scores.transpose(-1, -2) @ q)
-        return grad_qkv, grad_bias.to(ctx.bias_dtype), None
+        return grad_qkv, grad_bias.to(ctx.bias_dtype), None, None
 
 
-def windowed_attention(qkv, bias, scale, backend="auto", padding=None):
+def windowed_attention(qkv, bias, scale, backend="auto", hidden=None, dropout=0.0):
     """Softmax(scale q k^T + bias) v for every window and head.
 
     Args:
         qkv, bias: as above; the bias in any floating dtype.
         scale: factor of q k^T.
         backend: one of ``BACKENDS``; ``auto`` leaves it to :func:`choose_backend`. Exports get ``eager``.
-        padding: which windows hold tokens that nobody may attend to, int64 (n,), and which tokens these are,
-            bool (n, tokens), not all of a window; None where there are none.
+        hidden: bool (n, tokens), the tokens of the last n windows that nobody attends to, not all of a
+            window; in exports those of all windows. Or None.
+        dropout: of the probabilities; they take ``eager``.
 
     Returns:
         (N, tokens, heads*D) in the dtype of qkv.
@@ -123,16 +148,20 @@ def windowed_attention(qkv, bias, scale, backend="auto", padding=None):
         UserError: ``triton`` cannot run for these tensors; the message says why.
     """
     if exporting():
-        backend = "eager"
-    elif backend == "auto":
+        return eager(qkv, bias if hidden is None else hide(bias, hidden), scale)
+    if backend == "auto":
         backend = choose_backend(qkv.device)
     attend = dict(eager=eager, sdpa=sdpa, blocked=blocked, triton=triton)[backend]
-    out = attend(qkv, bias, scale)
-    if padding is None:
-        return out
-    # They are few: so no backend has to know of padding.
-    windows, hidden = padding
-    return out.index_copy(0, windows, eager(qkv[windows], bias, scale, hidden).to(out.dtype))
+    if dropout:
+        attend = partial(eager, dropout=dropout)
+    if hidden is None or not len(hidden):
+        return attend(qkv, bias, scale)
+    if attend is blocked:
+        return blocked(qkv, bias, scale, hidden)
+    seen = len(qkv) - len(hidden)
+    attend_padded = eager if attend is triton else attend  # the kernels have one bias for all windows
+    padded = attend_padded(qkv[seen:], hide(bias, hidden), scale)
+    return torch.cat([attend(qkv[:seen], bias, scale), padded]) if seen else padded
 
 
 def choose_backend(device):

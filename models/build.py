@@ -37,6 +37,7 @@ def build_model(config):
         patch_embed=msg.PATCH_EMBED,
         downsample=msg.DOWNSAMPLE,
         attention=msg.ATTENTION,
+        global_pool=msg.HEAD if msg.TOKENS else "avg",
     )
     try:
         model = MSGTransformer(**arguments)

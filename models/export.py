@@ -1,5 +1,6 @@
 """What a trace, an export or a counter of operations sees of the model: the plain formulas and layers."""
 
+import contextlib
 import warnings
 
 import torch
@@ -48,10 +49,23 @@ def image_size(x):
     In ``torch.jit.trace`` shapes are tensors. There the sizes become plain numbers, and the images pass
     through a reshape that refuses images of another size, because the trace does not hold for them.
     """
-    height, width = x.shape[2:]
+    height, width = plain_sizes(*x.shape[2:])
     if torch.jit.is_tracing():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", torch.jit.TracerWarning)
-            height, width = int(height), int(width)
         x = x.reshape(x.shape[0], x.shape[1], height, width)
     return x, height, width
+
+
+def plain_sizes(*sizes):
+    """Sizes of a tensor as plain numbers, also in ``torch.jit.trace``, which then holds for them alone."""
+    if not torch.jit.is_tracing():
+        return sizes
+    with unwarned_trace():
+        return tuple(map(int, sizes))
+
+
+@contextlib.contextmanager
+def unwarned_trace():
+    """Context in which ``torch.jit.trace`` does not warn of what becomes a constant, because it shall."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        yield

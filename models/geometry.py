@@ -1,6 +1,9 @@
 """Whether a classifier of some sizes can be built, and the sizes of its stages."""
 
+import math
 from dataclasses import dataclass
+
+from timm.layers import to_2tuple
 
 from .attention import BACKENDS
 from .attention_triton import triton_missing
@@ -12,6 +15,7 @@ CHOICES = {
     "PATCH_EMBED": ("linear", "conv"),
     "DOWNSAMPLE": ("linear", "conv"),
     "ATTENTION": BACKENDS,
+    "HEAD": ("token", "avg"),
 }
 
 
@@ -23,14 +27,12 @@ class StageSizes:
         dim: channels (C).
         heads: of its attention.
         depth: blocks.
-        windows: windows on a side of its map, for images of the model's own size.
-        shuffle_size: windows on a side of a shuffle region (R), at most ``windows``.
+        shuffle_size: windows on a side of a shuffle region (R).
     """
 
     dim: int
     heads: int
     depth: int
-    windows: int
     shuffle_size: int
 
 
@@ -38,7 +40,7 @@ class StageSizes:
 class Geometry:
     """The sizes of a classifier, under the names of MSGTransformer's arguments."""
 
-    img_size: int
+    img_size: int | tuple
     patch_size: int
     embed_dim: int
     depths: tuple
@@ -46,8 +48,21 @@ class Geometry:
     window_size: int
     shuffle_size: tuple
 
+    @property
+    def sides(self):
+        """(height, width) of the images, in pixels."""
+        return to_2tuple(self.img_size)
+
+    @property
+    def grid(self):
+        """(rows, columns) of the map of patches."""
+        return tuple(-(-side // self.patch_size) for side in self.sides)
+
     def stages(self, exchange):
         """The sizes of each stage.
+
+        Where fewer windows are left than a region has, the region is the whole side if the channels allow it;
+        otherwise it stays as it is, with empty windows.
 
         Args:
             exchange: whether messengers exchange channel groups, which the channels must allow.
@@ -59,21 +74,25 @@ class Geometry:
             ValueError: what does not fit and which config key to change.
         """
         self._check_lists()
-        last = len(self.depths) - 1
-        fitting = self.patch_size * self.window_size * 2**last
-        if self.img_size != fitting:
-            raise ValueError(
-                f"DATA.IMG_SIZE is {self.img_size}, but MODEL.MSG.PATCH_SIZE {self.patch_size}, WINDOW_SIZE "
-                f"{self.window_size} and {1 + last} stages need {fitting}, so that the last stage is one "
-                "window: change one of them"
-            )
+        self._check_image()
         stages = []
         for i, (depth, heads, shuffle_size) in enumerate(zip(self.depths, self.num_heads, self.shuffle_size)):
-            windows = 2 ** (last - i)
-            sizes = StageSizes(self.embed_dim * 2**i, heads, depth, windows, min(shuffle_size, windows))
-            _check_stage(i, sizes, exchange)
-            stages.append(sizes)
+            dim = self.embed_dim * 2**i
+            windows = max(-(-side // (2**i * self.window_size)) for side in self.grid)
+            if windows < shuffle_size and not (exchange and dim % windows**2):
+                shuffle_size = windows
+            stages.append(StageSizes(dim, heads, depth, shuffle_size))
+            _check_stage(i, stages[-1], exchange)
         return stages
+
+    def _check_image(self):
+        if len(self.sides) != 2 or not all(isinstance(side, int) for side in self.sides):
+            raise ValueError(f"DATA.IMG_SIZE is {self.img_size}: give one side or [height, width], in pixels")
+        if min(self.sides) < self.patch_size:
+            raise ValueError(
+                f"images of {self.sides[0]}x{self.sides[1]} pixels are smaller than a patch of "
+                f"{self.patch_size}x{self.patch_size}: raise DATA.IMG_SIZE or lower MODEL.MSG.PATCH_SIZE"
+            )
 
     def _check_lists(self):
         lists = {"DEPTHS": self.depths, "NUM_HEADS": self.num_heads, "SHUF_SIZE": self.shuffle_size}
@@ -92,23 +111,54 @@ class Geometry:
 
 def _check_stage(i, sizes, exchange):
     """Raise a ValueError if stage ``i``, counted from 0, cannot be built in these sizes."""
-    dim, heads, windows, region = sizes.dim, sizes.heads, sizes.windows, sizes.shuffle_size
-    if windows % region:
-        raise ValueError(
-            f"stage {i + 1} has {windows}x{windows} windows, which MODEL.MSG.SHUF_SIZE[{i}]={region} "
-            "does not divide: use a power of two"
-        )
+    dim, heads, region = sizes.dim, sizes.heads, sizes.shuffle_size
     if dim % heads:
         raise ValueError(
             f"stage {i + 1} has {dim} channels, which MODEL.MSG.NUM_HEADS[{i}]={heads} does not divide: "
             "change it or MODEL.MSG.EMBED_DIM"
         )
-    if exchange and dim % region**2:
+    if exchange:
+        check_exchange(i, dim, region, f"MODEL.MSG.SHUF_SIZE[{i}]")
+
+
+def check_exchange(i, dim, region, key):
+    """Check that messengers of stage ``i``, counted from 0, can exchange their channels.
+
+    Args:
+        dim: channels of the stage.
+        region: windows on a side of a shuffle region.
+        key: config key of the region.
+
+    Raises:
+        ValueError: the channels cannot be split among the windows.
+    """
+    if dim % region**2:
         raise ValueError(
             f"the {dim} channels of stage {i + 1} cannot be split among the {region**2} windows of its "
             f"{region}x{region} shuffle region: make MODEL.MSG.EMBED_DIM a multiple of "
-            f"{region**2 // 2**i or 1} or lower MODEL.MSG.SHUF_SIZE[{i}]"
+            f"{math.lcm(region**2, 2**i) // 2**i} or lower {key}"
         )
+
+
+def known_pool(global_pool, tokens):
+    """What the head reads: ``token``, ``avg`` or, for no pooling, an empty string.
+
+    Args:
+        global_pool: one of these, or None for what the official models read.
+        tokens: whether there are messengers.
+
+    Raises:
+        ValueError: another word, or ``token`` without messengers.
+    """
+    known = (*CHOICES["HEAD"], "") if tokens else ("avg", "")
+    if global_pool is None:
+        return known[0]
+    if global_pool not in known:
+        raise ValueError(
+            f"MODEL.MSG.HEAD (global_pool) is {global_pool!r}: use {' or '.join(filter(None, known))}"
+            + ("" if tokens else ", since MODEL.MSG.TOKENS is False")
+        )
+    return global_pool
 
 
 def check_choices(manip_type, patch_embed, downsample, attention):
@@ -118,23 +168,23 @@ def check_choices(manip_type, patch_embed, downsample, attention):
         ValueError: a word that is not among those of the key, or attention that cannot run here.
     """
     words = dict(MANIP_TYPE=manip_type, PATCH_EMBED=patch_embed, DOWNSAMPLE=downsample, ATTENTION=attention)
-    for key, known in CHOICES.items():
-        if words[key] not in known:
-            raise ValueError(f"MODEL.MSG.{key} is {words[key]!r}: use {' or '.join(known)}")
+    for key, word in words.items():
+        if word not in CHOICES[key]:
+            raise ValueError(f"MODEL.MSG.{key} is {word!r}: use {' or '.join(CHOICES[key])}")
     if attention == "triton" and triton_missing():
         raise ValueError(f"MODEL.MSG.ATTENTION is triton, but {triton_missing()}: use sdpa or auto")
 
 
-def require_size(x, size):
-    """Images (B, in_chans, size, size) as they are.
+def require_size(x, sides):
+    """Images (B, in_chans, height, width) as they are.
 
     Raises:
-        ValueError: images of another size.
+        ValueError: images of other sides, (height, width).
     """
     x, height, width = image_size(x)
-    if (height, width) != (size, size):
+    if (height, width) != sides:
         raise ValueError(
-            f"the model takes {size}x{size} images, these are {height}x{width}: resize them or set "
+            f"the model takes {sides[0]}x{sides[1]} images, these are {height}x{width}: resize them or set "
             "DATA.IMG_SIZE"
         )
     return x

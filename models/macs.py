@@ -7,14 +7,34 @@ Floating-point operations, which are two for each of these, are in roofline.py.
 
 from torch import nn
 
+from .padding import Extent
+
 
 def classifier_macs(model):
-    """The MACs of an MSGTransformer for one image."""
-    first = model.layers[0]
-    total = embedding_macs(model.patch_embed, (first.windows * first.window_size) ** 2)
+    """The MACs of an MSGTransformer for one image of the size it is made for."""
+    *_, (patches, windows) = stage_sizes(model, *model.img_size)
+    read = patches + windows * model.tokens + model.num_classes
+    return backbone_macs(model, *model.img_size) + model.num_features * read
+
+
+def backbone_macs(model, height, width):
+    """The MACs of an MSGTransformer without its final norm and head, for an image of so many pixels.
+
+    Padding does not count: patch tokens are those of the image, windows and messengers those that hold some.
+    """
+    sizes = stage_sizes(model, height, width)
+    stages = [stage_macs(stage, *size) for stage, size in zip(model.layers, sizes)]
+    return embedding_macs(model.patch_embed, sizes[0][0]) + sum(stages)
+
+
+def stage_sizes(model, height, width):
+    """Patch tokens and windows of every stage for an image of so many pixels: a list of pairs."""
+    extent, sizes = Extent(-(-height // model.patch_size), -(-width // model.patch_size)), []
     for stage in model.layers:
-        total += stage_macs(stage, (stage.windows * stage.window_size) ** 2, stage.windows**2)
-    return total + model.num_features * (model.window_size**2 + model.tokens + model.num_classes)
+        rows, columns = extent.windows(stage.window_size)
+        sizes.append((extent.height * extent.width, rows * columns))
+        extent = extent.merged()
+    return sizes
 
 
 def embedding_macs(embed, patches):

@@ -9,17 +9,20 @@ row-major, then the windows of a region row-major, then the messenger as token 0
 tokens of the window row-major.
 """
 
+import math
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import torch
-from timm.layers import DropPath, Mlp, trunc_normal_
+from timm.layers import DropPath, Mlp, gen_relative_position_index, trunc_normal_
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import windowed_attention
-from .export import exporting, replace_messengers
-from .geometry import Geometry, check_choices, require_size
+from .export import exporting, plain_sizes, replace_messengers
+from .geometry import Geometry, check_choices, known_pool, require_size
+from .padding import Layouts, pad_to_even, pad_to_patches, resample_positions
 from .timm_interface import TimmInterface, feature_info
 
 
@@ -30,11 +33,11 @@ class PatchEmbed(nn.Module):
     twice the patch size less one, 7x7 with stride 4 and padding 2 for 4x4 patches.
     """
 
-    def __init__(self, patch_size, in_chans, embed_dim, norm, kind):
+    def __init__(self, patch_size, in_chans, embed_dim, norm_layer, kind):
         super().__init__()
         kernel, padding = (patch_size, 0) if kind == "linear" else (2 * patch_size - 1, patch_size // 2)
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel, stride=patch_size, padding=padding)
-        self.norm = nn.LayerNorm(embed_dim) if norm else nn.Identity()
+        self.norm = norm_layer(embed_dim) if norm_layer else nn.Identity()
 
     def forward(self, x):
         """Embed images (B, in_chans, height, width) as (B, H, W, C)."""
@@ -58,16 +61,7 @@ def partition_windows(x, window_size, shuffle_size):
 
 
 def merge_windows(x, window_size, shuffle_size, height, width):
-    """Undo :func:`partition_windows`.
-
-    Args:
-        x: (B*regions, R*R, w*w, C).
-        window_size, shuffle_size: as in :func:`partition_windows`.
-        height, width: H and W of the map, in tokens.
-
-    Returns:
-        (B, H, W, C)
-    """
+    """Undo :func:`partition_windows`: (B*regions, R*R, w*w, C) to (B, height, width, C)."""
     side = window_size * shuffle_size
     x = x.unflatten(2, (window_size, window_size)).unflatten(1, (shuffle_size, shuffle_size))
     x = x.unflatten(0, (-1, height // side, width // side))
@@ -92,33 +86,18 @@ def shuffle_messengers(x):
 
 @dataclass(frozen=True)
 class BlockOptions:
-    """What all blocks of a model have in common.
-
-    Args:
-        window_size, mlp_ratio, qkv_bias, qk_scale, drop_rate, tokens, attention: of :class:`MSGTransformer`.
-        shuffle: whether messengers exchange channel groups.
-    """
+    """What all blocks have in common: arguments of the model, and whether they shuffle messengers."""
 
     window_size: int
     mlp_ratio: float
     qkv_bias: bool
     qk_scale: float | None
-    drop_rate: float
+    proj_drop_rate: float
+    attn_drop_rate: float
+    norm_layer: type
     tokens: bool
-    shuffle: bool
     attention: str
-
-
-def relative_position_index(window_size):
-    """Row of the relative position table for every (query, key) pair of patch tokens: (w*w, w*w) int64.
-
-    The row of a pair is (dy + w - 1) * (2w - 1) + (dx + w - 1), with dy and dx the query's position minus the
-    key's.
-    """
-    y, x = torch.meshgrid(torch.arange(window_size), torch.arange(window_size), indexing="ij")
-    y, x = y.flatten(), x.flatten()
-    dy, dx = y[:, None] - y[None, :], x[:, None] - x[None, :]
-    return (dy + window_size - 1) * (2 * window_size - 1) + (dx + window_size - 1)
+    shuffle: bool
 
 
 class LocalAttention(nn.Module):
@@ -131,15 +110,16 @@ class LocalAttention(nn.Module):
 
     def __init__(self, dim, heads, options):
         super().__init__()
-        self.backend, self.fixed_bias = options.attention, None
+        self.backend, self.attn_drop_rate, self.fixed_bias = options.attention, options.attn_drop_rate, None
         self.scale = options.qk_scale or (dim // heads) ** -0.5
         offsets = (2 * options.window_size - 1) ** 2
         self.relative_position_bias_table = nn.Parameter(torch.empty(offsets, heads))
         self.rel_pos_msg = nn.Parameter(torch.empty(heads, 2, 1, 1)) if options.tokens else None
-        self.register_buffer("relative_position_index", relative_position_index(options.window_size))
+        index = gen_relative_position_index((options.window_size, options.window_size))  # w*w, w*w
+        self.register_buffer("relative_position_index", index)
         self.qkv = nn.Linear(dim, 3 * dim, bias=options.qkv_bias)
         self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(options.drop_rate)
+        self.proj_drop = nn.Dropout(options.proj_drop_rate)
         trunc_normal_(self.relative_position_bias_table, std=0.02)
         if options.tokens:
             trunc_normal_(self.rel_pos_msg, std=0.02)
@@ -160,15 +140,16 @@ class LocalAttention(nn.Module):
         """Keep the expanded bias, or none for None; see :func:`models.inference`."""
         self.fixed_bias = self.bias().detach() if dtype else None
 
-    def forward(self, x, read=None, padding=None):
-        """Attend within windows: (B*regions, windows, tokens, C) to the same shape, or to ``read`` tokens.
-
-        Args:
-            padding: windows and tokens in them that nobody attends to, see :func:`windowed_attention`.
-        """
+    def forward(self, x, read=None, layout=None):
+        """Attend within windows: (B*regions, windows, tokens, C) to the same shape, or to ``read`` tokens."""
         bias = self.bias() if self.fixed_bias is None or exporting() else self.fixed_bias
-        qkv = self.qkv(x.flatten(0, 1))  # B*regions*windows, tokens, 3*C
-        heads = windowed_attention(qkv, bias, self.scale, self.backend, padding)  # the same, but C channels
+        dropout = self.attn_drop_rate if self.training else 0.0
+        settings = dict(scale=self.scale, backend=self.backend, dropout=dropout)
+        attend = partial(windowed_attention, bias=bias, **settings)
+        qkv = self.qkv(x)  # B*regions, windows, tokens, 3*C
+        if layout is not None:
+            return self.proj_drop(self.proj(layout.attend(qkv, attend, read)))
+        heads = attend(qkv.flatten(0, 1))  # B*regions*windows, tokens, C
         out = self.proj_drop(self.proj(heads[:, :read]))  # B*regions*windows, tokens or read, C
         return out.unflatten(0, (-1, x.shape[1]))  # B*regions, windows, tokens or read, C
 
@@ -181,16 +162,20 @@ class Block(nn.Module):
 
     def __init__(self, dim, heads, drop_path, options):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = options.norm_layer(dim)
         self.attn = LocalAttention(dim, heads, options)
         self.shuffle = options.shuffle
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * options.mlp_ratio), drop=options.drop_rate)
+        self.norm2 = options.norm_layer(dim)
+        self.mlp = Mlp(dim, int(dim * options.mlp_ratio), drop=options.proj_drop_rate)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x, read=None, padding=None):
+    def forward(self, x, read=None, layout=None):
         """Apply the block: (B*regions, windows, tokens, C) to the same shape, or to ``read`` tokens."""
-        x = x[:, :, :read] + self.drop_path(self.attn(self.norm1(x), read, padding))
+        if layout is not None and read is None:
+            return layout.block(self, x)
+        attention = self.attn(self.norm1(x), read, layout)
+        x = x[:, :, :read] if layout is None else layout.read_messengers(x)
+        x = x + self.drop_path(attention)
         if self.shuffle:
             x = shuffle_messengers(x)
         return x + self.drop_path(self.mlp(self.norm2(x)))
@@ -204,18 +189,19 @@ class PatchMerging(nn.Module):
     2, then LayerNorm.
     """
 
-    def __init__(self, dim, kind):
+    def __init__(self, dim, kind, norm_layer):
         super().__init__()
         self.kind = kind
         if kind == "linear":
             self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
-            self.norm = nn.LayerNorm(4 * dim)
+            self.norm = norm_layer(4 * dim)
         else:
             self.reduction = nn.Conv2d(dim, 2 * dim, 3, stride=2, padding=1)
-            self.norm = nn.LayerNorm(2 * dim)
+            self.norm = norm_layer(2 * dim)
 
     def forward(self, x):
-        """Merge a map: (B, H, W, C) to (B, H/2, W/2, 2C)."""
+        """Merge a map: (B, H, W, C) to (B, H/2, W/2, 2C), sides rounded up."""
+        x = pad_to_even(x)
         if self.kind == "conv":
             return self.norm(self.reduction(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
         x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # B, H/2, row offset, W/2, column offset, C
@@ -224,74 +210,68 @@ class PatchMerging(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks at one resolution, then patch merging unless it is the last stage.
+    """Blocks at one resolution, and the patch merging after them unless it is the last stage.
 
     Args:
         sizes: a :class:`~models.geometry.StageSizes`.
         drop_path: a rate for each block.
         options: of the blocks.
         downsample: kind of merging, or None for the last stage.
-        next_shuffle_size: windows on a side of a shuffle region in the next stage.
     """
 
-    def __init__(self, sizes, drop_path, options, downsample=None, next_shuffle_size=None):
+    def __init__(self, sizes, drop_path, options, downsample=None):
         super().__init__()
-        self.windows, self.window_size, self.tokens = sizes.windows, options.window_size, options.tokens
-        self.shuffle_size, self.next_shuffle_size = sizes.shuffle_size, next_shuffle_size
+        self.shuffle_size, self.window_size = sizes.shuffle_size, options.window_size
+        self.tokens, self.grad_checkpointing = options.tokens, False
         self.blocks = nn.ModuleList(Block(sizes.dim, sizes.heads, rate, options) for rate in drop_path)
-        self.downsample = PatchMerging(sizes.dim, downsample) if downsample else None
-        self.grad_checkpointing = False
+        self.downsample = PatchMerging(sizes.dim, downsample, options.norm_layer) if downsample else None
 
-    def forward_blocks(self, x, read=None, padding=None):
+    def forward(self, patches, messengers, layout=None, read=None):
+        """Apply the blocks to the windows of two maps, and return these again.
+
+        Args:
+            patches: (B, H, W, C).
+            messengers: (B, H/w, W/w, C); (R, R, C) for the same in every region; None without messengers.
+            layout: where tokens are if windows reach over the edge of an image, see padding.py.
+            read: 1 if only the messengers are wanted: the patches will be None.
+        """
+        if layout is not None:
+            x = self.forward_blocks(layout.cut(patches, messengers), read, layout)
+            return (None, layout.restore_messengers(x)) if read else layout.restore(x)
+        (height, width), side = plain_sizes(*patches.shape[1:3]), self.window_size * self.shuffle_size
+        # Asked for before the windows are cut: of windows, ONNX takes the number for a constant.
+        regions = patches.shape[0] * (height // side) * (width // side)
+        x = partition_windows(patches, self.window_size, self.shuffle_size)  # B*regions, windows, w*w, C
+        if self.tokens:
+            shared = messengers.dim() == 3
+            first = partition_windows(messengers[None] if shared else messengers, 1, self.shuffle_size)
+            first = first.expand(regions, -1, -1, -1) if shared else first  # B*regions, windows, 1, C
+            x = torch.cat([first, x], dim=2)  # B*regions, windows, 1+w*w, C
+        x = self.forward_blocks(x, read)
+        if self.tokens:
+            rows, columns = height // self.window_size, width // self.window_size
+            messengers = merge_windows(x[:, :, :1], 1, self.shuffle_size, rows, columns)
+        if read:
+            return None, messengers
+        patches = x[:, :, 1:] if self.tokens else x  # B*regions, windows, w*w, C
+        return merge_windows(patches, self.window_size, self.shuffle_size, height, width), messengers
+
+    def forward_blocks(self, x, read=None, layout=None):
         """Apply the blocks: (B*regions, windows, tokens, C) to the same shape, or to ``read`` tokens."""
         for block in self.blocks:
             wanted = read if block is self.blocks[-1] else None
             if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, wanted, padding, use_reentrant=False)
+                x = checkpoint(block, x, wanted, layout, use_reentrant=False)
             else:
-                x = block(x, wanted, padding)
+                x = block(x, wanted, layout)
         return x
-
-    def patch_map(self, x, rows, cols):
-        """The patch tokens of windowed tokens, as a map: (B, H, W, C) of rows x cols windows."""
-        patches = x[:, :, 1:] if self.tokens else x  # B*regions, windows, w*w, C
-        height, width = rows * self.window_size, cols * self.window_size
-        return merge_windows(patches, self.window_size, self.shuffle_size, height, width)
-
-    def merge(self, x, rows, cols):
-        """Merge patches, and messengers as their own image, alike; then cut the next stage's windows.
-
-        Args:
-            x: windowed tokens.
-            rows, cols: windows of the whole map, H/w and W/w.
-        """
-        patches = self.downsample(self.patch_map(x, rows, cols))  # B, H/2, W/2, 2C
-        patches = partition_windows(patches, self.window_size, self.next_shuffle_size)
-        if not self.tokens:
-            return patches
-        messengers = merge_windows(x[:, :, :1], 1, self.shuffle_size, rows, cols)  # B, H/w, W/w, C
-        messengers = self.downsample(messengers)  # B, H/2w, W/2w, 2C
-        messengers = partition_windows(messengers, 1, self.next_shuffle_size)
-        return torch.cat([messengers, patches], dim=2)  # B*regions, windows, 1+w*w, 2C
-
-    def forward(self, x, rows, cols, read=None):
-        """Blocks, then merging: windowed tokens of this stage to those of the next.
-
-        Args:
-            x, rows, cols: as for :meth:`merge`.
-            read: how many tokens of a window are read after the last stage; None for all.
-        """
-        if self.downsample is None:
-            return self.forward_blocks(x, read)
-        return self.merge(self.forward_blocks(x), rows, cols)
 
 
 class MSGTransformer(TimmInterface, nn.Module):
     """MSG-Transformer classifier.
 
     Args:
-        img_size: side of the square images, in pixels; must be
-            ``patch_size * window_size * 2**(stages - 1)``, so that the last stage is one window.
+        img_size: side of the images it is made for, in pixels, or (height, width). It takes others too.
         patch_size: side of a patch, in pixels.
         in_chans: image channels.
         num_classes: outputs of the linear head; 0 for none.
@@ -302,15 +282,21 @@ class MSGTransformer(TimmInterface, nn.Module):
         mlp_ratio: hidden channels of the MLP over C.
         qkv_bias: whether the qkv linear has a bias.
         qk_scale: factor of q k^T; None for (C/heads)^-0.5.
-        drop_rate: dropout after the embedding, the attention projection and both MLP layers.
+        drop_rate: dropout after the embedding.
+        proj_drop_rate: dropout after the attention projection and both MLP layers; None for ``drop_rate``.
+        attn_drop_rate: dropout of attention probabilities.
         drop_path_rate: stochastic depth, growing linearly from 0 to this rate over all blocks.
         ape: add a learned absolute position embedding to the patches.
         patch_norm: LayerNorm after the patch embedding.
         shuffle_size: windows on a side of a shuffle region in each stage (R), or all where fewer are left.
         manip_type: ``shuf`` exchanges messengers in every block, ``none`` keeps them without exchange.
-        tokens: False removes the messengers: plain local windows, classified by the mean of the final tokens.
+        tokens: False removes the messengers: plain local windows.
         patch_embed, downsample: ``linear`` (v1) or ``conv`` (CVPR 2022).
         attention: how attention is computed, see ``attention.py``; the result does not depend on it.
+        norm_layer: class of the norms.
+        global_pool: what the head reads of the last stage: ``token``, the mean of its messengers; ``avg``, of
+            its patch tokens; an empty string, all of these. None for token, or avg without messengers.
+        strict_img_size: refuse images of other sizes.
 
     Raises:
         ValueError: a combination that cannot be built; the message names the config key to change.
@@ -339,40 +325,39 @@ class MSGTransformer(TimmInterface, nn.Module):
         patch_embed="linear",
         downsample="linear",
         attention="auto",
+        global_pool=None,
+        proj_drop_rate=None,
+        attn_drop_rate=0.0,
+        norm_layer=nn.LayerNorm,
+        strict_img_size=False,
     ):
         super().__init__()
-        shuffle = tokens and manip_type == "shuf"
         sizes = Geometry(img_size, patch_size, embed_dim, depths, num_heads, window_size, shuffle_size)
+        shuffle = tokens and manip_type == "shuf"
         stages = sizes.stages(shuffle)
         check_choices(manip_type, patch_embed, downsample, attention)
-        options = BlockOptions(
-            window_size=window_size,
-            mlp_ratio=mlp_ratio,
-            qkv_bias=qkv_bias,
-            qk_scale=qk_scale,
-            drop_rate=drop_rate,
-            tokens=tokens,
-            shuffle=shuffle,
-            attention=attention,
-        )
-        self.img_size, self.window_size = img_size, window_size
-        self.shuffle_size = [stage.shuffle_size for stage in stages]
-        self.num_classes, self.tokens = num_classes, tokens
+        drop_rates = drop_rate if proj_drop_rate is None else proj_drop_rate, attn_drop_rate
+        of_attention = window_size, mlp_ratio, qkv_bias, qk_scale
+        options = BlockOptions(*of_attention, *drop_rates, norm_layer, tokens, attention, shuffle)
+        self.img_size, self.grid_size, self.strict_img_size = sizes.sides, sizes.grid, strict_img_size
+        self.patch_size, self.shuffle_size = patch_size, [stage.shuffle_size for stage in stages]
+        self.num_classes, self.tokens, self.global_pool = num_classes, tokens, known_pool(global_pool, tokens)
         self.num_features = self.head_hidden_size = stages[-1].dim
         self.feature_info = feature_info(stages, patch_size)
-        patches, windows = (img_size // patch_size) ** 2, self.shuffle_size[0] ** 2
+        self.layouts, patches, windows = Layouts(), math.prod(sizes.grid), self.shuffle_size[0] ** 2
 
         self.absolute_pos_embed = nn.Parameter(torch.empty(1, patches, embed_dim)) if ape else None
         self.msg_tokens = nn.Parameter(torch.empty(1, windows, 1, embed_dim)) if tokens else None
+        patch_norm = norm_layer if patch_norm else None
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, patch_norm, patch_embed)
         self.pos_drop = nn.Dropout(drop_rate)
         last = max(1, sum(depths) - 1)
         rates = iter([drop_path_rate * i / last for i in range(sum(depths))])
         self.layers = nn.ModuleList()
-        for stage, following in zip(stages, [*stages[1:], None]):
-            merging = (downsample, following.shuffle_size) if following else ()
-            self.layers.append(Stage(stage, list(islice(rates, stage.depth)), options, *merging))
-        self.norm = nn.LayerNorm(self.num_features)
+        for stage in stages:
+            merging = None if stage is stages[-1] else downsample
+            self.layers.append(Stage(stage, list(islice(rates, stage.depth)), options, merging))
+        self.norm = norm_layer(self.num_features)
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
         for parameter in (self.msg_tokens, self.absolute_pos_embed):
@@ -380,49 +365,65 @@ class MSGTransformer(TimmInterface, nn.Module):
                 trunc_normal_(parameter, std=0.02)
         self.apply(self.init_linear)
 
-    @staticmethod
-    def init_linear(module):
-        """Truncated normal of std 0.02 for a linear layer's weight, 0 for its bias; nothing else."""
-        if isinstance(module, nn.Linear):
-            trunc_normal_(module.weight, std=0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-
-    def embed(self, x):
-        """Images (B, in_chans, height, width) to the first stage's tokens (B*regions, windows, 1+w*w, C)."""
-        x = self.patch_embed(x)  # B, H, W, C
-        if self.absolute_pos_embed is not None:
-            x = x + self.absolute_pos_embed.unflatten(1, x.shape[1:3])
-        side = self.window_size * self.shuffle_size[0]
-        # Asked for before the windows are cut: of windows, ONNX takes the number for a constant.
-        regions = x.shape[0] * (x.shape[1] // side) * (x.shape[2] // side)
-        x = self.pos_drop(x)
-        x = partition_windows(x, self.window_size, self.shuffle_size[0])  # B*regions, windows, w*w, C
-        if self.msg_tokens is None:
-            return x
-        messengers = self.msg_tokens.expand(regions, -1, -1, -1)  # B*regions, windows, 1, C
-        return torch.cat([messengers, x], dim=2)  # B*regions, windows, 1+w*w, C
-
-    def forward_features(self, x, read=None):
-        """Images (B, in_chans, S, S) to normed tokens of the last window (B, 1+w*w, C), messenger first.
+    def forward_stages(self, x, sizes=None, count=None, read=None):
+        """Patches and messengers after the blocks of every stage.
 
         Args:
-            read: leave out the tokens after the first ``read``: most of the last block's work.
+            x: images (B, in_chans, height, width), zero outside of each image.
+            sizes: (height, width) in pixels of each image, which is at the top left; None where all fill x.
+            count: how many stages; None for all.
+            read: 1 if only the messengers are wanted of the last stage.
 
-        Raises:
-            ValueError: images of another size than the model was built for.
+        Returns:
+            Pairs of patches (B, H, W, C) and messengers (B, H/w, W/w, C) or None: sides rounded up, zero
+            outside of each image.
         """
-        x = self.embed(require_size(x, self.img_size))  # B*regions, windows, 1+w*w, C
-        for stage in self.layers:
-            x = stage(x, stage.windows, stage.windows, read)
-        return self.norm(x.squeeze(1))  # B, 1+w*w or read, 8C
+        if self.strict_img_size:
+            x = require_size(x, self.img_size)
+        x, extent = pad_to_patches(x, self.patch_size, sizes)
+        x = self.patch_embed(x)  # B, H, W, C
+        if self.absolute_pos_embed is not None:
+            x = x + resample_positions(self.absolute_pos_embed, self.grid_size, extent)
+        patches, messengers, maps = self.pos_drop(x), None, []
+        if self.tokens:
+            # A copy, because counters of operations take no view of a parameter where gradients are off.
+            messengers = self.msg_tokens.clone().view(*[self.shuffle_size[0]] * 2, -1)  # R, R, C
+        for stage in self.layers[:count]:
+            layout = self.layouts.of(extent, stage, patches)
+            wanted = read if stage is self.layers[-1] else None
+            patches, messengers = stage(patches, messengers, layout, wanted)
+            maps.append((patches, messengers))
+            if stage.downsample is not None and len(maps) != count:
+                patches, extent = stage.downsample(patches), extent.merged()
+                messengers = stage.downsample(messengers) if self.tokens else None  # in the same way
+        return maps
+
+    def forward_features(self, x, read=None):
+        """Images to what the head reads.
+
+        Args:
+            x: images (B, in_chans, height, width).
+            read: 1 to leave out what only patch tokens need.
+
+        Returns:
+            With ``global_pool`` token (B, 1+H*W, C): the mean of the last stage's messengers, then its patch
+            tokens; else its map of patches (B, H, W, C). Normed.
+        """
+        return self.read_features(*self.forward_stages(x, read=read)[-1])
+
+    def read_features(self, patches, messengers):
+        """What the head reads of the last stage's maps; the patches may be None if it reads messengers."""
+        if self.global_pool != "token":
+            return self.norm(patches)
+        first = self.norm(messengers.flatten(1, 2)).mean(1, keepdim=True)  # B, 1, C
+        return first if patches is None else torch.cat([first, self.norm(patches.flatten(1, 2))], dim=1)
 
     def forward_head(self, x, pre_logits=False):
-        """Tokens of the last window (B, 1+w*w, C) to logits (B, num_classes), or to the messenger (B, C)."""
-        x = x[:, 0] if self.tokens else x.mean(dim=1)
+        """What :meth:`forward_features` gives to logits (B, num_classes), or to what is pooled (B, C)."""
+        if self.global_pool:
+            x = x[:, 0] if self.global_pool == "token" else x.mean(dim=(1, 2))
         return x if pre_logits else self.head(x)
 
     def forward(self, x):
-        """Images (B, in_chans, S, S) to logits (B, num_classes)."""
-        # The head reads the messenger alone.
-        return self.forward_head(self.forward_features(x, read=1 if self.tokens else None))
+        """Images (B, in_chans, height, width) to logits (B, num_classes)."""
+        return self.forward_head(self.forward_features(x, read=1 if self.global_pool == "token" else None))

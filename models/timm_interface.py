@@ -1,8 +1,9 @@
 """What timm's users expect of a model, besides ``forward_features`` and ``forward_head``."""
 
+from timm.layers import trunc_normal_
 from torch import nn
 
-from .export import image_size
+from .geometry import known_pool
 from .macs import classifier_macs
 
 
@@ -10,50 +11,62 @@ class TimmInterface:
     """timm's methods, for MSGTransformer to inherit."""
 
     def forward_intermediates(
-        self, x, indices=None, norm=False, stop_early=False, output_fmt="NCHW", intermediates_only=False
+        self,
+        x,
+        indices=None,
+        norm=False,
+        stop_early=False,
+        output_fmt="NCHW",
+        intermediates_only=False,
+        output_dict=False,
+        return_prefix_tokens=False,
     ):
         """Patch maps of chosen stages, before merging (timm's interface).
 
         Args:
-            x: images (B, in_chans, height, width); with ``intermediates_only`` and without ``ape`` the sides
-                may be any multiples of the model's size.
+            x: images (B, in_chans, height, width).
             indices: stages to return: a list, the last n for an int, all for None.
             norm: apply the final norm to the last stage's map.
             stop_early: accepted for timm; the stages after the last chosen one never run with
                 intermediates_only.
-            output_fmt: ``NCHW`` or ``NHWC``.
-            intermediates_only: leave out the final tokens.
+            output_fmt: ``NCHW``, ``NHWC`` or ``NLC``.
+            intermediates_only: leave out what the head reads.
+            output_dict: return a dict of ``image_intermediates``, with prefix tokens
+                ``image_intermediates_prefix``, and ``image_features`` for what the head reads.
+            return_prefix_tokens: give the messengers (B, windows, C) with every map.
 
         Returns:
-            The list of maps, or (final tokens, list of maps).
+            The list of maps, or of pairs (map, messengers) with prefix tokens; unless ``intermediates_only``,
+            (what the head reads, list).
 
         Raises:
-            ValueError: an image size, format or stage that does not exist.
+            ValueError: a format or stage that does not exist, or messengers of a model without them.
         """
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt {output_fmt!r}: use NCHW or NHWC")
-        (x, height, width), size = image_size(x), self.img_size
-        larger = (height, width) != (size, size)
-        for_maps = intermediates_only and self.absolute_pos_embed is None
-        if height % size or width % size or (larger and not for_maps):
-            raise ValueError(
-                f"images of {height}x{width}: use {size}x{size}, or for maps alone, without absolute "
-                "positions, multiples of that"
-            )
+        if output_fmt not in ("NCHW", "NHWC", "NLC"):
+            raise ValueError(f"output_fmt {output_fmt!r}: use NCHW, NHWC or NLC")
+        if return_prefix_tokens and not self.tokens:
+            raise ValueError("return_prefix_tokens: this model has no messengers")
         chosen = stage_indices(indices, len(self.layers))
-        scale_y, scale_x = height // size, width // size
-        x, maps = self.embed(x), []
-        for i, stage in enumerate(self.layers):
-            rows, cols = scale_y * stage.windows, scale_x * stage.windows
-            x = stage.forward_blocks(x)
-            if i in chosen:
-                y = stage.patch_map(x, rows, cols)
-                y = self.norm(y) if norm and i + 1 == len(self.feature_info) else y
-                maps.append(y.permute(0, 3, 1, 2) if output_fmt == "NCHW" else y)
-            if intermediates_only and i == max(chosen):
-                break
-            x = stage.merge(x, rows, cols) if stage.downsample is not None else x
-        return maps if intermediates_only else (self.norm(x.squeeze(1)), maps)
+        stages = self.forward_stages(x, count=1 + max(chosen) if intermediates_only else None)
+        maps, prefixes = [], []
+        for i in sorted(chosen):
+            normed = norm and i + 1 == len(self.feature_info)
+            patches, *messengers = (self.norm(y) if normed else y for y in stages[i] if y is not None)
+            if output_fmt != "NHWC":
+                patches = patches.permute(0, 3, 1, 2) if output_fmt == "NCHW" else patches.flatten(1, 2)
+            maps.append(patches)
+            prefixes += [y.flatten(1, 2) for y in messengers]
+        features = None if intermediates_only else self.read_features(*stages[-1])
+        if output_dict:
+            parts = dict(
+                image_intermediates=maps,
+                image_intermediates_prefix=prefixes if return_prefix_tokens else None,
+                image_features=features,
+            )
+            return {name: part for name, part in parts.items() if part is not None}
+        if return_prefix_tokens:
+            maps = list(zip(maps, prefixes))
+        return maps if intermediates_only else (features, maps)
 
     def prune_intermediate_layers(self, indices=1, prune_norm=False, prune_head=True):
         """Drop what :meth:`forward_intermediates` does not need for ``indices`` (timm's interface)."""
@@ -73,18 +86,27 @@ class TimmInterface:
     def reset_classifier(self, num_classes, global_pool=None):
         """Replace the head by a fresh one of ``num_classes`` outputs, 0 for none.
 
+        Args:
+            global_pool: what it reads, as for the model; None for what is read now.
+
         Raises:
             ValueError: ``global_pool`` asks for a pooling that this model does not have.
         """
-        if global_pool not in (None, "", "token" if self.tokens else "avg"):
-            raise ValueError(
-                f"global_pool {global_pool!r}: this model only has {'token' if self.tokens else 'avg'}"
-            )
+        if global_pool is not None:
+            self.global_pool = known_pool(global_pool, self.tokens)
         self.num_classes = num_classes
         weight = self.patch_embed.proj.weight
         head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         self.init_linear(head)
         self.head = head.to(weight.device, weight.dtype)
+
+    @staticmethod
+    def init_linear(module):
+        """Truncated normal of std 0.02 for a linear layer's weight, 0 for its bias; nothing else."""
+        if isinstance(module, nn.Linear):
+            trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
     def set_grad_checkpointing(self, enable=True):
         """Recompute every block in the backward pass instead of storing its activations."""

@@ -55,10 +55,10 @@ def test_official_keys_have_official_defaults():
     }  # fmt: skip
     for section, values in expected.items():
         assert {key: config[section][key] for key in values} == values
-    assert dict(config.MODEL.MSG, TOKENS=0, PATCH_EMBED=0, DOWNSAMPLE=0, ATTENTION=0) == dict(
+    assert dict(config.MODEL.MSG, TOKENS=0, HEAD=0, PATCH_EMBED=0, DOWNSAMPLE=0, ATTENTION=0) == dict(
         PATCH_SIZE=4, IN_CHANS=3, EMBED_DIM=96, DEPTHS=[2, 2, 6, 2], NUM_HEADS=[3, 6, 12, 24], WINDOW_SIZE=7,
         MLP_RATIO=4.0, QKV_BIAS=True, QK_SCALE=None, APE=False, PATCH_NORM=True, SHUF_SIZE=[4, 4, 2, 1],
-        MANIP_TYPE="shuf", TOKENS=0, PATCH_EMBED=0, DOWNSAMPLE=0, ATTENTION=0,
+        MANIP_TYPE="shuf", TOKENS=0, HEAD=0, PATCH_EMBED=0, DOWNSAMPLE=0, ATTENTION=0,
     )  # fmt: skip
     assert dict(config.TRAIN.LR_SCHEDULER) == dict(
         NAME="cosine", MILESTONES=[27, 33], DECAY_EPOCHS=30, DECAY_RATE=0.1
@@ -169,8 +169,8 @@ def test_dumped_config_gives_the_same_run_again(tmp_path):
 
 
 def test_impossible_model_names_the_key():
-    with pytest.raises(UserError, match="DATA.IMG_SIZE is 64"):
-        build_model(digits_config("DATA.IMG_SIZE", 64))
+    with pytest.raises(UserError, match="smaller than a patch of 2x2: raise DATA.IMG_SIZE"):
+        build_model(digits_config("DATA.IMG_SIZE", 1))
 
 
 def test_a_model_that_no_memory_holds_is_one_message():

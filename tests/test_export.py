@@ -145,7 +145,7 @@ def test_models_of_a_config_and_of_timm_are_saved_as_they_compute(save):
     from_config = build_model(digits_config("MODEL.NUM_CLASSES", 7)).eval()
     plain = build_model(digits_config("MODEL.NUM_CLASSES", 7, "MODEL.MSG.ATTENTION", "eager")).eval()
     plain.load_state_dict(from_config.state_dict())
-    assert_saved_model_is_right(save, from_config, plain, size=from_config.img_size)
+    assert_saved_model_is_right(save, from_config, plain, size=from_config.img_size[0])
 
 
 @pytest.mark.parametrize("save", [save_trace, pytest.param(save_program, marks=pytest.mark.slow)])
@@ -200,7 +200,7 @@ def build_digits():
 @pytest.mark.parametrize("build", [small, build_digits])
 def test_dynamic_quantisation_reaches_every_linear_layer(build):
     model = build()
-    x = images(16, model.img_size)
+    x = images(16, model.img_size[0])
     quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
     count = sum(isinstance(layer, torch.ao.nn.quantized.dynamic.Linear) for layer in quantised.modules())
     assert count == sum(isinstance(layer, nn.Linear) for layer in model.modules()) > 0
@@ -217,7 +217,7 @@ def test_dynamic_quantisation_reaches_every_linear_layer(build):
 def test_torchao_quantises_every_linear_layer():
     quantization = pytest.importorskip("torchao.quantization")
     model = build_digits()
-    x = images(16, model.img_size)
+    x = images(16, model.img_size[0])
     with inference(model):
         expected = model(x)
     quantization.quantize_(model, quantization.Int8DynamicActivationInt8WeightConfig())

@@ -1,0 +1,417 @@
+"""Images of any size: where tokens are stored when windows reach over the edge of an image.
+
+A map of patch tokens is extended at the bottom and on the right to whole shuffle regions. Images of a batch
+may differ in size, so that an image can have more empty space around it than its own regions need. Its
+features do not depend on that:
+
+- A *full* window holds patches of its image only.
+- A *padded* window holds some. Its other tokens are hidden: nobody attends to them, and they are zero
+  wherever patch merging or the next layer could see them.
+- An *empty* window is its messenger alone, one token instead of 1+w*w. It starts every stage as zeros,
+  attends to itself, takes part in the exchange of its shuffle region and in the MLP like any other, and is
+  zero after the stage. (An even number of blocks exchanges channel groups back to where they came from, so
+  nothing is lost.)
+
+The tokens of a stage are rows (N, T, C): full windows, then padded windows, then messengers of empty windows.
+N is 1, with the whole batch in the rows, except where operations are recorded: there it is the number of
+images, so that what is exported takes any number of them.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from timm.layers import resample_abs_pos_embed
+from torch.nn import functional
+
+from .export import exporting, image_size, plain_sizes, unwarned_trace
+
+KEPT = 64  # layouts that a model remembers
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much of a map (B, H, W, C) the images of a batch cover, from the top left.
+
+    Args:
+        height, width: of the map, in tokens.
+        sizes: a tuple of (rows, columns), in tokens, for each image; None where every image covers the map.
+    """
+
+    height: int
+    width: int
+    sizes: tuple | None = None
+
+    @classmethod
+    def of_images(cls, height, width, patch_size, sizes=None):
+        """The extent of the map of images.
+
+        Args:
+            height, width: of the batch, in pixels.
+            sizes: (height, width) in pixels of each image; None where all fill the batch.
+        """
+        tokens = [(-(-rows // patch_size), -(-columns // patch_size)) for rows, columns in sizes or ()]
+        whole = -(-height // patch_size), -(-width // patch_size)
+        return cls(*whole, tuple(tokens) if any(size != whole for size in tokens) else None)
+
+    def windows(self, window_size):
+        """How many windows hold the map, vertically and horizontally."""
+        return -(-self.height // window_size), -(-self.width // window_size)
+
+    def whole(self, side):
+        """Whether the images cover the map, and it consists of squares of ``side`` tokens."""
+        return self.sizes is None and self.height % side == 0 and self.width % side == 0
+
+    def merged(self):
+        """The extent after patch merging."""
+        sizes = self.sizes and tuple(((rows + 1) // 2, (columns + 1) // 2) for rows, columns in self.sizes)
+        return Extent((self.height + 1) // 2, (self.width + 1) // 2, sizes)
+
+    def inside(self, device):
+        """Which places of a map belong to their image: bool (B, H, W, 1)."""
+        rows, columns = (torch.tensor(sides, device=device)[:, None] for sides in zip(*self.sizes))
+        rows = torch.arange(self.height, device=device) < rows  # B, H
+        columns = torch.arange(self.width, device=device) < columns  # B, W
+        return (rows[:, :, None] & columns[:, None])[..., None]
+
+
+def pad_to_patches(x, patch_size, sizes=None):
+    """Images (B, channels, height, width) with zeros added to whole patches, and the extent of their map.
+
+    Args:
+        sizes: (height, width) in pixels of each image; None where all fill x.
+    """
+    x, height, width = image_size(x)
+    extent = Extent.of_images(height, width, patch_size, sizes)
+    missing = extent.height * patch_size - height, extent.width * patch_size - width
+    return functional.pad(x, (0, missing[1], 0, missing[0])) if any(missing) else x, extent
+
+
+def resample_positions(positions, grid_size, extent):
+    """Absolute positions (1, rows*columns, C) of a grid for a map, or each image of it: (1 or B, H, W, C)."""
+
+    def resample(height, width):
+        x = resample_abs_pos_embed(positions, [height, width], list(grid_size), num_prefix_tokens=0)
+        return functional.pad(
+            x.unflatten(1, (height, width)), (0, 0, 0, extent.width - width, 0, extent.height - height)
+        )
+
+    if extent.sizes is None:
+        return resample(extent.height, extent.width)
+    return torch.cat([resample(*size) for size in extent.sizes])
+
+
+def pad_to_even(x):
+    """A map (B, H, W, C) with zeros added where a side is odd, for patch merging."""
+    height, width = plain_sizes(*x.shape[1:3])
+    if height % 2 == 0 and width % 2 == 0:
+        return x
+    return functional.pad(x, (0, 0, 0, width % 2, 0, height % 2))
+
+
+class Rows(NamedTuple):
+    """Where rows are taken from: their indices, and the rows that come from nowhere and are zero."""
+
+    index: torch.Tensor
+    blank: torch.Tensor
+
+    @classmethod
+    def of(cls, index):
+        """From a numpy array of indices, with -1 for nowhere."""
+        index = index.ravel()
+        return cls(torch.from_numpy(index.clip(min=0)), torch.from_numpy(np.flatnonzero(index < 0)))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tokens of a stage are, for images of given sizes, and what a block does with them there.
+
+    Args:
+        images: how many share the rows.
+        extent: of their maps.
+        window_size: of the stage.
+        regions, windows: shuffle regions of these images, and windows in a region.
+        has_messengers: whether windows have them.
+        occupied, padded: windows that hold patches, and those of them that are not full.
+        empty: windows that are a messenger alone.
+        rows: each row's place in the map of patches followed by that of messengers, both flattened.
+        maps: each place's row; the opposite of ``rows``.
+        messengers: the row of each window's messenger, (regions * windows,).
+        order: each window's number, full ones first, then padded ones, then empty ones, (regions * windows,).
+        messenger_map: each place's window in the map of messengers, among regions * windows.
+        region: each row's region.
+        hidden: bool (padded windows, tokens), the tokens that nobody attends to.
+    """
+
+    images: int
+    extent: Extent
+    window_size: int
+    regions: int
+    windows: int
+    has_messengers: bool
+    occupied: int
+    padded: int
+    empty: int
+    rows: Rows
+    maps: Rows
+    messengers: torch.Tensor
+    order: torch.Tensor
+    messenger_map: Rows
+    region: torch.Tensor
+    hidden: torch.Tensor
+
+    @classmethod
+    def build(cls, images, extent, window_size, shuffle_size, has_messengers):
+        """The layout of a stage, with its tensors on the CPU.
+
+        Args:
+            images: how many share the rows: the length of ``extent.sizes``, where that is given.
+            extent: of the stage's maps.
+            window_size, shuffle_size, has_messengers: of the stage.
+        """
+        height, width = extent.windows(window_size)
+        region_rows, region_columns = -(-height // shuffle_size), -(-width // shuffle_size)
+        regions, windows = images * region_rows * region_columns, shuffle_size**2
+
+        def places(height, width, side, sizes):
+            """Places of a map by windows of ``side`` tokens, as partition_windows orders them; -1 outside."""
+            y = np.arange(region_rows * shuffle_size * side)[:, None]
+            x = np.arange(region_columns * shuffle_size * side)
+            inside = np.stack([(y < rows) & (x < columns) for rows, columns in sizes])
+            place = np.arange(images)[:, None, None] * (height * width) + y * width + x
+            cut = (images, region_rows, shuffle_size, side, region_columns, shuffle_size, side)
+            place = np.where(inside, place, -1).reshape(cut).transpose(0, 1, 4, 2, 5, 3, 6)
+            return place.reshape(regions * windows, side**2)
+
+        sizes = extent.sizes or ((extent.height, extent.width),) * images
+        tokens = places(extent.height, extent.width, window_size, sizes)
+        held = (tokens >= 0).sum(1)
+        full, padded = np.flatnonzero(held == window_size**2), np.flatnonzero(held % window_size**2)
+        empty, of_maps = np.flatnonzero(held == 0), images * extent.height * extent.width
+        in_windows = [(-(-rows // window_size), -(-columns // window_size)) for rows, columns in sizes]
+        messengers = places(height, width, 1, in_windows)
+        if has_messengers:
+            tokens = np.concatenate([np.where(messengers < 0, -1, of_maps + messengers), tokens], axis=1)
+            of_maps += images * height * width
+        else:
+            empty = empty[:0]
+
+        occupied = np.concatenate([full, padded])
+        rows = np.concatenate([tokens[occupied].ravel(), np.full(len(empty), -1)])
+        order, first, region = np.zeros((3, regions * windows), dtype=np.int64)
+        order[occupied], order[empty] = np.arange(len(occupied)), len(occupied) + np.arange(len(empty))
+        first[occupied] = np.arange(len(occupied)) * tokens.shape[1]
+        first[empty] = len(occupied) * tokens.shape[1] + np.arange(len(empty))
+        region[:] = np.arange(regions * windows) // windows
+        return cls(
+            images=images,
+            extent=extent,
+            window_size=window_size,
+            regions=regions,
+            windows=windows,
+            has_messengers=has_messengers,
+            occupied=len(occupied),
+            padded=len(padded),
+            empty=len(empty),
+            rows=Rows.of(rows),
+            maps=Rows.of(_inverse(rows, of_maps)),
+            messengers=torch.from_numpy(first),
+            order=torch.from_numpy(order),
+            messenger_map=Rows.of(_inverse(messengers.ravel(), images * height * width)),
+            region=torch.from_numpy(
+                np.concatenate([region[occupied].repeat(tokens.shape[1]), region[empty]])
+            ),
+            hidden=torch.from_numpy(tokens[padded] < 0),
+        )
+
+    def to(self, device):
+        """The same with its tensors on a device."""
+        moved = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, torch.Tensor):
+                moved[field.name] = value.to(device)
+            elif isinstance(value, Rows):
+                moved[field.name] = Rows(*(tensor.to(device) for tensor in value))
+        return replace(self, **moved)
+
+    def cut(self, patches, messengers):
+        """Maps to rows (N, T, C).
+
+        Args:
+            patches: (B, H, W, C).
+            messengers: (B, H/w, W/w, C); (R, R, C) for the same in every region; None without messengers.
+        """
+        x = patches.reshape(-1, self.images * self.extent.height * self.extent.width, patches.shape[3])
+        if messengers is not None:
+            if messengers.dim() == 3:
+                rows, columns = self.extent.windows(self.window_size)
+                times = -(-rows // messengers.shape[0]), -(-columns // messengers.shape[1])
+                messengers = messengers.repeat(*times, 1)[:rows, :columns]
+                messengers = messengers.expand(patches.shape[0], -1, -1, -1)
+            x = torch.cat([x, messengers.reshape(x.shape[0], -1, x.shape[2])], dim=1)
+        return _take(x, self.rows, self.maps)
+
+    def restore(self, x):
+        """Undo :meth:`cut`; what belongs to no image is zero."""
+        x = _take(x, self.maps, self.rows)
+        patches = self.images * self.extent.height * self.extent.width
+        messengers = self._messenger_map(x[:, patches:]) if self.has_messengers else None
+        return x[:, :patches].reshape(-1, self.extent.height, self.extent.width, x.shape[2]), messengers
+
+    def restore_messengers(self, x):
+        """The map of messengers (B, H/w, W/w, C) of windows (N*regions, windows, 1, C)."""
+        x = x.reshape(-1, self.regions * self.windows, x.shape[3])
+        return self._messenger_map(_rows_of(x, self.messenger_map))
+
+    def _messenger_map(self, x):
+        return x.reshape(-1, *self.extent.windows(self.window_size), x.shape[2])
+
+    def block(self, block, x):
+        """What a block does to windows, done to rows (N, T, C)."""
+        x = self._add(x, block.attn(block.norm1(x), layout=self), block.drop_path)
+        if block.shuffle:
+            x = self._exchange(x)
+        return self._add(x, block.mlp(block.norm2(x)), block.drop_path)
+
+    def read_messengers(self, x):
+        """The messengers of rows (N, T, C) as windows of one token, (N*regions, windows, 1, C)."""
+        return x.index_select(1, self.messengers).reshape(-1, self.windows, 1, x.shape[2])
+
+    def attend(self, qkv, attend, read=None):
+        """Attention in every window.
+
+        Args:
+            qkv: rows (N, T, 3C).
+            attend: computes the attention of windows, (windows, tokens, 3C) to (windows, tokens, C), where
+                tokens are ``hidden``.
+            read: 1 for the messengers alone.
+
+        Returns:
+            Rows (N, T, C), or windows of one token (N*regions, windows, 1, C).
+        """
+        tokens = self.hidden.shape[1]
+        end = self.occupied * tokens
+        hidden = self.hidden
+        if exporting():  # of all windows, since those of an image are followed by those of the next
+            hidden = functional.pad(hidden, (0, 0, self.occupied - self.padded, 0))
+            hidden = hidden.expand(qkv.shape[0], -1, -1).flatten(0, 1)
+        x = qkv[:, :end].unflatten(1, (self.occupied, tokens)).flatten(0, 1)  # N*occupied, tokens, 3C
+        x = attend(x, hidden=hidden).unflatten(0, (-1, self.occupied))  # N, occupied, tokens, C
+        alone = qkv[:, end:, -x.shape[3] :]  # N, empty windows, C: who attends to itself gets its value
+        if read is None:
+            x = x.flatten(1, 2)  # N, occupied*tokens, C
+            return torch.cat([x, alone], dim=1) if self.empty else x
+        x = torch.cat([x[:, :, 0], alone], dim=1).index_select(1, self.order)
+        return x.reshape(-1, self.windows, 1, x.shape[2])
+
+    def _add(self, x, branch, drop_path):
+        """The sum of a residual stream and a branch, whose path is dropped for whole regions."""
+        if drop_path.training and drop_path.drop_prob:
+            kept = drop_path(branch.new_ones(x.shape[0] * self.regions, 1))
+            branch = branch * kept.unflatten(0, (-1, self.regions)).index_select(1, self.region)
+        return x + branch
+
+    def _exchange(self, x):
+        """Rows whose messengers have exchanged channel groups; x may be changed in place."""
+        if exporting() or torch.compiler.is_compiling():
+            messengers = swap_groups(x.index_select(1, self.messengers), self.windows)
+            return x.index_copy(1, self.messengers, messengers)
+        return _Exchange.apply(x, self.messengers, self.windows)
+
+
+def swap_groups(x, windows):
+    """Messengers (N, regions * windows, C) after the exchange of shuffle_messengers."""
+    groups = x.unflatten(1, (-1, windows)).unflatten(3, (windows, -1))
+    return groups.transpose(2, 3).flatten(3).flatten(1, 2)
+
+
+class _Exchange(torch.autograd.Function):
+    """The exchange in place; it is its own inverse, so that gradients go through it in the same way."""
+
+    @staticmethod
+    def forward(ctx, x, messengers, windows):
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(messengers)
+        ctx.windows = windows
+        return x.index_copy_(1, messengers, swap_groups(x.index_select(1, messengers), windows))
+
+    @staticmethod
+    def backward(ctx, grad):
+        (messengers,) = ctx.saved_tensors
+        exchanged = swap_groups(grad.index_select(1, messengers), ctx.windows)
+        return grad.index_copy(1, messengers, exchanged), None, None
+
+
+def _take(x, rows, back):
+    """Rows of x (N, S, C), each taken at most once; ``back`` is where the rows of x end up."""
+    if exporting() or torch.compiler.is_compiling():
+        return _rows_of(x, rows)
+    return _Take.apply(x, *rows, *back)
+
+
+def _rows_of(x, rows):
+    return x.index_select(1, rows.index).index_fill(1, rows.blank, 0)
+
+
+class _Take(torch.autograd.Function):
+    """Rows taken from x, whose gradient takes them back instead of adding them up."""
+
+    @staticmethod
+    def forward(ctx, x, index, blank, back_index, back_blank):
+        ctx.save_for_backward(back_index, back_blank)
+        return x.index_select(1, index).index_fill_(1, blank, 0)
+
+    @staticmethod
+    def backward(ctx, grad):
+        index, blank = ctx.saved_tensors
+        return grad.index_select(1, index).index_fill_(1, blank, 0), None, None, None, None
+
+
+def _inverse(index, count):
+    """For each of ``count`` places where an array of indices names it, -1 where it does not."""
+    inverse = np.full(count, -1, dtype=np.int64)
+    named = np.flatnonzero(index >= 0)
+    inverse[index[named]] = named
+    return inverse
+
+
+class Layouts:
+    """The layouts of the sizes that a model saw last; copies of a model begin without them."""
+
+    def __init__(self):
+        self.kept = {}
+
+    def __reduce__(self):
+        return Layouts, ()
+
+    def of(self, extent, stage, x):
+        """The layout of a stage for maps x (B, H, W, C), or None if they consist of whole regions."""
+        if extent.whole(stage.window_size * stage.shuffle_size):
+            return None
+        recorded = exporting()
+        images = 1 if recorded and extent.sizes is None else x.shape[0]
+        asked = images, extent, stage.window_size, stage.shuffle_size, stage.tokens
+        if recorded:  # what is made here belongs to the recording
+            with unwarned_trace():
+                return Layout.build(*asked).to(x.device)
+        if torch.compiler.is_compiling():
+            sizes = extent.height, extent.width, extent.sizes
+            parts = _constant_parts(images, sizes, *asked[2:], str(x.device))
+            return Layout(parts[0], extent, *parts[1:])
+        key = *asked, x.device
+        with torch.inference_mode(False):  # or no training could use it
+            layout = self.kept.pop(key, None) or Layout.build(*asked).to(x.device)
+        self.kept[key] = layout  # the last one asked for is the last one dropped
+        while len(self.kept) > KEPT:
+            del self.kept[next(iter(self.kept))]
+        return layout
+
+
+@torch.compiler.assume_constant_result
+def _constant_parts(images, sizes, window_size, shuffle_size, has_messengers, device):
+    """The fields of a layout without its extent: torch.compile takes no other objects for constants."""
+    with torch.inference_mode(False):
+        layout = Layout.build(images, Extent(*sizes), window_size, shuffle_size, has_messengers).to(device)
+    return tuple(getattr(layout, field.name) for field in fields(Layout) if field.name != "extent")

@@ -1,0 +1,340 @@
+"""Images of any size against a plain implementation that leaves out the tokens that are not there."""
+
+import copy
+import itertools
+import pickle
+import random
+
+import pytest
+import torch
+from helpers import CVPR22, MICRO, golden_images, micro
+from timm.layers import resample_abs_pos_embed
+from torch import nn
+from torch.nn import functional
+
+from detection.backbone import MSGBackbone
+from models import inference, use_onednn
+from models.attention import windowed_attention
+from models.msg_transformer import MSGTransformer
+from models.padding import KEPT, Extent, Layout
+
+VARIANTS = dict(
+    v1={},
+    cvpr22=CVPR22,
+    positions=dict(ape=True),
+    no_messengers=dict(tokens=False),
+    no_shuffle=dict(manip_type="none"),
+    patches_read=dict(global_pool="avg"),
+    wide_regions=dict(img_size=64, shuffle_size=(4, 4, 4)),
+)
+
+
+def attend(attention, tokens, places):
+    """Attention of one window over tokens (n, C) that are at these places of its 1+w*w."""
+    bias = attention.bias()[:, places][:, :, places]
+    q, k, v = (
+        x.unflatten(1, (bias.shape[0], -1)).transpose(0, 1) for x in attention.qkv(tokens).chunk(3, dim=1)
+    )
+    weights = (attention.scale * q @ k.transpose(1, 2) + bias).softmax(2)
+    return attention.proj((weights @ v).transpose(0, 1).flatten(1))
+
+
+def loop_block(block, patches, messengers, window, region):
+    """A block on a map (H, W, C) and messengers (rows, columns, C) of whole regions, window by window."""
+    height, width, _ = patches.shape
+    rows, columns, channels = messengers.shape
+    after, moved = patches.clone(), messengers.clone()
+    for row, column in itertools.product(range(rows), range(columns)):
+        cells = [
+            (y, x)
+            for y in range(row * window, min((row + 1) * window, height))
+            for x in range(column * window, min((column + 1) * window, width))
+        ]
+        places = [1 + (y % window) * window + x % window for y, x in cells]
+        tokens = [patches[y, x] for y, x in cells]
+        if block.attn.rel_pos_msg is None:
+            places = [place - 1 for place in places]
+        else:
+            tokens, places = [messengers[row, column], *tokens], [0, *places]
+        if not tokens:
+            continue
+        out = torch.stack(tokens)
+        out = out + attend(block.attn, block.norm1(out), places)
+        if block.attn.rel_pos_msg is not None:
+            moved[row, column], out = out[0], out[1:]
+        for (y, x), token in zip(cells, out):
+            after[y, x] = token
+    if block.shuffle:
+        group, before = channels // region**2, moved.clone()
+        for row, column in itertools.product(range(rows), range(columns)):
+            j, top, left = (
+                row % region * region + column % region,
+                row - row % region,
+                column - column % region,
+            )
+            for i in range(region**2):
+                source = before[top + i // region, left + i % region]
+                moved[row, column, i * group : (i + 1) * group] = source[j * group : (j + 1) * group]
+    return after + block.mlp(block.norm2(after)), moved + block.mlp(block.norm2(moved))
+
+
+def loop_stages(model, image):
+    """The patch map (H, W, C) and the messengers (rows, columns, C) of every stage for one image."""
+    patch, found = model.patch_size, []
+    image = functional.pad(image, (0, -image.shape[2] % patch, 0, -image.shape[1] % patch))
+    patches = model.patch_embed(image[None])[0]
+    if model.absolute_pos_embed is not None:
+        size = list(patches.shape[:2])
+        positions = resample_abs_pos_embed(model.absolute_pos_embed, size, num_prefix_tokens=0)
+        patches = patches + positions[0].unflatten(0, size)
+    messengers = None
+    for i, stage in enumerate(model.layers):
+        window, region = stage.window_size, stage.shuffle_size
+        rows, columns = (-(-side // window) for side in patches.shape[:2])
+        grid = patches.new_zeros(*(-(-side // region) * region for side in (rows, columns)), patches.shape[2])
+        for row, column in itertools.product(range(rows), range(columns)):
+            if not model.tokens:
+                continue
+            first = row % region * region + column % region
+            grid[row, column] = model.msg_tokens[0, first, 0] if i == 0 else messengers[row, column]
+        for block in stage.blocks:
+            patches, grid = loop_block(block, patches, grid, window, region)
+        messengers = grid[:rows, :columns]
+        found.append((patches, messengers))
+        if stage.downsample is not None:
+            patches, messengers = (
+                stage.downsample(functional.pad(x, (0, 0, 0, x.shape[1] % 2, 0, x.shape[0] % 2))[None])[0]
+                for x in (patches, messengers)
+            )
+    return found
+
+
+def loop_logits(model, image):
+    """The logits of one image."""
+    patches, messengers = loop_stages(model, image)[-1]
+    read = messengers if model.global_pool == "token" else patches
+    return model.head(torch.stack([model.norm(x) for x in read.flatten(0, 1)]).mean(0))
+
+
+def random_sizes():
+    """60 pairs of a variant and a size, each variant with several sizes, some smaller than a window."""
+    draw = random.Random(0)
+    names = itertools.cycle(VARIANTS)
+    return [(next(names), (draw.randint(1, 52), draw.randint(1, 52))) for _ in range(60)]
+
+
+@pytest.mark.parametrize("name, size", random_sizes())
+def test_logits_are_those_of_a_loop_over_the_windows(name, size):
+    model = micro(**VARIANTS[name]).double()
+    images = torch.randn(2, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = torch.stack([loop_logits(model, image) for image in images])
+        torch.testing.assert_close(model(images), expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_maps_and_gradients_are_those_of_the_loop(name):
+    model = micro(**VARIANTS[name]).double()
+    image = torch.randn(3, 37, 26, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    gradients = []
+    for maps in (loop_stages(model, image), [(p[0], m) for p, m in model.forward_stages(image[None])]):
+        model.zero_grad()
+        sum((i + 1) * patches.square().sum() for i, (patches, _) in enumerate(maps)).backward()
+        gradients.append([(n, p.grad) for n, p in model.named_parameters() if p.grad is not None])
+    scale = max(grad.abs().max() for _, grad in gradients[0])
+    for (name, expected), (_, found) in zip(*gradients, strict=True):
+        assert (found - expected).abs().max() < 1e-11 * scale, name
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_logits_of_a_batch_are_those_of_each_image(name):
+    model = micro(**VARIANTS[name]).double()
+    images = torch.randn(3, 3, 46, 70, dtype=torch.float64)
+    with torch.no_grad():
+        alone = torch.cat([model(image[None]) for image in images])
+        torch.testing.assert_close(model(images), alone, rtol=0, atol=1e-10)
+
+
+def test_several_last_windows_of_whole_regions_are_averaged():
+    model = micro().double()
+    images = golden_images(64)
+    assert Extent(32, 32).whole(model.layers[0].window_size * model.layers[0].shuffle_size)
+    with torch.no_grad():
+        expected = torch.stack([loop_logits(model, image) for image in images])
+        torch.testing.assert_close(model(images), expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "blocked"])
+@pytest.mark.parametrize("changes", [{}, dict(tokens=False)])
+def test_every_backend_hides_what_is_not_there(attention, changes):
+    images = torch.randn(2, 3, 30, 45, dtype=torch.float64)
+    expected, found = (micro(attention=name, **changes).double() for name in ("eager", attention))
+    results = []
+    for model in (expected, found):
+        logits = model(images)
+        logits.square().sum().backward()
+        results.append([logits.detach(), *(p.grad for p in model.parameters())])
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+    with torch.no_grad():
+        torch.testing.assert_close(found(images), results[0][0], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "blocked"])
+@pytest.mark.parametrize("windows, padded", [(70, 3), (70, 70), (3, 2), (130, 66)])
+def test_hidden_tokens_get_no_attention(backend, windows, padded):
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(windows, 5, 24, dtype=torch.float64, generator=generator)
+    bias = torch.randn(2, 5, 5, dtype=torch.float64, generator=generator)
+    hidden = torch.rand(padded, 5, generator=generator) < 0.5
+    hidden[:, 0] = False
+    found = windowed_attention(qkv, bias, 0.5, backend, hidden)
+    for window in range(windows):
+        kept = torch.ones(5, dtype=torch.bool)
+        if window >= windows - padded:
+            kept = ~hidden[window - (windows - padded)]
+        q, k, v = (x.unflatten(1, (2, 4)).transpose(0, 1) for x in qkv[window].chunk(3, dim=1))
+        scores = 0.5 * q @ k[:, kept].transpose(1, 2) + bias[:, :, kept]
+        expected = (scores.softmax(2) @ v[:, kept]).transpose(0, 1).flatten(1)
+        torch.testing.assert_close(found[window], expected, rtol=1e-10, atol=1e-12)
+
+
+def test_empty_windows_are_one_token_each():
+    """Three by two windows in regions of four by four: ten windows are empty."""
+    layout = Layout.build(1, Extent(12, 7), 4, 4, True)
+    assert layout.occupied == 6 and len(layout.hidden) == 3
+    assert len(layout.rows.index) == 6 * 17 + 10
+    without = Layout.build(1, Extent(12, 7), 4, 4, False)
+    assert len(without.rows.index) == 6 * 16
+
+
+@pytest.mark.parametrize("name", ["v1", "no_messengers"])
+def test_any_fixed_size_compiles_without_graph_breaks(name):
+    torch._dynamo.reset()
+    model = micro(**VARIANTS[name]).train()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)
+    x = torch.randn(2, 3, 37, 26)
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+    compiled(x).sum().backward()
+
+
+@pytest.mark.parametrize("way", ["trace", "export"])
+def test_a_program_of_an_odd_size_takes_any_number_of_images(way):
+    model = micro()
+    use_onednn(model)
+    x = torch.randn(2, 3, 37, 26)
+    expected = model(x)  # keeps layouts, which belong to this call alone
+    if way == "trace":
+        program = torch.jit.trace(model, x)
+    else:
+        shapes = ({0: torch.export.Dim("count")},)
+        program = torch.export.export(model, (x,), dynamic_shapes=shapes, strict=False).module()
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+    for count in (1, 2, 5):
+        x = torch.randn(count, 3, 37, 26)
+        torch.testing.assert_close(program(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_trains_after_it_was_evaluated_with_fixed_weights():
+    """What was made without gradients serves with them."""
+    model, x = micro(), torch.randn(1, 3, 37, 26)
+    with inference(model):
+        expected = model(x)
+    assert model.layouts.kept
+    logits = model(x)
+    logits.sum().backward()
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_remembers_the_last_sizes_and_its_copies_none():
+    model = micro(depths=(1, 1, 1))
+    for side in range(40, 40 + 2 * KEPT, 2):
+        model(torch.zeros(1, 3, 20, side))
+    assert len(model.layouts.kept) == KEPT
+    kept = dict(model.layouts.kept)
+    model(torch.zeros(1, 3, 20, side))
+    assert all(model.layouts.kept[key] is layout for key, layout in kept.items())
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert not twin.layouts.kept
+
+
+def test_drop_path_drops_whole_regions():
+    model = micro(depths=(2, 1, 1)).double().train()
+    x, kept = torch.randn(2, 3, 40, 40, dtype=torch.float64), set()
+    block = model.layers[0].blocks[1]
+    block.drop_path.drop_prob = 0.5
+    block.drop_path.register_forward_hook(lambda module, args, out: kept.add(tuple(out.shape)))
+    model(x)
+    assert kept == {(2 * 4, 1)}  # twenty tokens on a side are five windows, so two by two regions
+
+
+@pytest.mark.parametrize("pool", ["token", "avg", ""])
+def test_what_the_head_reads(pool):
+    model = micro().double()
+    model.reset_classifier(7, pool)
+    x = golden_images(40)
+    patches, messengers = model.forward_stages(x)[-1]
+    features = model.forward_features(x)
+    torch.testing.assert_close(model.forward_head(features), model(x), rtol=1e-12, atol=1e-12)
+    if pool == "token":
+        assert features.shape == (2, 1 + 25, 192)
+        expected = model.norm(messengers).mean((1, 2))
+    else:
+        assert features.shape == (2, 5, 5, 192)
+        expected = model.norm(patches) if not pool else model.norm(patches).mean((1, 2))
+    torch.testing.assert_close(model.forward_head(features, pre_logits=True), expected)
+
+
+def test_intermediates_in_every_format():
+    model, x = micro().double(), golden_images(40)
+    stages = model.forward_stages(x)
+    found = model.forward_intermediates(x, [0, 2], True, output_fmt="NLC", return_prefix_tokens=True)
+    torch.testing.assert_close(found[0], model.forward_features(x))
+    for (patches, messengers), stage, norm in zip(found[1], (0, 2), (nn.Identity(), model.norm)):
+        torch.testing.assert_close(patches, norm(stages[stage][0]).flatten(1, 2))
+        torch.testing.assert_close(messengers, norm(stages[stage][1]).flatten(1, 2))
+    as_dict = model.forward_intermediates(x, 1, output_dict=True, output_fmt="NHWC")
+    assert set(as_dict) == {"image_intermediates", "image_features"}
+    torch.testing.assert_close(as_dict["image_intermediates"], [stages[2][0]])
+    alone = model.forward_intermediates(x, [0], intermediates_only=True, output_dict=True)
+    assert set(alone) == {"image_intermediates"}
+    with pytest.raises(ValueError, match="no messengers"):
+        micro(tokens=False).forward_intermediates(x.float(), return_prefix_tokens=True)
+
+
+def test_positions_of_a_batch_of_sizes_are_those_of_each_image():
+    model = MSGBackbone(micro(ape=True), [4, 2, 1]).double().eval()
+    images = torch.randn(2, 3, 64, 48, dtype=torch.float64)
+    images[0, :, 37:], images[0, :, :, 29:] = 0, 0
+    together = model(images, [(37, 29), (64, 48)])
+    alone = model(images[:1, :, :37, :29], [(37, 29)])
+    for x, y in zip(alone, together):
+        torch.testing.assert_close(x[0], y[0, :, : x.shape[2], : x.shape[3]], rtol=0, atol=1e-10)
+
+
+def test_a_size_that_is_not_the_models_is_refused_where_that_is_asked_for():
+    strict = micro(img_size=(32, 48), strict_img_size=True)
+    assert strict(torch.zeros(1, 3, 32, 48)).shape == (1, 10)
+    with pytest.raises(ValueError, match="takes 32x48 images, these are 32x32"):
+        strict(torch.zeros(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(img_size=1), ["1x1 pixels are smaller than a patch of 2x2", "DATA.IMG_SIZE"]),
+        (dict(img_size=(32, 32, 3)), ["DATA.IMG_SIZE", "[height, width]"]),
+        (dict(img_size=40, shuffle_size=(5, 2, 1)), ["48 channels", "25 windows", "SHUF_SIZE[0]"]),
+        (dict(global_pool="max"), ["HEAD", "token or avg"]),
+        (dict(global_pool="token", tokens=False), ["use avg", "TOKENS"]),
+    ],
+)
+def test_impossible_sizes_and_heads_name_the_key_to_change(changes, words):
+    with pytest.raises(ValueError) as error:
+        MSGTransformer(**dict(MICRO, **changes))
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_a_region_is_the_whole_side_only_where_the_channels_allow_it():
+    """Three windows are left on a side of stage 2, and 96 channels have no ninth part."""
+    model = micro(img_size=48, shuffle_size=(4, 4, 4))
+    assert model.shuffle_size == [4, 4, 2]
