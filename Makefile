@@ -53,10 +53,12 @@ demo-coco: $(VENV)/.installed
 demo-coco-clean:
 	rm -rf $(SHAPES)
 
+# Two tests at a time, each on one core.
+test: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow

@@ -1,5 +1,7 @@
 """The images that runs in tests train on, and the counts that tests leave for the end of a pytest run."""
 
+import collections
+import itertools
 import signal
 import socket
 
@@ -8,7 +10,7 @@ from helpers import write_images
 
 import utils
 
-COUNTS = pytest.StashKey()
+COUNT = "count of "
 
 
 @pytest.fixture(scope="session")
@@ -38,14 +40,9 @@ def port():
 
 
 @pytest.fixture
-def count(request):
+def count(record_property):
     """A function that adds a number to a named count, shown when pytest ends."""
-    counts = request.config.stash.setdefault(COUNTS, {})
-
-    def add(what, number):
-        counts[what] = counts.get(what, 0) + number
-
-    return add
+    return lambda what, number: record_property(COUNT + what, number)
 
 
 def pytest_unconfigure(config):
@@ -53,7 +50,12 @@ def pytest_unconfigure(config):
     utils.end_workers()
 
 
-def pytest_terminal_summary(terminalreporter, config):
-    """Show the counts."""
-    for what, number in config.stash.get(COUNTS, {}).items():
+def pytest_terminal_summary(terminalreporter):
+    """Show the counts, which reports bring along from whatever process ran the test."""
+    counts = collections.Counter()
+    for report in itertools.chain.from_iterable(terminalreporter.stats.values()):
+        for name, number in getattr(report, "user_properties", ()):
+            if report.when == "call" and name.startswith(COUNT):
+                counts[name.removeprefix(COUNT)] += number
+    for what, number in counts.items():
         terminalreporter.write_line(f"{number} {what}")
