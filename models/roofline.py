@@ -7,6 +7,7 @@ arithmetic is not counted.
 
 import contextlib
 import platform
+import re
 import time
 from typing import NamedTuple
 
@@ -66,6 +67,8 @@ def machine(device):
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
         lines = file.read().splitlines()
         name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+        numbers = [line.split(":")[1].strip() for line in lines if re.match(r"(cpu family|model)\s*:", line)]
+        name += " family {}, model {}".format(*numbers[:2]) if len(numbers) > 1 else ""
         flags = next((line for line in lines if line.startswith("flags")), "")
         name += "".join(f", {flag}" for flag in ("avx512f", "avx512_bf16", "amx_bf16") if flag in flags)
     name += f", {torch.get_num_threads()} threads"
