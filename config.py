@@ -58,7 +58,7 @@ def default_config():
     config.DATA.BACKEND = "pil"
     # Kind of dataset: imagenet, which means any ImageFolder of that layout; coco for detect.py.
     config.DATA.DATASET = "imagenet"
-    # Side of the square input, in pixels.
+    # Side of the square images that the model sees, in pixels, or [height, width].
     config.DATA.IMG_SIZE = 224
     # Resampling when images are resized: bicubic, bilinear, lanczos, nearest, or random (training only).
     config.DATA.INTERPOLATION = "bicubic"
@@ -205,7 +205,8 @@ def default_config():
     config.AUG.MIXUP_MODE = "batch"
 
     config.TEST = CfgNode()
-    # True: resize the short side to 256/224 of the size, then centre crop. False: resize to the size.
+    # True: resize, aspect kept, until the image covers 256/224 of DATA.IMG_SIZE, then centre crop. False, and
+    # always where the short side of IMG_SIZE is at most 32: resize to IMG_SIZE, aspect changed.
     config.TEST.CROP = True
 
     config.DET = CfgNode()
@@ -317,6 +318,14 @@ def _between(low, high):
     return (lambda value: low <= value <= high), f"at least {low} and at most {high}"
 
 
+def _side_or_sides(low, high):
+    def possible(value):
+        sides = value if type(value) is list else [value, value]
+        return len(sides) == 2 and _all_between(sides, low, high, (int,))
+
+    return possible, f"a whole number or [height, width], at least {low} and at most {high}"
+
+
 def _numbers(low, high, kinds=(int, float), some=False):
     words = f"a list of {'' if float in kinds else 'whole '}numbers, at least {low} and at most {high}"
     words += ", one or more of them" if some else ""
@@ -344,7 +353,7 @@ _STAGES = _numbers(1, 1000, (int,))
 # cannot be held in memory, counted in time, or waited for.
 RANGES = {
     "DATA.BATCH_SIZE": _between(1, 10**6),
-    "DATA.IMG_SIZE": _between(1, 10**5),
+    "DATA.IMG_SIZE": _side_or_sides(1, 10**5),
     "DATA.MAX_PIXELS": _at_least(1),
     "DATA.MAX_SCANS": _at_least(1),
     "DATA.NUM_WORKERS": _between(0, 1000),
@@ -707,10 +716,13 @@ def _coerce(value, present, key, source):
     value = _literal(value)
     if value is None and key in optional:
         return None
+    words = f"{_NAMES[kind]}, such as {present!r}"
+    if key == "DATA.IMG_SIZE":  # one side or two, whichever an earlier file has
+        kind, words = list if type(value) is list else int, RANGES[key][1]
     if kind in (list, tuple) and type(value) is list:
         value = kind(value)
     if type(value) is not kind and not (kind is float and type(value) is int):
-        refuse(f"{_NAMES[kind]}, such as {present!r}")
+        refuse(words)
     largest = LARGEST_SEED if key == "SEED" else LARGEST
     if not all(abs(number) <= largest for number in _numbers(value)):
         refuse(f"finite and no larger than {largest}")

@@ -9,6 +9,7 @@ import logging
 import time
 
 import torch
+from timm.layers import to_2tuple
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -76,7 +77,7 @@ def main(args):
             images = next(iter(val_loader))[0]
         else:
             logger.info("no --data-path: synthetic images")
-            shape = (config.DATA.BATCH_SIZE, config.MODEL.MSG.IN_CHANS, *[config.DATA.IMG_SIZE] * 2)
+            shape = (config.DATA.BATCH_SIZE, config.MODEL.MSG.IN_CHANS, *to_2tuple(config.DATA.IMG_SIZE))
             images = torch.randn(shape, device=device)
         throughput(model, images, compute)
     elif mode == "eval":

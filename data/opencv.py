@@ -18,7 +18,7 @@ from torchvision import transforms
 
 from .datasets import MAX_PIXELS, MAX_SCANS, decoding, open_image
 from .opencv_operations import FASTER, Flip, ThroughPillow, interpolate, resize, to_tensor
-from .transforms import aspect_box, augment_operations, evaluation_sizes
+from .transforms import aspect_box, augment_operations, covering_size, evaluation_sizes
 from .transforms import build_transform as build_for_pillow
 
 # JPEG markers that have no place in a scan: all but restarts and the end. In a progressive file, tables,
@@ -105,69 +105,80 @@ class CropResizedRandomly:
 
 
 class ResizeWhole:
-    """An :class:`ImageFile` resized to (size, size)."""
+    """An :class:`ImageFile` resized to ``size``, (height, width)."""
 
     def __init__(self, size, interpolation):
         self.size, self.interpolation = size, interpolation
 
     def __call__(self, file):
-        pixels = file.crop(0, 0, *file.size, min(file.size) / self.size)
-        return resize(pixels, self.size, self.size, self.interpolation)
+        (width, height), (rows, columns) = file.size, self.size
+        pixels = file.crop(0, 0, width, height, min(height / rows, width / columns))
+        return resize(pixels, rows, columns, self.interpolation)
 
 
 class ResizeAndCropCenter:
     """The centre crop of a resized :class:`ImageFile`; what the crop leaves out is not resized.
 
     Args:
-        short: short side of the resized image, in pixels.
-        size: side of the crop, in pixels.
+        cover: (height, width) that the resized image covers; see :func:`~data.transforms.covering_size`.
+        size: (height, width) of the crop.
     """
 
-    def __init__(self, short, size, interpolation):
-        self.short, self.size, self.interpolation = short, size, interpolation
+    def __init__(self, cover, size, interpolation):
+        self.cover, self.size, self.interpolation = cover, size, interpolation
 
     def __call__(self, file):
-        left, top, width, height = aspect_box(*file.size)
-        pixels = file.crop(left, top, width, height, min(width, height) / self.short)
-        resized = [int(self.short * side / min(width, height)) for side in (height, width)]
+        left, top, width, height = aspect_box(*file.size, self.cover)
+        scale = min(height / self.cover[0], width / self.cover[1])
+        pixels = file.crop(left, top, width, height, scale)
+        resized = covering_size(width, height, self.cover)
         if self.interpolation in ("lanczos", "nearest"):
             pixels = resize(pixels, *resized, self.interpolation)
             rows, columns = (
-                slice(start := round((side - self.size) / 2), start + self.size) for side in resized
+                slice(start := round((side - size) / 2), start + size)
+                for side, size in zip(resized, self.size)
             )
             return pixels[rows, columns]
-        cuts = [self._cut(side, target) for side, target in zip(pixels.shape, resized)]
+        cuts = [_cut(*sides) for sides in zip(pixels.shape, resized, self.size)]
         (rows, skipped_rows), (columns, skipped_columns) = cuts
         factors = [target / side for side, target in zip(pixels.shape, resized)]
         pixels = interpolate(pixels[rows, columns], self.interpolation, scale_factor=factors)
         pixels = pixels[skipped_rows:, skipped_columns:]
-        return pixels[: self.size, : self.size]
+        return pixels[: self.size[0], : self.size[1]]
 
-    def _cut(self, side, resized):
-        """The slice of an axis of ``side`` pixels to resize, and how many resized pixels precede the crop.
 
-        The slice must begin where an original and a resized pixel begin at nearly the same place, or the crop
-        would be shifted.
-        """
-        scale = side / resized
-        start = round((resized - self.size) / 2)
-        support = math.ceil(2 / min(1, scale)) + 1  # of the bicubic filter, in result pixels
-        before = range(start - support, 0, -1)
-        first = next((place for place in before if abs(place * scale - round(place * scale)) < 0.04), 0)
-        stop = math.ceil((start + self.size + support) * scale)
-        return slice(round(first * scale), min(side, stop)), start - first
+def _cut(side, resized, size):
+    """What is resized of an axis for the ``size`` pixels of the crop.
+
+    The slice must begin where an original and a resized pixel begin at nearly the same place, or the crop
+    would be shifted.
+
+    Args:
+        side: pixels of the axis before resizing.
+        resized: and after.
+
+    Returns:
+        The slice, and how many of its resized pixels precede the crop.
+    """
+    scale = side / resized
+    start = round((resized - size) / 2)
+    support = math.ceil(2 / min(1, scale)) + 1  # of the bicubic filter, in result pixels
+    before = range(start - support, 0, -1)
+    first = next((place for place in before if abs(place * scale - round(place * scale)) < 0.04), 0)
+    stop = math.ceil((start + size + support) * scale)
+    return slice(round(first * scale), min(side, stop)), start - first
 
 
 def build_transform(config, is_train):
-    """The transform of an :class:`ImageFile` to a tensor (3, S, S), uint8, S being ``DATA.IMG_SIZE``.
+    """The transform of an :class:`ImageFile` to a tensor (3, H, W), uint8, the sides of ``DATA.IMG_SIZE``.
 
     It is that of transforms.py without normalisation and erasing, which are left to the device; every other
     step draws the same random numbers.
     """
     if not is_train:
-        short, size, mode = evaluation_sizes(config)
+        cover, size, mode = evaluation_sizes(config)
         mode = interp_mode_to_str(mode)
-        crop = ResizeAndCropCenter(short, size, mode) if short else ResizeWhole(size, mode)
+        crop = ResizeAndCropCenter(cover, size, mode) if cover else ResizeWhole(size, mode)
         return transforms.Compose([crop, to_tensor])
     later = MaybeToTensor, transforms.Normalize, RandomErasing
     steps = [step for step in build_for_pillow(config, is_train).transforms if not isinstance(step, later)]
@@ -178,7 +189,7 @@ def _for_arrays(step):
     if isinstance(step, RandomResizedCropAndInterpolation):
         return CropResizedRandomly(step)
     if isinstance(step, transforms.Resize):
-        return ResizeWhole(step.size[0], interp_mode_to_str(step.interpolation))
+        return ResizeWhole(step.size, interp_mode_to_str(step.interpolation))
     if isinstance(step, transforms.RandomHorizontalFlip):
         return Flip(step.p)
     if isinstance(step, (auto_augment.RandAugment, auto_augment.AutoAugment)):

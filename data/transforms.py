@@ -1,38 +1,48 @@
 """The official augmentation recipe, through timm's transforms."""
 
+import math
+
 from PIL import Image, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from timm.data.auto_augment import AugmentOp, AugMixAugment, AutoAugment, RandAugment, posterize
 from timm.data.transforms import str_to_interp_mode
+from timm.layers import to_2tuple
 from torchvision import transforms
+from torchvision.transforms.functional import resize
 
 from config import ConfigError
 
 
 def build_transform(config, is_train):
-    """The transform of a PIL image to a normalised float tensor (3, S, S), S being ``DATA.IMG_SIZE``.
+    """The transform of a PIL image to a normalised float tensor (3, H, W), the sides of ``DATA.IMG_SIZE``.
 
     Training images of more than 32 px: random resized crop, flip, AutoAugment or colour jitter, random
     erasing. Up to 32 px a crop of the image padded by 4 px replaces the resized crop, as in the official
-    code. Evaluation: resize to 256/224 of the size and centre crop, or (``TEST.CROP`` off, or up to 32 px)
-    resize to the size.
+    code. Evaluation: resize until the image covers 256/224 of the size and centre crop, or (``TEST.CROP``
+    off, or up to 32 px) resize to the size. Of two sides, the shorter one decides what is up to 32 px.
     """
     if is_train:
-        return _train_transform(config, config.DATA.IMG_SIZE)
-    short, size, mode = evaluation_sizes(config)
-    if short:
-        steps = [limit_aspect, transforms.Resize(short, mode), transforms.CenterCrop(size)]
+        return _train_transform(config, to_2tuple(config.DATA.IMG_SIZE))
+    cover, size, mode = evaluation_sizes(config)
+    if cover:
+        steps = [ResizeToCover(cover, mode), transforms.CenterCrop(size)]
     else:
-        steps = [transforms.Resize((size, size), mode)]
+        steps = [transforms.Resize(size, mode)]
     normalize = transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     return transforms.Compose([*steps, transforms.ToTensor(), normalize])
 
 
 def evaluation_sizes(config):
-    """Short side after resizing (None: the whole image becomes the crop), side of the crop, interpolation."""
-    size = config.DATA.IMG_SIZE
-    short = int(256 / 224 * size) if config.TEST.CROP and size > 32 else None
-    return short, size, _resize_mode(config.DATA.INTERPOLATION)
+    """What evaluation resizes to.
+
+    Returns:
+        (height, width) that the resized image must cover, or None where the whole image becomes the crop;
+        (height, width) of the crop; interpolation.
+    """
+    size = to_2tuple(config.DATA.IMG_SIZE)
+    crops = config.TEST.CROP and min(size) > 32
+    cover = tuple(int(256 / 224 * side) for side in size) if crops else None
+    return cover, size, _resize_mode(config.DATA.INTERPOLATION)
 
 
 def _resize_mode(interpolation):
@@ -41,10 +51,13 @@ def _resize_mode(interpolation):
 
 
 def _train_transform(config, size):
+    height, width = size
     try:
         transform = create_transform(
             input_size=size,
             is_training=True,
+            # timm's own, around the aspect of the size: images look the same in training and evaluation.
+            ratio=[ratio * (width / height) for ratio in (3 / 4, 4 / 3)],
             hflip=config.AUG.HFLIP,
             color_jitter=config.AUG.COLOR_JITTER or None,
             auto_augment=config.AUG.AUTO_AUGMENT if config.AUG.AUTO_AUGMENT != "none" else None,
@@ -58,8 +71,8 @@ def _train_transform(config, size):
             f"AUG.AUTO_AUGMENT is {config.AUG.AUTO_AUGMENT!r}, which timm cannot read ({error}): "
             "use a string such as rand-m9-mstd0.5-inc1, or none"
         ) from error
-    if size <= 32:
-        whole = transforms.Resize((size, size), _resize_mode(config.DATA.INTERPOLATION))
+    if min(size) <= 32:
+        whole = transforms.Resize(size, _resize_mode(config.DATA.INTERPOLATION))
         transform.transforms[:1] = [whole, transforms.RandomCrop(size, padding=4)]
     for step in transform.transforms:
         for operation in augment_operations(step):
@@ -71,19 +84,47 @@ def _train_transform(config, size):
     return transform
 
 
-def limit_aspect(image):
-    """Cut the ends off a PIL image that is very long; see :func:`aspect_box`."""
-    left, top, width, height = aspect_box(*image.size)
-    return image if (width, height) == image.size else image.crop((left, top, left + width, top + height))
+class ResizeToCover:
+    """Resize a PIL image, its aspect kept, until it covers ``cover``, (height, width), and no further.
 
-
-def aspect_box(width, height, most=8):
-    """The middle of an image, its long side at most ``most`` times the short: (left, top, width, height).
-
-    A 1x20000 image would need gigabytes once its short side is resized, all of which the centre crop throws
-    away.
+    The ends of a very long image are cut off before; see :func:`aspect_box`.
     """
-    new_width, new_height = min(width, most * height), min(height, most * width)
+
+    def __init__(self, cover, mode):
+        self.cover, self.mode = cover, mode
+
+    def __call__(self, image):
+        left, top, width, height = aspect_box(*image.size, self.cover)
+        if (width, height) != image.size:
+            image = image.crop((left, top, left + width, top + height))
+        return resize(image, covering_size(width, height, self.cover), self.mode)
+
+
+def covering_size(width, height, cover):
+    """(height, width) of an image once it covers both sides of ``cover``, (height, width), one of them just.
+
+    The other is rounded down, as torchvision does it.
+    """
+    rows, columns = cover
+    if columns * height >= rows * width:
+        return int(columns * height / width), columns
+    return rows, int(rows * width / height)
+
+
+def aspect_box(width, height, cover, most=8):
+    """The middle of an image, at most ``most`` times as long as an image of the aspect of ``cover``.
+
+    A 1x20000 image would need gigabytes once it covers a square, all of which the centre crop throws away.
+
+    Args:
+        cover: (height, width).
+
+    Returns:
+        (left, top, width, height).
+    """
+    rows, columns = cover
+    new_width = min(width, math.ceil(most * height * columns / rows))
+    new_height = min(height, math.ceil(most * width * rows / columns))
     return (width - new_width) // 2, (height - new_height) // 2, new_width, new_height
 
 

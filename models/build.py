@@ -9,7 +9,7 @@ from .msg_transformer import MSGTransformer
 def build_model(config):
     """Build the classifier that ``config.MODEL`` and ``config.DATA.IMG_SIZE`` describe, freshly initialised.
 
-    On the CPU its linear layers run through oneDNN.
+    ``IMG_SIZE`` is a side or [height, width]. On the CPU its linear layers run through oneDNN.
 
     Raises:
         UserError: a combination that cannot be built; the message names the key to change.

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from helpers import ROOT
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
@@ -45,11 +46,52 @@ def test_models_are_compared_with_their_peer(tmp_path):
 @pytest.mark.slow
 def test_growth_with_the_image_size_is_drawn_beside_the_pixels(tmp_path):
     path = tmp_path / "sizes"
-    done = benchmark("--models", "msg_cvpr22_tiny_p4_win7_224:sdpa", "--sizes", 224, 448, "--output", path)
+    done = benchmark("--models", "msg_cvpr22_tiny_p4_win7_224:sdpa", "--dtypes", "float32", "--maps",
+                     "--sizes", 224, 448, "--output", path)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    small, large = json.loads(path.with_suffix(".json").read_text())["settings"].values()
+    settings = json.loads(path.with_suffix(".json").read_text())["settings"]
+    assert list(settings) == [f"{side}x{side} px maps, inference float32, batch 1" for side in (224, 448)]
+    small, large = settings.values()
     assert small[0]["growth"] == 1 < large[0]["growth"]
     assert Image.open(path.with_suffix(".png")).width > 800
+
+
+def test_training_steps_for_maps_of_any_size_are_compared_with_swins(tmp_path):
+    path = tmp_path / "maps"
+    models = ["msg_cvpr22_tiny_p4_win7_224", "swin_tiny_patch4_window7_224"]
+    done = benchmark("--models", *models, "--dtypes", "bfloat16", "--modes", "train", "--memory", "--maps",
+                     "--sizes", "40x64", "--output", path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(path.with_suffix(".json").read_text())
+    ((setting, (ours, peer)),) = result["settings"].items()
+    assert setting == "40x64 px maps, train bfloat16, batch 1"
+    assert peer["ratio"] == peer["memory_ratio"] == 1 and ours["memory_ratio"] > 0
+    assert 0 < ours["quartiles"][0] <= ours["ratio"] <= ours["quartiles"][1]
+    assert "growth" not in ours
+    assert "training minimises the sum of their mean squares" in path.with_suffix(".md").read_text()
+    assert Image.open(path.with_suffix(".png")).width > 800
+
+
+@pytest.mark.parametrize(
+    "name", ["msg_cvpr22_tiny_p4_win7_224", "swin_tiny_patch4_window7_224", "convnext_atto"]
+)
+def test_a_candidate_gives_the_maps_or_classes_of_images_of_its_sides(tool, name):
+    tools = tool("benchmark")
+    for mode, maps in itertools.product(("inference", "train"), (True, False)):
+        candidate = tools.Candidate(name, tools.Setting(mode, torch.float32, 2, "cpu", (64, 96), maps))
+        outputs = candidate.model(candidate.images)
+        if maps:
+            channels = candidate.model.feature_info.channels()
+            strides = candidate.model.feature_info.reduction()
+            assert strides[-4:] == [4, 8, 16, 32] and len(outputs) == len(strides)
+            for output, count, stride in zip(outputs, channels, strides):
+                assert sorted(output.shape) == sorted((2, count, 64 // stride, 96 // stride))
+        else:
+            assert outputs.shape == (2, 1000)
+        before = [parameter.detach().clone() for parameter in candidate.model.parameters()]
+        candidate.step()
+        same = [torch.equal(a, b) for a, b in zip(before, candidate.model.parameters())]
+        assert all(same) if mode == "inference" else not any(same)
 
 
 @pytest.mark.parametrize(
@@ -58,13 +100,20 @@ def test_growth_with_the_image_size_is_drawn_beside_the_pixels(tmp_path):
         (["--models", "resnet_none"], "resnet_none: a timm model name"),
         (["--models", "test_vit:sdpa"], "test_vit:sdpa: a timm model name, or that and :plain or :onednn"),
         (["--models", "msg_tiny_p4_win7_224:fast"], ":plain or :onednn or :auto or :eager or :sdpa"),
-        (["--sizes", 224, "--roofline"], "--roofline is for whole models: leave out --sizes"),
+        (["--maps", "--roofline"], "--roofline is for classifiers at 224 px: leave out --sizes and --maps"),
+        (["--sizes", "64x0"], "--sizes: '64x0' is neither a side in pixels nor HEIGHTxWIDTH"),
         (["--models", "test_vit", "--peer", "swin"], "--peer swin is not among --models"),
     ],
 )
 def test_unknown_models_are_one_clear_message(arguments, words):
     done = benchmark(*arguments)
     assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_size_that_a_model_does_not_take_is_one_clear_message():
+    done = benchmark("--models", "msg_tiny_p4_win7_224", "--sizes", "2x64")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "error: cannot build msg_tiny_p4_win7_224 for classes of 2x64 px: " in done.stderr
 
 
 def test_input_pipelines_are_compared_with_timms(tmp_path):
@@ -118,6 +167,50 @@ def test_functions_are_timed_in_turn_after_a_warm_up(tool, monkeypatch):
     functions = [lambda name=name: advance(name, times[name]) for name in times]
     assert benchmarking.time_in_turn(functions, rounds=3) == [[1, 2, 3], [40, 40, 40]]
     assert calls == ["a", "b"] * 5
+
+
+def settings_of(tool, monkeypatch, *words):
+    """What benchmark.py measures when it gets these words after those for a CPU and float32."""
+    monkeypatch.setattr(sys, "argv", [sys.argv[0], "--device", "cpu", "--dtypes", "float32", *words])
+    return tool.plan(tool.parse_args())
+
+
+def test_sizes_modes_and_maps_are_combined(tool, monkeypatch):
+    tool = tool("benchmark")
+    usual = settings_of(tool, monkeypatch, "--batch-sizes", "1", "2")
+    assert list(usual) == ["inference float32, batch 1", "inference float32, batch 2"]
+    assert {(setting.sides, setting.maps) for setting in usual.values()} == {((224, 224), False)}
+    sizes = settings_of(tool, monkeypatch, "--sizes", "256", "40x64", "--modes", "inference", "train")
+    assert [(name, setting.mode, setting.sides) for name, setting in sizes.items()] == [
+        (f"{height}x{width} px, {mode} float32, batch 1", mode, (height, width))
+        for height, width in ((256, 256), (40, 64))
+        for mode in ("inference", "train")
+    ]
+    ((name, maps),) = settings_of(tool, monkeypatch, "--maps").items()
+    assert name == "224x224 px maps, inference float32, batch 1"
+    assert (maps.sides, maps.maps) == ((224, 224), True)
+
+
+@pytest.mark.parametrize(
+    "words, grows",
+    [
+        ("--sizes 64 96x96", True),
+        ("--sizes 64", False),
+        ("--sizes 64 96x64", False),
+        ("--sizes 64 96 --modes inference train", False),
+        ("--batch-sizes 1 2", False),
+    ],
+)
+def test_growth_is_told_from_square_sizes_alone(tool, monkeypatch, words, grows):
+    tool = tool("benchmark")
+    settings = settings_of(tool, monkeypatch, *words.split())
+    assert tool.differ_in_square_size_alone(settings.values()) == grows
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "64x", "x64", "64x64x3", "64,64", "0x64", "999999", "a"])
+def test_what_is_no_size_is_refused(tool, text):
+    with pytest.raises(argparse.ArgumentTypeError, match="neither a side in pixels nor HEIGHTxWIDTH"):
+        tool("benchmark").image_sides(text)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.json")), ids=lambda path: path.stem)

@@ -10,6 +10,7 @@ import time
 import pytest
 import yaml
 from helpers import ROOT, digits_config
+from timm.layers import to_2tuple
 
 import detect
 import main
@@ -99,6 +100,30 @@ def test_later_sources_win(tmp_path):
     assert (config.PRINT_FREQ, config.SEED, config.DATA.NUM_WORKERS, config.DATA.BATCH_SIZE) == (7, 2, 4, 20)
     assert (config.TRAIN.BASE_LR, config.MODEL.MSG.DEPTHS) == (1e-3, [1, 1, 1, 1])
     assert config.OUTPUT == "runs/msg_tiny_p4_win7_224/base"
+
+
+@pytest.mark.parametrize("base, size", [(224, [256, 192]), ([256, 192], 224), (224, [224, 224])])
+def test_the_image_size_is_a_side_or_height_and_width_whatever_the_base_has(tmp_path, base, size):
+    (tmp_path / "base.yaml").write_text(f"DATA: {{IMG_SIZE: {base}}}")
+    for config in (
+        config_of(tmp_path, f"BASE: [base.yaml]\nDATA: {{IMG_SIZE: {size}}}"),
+        config_of(tmp_path, "BASE: [base.yaml]", opts=["DATA.IMG_SIZE", str(size)]),
+    ):
+        again = config_of(tmp_path, dump_config(config), "again.yaml")
+        assert [size] * 2 == [config.DATA.IMG_SIZE, again.DATA.IMG_SIZE]
+        assert yaml.safe_load(dump_config(config))["DATA"]["IMG_SIZE"] == size
+        assert build_model(config).img_size == to_2tuple(size)
+
+
+@pytest.mark.parametrize("base", ["64", "[256, 192]"])
+@pytest.mark.parametrize(
+    "value",
+    ["many", "256x192", "2.5", "0", "True", "None", "[]", "[64]", "[64, 64, 3]", "[64, 0]", "[64.0, 64]"],
+)
+def test_other_image_sizes_are_refused_with_what_is_allowed(tmp_path, base, value):
+    message = refusal(tmp_path, f"DATA: {{IMG_SIZE: {base}}}", opts=["DATA.IMG_SIZE", value])
+    assert message.startswith("--opts: DATA.IMG_SIZE is ")
+    assert message.endswith("must be a whole number or [height, width], at least 1 and at most 100000")
 
 
 def test_numbers_written_like_5e_4_are_numbers(tmp_path):

@@ -3,20 +3,22 @@
 import itertools
 import os
 import random
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
 import torchvision
 from helpers import digits_config, write_images
-from PIL import Image
+from PIL import Image, ImageDraw
+from torchvision.transforms import InterpolationMode
 
 from config import ConfigError
 from data import DataError, build_loaders
 from data.datasets import TrainingSamples, build_dataset, load_image
 from data.mixup import build_augmentation
 from data.samplers import TrainBatchSampler, evaluation_shard
-from data.transforms import build_transform, posterize_from_0_bits
+from data.transforms import aspect_box, build_transform, covering_size, posterize_from_0_bits
 from utils import seeded
 
 FULL_RECIPE = ["AUG.AUTO_AUGMENT", "rand-m9-mstd0.5-inc1", "AUG.HFLIP", 0.5, "AUG.REPROB", 0.5]
@@ -198,6 +200,99 @@ def test_small_images_are_brought_to_size(tmp_path):
     )
     assert next(iter(train))[0].shape == (4, 3, 32, 32)
     assert next(iter(val))[0].shape == (3, 3, 32, 32)
+
+
+@pytest.mark.parametrize("opts", [["AUG.REPROB", 0.5, *PLAIN[:4]], FULL_RECIPE, ["TEST.CROP", False]])
+@pytest.mark.parametrize("size", [32, 64])
+def test_two_equal_sides_give_the_pixels_and_draws_of_one(size, opts):
+    image = Image.effect_noise((150, 110), 90).convert("RGB")
+    for is_train in (True, False):
+        found = []
+        for sides in (size, [size, size]):
+            transform = build_transform(digits_config(*opts, "DATA.IMG_SIZE", sides), is_train)
+            with seeded("test", 0):
+                found.append((transform(image).tolist(), random.random(), torch.rand(1).item()))
+        assert found[0] == found[1]
+
+
+NORMALIZE = torchvision.transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (200, 300), (97, 133), (256, 256), (50, 390)])
+def test_evaluation_at_a_square_size_is_torchvisions_resize_and_centre_crop(shape):
+    image = Image.effect_noise(shape, 90).convert("RGB")
+    transform = build_transform(digits_config("DATA.IMG_SIZE", 96), is_train=False)
+    resize = torchvision.transforms.Resize(int(256 / 224 * 96), InterpolationMode.BICUBIC)
+    steps = [resize, torchvision.transforms.CenterCrop(96), torchvision.transforms.ToTensor(), NORMALIZE]
+    assert torch.equal(transform(image), torchvision.transforms.Compose(steps)(image))
+
+
+@pytest.mark.parametrize("cover", [(256, 256), (109, 256), (256, 73), (40, 1000)])
+def test_an_image_covers_both_sides_with_its_aspect_kept_and_is_no_larger(cover):
+    rng = random.Random(0)
+    for _ in range(300):
+        _, _, width, height = aspect_box(rng.randrange(1, 5000), rng.randrange(1, 5000), cover)
+        rows, columns = covering_size(width, height, cover)
+        assert rows >= cover[0] and columns >= cover[1] and (rows == cover[0] or columns == cover[1])
+        scale = max(Fraction(cover[0], height), Fraction(cover[1], width))
+        assert (rows, columns) == (int(scale * height), int(scale * width))
+
+
+@pytest.mark.parametrize("size, opts", [((64, 96), []), ((96, 64), []), ((48, 112), ["TEST.CROP", False])])
+def test_images_of_two_sides_are_height_by_width(size, opts):
+    image = Image.new("RGB", (160, 160), (255, 0, 0))
+    image.paste((0, 0, 255), (80, 0, 160, 160))  # red to the left, blue to the right
+    config = digits_config(*PLAIN, "DATA.IMG_SIZE", list(size), *opts)
+    for is_train in (True, False):
+        out = build_transform(config, is_train)(image)
+        assert out.shape == (3, *size)
+    assert (out[0, :, :5] > out[0, :, -5:]).all() and (out[2, :, :5] < out[2, :, -5:]).all()
+
+
+@pytest.mark.parametrize("size", [[112, 224], [224, 112]])
+def test_the_crop_of_two_sides_has_the_same_margins(size):
+    """As for a square, an eighth of the resized image is left out of the side that just covers."""
+    width, height = image_size = [side * 256 // 224 for side in reversed(size)]
+    transform = build_transform(digits_config("DATA.IMG_SIZE", size), is_train=False)
+    for margin, edge in ((0, 1.0), (1, 0.0)):
+        image, (left, top) = Image.new("L", image_size), (width // 16 + margin, height // 16 + margin)
+        image.paste(255, (left, top, width - left, height - top))
+        out = transform(image.convert("RGB"))[0] * 0.229 + 0.485
+        assert out.shape == tuple(size)
+        for side in (out[0], out[-1], out[:, 0], out[:, -1]):
+            torch.testing.assert_close(side, torch.full(side.shape, edge))
+
+
+def aspects_of_a_disc(size, seeds=40):
+    """Width over height of a disc as training at ``size`` shows it."""
+    image = Image.new("RGB", (400, 400))
+    ImageDraw.Draw(image).ellipse((195, 195, 205, 205), fill=(255, 255, 255))
+    transform = build_transform(digits_config(*PLAIN, "DATA.IMG_SIZE", size), is_train=True)
+    for seed in range(seeds):
+        with seeded("test", seed):
+            bright = transform(image)[0] > 0
+        rows, columns = bright.any(1), bright.any(0)
+        if rows.any() and not (rows[0] or rows[-1] or columns[0] or columns[-1]):
+            yield columns.sum().item() / rows.sum().item()
+
+
+@pytest.mark.parametrize("size", [[240, 240], [160, 320], [320, 160]])
+def test_training_stretches_images_by_a_third_at_most_whatever_the_size(size):
+    aspects = list(aspects_of_a_disc(size))
+    assert len(aspects) > 10 and 0.6 < min(aspects) < 0.95 and 1.05 < max(aspects) < 1.6
+
+
+@pytest.mark.parametrize("size", [[32, 48], [100, 20]])
+def test_up_to_32_px_on_the_short_side_the_whole_image_is_resized(size):
+    rows, columns = size
+    image = Image.effect_noise((90, 70), 90).convert("RGB")
+    whole = torchvision.transforms.ToTensor()(image.resize((columns, rows), Image.Resampling.BICUBIC))
+    config = digits_config(*PLAIN, "DATA.IMG_SIZE", size)
+    torch.testing.assert_close(build_transform(config, is_train=False)(image), NORMALIZE(whole))
+    padded = torch.nn.functional.pad(whole, (4,) * 4)
+    crops = [NORMALIZE(padded[:, y : y + rows, x : x + columns]) for y in range(9) for x in range(9)]
+    found = build_transform(config, is_train=True)(image)
+    assert any(torch.allclose(found, crop, atol=1e-5) for crop in crops)
 
 
 @pytest.mark.parametrize("policy", ["rnd-m9", "rand-m9-q5", "randm", "augmixx"])

@@ -17,6 +17,7 @@ import pytest
 import torch
 from helpers import digits_config, micro, run_folder, run_main, write_images
 from PIL import Image, PngImagePlugin
+from timm.layers import to_2tuple
 
 from data import DataError, build_loaders
 from data.datasets import EvaluationSamples, build_dataset, load_image
@@ -223,7 +224,7 @@ def test_rotation_is_left_alone_and_animations_give_their_first_frame(tmp_path):
 RECIPE = ["AUG.AUTO_AUGMENT", "rand-m9-mstd0.5-inc1", "AUG.COLOR_JITTER", 0.4, "AUG.REPROB", 1.0]
 
 
-@pytest.mark.parametrize("size", [32, 224])
+@pytest.mark.parametrize("size", [32, 224, [48, 480]])
 @pytest.mark.parametrize("is_train", [True, False])
 def test_odd_images_go_through_the_transforms_in_little_memory(tmp_path, is_train, size):
     write_files(tmp_path, readable_files())
@@ -233,7 +234,7 @@ def test_odd_images_go_through_the_transforms_in_little_memory(tmp_path, is_trai
         image = load_image(str(tmp_path / name))
         with memory_limit(256):
             out = transform(image)
-        assert out.shape == (3, size, size) and torch.isfinite(out).all(), name
+        assert out.shape == (3, *to_2tuple(size)) and torch.isfinite(out).all(), name
 
 
 def test_unreadable_images_are_named(tmp_path):

@@ -1,5 +1,6 @@
 """DATA.BACKEND opencv against Pillow: the same choices, nearly the same pixels, the same refusals."""
 
+import itertools
 import random
 import sys
 
@@ -18,6 +19,7 @@ from test_hostile_images import (
     write_files,
 )
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import to_2tuple
 
 from config import ConfigError
 from data import DataError, build_loaders, opencv
@@ -117,22 +119,22 @@ SIZES = [
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "lanczos", "nearest"])
 def test_evaluation_sees_what_it_sees_with_pillow(tmp_path, size, interpolation):
     path = jpeg(tmp_path / "photograph.jpg", photograph(size), quality=92)
-    for crop in (True, False):
+    for crop, sides in itertools.product((True, False), ([224, 224], [112, 208])):
         pil, opencv = transforms(
-            False, "DATA.IMG_SIZE", 224, "TEST.CROP", crop, "DATA.INTERPOLATION", interpolation
+            False, "DATA.IMG_SIZE", sides, "TEST.CROP", crop, "DATA.INTERPOLATION", interpolation
         )
         expected, found = values(pil(load_image(path))), opencv(ImageFile(path))
-        assert found.shape == (3, 224, 224) and found.dtype == torch.uint8
+        assert found.shape == (3, *sides) and found.dtype == torch.uint8
         assert (expected - found).abs().mean() < (4 if interpolation == "nearest" else 1)
 
 
-@pytest.mark.parametrize("img_size", [33, 64, 96, 200])
+@pytest.mark.parametrize("img_size", [33, 64, 96, 200, [96, 200], [160, 48], [33, 400]])
 def test_every_evaluation_size_is_cropped_from_its_centre(tmp_path, img_size):
     for size in SIZES:
         path = jpeg(tmp_path / "photograph.jpg", photograph(size), quality=92)
         pil, opencv = transforms(False, "DATA.IMG_SIZE", img_size)
         found = opencv(ImageFile(path))
-        assert found.shape == (3, img_size, img_size)
+        assert found.shape == (3, *to_2tuple(img_size))
         assert (values(pil(load_image(path))) - found).abs().mean() < 2, size
 
 
@@ -187,6 +189,9 @@ def remember(name, function, calls):
         [*RECIPE, "DATA.INTERPOLATION", "lanczos"],
         [*RECIPE, "DATA.INTERPOLATION", "nearest"],
         [*RECIPE, "DATA.IMG_SIZE", 32],
+        [*RECIPE, "DATA.IMG_SIZE", [64, 112]],
+        [*RECIPE, "DATA.IMG_SIZE", [112, 64]],
+        [*RECIPE, "DATA.IMG_SIZE", [32, 48]],
     ],
     ids=lambda opts: "-".join(map(str, opts[-2:])),
 )

@@ -163,6 +163,23 @@ def test_the_same_command_resumes_and_says_so(trained, data, tmp_path):
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
 
 
+def test_images_of_two_sides_are_trained_on_resumed_and_evaluated(data, tmp_path):
+    folder = run_folder(tmp_path)
+    where = ["--data-path", data, "--output", tmp_path, "--batch-size", 24]
+    once = run_main(*SMALL, 2, "DATA.IMG_SIZE", "[32, 48]", *where).stdout
+    model = build_model(digits_config("DATA.IMG_SIZE", "[32, 48]", "MODEL.NUM_CLASSES", 3))
+    assert f"{model.flops() / 1e9:.3f} GMACs per image" in once
+    expected = ckpt.read_checkpoint(str(folder / "ckpt_epoch_1.pth"))["model"]
+    (folder / "ckpt_epoch_1.pth").unlink()
+    printed = run_main("--cfg", folder / "config.yaml", *where).stdout
+    assert f"resuming from {folder}/ckpt_epoch_0.pth: epoch 1" in printed
+    resumed = ckpt.read_checkpoint(str(folder / "ckpt_epoch_1.pth"))["model"]
+    assert all(torch.equal(weight, resumed[name]) for name, weight in expected.items())
+    found = figures(run_main("--cfg", folder / "config.yaml", *where, "--eval").stdout)
+    last = read_metrics(folder / "metrics.jsonl")[-1]
+    assert found == pytest.approx((last["acc1"], last["acc5"], last["val_loss"], 9), abs=1e-3)
+
+
 def test_another_run_does_not_change_the_files_of_the_first(trained, data, tmp_path):
     folder = run_folder(tmp_path)
     shutil.copytree(trained[0], folder)
@@ -219,8 +236,10 @@ def test_a_folder_of_other_classes_is_not_evaluated(trained, tmp_path):
     assert "best.pth was trained on other classes" in done.stderr and "only the data has 'd'" in done.stderr
 
 
-def test_throughput_without_data():
-    printed = run_main("--cfg", "configs/digits.yaml", "--throughput", "--batch-size", 2).stdout
+@pytest.mark.parametrize("size", ["32", "[32, 48]"])
+def test_throughput_without_data(size):
+    arguments = ["--cfg", "configs/digits.yaml", "--throughput", "--batch-size", 2]
+    printed = run_main(*arguments, "--opts", "DATA.IMG_SIZE", size).stdout
     assert float(re.search(r"batch_size 2 throughput ([\d.]+) images/s in float32", printed)[1]) > 0
 
 

@@ -1,8 +1,9 @@
-"""Time models against each other: inference, training steps, memory, and growth with the image size.
+"""Time models against each other: classifiers or feature maps, inference or training, at any image size.
 
 python tools/benchmark.py                                    MSG-Transformer-T against Swin-T and ConvNeXt-T
 python tools/benchmark.py --modes train --batch-sizes 16     training steps
-python tools/benchmark.py --sizes 224 448 672 896            feature maps at growing sizes
+python tools/benchmark.py --sizes 256 384x288                classifiers at other sizes, HEIGHTxWIDTH
+python tools/benchmark.py --maps --sizes 800x1280            feature maps, as a detector reads them
 python tools/benchmark.py --roofline                         and the share of what the machine can do
 python tools/benchmark.py --models msg_small_p4_win7_224 swin_small_patch4_window7_224 --compile
 python tools/benchmark.py --draw benchmarks/sizes_cpu.json   table and pictures of an earlier result again
@@ -11,11 +12,14 @@ Any timm name will do. The second model is the one that ratios compare with, unl
 every round each model takes one step; a figure is the median of the rounds. Our models run as main.py runs
 them; ``<name>:sdpa`` and the like choose another way of computing attention. ``<name>:plain`` is a model as
 timm builds it, ours with eager attention; ``<name>:onednn`` gives any model the linear layers that ours use
-on the CPU.
+on the CPU. Feature maps are those of timm's features_only; a training step minimises the sum of their mean
+squares. Models whose name has "swin" in it, and ours, are built for the size. Several square sizes in one
+mode, type and batch size also show how time and memory grow with the image.
 """
 
 import argparse
 import contextlib
+import itertools
 import multiprocessing
 import re
 import sys
@@ -36,8 +40,8 @@ import benchmarking
 from models import inference, use_onednn
 from models.attention import BACKENDS
 from models.attention_triton import triton_missing
-from models.msg_transformer import MSGTransformer
 from models.roofline import count_work, least_seconds, machine, machine_limits
+from utils import UserError
 
 DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
 CLASSES = 1000
@@ -56,7 +60,14 @@ def parse_args():
     add("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"], help="train: of autocast")
     add("--batch-sizes", nargs="+", type=int, default=[1])
     add("--compile", action="store_true", help="time them under torch.compile too")
-    add("--sizes", nargs="+", type=int, metavar="PX", help="instead: feature maps at these image sizes")
+    add(
+        "--sizes",
+        nargs="+",
+        type=image_sides,
+        metavar="PX",
+        help="image sizes, a side or HEIGHTxWIDTH; default: 224",
+    )
+    add("--maps", action="store_true", help="feature maps of all stages rather than classifiers")
     add("--memory", action="store_true", help="peak memory too, each candidate in a process of its own")
     add(
         "--roofline",
@@ -71,8 +82,8 @@ def parse_args():
     args.peer = args.peer or args.models[min(1, len(args.models) - 1)]
     if args.memory and args.device == "cpu" and not Path("/proc/self/status").exists():
         parser.error("--memory on the CPU needs Linux")
-    if args.roofline and args.sizes:
-        parser.error("--roofline is for whole models: leave out --sizes")
+    if args.roofline and (args.sizes or args.maps):
+        parser.error("--roofline is for classifiers at 224 px: leave out --sizes and --maps")
     if args.peer not in args.models:
         parser.error(f"--peer {args.peer} is not among --models")
     for name in args.models:
@@ -86,21 +97,41 @@ def parse_args():
     return args
 
 
+def image_sides(text):
+    """(height, width) in pixels from a side or HEIGHTxWIDTH, as ``--sizes`` takes them."""
+    found = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)
+    sides = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if 0 in sides:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a side in pixels nor HEIGHTxWIDTH")
+    return sides
+
+
 def is_ours(name):
     """Whether a model name is one of this repository's."""
     return timm.is_model(name) and timm.model_entrypoint(name).__module__.startswith("models.")
 
 
-def build(name, size=None):
-    """The model of a candidate; with ``size`` for feature maps of images of that size."""
+def build(name, sides=(224, 224), maps=False):
+    """The model of a candidate, for images of ``sides``, (height, width).
+
+    Args:
+        maps: a model that gives the maps of its stages, rather than a classifier.
+
+    Raises:
+        UserError: there is no such model.
+    """
     name, _, variant = name.partition(":")
-    ours, kwargs = is_ours(name), {}
+    ours, kwargs = is_ours(name), dict(features_only=True) if maps else dict(num_classes=CLASSES)
     if ours and variant not in ("", "onednn"):
         kwargs["attention"] = "eager" if variant == "plain" else variant
-    if size and not ours and "swin" in name:
-        kwargs["img_size"] = size
+    if ours or "swin" in name:
+        kwargs["img_size"] = sides
     set_fused_attn(True, experimental=True)
-    model = timm.create_model(name, num_classes=0 if size else CLASSES, **kwargs)
+    try:
+        model = timm.create_model(name, **kwargs)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        what = f"{name} for {'maps' if maps else 'classes'} of {sides[0]}x{sides[1]} px"
+        raise UserError(f"cannot build {what}: {error}") from error
     if (ours and variant != "plain") or variant == "onednn":
         use_onednn(model)
     return model
@@ -114,8 +145,8 @@ class Setting:
     dtype: torch.dtype  # of weights and images in inference, of autocast in training
     batch: int
     device: str
-    size: int = 224  # side of the images, in pixels
-    features: bool = False  # feature maps rather than logits
+    sides: tuple = (224, 224)  # (height, width) of the images, in pixels
+    maps: bool = False  # feature maps rather than logits
 
 
 class Candidate:
@@ -129,15 +160,10 @@ class Candidate:
 
     def __init__(self, name, setting, compiled=False):
         self.name, self.setting, self.compiled = name, setting, compiled
-        size, device = setting.size, setting.device
-        self.model = build(name, size if setting.features else None).to(device)
-        self.images = torch.randn(setting.batch, 3, size, size, device=device)
+        device = setting.device
+        self.model = build(name, setting.sides, setting.maps).to(device)
+        self.images = torch.randn(setting.batch, 3, *setting.sides, device=device)
         self.autocast = contextlib.nullcontext
-        self.forward = self.model
-        if setting.features and isinstance(self.model, MSGTransformer):
-            self.forward = lambda x: self.model.forward_intermediates(x, [-1], intermediates_only=True)
-        elif setting.features:
-            self.forward = self.model.forward_features
         if setting.mode == "train":
             self.model.train()
             self.targets = torch.randint(CLASSES, (setting.batch,), device=device)
@@ -154,15 +180,20 @@ class Candidate:
         """One inference or one training step, until the device has done it."""
         if self.setting.mode == "inference":
             with torch.inference_mode():
-                self.forward(self.images)
+                self.model(self.images)
         else:
             with self.autocast():
-                logits = self.model(self.images)
-            cross_entropy(logits.float(), self.targets).backward()
+                outputs = self.model(self.images)
+            self._loss(outputs).backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
         if self.setting.device == "cuda":
             torch.cuda.synchronize()
+
+    def _loss(self, outputs):
+        if self.setting.maps:
+            return sum(x.float().square().mean() for x in outputs)
+        return cross_entropy(outputs.float(), self.targets)
 
 
 def compare(candidates, rounds, peer):
@@ -219,7 +250,7 @@ def add_roofline(rows, setting, flops_limit, bytes_limit):
     """Add to each row what the model computes and moves, and which share of the limits it reaches."""
     for row in rows:
         model = build(row["model"].split(":")[0]).to("meta", setting.dtype)
-        images = torch.empty(setting.batch, 3, 224, 224, device="meta", dtype=setting.dtype)
+        images = torch.empty(setting.batch, 3, *setting.sides, device="meta", dtype=setting.dtype)
         work = count_work(model, images, setting.mode == "train")
         seconds = row["ms_per_image"] * setting.batch / 1e3
         flops, size = (sum(parts) for parts in zip(*work))
@@ -270,6 +301,8 @@ def table(result):
     rows = [(setting, row) for setting, rows in result["settings"].items() for row in rows]
     columns = {key: name for key, name in columns.items() if any(key in row for _, row in rows)}
     notes = [f"Medians of {result['rounds']} alternating rounds; ratios to `{result['peer']}`."]
+    if any(" px maps" in setting for setting in result["settings"]):
+        notes.append("Maps are those of every stage; training minimises the sum of their mean squares.")
     limits_of = result.get("limits", {})
     if limits_of:
         notes.append(
@@ -301,7 +334,7 @@ def add_growth(settings):
 
 def draw_sizes(result):
     """Draw how time and memory grow with the side of an image, beside the growth of its pixels."""
-    sizes = [int(setting.split()[0]) for setting in result["settings"]]
+    sizes = [int(re.match(r"\d+", setting)[0]) for setting in result["settings"]]
     by_model = {}
     for row in (row for rows in result["settings"].values() for row in rows):
         by_model.setdefault(label(row), []).append(row)
@@ -321,19 +354,21 @@ def draw_sizes(result):
 
 
 def plan(args):
-    """The settings to measure in, each by its name."""
-    if args.sizes:
-        dtype = args.dtypes[0]
-        common = dict(mode="inference", dtype=DTYPES[dtype], batch=args.batch_sizes[0], device=args.device)
-        return {
-            f"{size} px features, {dtype}": Setting(**common, size=size, features=True) for size in args.sizes
-        }
-    return {
-        f"{mode} {dtype}, batch {batch}": Setting(mode, DTYPES[dtype], batch, args.device)
-        for mode in args.modes
-        for dtype in args.dtypes
-        for batch in args.batch_sizes
-    }
+    """The settings to measure in, each by its name, which begins with the size unless it is the usual one."""
+    settings = {}
+    for sides, mode, dtype, batch in itertools.product(
+        args.sizes or [Setting.sides], args.modes, args.dtypes, args.batch_sizes
+    ):
+        size = f"{sides[0]}x{sides[1]} px{' maps' * args.maps}, " if args.sizes or args.maps else ""
+        setting = Setting(mode, DTYPES[dtype], batch, args.device, sides, args.maps)
+        settings[f"{size}{mode} {dtype}, batch {batch}"] = setting
+    return settings
+
+
+def differ_in_square_size_alone(settings):
+    """Whether growth with the side of an image can be told from these settings."""
+    squares = {setting.sides[0] for setting in settings if setting.sides[0] == setting.sides[1]}
+    return len(squares) == len(settings) > 1
 
 
 def measure(args, setting):
@@ -356,7 +391,8 @@ def run(args):
         torch.set_num_threads(args.threads)
     print(machine(args.device))
     result = dict(machine=machine(args.device), peer=args.peer, rounds=args.rounds, settings={}, limits={})
-    for name, setting in plan(args).items():
+    settings = plan(args)
+    for name, setting in settings.items():
         print(name, flush=True)
         rows = result["settings"][name] = measure(args, setting)
         for row in rows:
@@ -369,7 +405,7 @@ def run(args):
                 gigabytes_per_second=size / 1e9,
                 flops_per_byte=flops / size,
             )
-    if args.sizes:
+    if differ_in_square_size_alone(settings.values()):
         add_growth(result["settings"])
     if args.device == "cpu":  # whose load nobody knows: only ratios of the same run mean something
         for limits in result["limits"].values():
