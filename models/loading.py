@@ -89,7 +89,7 @@ def _fit_windows(weights, own):
         old, index = weights[table], weights.get(name)
         fits, windows = _agree(old, own[table], but=0), ((math.isqrt(len(old)) + 1) // 2 if old.ndim else 0)
         other = fits and len(old) != len(own[table]) and (2 * windows - 1) ** 2 == len(old)
-        if other and (index is None or index.equal(gen_relative_position_index((windows, windows)))):
+        if other and (index is None or index.cpu().equal(gen_relative_position_index((windows, windows)))):
             weights[table], weights[name] = resize_table(old, window), own[name]
             resized.append((windows, window))
         elif index is None:
