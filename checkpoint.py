@@ -3,8 +3,9 @@
 A checkpoint is a dict of plain types and tensors: ``model``, ``optimizer``, ``lr_scheduler``, ``updater``,
 ``progress``, ``epoch`` (the last finished one), ``score`` (of these weights, at the end of an epoch),
 ``max_accuracy`` (of the best so far), ``config`` (YAML text) and ``classes`` (names, in the order of the
-head). Files of the official release, with a pickled yacs config and apex's ``amp`` entry, are read too.
-Nothing in a file is ever run, and what is used of one is checked first.
+head). Files of the official release, with a pickled yacs config and apex's ``amp`` entry, are read too; so
+are the weights in bare state dicts, in timm's training checkpoints and in safetensors files. Nothing in a
+file is ever run, and what is used of one is checked first.
 """
 
 import contextlib
@@ -17,13 +18,18 @@ import urllib.parse
 from collections import OrderedDict
 
 import torch
+from safetensors.torch import load_file
+from timm.models import clean_state_dict
 
+from models.loading import fit_weights
 from utils import UserError, memory_limit, replacing, sync_folder
 
 BEST = "best.pth"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)
 # What has rows for every class, in a classifier and in a detector.
 HEAD = re.compile(r"head\.|.*\.(box_predictor|mask_fcn_logits)\.")
+# Where a file may hold its weights; as in timm, the averaged ones come first.
+WEIGHTS = ("state_dict_ema", "model_ema", "state_dict", "model")
 
 logger = logging.getLogger("msg_transformer")
 
@@ -153,14 +159,14 @@ def fetch_checkpoint(url):
 
 
 def read_checkpoint(path):
-    """Read a checkpoint of this project or of the official release onto the CPU.
+    """Read a checkpoint of this project, of the official release or of timm onto the CPU.
 
     On Linux, reading may take twice the file's size and a GiB of memory. torch.save does not compress, so a
     file needs about its own size, however large the model; one made to unfold to more is refused. That is why
     the limit needs no option.
 
     Args:
-        path: a file, or an https address.
+        path: a file, or an https address; of safetensors if it ends in ``.safetensors``.
 
     Raises:
         CheckpointError: no such file, damaged, not a checkpoint, unfolding to far more than its size, or
@@ -173,10 +179,13 @@ def read_checkpoint(path):
             f"{path} is not a regular file" if os.path.exists(path) else f"no checkpoint file {path}"
         )
     size = os.path.getsize(path)
-    # An ordered dict stands in for the pickled yacs config of official files.
-    config = torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")])
+    # An ordered dict stands in for the pickled yacs config of official files and the arguments in timm's.
+    configs = "yacs.config.CfgNode", "argparse.Namespace"
+    stand_ins = torch.serialization.safe_globals([(OrderedDict, name) for name in configs])
     try:
-        with config, memory_limit(2 * size + 2**30):
+        with stand_ins, memory_limit(2 * size + 2**30):
+            if path.endswith(".safetensors"):
+                return load_file(path)
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)|Unsupported (?:class|global)\w* ([\w.]+)", str(error))
@@ -203,7 +212,7 @@ def read_weights(path):
         CheckpointError: as for :func:`read_checkpoint`, or weights that no model could have.
     """
     checkpoint = read_checkpoint(path)
-    return dict(model=_weights_of(checkpoint, path), classes=_classes_of(checkpoint, path))
+    return dict(model=weights_of(checkpoint, path), classes=_classes_of(checkpoint, path))
 
 
 def read_run(path):
@@ -228,7 +237,8 @@ def read_run(path):
         run["progress"]["parts"] = _checked(parts, PARTS, "progress.parts", path)
     if "optimizer" in checkpoint:
         run["optimizer"] = _optimizer_of(checkpoint, path)
-    return dict(run, model=_weights_of(checkpoint, path), classes=_classes_of(checkpoint, path))
+    weights = weights_of(dict(model=checkpoint["model"]), path)
+    return dict(run, model=weights, classes=_classes_of(checkpoint, path))
 
 
 def _whole(least, most=2**31 - 1):
@@ -362,12 +372,21 @@ def _classes_of(checkpoint, path):
     return None if classes is None else _checked(classes, CLASSES, "classes", path)
 
 
-def _weights_of(checkpoint, path):
-    weights = checkpoint.get("model", checkpoint)
+def weights_of(checkpoint, path):
+    """The weights in what :func:`read_checkpoint` returned, by name.
+
+    Raises:
+        CheckpointError: there are none, or none that a model could have.
+    """
+    found = [checkpoint[name] for name in WEIGHTS if checkpoint.get(name) is not None]
+    weights = found[0] if found else checkpoint
     names = weights if isinstance(weights, dict) else ()
     if not names or not all(isinstance(name, str) and re.fullmatch(r"[\w.]{1,200}", name) for name in names):
         raise CheckpointError(f"{path} holds no model weights")
-    return _plain(weights, "model", path)
+    bare = clean_state_dict(weights)  # without the prefixes of DistributedDataParallel and torch.compile
+    if len(bare) < len(weights):
+        raise CheckpointError(f"{path} holds weights twice, with and without the prefix of a wrapper")
+    return _plain(bare, "model", path)
 
 
 def _optimizer_of(checkpoint, path):
@@ -444,12 +463,13 @@ def load_weights(model, checkpoint, path, new_head=False):
         model: ``model.classes``, where there is one, names its classes in the order of the head.
         checkpoint: what :func:`read_checkpoint` returned; a bare state dict will do.
         path: its file, for messages.
-        new_head: leave the model's own head where the classes differ (fine-tuning); the log says so.
+        new_head: for a new run (fine-tuning): leave the model's own head where the classes differ, and fit
+            weights for other sizes as :func:`models.loading.fit_weights` does; the log says so.
 
     Raises:
         CheckpointError: weights of another architecture or of other classes, with what differs.
     """
-    weights, own = _weights_of(checkpoint, path), model.state_dict()
+    weights, own = weights_of(checkpoint, path), model.state_dict()
     theirs, ours = _classes_of(checkpoint, path), getattr(model, "classes", None)
     difference = _class_difference(theirs, ours) if theirs and ours else ""
     unnamed = ours and not theirs
@@ -465,6 +485,7 @@ def load_weights(model, checkpoint, path, new_head=False):
         told = f"the head is kept: {told or 'the classes are the same'}"
         if difference:
             told, weights = f"the head is new: {difference}", dict(weights, **head)
+    weights, changes = fit_weights(weights, model) if new_head else (weights, [])
     wrong = [words for name in own if name in weights for words in _misfit(name, weights[name], own[name])]
     wrong += [f"{name} is missing" for name in own if name not in weights]
     wrong += [f"{name} is not in the model" for name in weights if name not in own]
@@ -473,8 +494,8 @@ def load_weights(model, checkpoint, path, new_head=False):
         what = _diagnosis(weights, own)
         raise CheckpointError(f"{path} does not fit the model: {what}: {'; '.join(wrong[:4])}{more}")
     model.load_state_dict(weights)
-    if told:
-        logger.info(told)
+    for change in [told, *changes] if told else changes:
+        logger.info(change)
 
 
 def _class_difference(saved, own):
@@ -532,7 +553,8 @@ def _diagnosis(weights, own):
         return "another MODEL.MSG.EMBED_DIM, PATCH_SIZE or IN_CHANS"
     if blocks(weights) != blocks(own):
         return f"other MODEL.MSG.DEPTHS ({blocks(weights)} blocks, the model has {blocks(own)})"
-    if shape(weights, "head.weight") != shape(own, "head.weight"):
+    both = "head.weight" in weights and "head.weight" in own
+    if both and shape(weights, "head.weight") != shape(own, "head.weight"):
         return (
             f"it has {shape(weights, 'head.weight')[0]} classes, the model {shape(own, 'head.weight')[0]} "
             "(to fine-tune on other classes use --pretrained)"

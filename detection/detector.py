@@ -145,20 +145,19 @@ def load_pretrained(detector, checkpoint, path):
 
     Args:
         checkpoint: what ``read_checkpoint`` returned: of a classifier, for the backbone; or of a detector,
-            whose class and mask predictors are left out where the classes differ.
+            whose class and mask predictors are left out where the classes differ. Other sizes are fitted as
+            :func:`models.loading.fit_weights` does.
         path: its file, for messages.
 
     Raises:
         CheckpointError: weights of another architecture, with what differs.
     """
-    weights = checkpoint.get("model", checkpoint)
-    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
-        raise ckpt.CheckpointError(f"{path} holds no model weights")
+    weights = ckpt.weights_of(checkpoint, path)
     if any(name.startswith("backbone.") for name in weights):
         ckpt.load_weights(detector, checkpoint, path, new_head=True)
         return
     kept = {name: value for name, value in weights.items() if not name.startswith(("norm.", "head."))}
-    ckpt.load_weights(detector.backbone.model, kept, path)
+    ckpt.load_weights(detector.backbone.model, kept, path, new_head=True)
 
 
 def to_original_size(detection, size, original):

@@ -56,7 +56,7 @@ class Geometry:
     @property
     def grid(self):
         """(rows, columns) of the map of patches."""
-        return tuple(-(-side // self.patch_size) for side in self.sides)
+        return patch_grid(self.sides, self.patch_size)
 
     def stages(self, exchange):
         """The sizes of each stage.
@@ -74,7 +74,7 @@ class Geometry:
             ValueError: what does not fit and which config key to change.
         """
         self._check_lists()
-        self._check_image()
+        known_sides(self.img_size, self.patch_size)
         stages = []
         for i, (depth, heads, shuffle_size) in enumerate(zip(self.depths, self.num_heads, self.shuffle_size)):
             dim = self.embed_dim * 2**i
@@ -84,15 +84,6 @@ class Geometry:
             stages.append(StageSizes(dim, heads, depth, shuffle_size))
             _check_stage(i, stages[-1], exchange)
         return stages
-
-    def _check_image(self):
-        if len(self.sides) != 2 or not all(isinstance(side, int) for side in self.sides):
-            raise ValueError(f"DATA.IMG_SIZE is {self.img_size}: give one side or [height, width], in pixels")
-        if min(self.sides) < self.patch_size:
-            raise ValueError(
-                f"images of {self.sides[0]}x{self.sides[1]} pixels are smaller than a patch of "
-                f"{self.patch_size}x{self.patch_size}: raise DATA.IMG_SIZE or lower MODEL.MSG.PATCH_SIZE"
-            )
 
     def _check_lists(self):
         lists = {"DEPTHS": self.depths, "NUM_HEADS": self.num_heads, "SHUF_SIZE": self.shuffle_size}
@@ -138,6 +129,42 @@ def check_exchange(i, dim, region, key):
             f"{region}x{region} shuffle region: make MODEL.MSG.EMBED_DIM a multiple of "
             f"{math.lcm(region**2, 2**i) // 2**i} or lower {key}"
         )
+
+
+def patch_grid(sides, patch_size):
+    """(rows, columns) of the map of patches of an image of (height, width) pixels."""
+    return tuple(-(-side // patch_size) for side in sides)
+
+
+def known_sides(img_size, patch_size):
+    """(height, width) of images, in pixels, from one side or both.
+
+    Raises:
+        ValueError: these are no sides, or are smaller than a patch.
+    """
+    sides = to_2tuple(img_size)
+    if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
+        raise ValueError(f"DATA.IMG_SIZE is {img_size}: give one side or [height, width], in pixels")
+    if min(sides) < patch_size:
+        raise ValueError(
+            f"images of {sides[0]}x{sides[1]} pixels are smaller than a patch of "
+            f"{patch_size}x{patch_size}: raise DATA.IMG_SIZE or lower MODEL.MSG.PATCH_SIZE"
+        )
+    return sides
+
+
+def known_window(window_size):
+    """Tokens on a side of a window.
+
+    Raises:
+        ValueError: it is no positive whole number.
+    """
+    if type(window_size) is not int or window_size < 1:
+        raise ValueError(
+            f"window_size (MODEL.MSG.WINDOW_SIZE) is {window_size!r}: windows are square and the same in "
+            "every stage, give the tokens on a side as one number"
+        )
+    return window_size
 
 
 def known_pool(global_pool, tokens):

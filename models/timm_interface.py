@@ -1,14 +1,58 @@
 """What timm's users expect of a model, besides ``forward_features`` and ``forward_head``."""
 
-from timm.layers import trunc_normal_
+from timm.layers import gen_relative_position_index, resample_abs_pos_embed, trunc_normal_
 from torch import nn
 
-from .geometry import known_pool
+from .geometry import known_pool, known_sides, known_window, patch_grid
+from .loading import resize_table
 from .macs import classifier_macs
 
 
 class TimmInterface:
     """timm's methods, for MSGTransformer to inherit."""
+
+    @property
+    def in_chans(self):
+        """Channels of the images."""
+        return self.patch_embed.proj.in_channels
+
+    @property
+    def output_fmt(self):
+        """timm's word for what :meth:`forward_features` gives: a map, or tokens with the messenger first."""
+        return "NLC" if self.global_pool == "token" else "NHWC"
+
+    def set_input_size(self, img_size=None, *, window_size=None):
+        """Make the model for images of another size, or give it other windows (timm's interface).
+
+        Images of any size are taken without this; it matters for the windows, for absolute positions, which
+        are resampled once instead of in every call, for ``strict_img_size`` and for :meth:`flops`. Shuffle
+        regions keep their number of windows, that of training. Parameters that are resized are new objects:
+        an optimizer comes after this.
+
+        Args:
+            img_size: side of the images in pixels, or (height, width); None for what it is.
+            window_size: tokens on a side of a window; None for what it is. Position biases are resized.
+
+        Raises:
+            ValueError: sizes that do not exist, or images smaller than a patch. Nothing has changed then.
+        """
+        sides = self.img_size if img_size is None else known_sides(img_size, self.patch_size)
+        window_size = self.layers[0].window_size if window_size is None else known_window(window_size)
+        grid = patch_grid(sides, self.patch_size)
+        if self.absolute_pos_embed is not None and grid != self.grid_size:
+            sizes = dict(old_size=list(self.grid_size), num_prefix_tokens=0)
+            positions = resample_abs_pos_embed(self.absolute_pos_embed.detach(), list(grid), **sizes)
+            self.absolute_pos_embed = _like(self.absolute_pos_embed, positions)
+        self.img_size, self.grid_size = sides, grid
+        for stage in self.layers:
+            if window_size != stage.window_size:
+                stage.window_size = window_size
+                for block in stage.blocks:
+                    _set_window(block.attn, window_size)
+        # From these, newer versions of timm build the model again.
+        self._traits = dict(getattr(self, "_traits", {}), img_size=sides)
+        built = dict(getattr(self, "_model_args", {}), img_size=sides, window_size=window_size)
+        self._model_args = built
 
     def forward_intermediates(
         self,
@@ -143,6 +187,19 @@ class TimmInterface:
             NotImplementedError: always.
         """
         raise NotImplementedError("the model cannot be scripted: use torch.jit.trace or torch.export")
+
+
+def _like(parameter, values):
+    """A parameter of other values that trains if this one does."""
+    return nn.Parameter(values, requires_grad=parameter.requires_grad)
+
+
+def _set_window(attention, window_size):
+    """Resize the position biases of a LocalAttention to windows of ``window_size`` tokens on a side."""
+    table, device = attention.relative_position_bias_table, attention.relative_position_index.device
+    attention.relative_position_bias_table = _like(table, resize_table(table.detach(), window_size))
+    attention.relative_position_index = gen_relative_position_index((window_size, window_size)).to(device)
+    attention.fixed_bias = None  # of the old windows
 
 
 def feature_info(stages, patch_size):

@@ -1,12 +1,30 @@
-"""The names under which ``timm.create_model`` knows the six models of the paper."""
+"""The names under which ``timm.create_model`` knows the six models of the paper.
 
+All take any arguments of MSGTransformer, and timm's ``device``, ``dtype``, ``dynamic_img_size``, and
+``norm_layer`` by name. Shuffle regions are those of training, 224 px and windows of 7x7, whatever
+``img_size`` and ``window_size``.
+
+Whatever weights these models load, by ``pretrained``, ``checkpoint_path`` or ``load_state_dict``, may be of
+other sizes: see ``loading.py``. With ``pretrained``, timm itself adapts the first convolution and renews the
+head.
+"""
+
+import contextlib
+
+import torch
+from timm.layers import get_norm_layer, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import nn
 
-from .msg_transformer import MSGTransformer
+from .fx_tracing import TraceableMSGTransformer
+from .geometry import known_window
+from .loading import fit_on_load
 
 _UNTRAINED = dict(
     num_classes=1000,
     input_size=(3, 224, 224),
+    fixed_input_size=False,
+    pool_size=(7, 7),
     interpolation="bicubic",
     crop_pct=224 / 256,
     first_conv="patch_embed.proj",
@@ -22,13 +40,71 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(variant, pretrained, defaults, kwargs):
-    return build_model_with_cfg(
-        MSGTransformer,
-        variant,
-        pretrained,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"),
-        **dict(defaults, **kwargs),
-    )
+    features = dict(dict(out_indices=(0, 1, 2, 3), feature_cls="getter"), **kwargs.pop("feature_cfg", {}))
+    feature_cls = kwargs.get("feature_cls", features["feature_cls"])
+    if feature_cls != "getter":
+        raise ValueError(
+            f"feature_cls {feature_cls!r}: stages give pairs of patches and messengers, from which only the "
+            "default, getter, makes maps"
+        )
+    return build_model_with_cfg(_build, variant, pretrained, feature_cfg=features, **dict(defaults, **kwargs))
+
+
+def _build(
+    img_size=224,
+    window_size=7,
+    norm_layer=nn.LayerNorm,
+    strict_img_size=None,
+    dynamic_img_size=None,
+    device=None,
+    dtype=None,
+    **arguments,
+):
+    """MSGTransformer of timm's arguments.
+
+    Args:
+        img_size, window_size: these leave the shuffle regions as they are.
+        norm_layer: class, or a name that timm knows, of norms over the last dimension.
+        strict_img_size: refuse images of other sizes; None for False.
+        dynamic_img_size: the opposite; None to leave it to ``strict_img_size``.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: a combination that cannot be built.
+    """
+    if dynamic_img_size and strict_img_size:
+        raise ValueError("dynamic_img_size and strict_img_size contradict each other: give one of them")
+    strict = bool(strict_img_size)
+    # As many windows as there are at 224 px with windows of 7x7: from these come the regions.
+    built_for = 32 * known_window(window_size)
+    arguments.update(window_size=window_size, norm_layer=_known_norm(norm_layer), strict_img_size=strict)
+    with torch.device(device) if device is not None else contextlib.nullcontext():
+        model = TraceableMSGTransformer(img_size=built_for, **arguments)
+        grid = model.grid_size
+        model.set_input_size(img_size)
+        if model.absolute_pos_embed is not None and model.grid_size != grid:
+            trunc_normal_(model.absolute_pos_embed, std=0.02)  # resampled, they would be smoother
+    model._traits["fixed_input_size"] = strict
+    # timm's checkpoint_path knows no filter.
+    model.register_load_state_dict_pre_hook(fit_on_load)
+    return model.to(dtype=dtype)
+
+
+def _known_norm(norm_layer):
+    """The class of a norm.
+
+    Raises:
+        ValueError: timm has none of this name, or it does not work on tokens (..., C).
+    """
+    try:
+        norm = get_norm_layer(norm_layer)
+        with torch.device("cpu"), torch.no_grad():
+            norm(6)(torch.zeros(1, 2, 3, 6))
+    except Exception as error:
+        raise ValueError(
+            f"norm_layer {norm_layer!r}: give a norm over the last dimension, such as layernorm or rmsnorm"
+        ) from error
+    return norm
 
 
 @register_model
