@@ -70,7 +70,7 @@ def _launch(qkv, bias):
         KEYS=keys,
         CHANNELS=max(triton.next_power_of_2(head_dim), 16),
         PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
-        num_warps=min(max(row_bytes // 32, 1), 8),
+        num_warps=min(max(row_bytes // 32, 1), 4),
         num_stages=2 if row_bytes <= 128 else 1,
     )
 

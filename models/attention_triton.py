@@ -1,6 +1,8 @@
 """The kernels of attention_kernels.py as PyTorch operators, and where they can run."""
 
+import functools
 import importlib.util
+import logging
 import os
 
 import torch
@@ -51,6 +53,22 @@ def triton_missing():
 @torch.compiler.assume_constant_result
 def _interpreted():
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def triton_builds():
+    """Whether kernels can be built here, which also takes a C compiler, and run; if not, the log says why."""
+    try:
+        qkv = torch.zeros(1, 16, 48, device="cuda", dtype=torch.bfloat16)
+        _triton(qkv, torch.zeros(1, 16, 16, device="cuda"), 1.0)
+        torch.cuda.synchronize()
+    except Exception as error:  # Triton, its driver and the C compiler raise many kinds
+        why = str(error).strip().splitlines() or [type(error).__name__]
+        logging.getLogger("msg_transformer").warning(
+            f"attention runs through PyTorch's kernels, as Triton cannot build ours here: {why[-1]}"
+        )
+        return False
+    return True
 
 
 # The kernels are opaque to torch.compile, and their file, which needs Triton, is imported by the first call.

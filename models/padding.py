@@ -5,16 +5,16 @@ may differ in size, so that an image can have more empty space around it than it
 features do not depend on that:
 
 - A *full* window holds patches of its image only.
-- A *padded* window holds some. Its other tokens are hidden: nobody attends to them, and they are zero
-  wherever patch merging or the next layer could see them.
+- A *padded* window holds some. The others are filled in for attention alone, which nobody pays to them.
 - An *empty* window is its messenger alone, one token instead of 1+w*w. It starts every stage as zeros,
   attends to itself, takes part in the exchange of its shuffle region and in the MLP like any other, and is
   zero after the stage. (An even number of blocks exchanges channel groups back to where they came from, so
   nothing is lost.)
 
-The tokens of a stage are rows (N, T, C): full windows, then padded windows, then messengers of empty windows.
-N is 1, with the whole batch in the rows, except where operations are recorded: there it is the number of
-images, so that what is exported takes any number of them.
+The tokens of a stage are rows (N, T, C): those of full windows, then those of padded windows, then the
+messengers of empty windows, and no others, so that linear layers and norms work on nothing else. N is 1, with
+the whole batch in the rows, except where operations are recorded: there it is the number of images, so that
+what is exported takes any number of them.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -133,15 +133,17 @@ class Layout:
         window_size: of the stage.
         regions, windows: shuffle regions of these images, and windows in a region.
         has_messengers: whether windows have them.
-        occupied, padded: windows that hold patches, and those of them that are not full.
-        empty: windows that are a messenger alone.
+        full, padded, empty: windows whose tokens are all patches, some of them, and none.
+        tokens: of a window, the messenger included.
         rows: each row's place in the map of patches followed by that of messengers, both flattened.
         maps: each place's row; the opposite of ``rows``.
+        spread: the row of each token of the padded windows, counted from their first one.
+        gathered: the token of each row of the padded windows; the opposite of ``spread``.
         messengers: the row of each window's messenger, (regions * windows,).
         order: each window's number, full ones first, then padded ones, then empty ones, (regions * windows,).
         messenger_map: each place's window in the map of messengers, among regions * windows.
         region: each row's region.
-        hidden: bool (padded windows, tokens), the tokens that nobody attends to.
+        hidden: bool (padded windows, tokens), the tokens that no row stands for.
     """
 
     images: int
@@ -150,11 +152,14 @@ class Layout:
     regions: int
     windows: int
     has_messengers: bool
-    occupied: int
+    full: int
     padded: int
     empty: int
+    tokens: int
     rows: Rows
     maps: Rows
+    spread: Rows
+    gathered: Rows
     messengers: torch.Tensor
     order: torch.Tensor
     messenger_map: Rows
@@ -197,13 +202,15 @@ class Layout:
         else:
             empty = empty[:0]
 
-        occupied = np.concatenate([full, padded])
-        rows = np.concatenate([tokens[occupied].ravel(), np.full(len(empty), -1)])
-        order, first, region = np.zeros((3, regions * windows), dtype=np.int64)
-        order[occupied], order[empty] = np.arange(len(occupied)), len(occupied) + np.arange(len(empty))
-        first[occupied] = np.arange(len(occupied)) * tokens.shape[1]
-        first[empty] = len(occupied) * tokens.shape[1] + np.arange(len(empty))
-        region[:] = np.arange(regions * windows) // windows
+        by_row = np.concatenate([full, padded, empty])  # each window, in the order of the rows
+        of_padded = tokens[padded].ravel()
+        gathered = np.flatnonzero(of_padded >= 0)
+        rows = np.concatenate([tokens[full].ravel(), of_padded[gathered], np.full(len(empty), -1)])
+        lengths = np.concatenate(
+            [(tokens[by_row[: len(full) + len(padded)]] >= 0).sum(1), np.ones_like(empty)]
+        )
+        order, first = np.zeros((2, regions * windows), dtype=np.int64)
+        order[by_row], first[by_row] = np.arange(len(by_row)), lengths.cumsum() - lengths
         return cls(
             images=images,
             extent=extent,
@@ -211,17 +218,18 @@ class Layout:
             regions=regions,
             windows=windows,
             has_messengers=has_messengers,
-            occupied=len(occupied),
+            full=len(full),
             padded=len(padded),
             empty=len(empty),
+            tokens=tokens.shape[1],
             rows=Rows.of(rows),
             maps=Rows.of(_inverse(rows, of_maps)),
+            spread=Rows.of(_inverse(gathered, len(of_padded))),
+            gathered=Rows.of(gathered),
             messengers=torch.from_numpy(first),
             order=torch.from_numpy(order),
             messenger_map=Rows.of(_inverse(messengers.ravel(), images * height * width)),
-            region=torch.from_numpy(
-                np.concatenate([region[occupied].repeat(tokens.shape[1]), region[empty]])
-            ),
+            region=torch.from_numpy((by_row // windows).repeat(lengths)),
             hidden=torch.from_numpy(tokens[padded] < 0),
         )
 
@@ -285,26 +293,32 @@ class Layout:
         Args:
             qkv: rows (N, T, 3C).
             attend: computes the attention of windows, (windows, tokens, 3C) to (windows, tokens, C), where
-                tokens are ``hidden``.
+                some tokens are ``hidden``: bool (windows, tokens).
             read: 1 for the messengers alone.
 
         Returns:
             Rows (N, T, C), or windows of one token (N*regions, windows, 1, C).
         """
-        tokens = self.hidden.shape[1]
-        end = self.occupied * tokens
-        hidden = self.hidden
-        if exporting():  # of all windows, since those of an image are followed by those of the next
-            hidden = functional.pad(hidden, (0, 0, self.occupied - self.padded, 0))
-            hidden = hidden.expand(qkv.shape[0], -1, -1).flatten(0, 1)
-        x = qkv[:, :end].unflatten(1, (self.occupied, tokens)).flatten(0, 1)  # N*occupied, tokens, 3C
-        x = attend(x, hidden=hidden).unflatten(0, (-1, self.occupied))  # N, occupied, tokens, C
-        alone = qkv[:, end:, -x.shape[3] :]  # N, empty windows, C: who attends to itself gets its value
+        whole = self.full * self.tokens
+        of_full, of_padded, alone = qkv.split([whole, len(self.gathered.index), self.empty], dim=1)
+        parts = []
+        if self.full:
+            x = of_full.unflatten(1, (self.full, self.tokens)).flatten(0, 1)  # N*full, tokens, 3C
+            x = attend(x).unflatten(0, (-1, self.full))  # N, full, tokens, C
+            parts.append(x.flatten(1, 2) if read is None else x[:, :, 0])
+        if self.padded:
+            x = _take(of_padded, self.spread, self.gathered)  # N, padded*tokens, 3C
+            x = x.unflatten(1, (self.padded, self.tokens)).flatten(0, 1)  # N*padded, tokens, 3C
+            hidden = self.hidden.repeat(qkv.shape[0], 1) if exporting() else self.hidden
+            x = attend(x, hidden=hidden).unflatten(0, (-1, self.padded))  # N, padded, tokens, C
+            x = _take(x.flatten(1, 2), self.gathered, self.spread) if read is None else x[:, :, 0]
+            parts.append(x)
+        if self.empty:  # who attends to itself gets its value
+            parts.append(alone.chunk(3, dim=2)[2])
+        x = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         if read is None:
-            x = x.flatten(1, 2)  # N, occupied*tokens, C
-            return torch.cat([x, alone], dim=1) if self.empty else x
-        x = torch.cat([x[:, :, 0], alone], dim=1).index_select(1, self.order)
-        return x.reshape(-1, self.windows, 1, x.shape[2])
+            return x
+        return x.index_select(1, self.order).reshape(-1, self.windows, 1, x.shape[2])
 
     def _add(self, x, branch, drop_path):
         """The sum of a residual stream and a branch, whose path is dropped for whole regions."""
@@ -352,7 +366,8 @@ def _take(x, rows, back):
 
 
 def _rows_of(x, rows):
-    return x.index_select(1, rows.index).index_fill(1, rows.blank, 0)
+    x = x.index_select(1, rows.index)
+    return x.index_fill_(1, rows.blank, 0) if len(rows.blank) else x
 
 
 class _Take(torch.autograd.Function):
@@ -361,12 +376,12 @@ class _Take(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, index, blank, back_index, back_blank):
         ctx.save_for_backward(back_index, back_blank)
-        return x.index_select(1, index).index_fill_(1, blank, 0)
+        return _rows_of(x, Rows(index, blank))
 
     @staticmethod
     def backward(ctx, grad):
         index, blank = ctx.saved_tensors
-        return grad.index_select(1, index).index_fill_(1, blank, 0), None, None, None, None
+        return _rows_of(grad, Rows(index, blank)), None, None, None, None
 
 
 def _inverse(index, count):

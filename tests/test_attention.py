@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from helpers import ROOT, micro
+from helpers import ROOT, logged, micro
 from packaging.version import Version
 
 from models.attention import BLOCK, choose_backend, windowed_attention
+from models.attention_triton import triton_builds
 from models.msg_transformer import MSGTransformer
 from utils import UserError
 
@@ -197,8 +198,31 @@ def test_triton_says_why_it_cannot_run():
 
 
 def test_the_choice_follows_the_device():
-    assert choose_backend(torch.device("cpu")) == "blocked"
-    assert choose_backend(torch.device("cuda")) == "sdpa"
+    assert choose_backend(torch.zeros(1, 4, 48), 1) == "blocked"
+    assert choose_backend(torch.zeros(1, 4, 48, device="meta"), 1) == "sdpa"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_gpu_takes_its_kernels_for_what_they_can_compute():
+    def chosen(dtype, tokens=50):
+        return choose_backend(torch.zeros(1, tokens, 96, dtype=dtype, device="cuda"), 1)
+
+    assert chosen(torch.bfloat16) == chosen(torch.float16) == "triton"
+    assert chosen(torch.float32) == chosen(torch.bfloat16, tokens=257) == "sdpa"
+
+
+def test_a_gpu_without_a_compiler_takes_pytorchs_kernels(monkeypatch):
+    """Triton is missing its C compiler, say: a warning, no error."""
+
+    def fails(*_):
+        raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.setattr("models.attention_triton._triton", fails)
+    triton_builds.cache_clear()
+    with logged() as lines:
+        assert not triton_builds()
+    triton_builds.cache_clear()
+    assert len(lines) == 1 and "as Triton cannot build ours here" in lines[0]
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "blocked"])

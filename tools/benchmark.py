@@ -190,6 +190,14 @@ class Candidate:
         if self.setting.device == "cuda":
             torch.cuda.synchronize()
 
+    def allocated(self):
+        """Bytes of its weights, images and optimizer state."""
+        tensors = [self.images, *self.model.parameters(), *self.model.buffers()]
+        if self.setting.mode == "train":
+            states = self.optimizer.state.values()
+            tensors += [x for state in states for x in state.values() if torch.is_tensor(x)]
+        return sum(x.nbytes for x in tensors)
+
     def _loss(self, outputs):
         if self.setting.maps:
             return sum(x.float().square().mean() for x in outputs)
@@ -221,22 +229,32 @@ def compare(candidates, rounds, peer):
     ]
 
 
-def peak_memory(*arguments):
-    """Peak memory in MiB of two steps of a :class:`Candidate`, beyond that of an idle process.
+def peak_memory(candidate):
+    """Peak memory in MiB of two steps of a :class:`Candidate`, its weights and images included.
 
-    It is measured in a process of its own: on the CPU it is the resident memory of the whole process.
+    On a GPU it is what PyTorch allocates. On the CPU it is the resident memory of a process of its own,
+    beyond that of an idle one.
     """
+    if candidate.setting.device == "cuda":
+        return _peak_allocated(candidate)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_memory, arguments)
+        return pool.apply(_peak_beyond_idle, (candidate.name, candidate.setting, candidate.compiled))
 
 
-def _peak_memory(*arguments):
+def _peak_allocated(candidate):
+    """What others have allocated stays the same meanwhile, so that it can be taken off."""
+    others = torch.cuda.memory_allocated() - candidate.allocated()
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):
+        candidate.step()
+    return (torch.cuda.max_memory_allocated() - others) / 2**20
+
+
+def _peak_beyond_idle(*arguments):
     idle = _peak_resident()
     candidate = Candidate(*arguments)
     for _ in range(2):
         candidate.step()
-    if candidate.setting.device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
     return _peak_resident() - idle
 
 
@@ -375,10 +393,11 @@ def measure(args, setting):
     """The rows of one setting, with memory if asked for."""
     both = [False, True] if args.compile else [False]
     choices = [(name, setting, compiled) for compiled in both for name in args.models]
-    rows = compare([Candidate(*choice) for choice in choices], args.rounds, args.peer)
+    candidates = [Candidate(*choice) for choice in choices]
+    rows = compare(candidates, args.rounds, args.peer)
     if args.memory:
-        for row, choice in zip(rows, choices):
-            row["memory"] = peak_memory(*choice)
+        for row, candidate in zip(rows, candidates):
+            row["memory"] = peak_memory(candidate)
         peers = {row["compiled"]: row["memory"] for row in rows if row["model"] == args.peer}
         for row in rows:
             row["memory_ratio"] = row["memory"] / peers[row["compiled"]]
