@@ -37,14 +37,25 @@ def hide(bias, hidden):
 
 def probabilities(q, k, bias, scale):
     """Softmax(scale q k^T + bias) over the keys: (N, heads, tokens, tokens), taken in at least float32."""
-    bias = bias.to(torch.promote_types(bias.dtype, torch.float32))
-    scores = torch.add(bias, q @ k.transpose(-1, -2), alpha=scale)
+    scores = torch.add(at_least_float32(bias), q @ k.transpose(-1, -2), alpha=scale)
     return scores.softmax(-1).to(q.dtype)
+
+
+def at_least_float32(x):
+    """x in float32, or in float64 if it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def qkv_heads(qkv, heads):
     """Queries, keys and values as views (N, heads, tokens, D) of (N, tokens, 3*heads*D)."""
     return (heads_of(part, heads) for part in qkv.chunk(3, dim=2))
+
+
+def copied_heads(qkv, heads):
+    """As :func:`qkv_heads`, but one copy in bfloat16: products would copy each, and transpose the keys."""
+    if qkv.dtype != torch.bfloat16:
+        return qkv_heads(qkv, heads)
+    return qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).contiguous()
 
 
 def heads_of(x, heads):
@@ -73,7 +84,7 @@ def blocked(qkv, bias, scale, hidden=None):
         return _Blocked.apply(qkv, bias, scale, hidden)
     out = qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
     for of_block, part, result in _blocks(bias, hidden, qkv, out):
-        q, k, v = qkv_heads(part, bias.shape[0])
+        q, k, v = copied_heads(part, bias.shape[0])
         heads_of(result, bias.shape[0]).copy_(probabilities(q, k, of_block, scale) @ v)
     return out
 
@@ -96,7 +107,7 @@ class _Blocked(torch.autograd.Function):
         out = qkv.new_empty(windows, tokens, channels // 3)
         stored = qkv.new_empty(windows, heads, tokens, tokens)
         for of_block, part, result, p in _blocks(bias, hidden, qkv, out, stored):
-            q, k, v = qkv_heads(part, heads)
+            q, k, v = copied_heads(part, heads)
             p.copy_(probabilities(q, k, of_block, scale))
             heads_of(result, heads).copy_(p @ v)
         ctx.save_for_backward(qkv, stored)
@@ -113,7 +124,7 @@ class _Blocked(torch.autograd.Function):
         grad_bias = torch.zeros(stored.shape[1:], dtype=wide, device=qkv.device)
         blocks = (tensor.split(BLOCK) for tensor in (qkv, grad_qkv, stored, grad))
         for part, grad_part, p, grad_out in zip(*blocks):
-            (q, k, v), (grad_q, grad_k, grad_v) = qkv_heads(part, heads), qkv_heads(grad_part, heads)
+            (q, k, v), (grad_q, grad_k, grad_v) = copied_heads(part, heads), qkv_heads(grad_part, heads)
             grad_out = heads_of(grad_out, heads)
             grad_v.copy_(p.transpose(-1, -2) @ grad_out)
             grad_p = grad_out @ v.transpose(-1, -2)

@@ -19,7 +19,7 @@ from timm.layers import DropPath, Mlp, gen_relative_position_index, trunc_normal
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import windowed_attention
+from .attention import at_least_float32, windowed_attention
 from .export import exporting, plain_sizes, replace_messengers
 from .geometry import Geometry, check_choices, known_pool, require_size
 from .padding import Layouts, pad_to_even, pad_to_patches, resample_positions
@@ -138,7 +138,7 @@ class LocalAttention(nn.Module):
 
     def fix_weights(self, dtype):
         """Keep the expanded bias, or none for None; see :func:`models.inference`."""
-        self.fixed_bias = self.bias().detach() if dtype else None
+        self.fixed_bias = at_least_float32(self.bias().detach()) if dtype else None
 
     def forward(self, x, read=None, layout=None):
         """Attend within windows: (B*regions, windows, tokens, C) to the same shape, or to ``read`` tokens."""

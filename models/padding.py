@@ -5,7 +5,7 @@ may differ in size, so that an image can have more empty space around it than it
 features do not depend on that:
 
 - A *full* window holds patches of its image only.
-- A *padded* window holds some. The others are filled in for attention alone, which nobody pays to them.
+- A *padded* window holds some. For attention alone it is filled up, with tokens that nobody attends to.
 - An *empty* window is its messenger alone, one token instead of 1+w*w. It starts every stage as zeros,
   attends to itself, takes part in the exchange of its shuffle region and in the MLP like any other, and is
   zero after the stage. (An even number of blocks exchanges channel groups back to where they came from, so
@@ -137,7 +137,9 @@ class Layout:
         tokens: of a window, the messenger included.
         rows: each row's place in the map of patches followed by that of messengers, both flattened.
         maps: each place's row; the opposite of ``rows``.
-        spread: the row of each token of the padded windows, counted from their first one.
+        filled: the row of each token of the padded windows, counted from the first row of them all; hidden
+            tokens take the first row of their window.
+        spread: the same, where hidden tokens are zero.
         gathered: the token of each row of the padded windows; the opposite of ``spread``.
         messengers: the row of each window's messenger, (regions * windows,).
         order: each window's number, full ones first, then padded ones, then empty ones, (regions * windows,).
@@ -158,6 +160,7 @@ class Layout:
     tokens: int
     rows: Rows
     maps: Rows
+    filled: Rows
     spread: Rows
     gathered: Rows
     messengers: torch.Tensor
@@ -205,6 +208,8 @@ class Layout:
         by_row = np.concatenate([full, padded, empty])  # each window, in the order of the rows
         of_padded = tokens[padded].ravel()
         gathered = np.flatnonzero(of_padded >= 0)
+        spread = _inverse(gathered, len(of_padded))
+        first_of_window = spread[:: tokens.shape[1]].repeat(tokens.shape[1])
         rows = np.concatenate([tokens[full].ravel(), of_padded[gathered], np.full(len(empty), -1)])
         lengths = np.concatenate(
             [(tokens[by_row[: len(full) + len(padded)]] >= 0).sum(1), np.ones_like(empty)]
@@ -224,7 +229,8 @@ class Layout:
             tokens=tokens.shape[1],
             rows=Rows.of(rows),
             maps=Rows.of(_inverse(rows, of_maps)),
-            spread=Rows.of(_inverse(gathered, len(of_padded))),
+            filled=Rows.of(np.where(spread < 0, first_of_window, spread)),
+            spread=Rows.of(spread),
             gathered=Rows.of(gathered),
             messengers=torch.from_numpy(first),
             order=torch.from_numpy(order),
@@ -307,7 +313,7 @@ class Layout:
             x = attend(x).unflatten(0, (-1, self.full))  # N, full, tokens, C
             parts.append(x.flatten(1, 2) if read is None else x[:, :, 0])
         if self.padded:
-            x = _take(of_padded, self.spread, self.gathered)  # N, padded*tokens, 3C
+            x = _take(of_padded, self.filled, self.gathered)  # N, padded*tokens, 3C
             x = x.unflatten(1, (self.padded, self.tokens)).flatten(0, 1)  # N*padded, tokens, 3C
             hidden = self.hidden.repeat(qkv.shape[0], 1) if exporting() else self.hidden
             x = attend(x, hidden=hidden).unflatten(0, (-1, self.padded))  # N, padded, tokens, C
