@@ -6,6 +6,7 @@ import logging
 import os
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from utils import UserError
 
@@ -16,7 +17,7 @@ def triton(qkv, bias, scale):
     obstacle = triton_obstacle(qkv.device, qkv.dtype, qkv.shape[1], head_dim)
     if obstacle:
         raise UserError(f"MODEL.MSG.ATTENTION is triton, but {obstacle}: use sdpa or auto")
-    return _triton(qkv, bias, float(scale))
+    return (_triton if torch.compiler.is_compiling() else _Triton.apply)(qkv, bias, float(scale))
 
 
 def triton_obstacle(device, dtype, tokens, head_dim):
@@ -60,7 +61,7 @@ def triton_builds():
     """Whether kernels can be built here, which also takes a C compiler, and run; if not, the log says why."""
     try:
         qkv = torch.zeros(1, 16, 48, device="cuda", dtype=torch.bfloat16)
-        _triton(qkv, torch.zeros(1, 16, 16, device="cuda"), 1.0)
+        _Triton.apply(qkv, torch.zeros(1, 16, 16, device="cuda"), 1.0)
         torch.cuda.synchronize()
     except Exception as error:  # Triton, its driver and the C compiler raise many kinds
         why = str(error).strip().splitlines() or [type(error).__name__]
@@ -71,7 +72,29 @@ def triton_builds():
     return True
 
 
-# The kernels are opaque to torch.compile, and their file, which needs Triton, is imported by the first call.
+class _Triton(torch.autograd.Function):
+    """The kernels, called directly: an operator takes longer to call than they take for a few images.
+
+    Their file, which needs Triton, is imported by the first call.
+    """
+
+    @staticmethod
+    def forward(ctx, qkv, bias, scale):
+        from .attention_kernels import attend
+
+        ctx.save_for_backward(qkv, bias)
+        ctx.scale = scale
+        return attend(qkv, bias, scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        from .attention_kernels import attend_backward
+
+        return *attend_backward(grad, *ctx.saved_tensors, ctx.scale), None
+
+
+# The kernels are opaque to torch.compile.
 @torch.library.custom_op("msg_transformer::windowed_attention", mutates_args=())
 def _triton(qkv: torch.Tensor, bias: torch.Tensor, scale: float) -> torch.Tensor:
     from .attention_kernels import attend

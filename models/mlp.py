@@ -25,11 +25,11 @@ def mlp_forward(mlp, x):
 
     Both shortcuts need an Mlp that is as :func:`models.use_onednn` found it.
     """
-    if exporting() or not _fusible(mlp):
+    if x.device.type != "cpu" or exporting() or not _fusible(mlp):
         return Mlp.forward(mlp, x)
     autocast = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
-    blocks = x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    blocks = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     drops = mlp.training and max(mlp.drop1.p, mlp.drop2.p) > 0
     biased = mlp.fc1.bias is not None and mlp.fc2.bias is not None
     if blocks and biased and not drops and dtype in (torch.float32, torch.bfloat16):

@@ -46,8 +46,7 @@ def _pack(layer, dtype):
 def layer_forward(layer, x, gelu=False):
     """The forward of an ``nn.Linear``, then GELU if wanted: (..., in_features) to (..., out_features)."""
     weight, bias = layer.weight, layer.bias
-    plain = type(weight) is not nn.Parameter or not torch.backends.mkldnn.enabled or exporting()
-    if x.device.type == "cpu" and not plain:
+    if x.device.type == "cpu" and _is_plain(weight) and not exporting():
         autocast = torch.is_autocast_enabled("cpu")
         dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
         if layer.packed is not None and layer.packed[0].dtype == dtype:
@@ -59,6 +58,11 @@ def layer_forward(layer, x, gelu=False):
             return _linear(x.float(), weight, bias, gelu, layer.out_features)
     x = F.linear(x, weight, bias)
     return F.gelu(x) if gelu else x
+
+
+def _is_plain(weight):
+    """Whether oneDNN may take a weight: it is neither quantised nor computed from other parameters."""
+    return type(weight) is nn.Parameter and torch.backends.mkldnn.enabled
 
 
 def _linear(x, weight, bias, gelu, out_features):
