@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _has_any_global_hook
 
 from .export import exporting
-from .onednn import is_onednn_layer, layer_forward, plain_linear, weight_gradient
+from .onednn import is_onednn_layer, layer_forward, linear_into, plain_linear, weight_gradient
 
 ROWS = 4096  # tokens whose hidden channels stay in the cache
 
@@ -67,8 +67,8 @@ class _BlockedMlp(torch.autograd.Function):
         cast = [tensor.to(x.dtype) for tensor in (weight1, bias1, weight2, bias2)]
         hidden, out = x.new_empty(len(x), len(weight1)), x.new_empty(len(x), len(weight2))
         for rows, before, result in zip(x.split(ROWS), hidden.split(ROWS), out.split(ROWS)):
-            before.copy_(plain_linear(rows, *cast[:2]))
-            result.copy_(plain_linear(F.gelu(before), *cast[2:]))
+            linear_into(before, rows, *cast[:2])
+            linear_into(result, F.gelu(before), *cast[2:])
         ctx.save_for_backward(x, hidden, cast[0], cast[2])
         ctx.dtype = weight1.dtype
         return out
@@ -87,5 +87,5 @@ class _BlockedMlp(torch.autograd.Function):
             grad_hidden = torch.ops.aten.gelu_backward(plain_linear(grad_out, weight2.T, None), before)
             sums[0] += weight_gradient(grad_hidden, rows)
             sums[1] += grad_hidden.sum(0)
-            grad_rows.copy_(plain_linear(grad_hidden, weight1.T, None))
+            linear_into(grad_rows, grad_hidden, weight1.T)
         return grad_x, *sums

@@ -92,6 +92,16 @@ def plain_linear(x, weight, bias):
     return F.linear(x, weight, bias)
 
 
+def linear_into(out, x, weight, bias=None):
+    """Write what :func:`plain_linear` gives into ``out``, (rows, out)."""
+    if x.dtype == torch.float32:
+        out.copy_(plain_linear(x, weight, bias))
+    elif bias is None:
+        torch.mm(x, weight.T, out=out)
+    else:
+        torch.addmm(bias, x, weight.T, out=out)
+
+
 def weight_gradient(grad, x):
     """grad^T x for the CPU: (rows, out) and (rows, in) to (out, in)."""
     if x.dtype != torch.float32:
