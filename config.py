@@ -724,7 +724,7 @@ def _coerce(value, present, key, source):
     if type(value) is not kind and not (kind is float and type(value) is int):
         refuse(words)
     largest = LARGEST_SEED if key == "SEED" else LARGEST
-    if not all(abs(number) <= largest for number in _numbers(value)):
+    if not all(abs(number) <= largest for number in _numbers_in(value)):
         refuse(f"finite and no larger than {largest}")
     if kind in (list, tuple) and len(value) > MOST_ENTRIES:
         refuse(f"a list of at most {MOST_ENTRIES} entries")
@@ -741,11 +741,11 @@ def _literal(value):
     return [_literal(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
-def _numbers(value):
+def _numbers_in(value):
     """The numbers in a value and its nested lists."""
     if isinstance(value, (list, tuple)):
         for entry in value:
-            yield from _numbers(entry)
+            yield from _numbers_in(entry)
     elif type(value) in (int, float):
         yield value
 
