@@ -17,7 +17,8 @@ def exporting():
     if torch.jit.is_tracing():
         return True
     if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
+        # What is_exporting() reads: in PyTorch 2.10 and 2.11 it says yes in torch.compile as well.
+        return torch.compiler._is_exporting_flag
     return torch._C._len_torch_dispatch_stack() > 0
 
 

@@ -135,6 +135,7 @@ class Layout:
         has_messengers: whether windows have them.
         full, padded, empty: windows whose tokens are all patches, some of them, and none.
         tokens: of a window, the messenger included.
+        held: rows of all padded windows.
         rows: each row's place in the map of patches followed by that of messengers, both flattened.
         maps: each place's row; the opposite of ``rows``.
         filled: the row of each token of the padded windows, counted from the first row of them all; hidden
@@ -158,6 +159,7 @@ class Layout:
     padded: int
     empty: int
     tokens: int
+    held: int
     rows: Rows
     maps: Rows
     filled: Rows
@@ -227,6 +229,7 @@ class Layout:
             padded=len(padded),
             empty=len(empty),
             tokens=tokens.shape[1],
+            held=len(gathered),
             rows=Rows.of(rows),
             maps=Rows.of(_inverse(rows, of_maps)),
             filled=Rows.of(np.where(spread < 0, first_of_window, spread)),
@@ -306,7 +309,7 @@ class Layout:
             Rows (N, T, C), or windows of one token (N*regions, windows, 1, C).
         """
         whole = self.full * self.tokens
-        of_full, of_padded, alone = qkv.split([whole, len(self.gathered.index), self.empty], dim=1)
+        of_full, of_padded, alone = qkv.split([whole, self.held, self.empty], dim=1)
         parts = []
         if self.full:
             x = of_full.unflatten(1, (self.full, self.tokens)).flatten(0, 1)  # N*full, tokens, 3C
@@ -372,8 +375,7 @@ def _take(x, rows, back):
 
 
 def _rows_of(x, rows):
-    x = x.index_select(1, rows.index)
-    return x.index_fill_(1, rows.blank, 0) if len(rows.blank) else x
+    return x.index_select(1, rows.index).index_fill_(1, rows.blank, 0)
 
 
 class _Take(torch.autograd.Function):
