@@ -166,6 +166,16 @@ def default_config():
     # Gradient checkpointing: less memory, about a third more compute.
     config.TRAIN.USE_CHECKPOINT = False
 
+    # Moving average of the weights (EMA), timm's ModelEmaV3: evaluated as well as the weights themselves, and
+    # what best.pth is best in. Every checkpoint then holds both.
+    config.TRAIN.EMA = CfgNode()
+    config.TRAIN.EMA.ENABLED = False
+    # Share of the average that stays at an update. 0.9999 averages over about 10,000 updates: short runs need
+    # less, or the warm-up.
+    config.TRAIN.EMA.DECAY = 0.9999
+    # Begin with a short average: the share at update u is 1 - u^(-2/3), until that reaches DECAY.
+    config.TRAIN.EMA.WARMUP = False
+
     config.TRAIN.LR_SCHEDULER = CfgNode()
     # cosine, linear, step or multistep; all per update, all after a linear warm-up.
     config.TRAIN.LR_SCHEDULER.NAME = "cosine"
@@ -384,6 +394,7 @@ RANGES = {
     "TRAIN.KEEP_CHECKPOINTS": _at_least(0),
     "TRAIN.MAX_NONFINITE": _at_least(0),
     "TRAIN.ACCUMULATION_STEPS": _at_least(0),
+    "TRAIN.EMA.DECAY": _BELOW_1,
     "TRAIN.LR_SCHEDULER.MILESTONES": (
         lambda value: _all_between(value, 0, 10**6) and value == sorted(value),
         f"a list of numbers, at least 0 and at most {10**6}, in order, smallest first",

@@ -188,9 +188,9 @@ def run_folder(output):
 def assert_same_weights(output, expected):
     """The last checkpoints of two runs, given by their ``--output``, hold the same bits."""
     name = ckpt.in_order(run_folder(expected))[-1]
-    found, wanted = (
-        ckpt.read_checkpoint(str(run_folder(root) / name))["model"] for root in (output, expected)
-    )
-    assert found.keys() == wanted.keys()
-    for name, weight in wanted.items():
-        assert torch.equal(weight, found[name]), name
+    found, wanted = (ckpt.read_checkpoint(str(run_folder(root) / name)) for root in (output, expected))
+    assert found.get("ema") == wanted.get("ema")
+    for kind in ("model", *(["model_ema"] if "ema" in wanted else [])):
+        assert found[kind].keys() == wanted[kind].keys()
+        for name, weight in wanted[kind].items():
+            assert torch.equal(weight, found[kind][name]), (kind, name)
