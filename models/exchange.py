@@ -2,6 +2,8 @@
 
 import torch
 
+from .export import plain_sizes
+
 
 def average_messengers(messengers):
     """Every messenger of a region becomes the mean of them all: m'_j = (m_1 + ... + m_G) / G.
@@ -22,6 +24,7 @@ def shift_messengers(messengers):
     Args:
         messengers: (B*regions, G, C), with C a multiple of G. The result has its shape.
     """
-    groups = messengers.unflatten(2, (messengers.shape[1], -1))  # B*regions, G windows, G groups, C/G
-    group = torch.arange(messengers.shape[1], device=messengers.device)
-    return groups[:, (group[:, None] + group) % len(group), group].flatten(2)  # B*regions, G windows, C
+    (windows,) = plain_sizes(messengers.shape[1])
+    groups = messengers.unflatten(2, (windows, -1))  # B*regions, G windows, G groups, C/G
+    group = torch.arange(windows, device=messengers.device)
+    return groups[:, (group[:, None] + group) % windows, group].flatten(2)  # B*regions, G windows, C
