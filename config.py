@@ -118,7 +118,8 @@ def default_config():
     config.MODEL.MSG.PATCH_NORM = True
     # Windows on a side of a shuffle region, in each stage; the whole side where fewer are left.
     config.MODEL.MSG.SHUF_SIZE = [4, 4, 2, 1]
-    # What messengers do in every block: shuf (exchange channel groups) or none.
+    # What messengers of a region exchange in every block: shuf (channel groups, the paper's) or none; to
+    # compare with, shift (channel groups, each in its place) or mean (each becomes the mean of all).
     config.MODEL.MSG.MANIP_TYPE = "shuf"
     # False removes the messengers: plain local windows.
     config.MODEL.MSG.TOKENS = True

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -163,6 +164,21 @@ def group_of_two(port):
 def silent_record(folder):
     """The record of a run that leaves none, as on other ranks than 0."""
     return RunRecord(str(folder), 1, draw_curves, DRAWN)
+
+
+def loop_exchange(manip_type, x):
+    """The exchange of messengers (regions, G, C), a window and a channel group at a time."""
+    y, windows = x.clone(), x.shape[1]
+    size = x.shape[2] // windows
+    for j, group in itertools.product(range(windows), range(windows)):
+        place = slice(group * size, (group + 1) * size)
+        if manip_type == "shuf":
+            y[:, j, place] = x[:, group, j * size : (j + 1) * size]
+        elif manip_type == "shift":
+            y[:, j, place] = x[:, (j + group) % windows, place]
+        elif manip_type == "mean":
+            y[:, j, place] = sum(x[:, window, place] for window in range(windows)) / windows
+    return y
 
 
 @contextlib.contextmanager
