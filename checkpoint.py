@@ -206,13 +206,18 @@ def read_checkpoint(path):
 
 
 def read_weights(path):
-    """Read what evaluation and fine-tuning need: ``model``, and ``classes``, None where they are not named.
+    """Read what evaluation, fine-tuning and use need: ``model``, ``classes`` and ``config``.
+
+    ``classes`` are None where the file does not name them, and ``config`` (YAML text) where it has none, as
+    that of the official release.
 
     Raises:
         CheckpointError: as for :func:`read_checkpoint`, or weights that no model could have.
     """
     checkpoint = read_checkpoint(path)
-    return dict(model=weights_of(checkpoint, path), classes=_classes_of(checkpoint, path))
+    config = checkpoint.get("config")
+    config = config if isinstance(config, str) else None
+    return dict(model=weights_of(checkpoint, path), classes=_classes_of(checkpoint, path), config=config)
 
 
 def read_run(path):
