@@ -118,7 +118,8 @@ def default_config():
     config.MODEL.MSG.PATCH_NORM = True
     # Windows on a side of a shuffle region, in each stage; the whole side where fewer are left.
     config.MODEL.MSG.SHUF_SIZE = [4, 4, 2, 1]
-    # What messengers do in every block: shuf (exchange channel groups) or none.
+    # What messengers of a region exchange in every block: shuf (channel groups, the paper's) or none; to
+    # compare with, shift (channel groups, each in its place) or mean (each becomes the mean of all).
     config.MODEL.MSG.MANIP_TYPE = "shuf"
     # False removes the messengers: plain local windows.
     config.MODEL.MSG.TOKENS = True
@@ -165,6 +166,16 @@ def default_config():
     config.TRAIN.ACCUMULATION_STEPS = 0
     # Gradient checkpointing: less memory, about a third more compute.
     config.TRAIN.USE_CHECKPOINT = False
+
+    # Moving average of the weights (EMA), timm's ModelEmaV3: evaluated as well as the weights themselves, and
+    # what best.pth is best in. Every checkpoint then holds both.
+    config.TRAIN.EMA = CfgNode()
+    config.TRAIN.EMA.ENABLED = False
+    # Share of the average that stays at an update. 0.9999 averages over about 10,000 updates: short runs need
+    # less, or the warm-up.
+    config.TRAIN.EMA.DECAY = 0.9999
+    # Begin with a short average: the share at update u is 1 - u^(-2/3), until that reaches DECAY.
+    config.TRAIN.EMA.WARMUP = False
 
     config.TRAIN.LR_SCHEDULER = CfgNode()
     # cosine, linear, step or multistep; all per update, all after a linear warm-up.
@@ -384,6 +395,7 @@ RANGES = {
     "TRAIN.KEEP_CHECKPOINTS": _at_least(0),
     "TRAIN.MAX_NONFINITE": _at_least(0),
     "TRAIN.ACCUMULATION_STEPS": _at_least(0),
+    "TRAIN.EMA.DECAY": _BELOW_1,
     "TRAIN.LR_SCHEDULER.MILESTONES": (
         lambda value: _all_between(value, 0, 10**6) and value == sorted(value),
         f"a list of numbers, at least 0 and at most {10**6}, in order, smallest first",

@@ -90,7 +90,9 @@ def main(args):
         losses_of = build_losses(config, run)
         for _epoch in run.epochs_left():
             means = train_one_epoch(run, train_loader, losses_of)
-            run.end_epoch(means, evaluate(model, val_loader, compute, config.PRINT_FREQ))
+            run.end_epoch(
+                means, run.figures_of(lambda module: evaluate(module, val_loader, compute, config.PRINT_FREQ))
+            )
     distributed.stop_process_group()
 
 

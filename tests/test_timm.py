@@ -110,6 +110,7 @@ def test_an_impossible_size_is_refused_and_nothing_has_changed(arguments, words)
 
 
 def test_timm_builds_a_resized_model_again_from_what_it_records():
+    pytest.importorskip("timm.models._input", reason="this version of timm records nothing")
     model = create(in_chans=1)
     model.set_input_size((96, 64), window_size=4)
     again = timm.create_model(NAME, **model._model_args)
