@@ -207,7 +207,7 @@ def read_checkpoint(path):
 
 
 def read_weights(path):
-    """Read what evaluation and fine-tuning need, see :func:`weights_and_classes`.
+    """Read what evaluation, fine-tuning and use need, see :func:`weights_and_classes`.
 
     Raises:
         CheckpointError: as for :func:`read_checkpoint`, or weights that no model could have.
@@ -216,10 +216,16 @@ def read_weights(path):
 
 
 def weights_and_classes(checkpoint, path):
-    """``model``, the averaged weights where there are any, and ``classes``, None where they are not named."""
+    """``model``, the averaged weights where there are any; ``classes``; ``config``, YAML text.
+
+    ``classes`` are None where they are not named, and ``config`` where there is none, as in a file of the
+    official release.
+    """
     if checkpoint.get("model_ema") is not None:
         logger.info(f"{path}: taking its averaged weights (EMA)")
-    return dict(model=weights_of(checkpoint, path), classes=_classes_of(checkpoint, path))
+    config = checkpoint.get("config")
+    config = config if isinstance(config, str) else None
+    return dict(model=weights_of(checkpoint, path), classes=_classes_of(checkpoint, path), config=config)
 
 
 def read_run(path):

@@ -590,6 +590,32 @@ def get_config(args, dataset=None):
     return config
 
 
+def parse_config(text, source):
+    """The config of a checkpoint, for use on this machine: ``DEVICE`` is left open again.
+
+    Args:
+        text: what :func:`dump_config` wrote; ``BASE`` files are not read.
+        source: where it is from, for messages.
+
+    Returns:
+        A frozen CfgNode.
+
+    Raises:
+        ConfigError: as for :func:`get_config`.
+    """
+    if len(text) > MOST_BYTES:
+        raise ConfigError(f"{source} has {len(text):,} characters, and may have {MOST_BYTES:,}")
+    config, sources = default_config(), {}
+    tree = _tree(text, source)
+    tree.pop("BASE", None)
+    for key, value in _leaves(tree):
+        _assign(config, key, value, source, sources)
+    _check(config, sources)
+    config.DEVICE, config.LOCAL_RANK = "", 0
+    config.freeze()
+    return config
+
+
 def set_classes(config, count):
     """Set ``MODEL.NUM_CLASSES`` to what the data have; nothing else of a config changes after it is read."""
     config.defrost()
@@ -650,15 +676,7 @@ def _merge_file(config, path, sources, parents, sizes):
     sizes.append(len(text))
     if sum(sizes) > MOST_BYTES:
         raise ConfigError(f"{path}: a config and its BASE files may have {MOST_BYTES:,} bytes together")
-    try:
-        tree = yaml.load(text, _Loader)
-    # The reader leaves impossible dates and numbers, false tags, and lists in lists in lists, to Python.
-    except Exception as error:
-        raise ConfigError(f"{path} is not valid YAML: {_short(' '.join(str(error).split()), 300)}") from error
-    if tree is None:
-        tree = {}
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected 'KEY: value' lines, found a {type(tree).__name__}")
+    tree = _tree(text, path)
     bases = tree.pop("BASE", None) or []
     bases = bases if isinstance(bases, list) else [bases]
     if not all(isinstance(base, str) and "\0" not in base for base in bases):
@@ -668,6 +686,22 @@ def _merge_file(config, path, sources, parents, sizes):
         _merge_file(config, base, sources, (*parents, path), sizes)
     for key, value in _leaves(tree):
         _assign(config, key, value, path, sources)
+
+
+def _tree(text, source):
+    """The nested dict of a YAML text; empty where there is nothing in it."""
+    try:
+        tree = yaml.load(text, _Loader)
+    # The reader leaves impossible dates and numbers, false tags, and lists in lists in lists, to Python.
+    except Exception as error:
+        raise ConfigError(
+            f"{source} is not valid YAML: {_short(' '.join(str(error).split()), 300)}"
+        ) from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{source}: expected 'KEY: value' lines, found a {type(tree).__name__}")
+    return tree
 
 
 def _leaves(tree, prefix=""):
