@@ -21,7 +21,7 @@ from data import build_loaders
 from data.mixup import build_augmentation
 from engine import train_one_epoch
 from logger import DETAIL, FILE, clock, log_progress, start_logging, write_config
-from models import build_model, compile_model, inference
+from models import build_model, choose_layer_norm, compile_model, inference
 from run import Task, build_guard, build_run, check_checkpoints, choose_for_evaluation
 
 TASK = Task(base_images=512, score="acc1", score_name="accuracy")
@@ -68,6 +68,8 @@ def main(args):
     parameters = sum(parameter.numel() for parameter in model.parameters())
     logger.info(f"{config.MODEL.NAME}: {parameters:,} parameters, {model.flops() / 1e9:.3f} GMACs per image")
 
+    if config.AMP.FUSED_LAYERNORM:
+        logger.info(choose_layer_norm(config)[1])
     if config.COMPILE:
         compile_model(model)
     if mode != "train" and rank == 0:

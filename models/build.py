@@ -2,6 +2,7 @@
 
 from utils import UserError
 
+from .apex import choose_layer_norm
 from .cpu import use_onednn
 from .msg_transformer import MSGTransformer
 
@@ -38,6 +39,7 @@ def build_model(config):
         downsample=msg.DOWNSAMPLE,
         attention=msg.ATTENTION,
         global_pool=msg.HEAD if msg.TOKENS else "avg",
+        norm_layer=choose_layer_norm(config)[0],
     )
     try:
         model = MSGTransformer(**arguments)
