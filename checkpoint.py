@@ -208,7 +208,7 @@ def read_checkpoint(path):
 
 
 def read_weights(path):
-    """Read what evaluation and fine-tuning need, see :func:`weights_and_classes`.
+    """Read what evaluation, fine-tuning and use need, see :func:`weights_and_classes`.
 
     Raises:
         CheckpointError: as for :func:`read_checkpoint`, or weights that no model could have.
@@ -217,10 +217,16 @@ def read_weights(path):
 
 
 def weights_and_classes(checkpoint, path):
-    """``model``, the averaged weights where there are any, and ``classes``, None where they are not named."""
+    """``model``, the averaged weights where there are any; ``classes``; ``config``, YAML text.
+
+    ``classes`` are None where they are not named, and ``config`` where there is none, as in a file of the
+    official release.
+    """
     if checkpoint.get("model_ema") is not None:
         logger.info(f"{path}: taking its averaged weights (EMA)")
-    return dict(model=weights_of(checkpoint, path), classes=_classes_of(checkpoint, path))
+    config = checkpoint.get("config")
+    config = config if isinstance(config, str) else None
+    return dict(model=weights_of(checkpoint, path), classes=_classes_of(checkpoint, path), config=config)
 
 
 def read_run(path):
@@ -568,6 +574,8 @@ def _diagnosis(weights, own):
     def blocks(tensors):
         return len({name.rsplit(".norm1", 1)[0] for name in tensors if ".norm1." in name})
 
+    if "msg_tokens" in weights and "msg_tokens" not in own:
+        return "it has messengers and the model none (MODEL.TYPE, MODEL.MSG.TOKENS)"
     if not any(name.startswith("layers.") for name in weights):
         return "it is not an MSG-Transformer"
     if "layers.0.downsample.norm.weight" in own and variant(weights) != variant(own):
@@ -619,7 +627,11 @@ def load_optimizer(optimizer, model, checkpoint, path):
                 f"{path} was trained with another TRAIN.OPTIMIZER.NAME: set that again, or start from the "
                 "weights alone with --pretrained"
             )
-    if own is None and theirs == [ours[0] + 1, ours[1] - 1] and model.msg_tokens is not None:
+    if (
+        own is None
+        and theirs == [ours[0] + 1, ours[1] - 1]
+        and getattr(model, "msg_tokens", None) is not None
+    ):
         decayed = {id(parameter) for parameter in parameters[: ours[0]]} | {id(model.msg_tokens)}
         # A stable sort: the official order is decayed parameters first, each group in the model's order.
         official = sorted(map(id, model.parameters()), key=lambda parameter: parameter not in decayed)

@@ -77,8 +77,12 @@ def default_config():
     config.DATA.NUM_WORKERS = 8
 
     config.MODEL = CfgNode()
-    # Model family: msg.
+    # Model family: msg, or timm to train one of timm's models in the same way.
     config.MODEL.TYPE = "msg"
+    # timm: name of the model, and arguments to build it with beside those that have a key here, such as
+    # TIMM_ARGS: {embed_dim: 48, depths: [2, 2, 6, 2]}.
+    config.MODEL.TIMM_NAME = ""
+    config.MODEL.TIMM_ARGS = CfgNode()
     # Name of the run's folder below OUTPUT.
     config.MODEL.NAME = "msg_tiny_p4_win7_224"
     # Checkpoint file to continue from, or to evaluate with --eval.
@@ -314,7 +318,7 @@ CHOICES = {
     "DATA.DATASET": ("imagenet", "coco"),
     "DATA.INTERPOLATION": ("bicubic", "bilinear", "lanczos", "nearest", "random"),
     "DATA.ON_ERROR": ("raise", "skip"),
-    "MODEL.TYPE": ("msg",),
+    "MODEL.TYPE": ("msg", "timm"),
     **{f"MODEL.MSG.{key}": names for key, names in MSG_CHOICES.items()},
     "TRAIN.ON_SAVE_ERROR": ("continue", "stop"),
     "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step", "multistep"),
@@ -594,6 +598,32 @@ def get_config(args, dataset=None):
     return config
 
 
+def parse_config(text, source):
+    """The config of a checkpoint, for use on this machine: ``DEVICE`` is left open again.
+
+    Args:
+        text: what :func:`dump_config` wrote; ``BASE`` files are not read.
+        source: where it is from, for messages.
+
+    Returns:
+        A frozen CfgNode.
+
+    Raises:
+        ConfigError: as for :func:`get_config`.
+    """
+    if len(text) > MOST_BYTES:
+        raise ConfigError(f"{source} has {len(text):,} characters, and may have {MOST_BYTES:,}")
+    config, sources = default_config(), {}
+    tree = _tree(text, source)
+    tree.pop("BASE", None)
+    for key, value in _leaves(tree):
+        _assign(config, key, value, source, sources)
+    _check(config, sources)
+    config.DEVICE, config.LOCAL_RANK = "", 0
+    config.freeze()
+    return config
+
+
 def set_classes(config, count):
     """Set ``MODEL.NUM_CLASSES`` to what the data have; nothing else of a config changes after it is read."""
     config.defrost()
@@ -654,15 +684,7 @@ def _merge_file(config, path, sources, parents, sizes):
     sizes.append(len(text))
     if sum(sizes) > MOST_BYTES:
         raise ConfigError(f"{path}: a config and its BASE files may have {MOST_BYTES:,} bytes together")
-    try:
-        tree = yaml.load(text, _Loader)
-    # The reader leaves impossible dates and numbers, false tags, and lists in lists in lists, to Python.
-    except Exception as error:
-        raise ConfigError(f"{path} is not valid YAML: {_short(' '.join(str(error).split()), 300)}") from error
-    if tree is None:
-        tree = {}
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected 'KEY: value' lines, found a {type(tree).__name__}")
+    tree = _tree(text, path)
     bases = tree.pop("BASE", None) or []
     bases = bases if isinstance(bases, list) else [bases]
     if not all(isinstance(base, str) and "\0" not in base for base in bases):
@@ -672,6 +694,22 @@ def _merge_file(config, path, sources, parents, sizes):
         _merge_file(config, base, sources, (*parents, path), sizes)
     for key, value in _leaves(tree):
         _assign(config, key, value, path, sources)
+
+
+def _tree(text, source):
+    """The nested dict of a YAML text; empty where there is nothing in it."""
+    try:
+        tree = yaml.load(text, _Loader)
+    # The reader leaves impossible dates and numbers, false tags, and lists in lists in lists, to Python.
+    except Exception as error:
+        raise ConfigError(
+            f"{source} is not valid YAML: {_short(' '.join(str(error).split()), 300)}"
+        ) from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{source}: expected 'KEY: value' lines, found a {type(tree).__name__}")
+    return tree
 
 
 def _leaves(tree, prefix=""):
@@ -701,6 +739,10 @@ def _assign(config, key, value, source, sources):
     node, *path = config, *key.split(".")
     for name in path[:-1]:
         node = node.get(name) if isinstance(node, CfgNode) else None
+    if key.rpartition(".")[0] == "MODEL.TIMM_ARGS":
+        node[path[-1]] = _argument(value, key, source)
+        sources[key] = source
+        return
     if not isinstance(node, CfgNode) or path[-1] not in node:
         near = _nearest_key(key)
         hint = f"did you mean {near}?" if near else "config.py lists every key"
@@ -749,6 +791,16 @@ def _coerce(value, present, key, source):
     if kind in (list, tuple) and len(value) > MOST_ENTRIES:
         refuse(f"a list of at most {MOST_ENTRIES} entries")
     return float(value) if kind is float else value
+
+
+def _argument(value, key, source):
+    """An argument of timm's models: a number, a text, a truth value, None, or a list of these."""
+    value = _literal(value)
+    entries = value if isinstance(value, list) else [value]
+    plain = all(type(entry) in (bool, int, float, str, type(None)) for entry in entries)
+    if not re.fullmatch(r"MODEL\.TIMM_ARGS\.[a-z]\w{0,99}", key) or not plain:
+        raise ConfigError(f"{source}: {key} is {_show(value)}, which is no argument of a model of timm")
+    return None if value is None else _coerce(value, value, key, source)
 
 
 def _literal(value):
@@ -868,11 +920,21 @@ def _check(config, sources):
         require(key, names.__contains__, "one of " + ", ".join(map(repr, names)) + hint)
     for key, (possible, what) in RANGES.items():
         require(key, possible, what)
+    if config.MODEL.TYPE == "timm":
+        require(
+            "AMP.FUSED_LAYERNORM",
+            lambda value: not value,
+            "False for models of timm, which have their own norms",
+        )
     names, name = optimizer_names(), config.TRAIN.OPTIMIZER.NAME
     near = difflib.get_close_matches(name.lower(), names, 5, 0.5) or ["adamw", "sgd", "lamb", "lion"]
     what = "an optimizer of timm that a run can resume with, such as " + ", ".join(map(repr, near))
     require("TRAIN.OPTIMIZER.NAME", names.__contains__, what)
 
+    if config.DATA.DATASET == "coco":
+        require("MODEL.TYPE", lambda value: value == "msg", "'msg' for detection")
+    named = config.MODEL.TYPE == "timm"
+    require("MODEL.TIMM_NAME", lambda value: bool(value) == named, "given where MODEL.TYPE is timm only")
     msg, det, aug = config.MODEL.MSG, config.DET, config.AUG
     require(
         "MODEL.MSG.MLP_RATIO",
