@@ -557,6 +557,8 @@ def _diagnosis(weights, own):
     def blocks(tensors):
         return len({name.rsplit(".norm1", 1)[0] for name in tensors if ".norm1." in name})
 
+    if "msg_tokens" in weights and "msg_tokens" not in own:
+        return "it has messengers and the model none (MODEL.TYPE, MODEL.MSG.TOKENS)"
     if not any(name.startswith("layers.") for name in weights):
         return "it is not an MSG-Transformer"
     if "layers.0.downsample.norm.weight" in own and variant(weights) != variant(own):
@@ -600,7 +602,7 @@ def load_optimizer(optimizer, model, checkpoint, path):
                 f"{path} was trained with another TRAIN.OPTIMIZER.NAME: set that again, or start from the "
                 "weights alone with --pretrained"
             )
-    if theirs == [ours[0] + 1, ours[1] - 1] and model.msg_tokens is not None:
+    if theirs == [ours[0] + 1, ours[1] - 1] and getattr(model, "msg_tokens", None) is not None:
         decayed = {id(parameter) for parameter in parameters[: ours[0]]} | {id(model.msg_tokens)}
         # A stable sort: the official order is decayed parameters first, each group in the model's order.
         official = sorted(map(id, model.parameters()), key=lambda parameter: parameter not in decayed)

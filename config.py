@@ -75,8 +75,12 @@ def default_config():
     config.DATA.NUM_WORKERS = 8
 
     config.MODEL = CfgNode()
-    # Model family: msg.
+    # Model family: msg, or timm to train one of timm's models in the same way.
     config.MODEL.TYPE = "msg"
+    # timm: name of the model, and arguments to build it with beside those that have a key here, such as
+    # TIMM_ARGS: {embed_dim: 48, depths: [2, 2, 6, 2]}.
+    config.MODEL.TIMM_NAME = ""
+    config.MODEL.TIMM_ARGS = CfgNode()
     # Name of the run's folder below OUTPUT.
     config.MODEL.NAME = "msg_tiny_p4_win7_224"
     # Checkpoint file to continue from, or to evaluate with --eval.
@@ -307,7 +311,7 @@ CHOICES = {
     "DATA.DATASET": ("imagenet", "coco"),
     "DATA.INTERPOLATION": ("bicubic", "bilinear", "lanczos", "nearest", "random"),
     "DATA.ON_ERROR": ("raise", "skip"),
-    "MODEL.TYPE": ("msg",),
+    "MODEL.TYPE": ("msg", "timm"),
     **{f"MODEL.MSG.{key}": names for key, names in MSG_CHOICES.items()},
     "TRAIN.ON_SAVE_ERROR": ("continue", "stop"),
     "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step", "multistep"),
@@ -727,6 +731,10 @@ def _assign(config, key, value, source, sources):
     node, *path = config, *key.split(".")
     for name in path[:-1]:
         node = node.get(name) if isinstance(node, CfgNode) else None
+    if key.rpartition(".")[0] == "MODEL.TIMM_ARGS":
+        node[path[-1]] = _argument(value, key, source)
+        sources[key] = source
+        return
     if not isinstance(node, CfgNode) or path[-1] not in node:
         near = _nearest_key(key)
         hint = f"did you mean {near}?" if near else "config.py lists every key"
@@ -775,6 +783,16 @@ def _coerce(value, present, key, source):
     if kind in (list, tuple) and len(value) > MOST_ENTRIES:
         refuse(f"a list of at most {MOST_ENTRIES} entries")
     return float(value) if kind is float else value
+
+
+def _argument(value, key, source):
+    """An argument of timm's models: a number, a text, a truth value, None, or a list of these."""
+    value = _literal(value)
+    entries = value if isinstance(value, list) else [value]
+    plain = all(type(entry) in (bool, int, float, str, type(None)) for entry in entries)
+    if not re.fullmatch(r"MODEL\.TIMM_ARGS\.[a-z]\w{0,99}", key) or not plain:
+        raise ConfigError(f"{source}: {key} is {_show(value)}, which is no argument of a model of timm")
+    return None if value is None else _coerce(value, value, key, source)
 
 
 def _literal(value):
@@ -895,6 +913,10 @@ def _check(config, sources):
     for key, (possible, what) in RANGES.items():
         require(key, possible, what)
 
+    if config.DATA.DATASET == "coco":
+        require("MODEL.TYPE", lambda value: value == "msg", "'msg' for detection")
+    named = config.MODEL.TYPE == "timm"
+    require("MODEL.TIMM_NAME", lambda value: bool(value) == named, "given where MODEL.TYPE is timm only")
     msg, det, aug = config.MODEL.MSG, config.DET, config.AUG
     require(
         "MODEL.MSG.MLP_RATIO",

@@ -16,9 +16,9 @@ class NonFiniteError(UserError):
 def parameter_groups(model):
     """Split parameters into two groups: decayed, then not decayed, each in the model's order.
 
-    Not decayed: 1-d parameters, biases, and what ``model.no_weight_decay()`` names.
+    Not decayed: 1-d parameters, biases, and what ``model.no_weight_decay()`` names where there is one.
     """
-    skip = model.no_weight_decay()
+    skip = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     decay, no_decay = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -7,6 +7,15 @@ from .build import build_model
 from .compiled import compile_model
 from .cpu import use_onednn
 from .fixed_weights import inference
+from .macs import count_macs
 from .ready import load
 
-__all__ = ["build_model", "compile_model", "inference", "load", "timm_names", "use_onednn"]
+__all__ = [
+    "build_model",
+    "compile_model",
+    "count_macs",
+    "inference",
+    "load",
+    "timm_names",
+    "use_onednn",
+]
