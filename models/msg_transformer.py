@@ -289,7 +289,7 @@ class MSGTransformer(TimmInterface, nn.Module):
         ape: add a learned absolute position embedding to the patches.
         patch_norm: LayerNorm after the patch embedding.
         shuffle_size: windows on a side of a shuffle region in each stage (R), or all where fewer are left.
-        manip_type: ``shuf`` exchanges messengers in every block, ``none`` does not; for others see exchange.py.
+        manip_type: ``shuf`` exchanges messengers in every block, ``none`` does not; others: exchange.py.
         tokens: False removes the messengers: plain local windows.
         patch_embed, downsample: ``linear`` (v1) or ``conv`` (CVPR 2022).
         attention: how attention is computed, see ``attention.py``; the result does not depend on it.
