@@ -102,7 +102,7 @@ def default_config():
     config.MODEL.MSG = CfgNode()
     # Side of a patch, in pixels.
     config.MODEL.MSG.PATCH_SIZE = 4
-    # Image channels.
+    # Image channels. With data 3; or with DATA.BACKEND pil 1, images become grey, or 4, RGB and alpha.
     config.MODEL.MSG.IN_CHANS = 3
     # Channels of the first stage; they double in every stage.
     config.MODEL.MSG.EMBED_DIM = 96
@@ -963,7 +963,10 @@ def _check(config, sources):
         "at least 1 / MODEL.MSG.EMBED_DIM and at most 100",
     )
     if config.DATA.DATA_PATH:
-        require("MODEL.MSG.IN_CHANS", lambda value: value == 3, "3 for image folders")
+        what = "1, 3 or 4 with data, and 3 for detection and with DATA.BACKEND opencv"
+        others = config.DATA.DATASET != "coco" and config.DATA.BACKEND == "pil"
+        possible = (1, 3, 4) if others else (3,)
+        require("MODEL.MSG.IN_CHANS", possible.__contains__, what)
     require("DET.TEST_SIZE", lambda value: value < det.MAX_SIZE, "below DET.MAX_SIZE")
     for key in ("DET.LOSS_WEIGHTS", "DET.DELTA_STDS"):
         require(key, lambda value: len(value) == len(det.IOU_THRESHOLDS), "as long as DET.IOU_THRESHOLDS")
