@@ -89,6 +89,14 @@ def test_every_config_builds_its_model_and_begins_with_its_command(path):
     assert count_macs(model, (3, *to_2tuple(config.DATA.IMG_SIZE))) > 0
 
 
+@pytest.mark.parametrize("path", [path for path in CONFIGS if "finetune" in path])
+def test_recipes_to_copy_say_what_they_reach(path):
+    text = (ROOT / path).read_text()
+    header = " ".join(text[: re.search("^[^#]", text, re.MULTILINE).start()].replace("#", " ").split())
+    assert re.search(r"accuracy has not been measured|top-1 \d\d\.\d", header, re.IGNORECASE)
+    assert "--pretrained <checkpoint>" in header
+
+
 def test_later_sources_win(tmp_path):
     (tmp_path / "base.yaml").write_text("SEED: 1\nTAG: base\nPRINT_FREQ: 7\nDATA: {BATCH_SIZE: 10}\n")
     config = config_of(
