@@ -3,10 +3,11 @@
 A checkpoint is a dict of plain types and tensors: ``model``, ``optimizer``, ``lr_scheduler``, ``updater``,
 ``progress``, ``epoch`` (the last finished one), ``score`` (of these weights, at the end of an epoch),
 ``max_accuracy`` (of the best so far), ``config`` (YAML text) and ``classes`` (names, in the order of the
-head). Files of the official release, with a pickled yacs config and apex's ``amp`` entry, are read too; so
-are the weights in bare state dicts, in timm's training checkpoints and in safetensors files. Nothing in a
-file is ever run, and what is used of one is checked first. Safetensors files that ``tools/export.py`` wrote
-hold ``config`` and ``classes`` as well.
+head); with ``TRAIN.EMA`` also ``model_ema``, the averaged weights, which the scores are then of, and ``ema``.
+Files of the official release, with a pickled yacs config and apex's ``amp`` entry, are read too; so are the
+weights in bare state dicts, in timm's training checkpoints and in safetensors files. Nothing in a file is
+ever run, and what is used of one is checked first. Safetensors files that ``tools/export.py`` wrote hold
+``config`` and ``classes`` as well.
 """
 
 import contextlib
@@ -234,13 +235,25 @@ def read_checkpoint(path):
 
 
 def read_weights(path):
-    """Read what evaluation and fine-tuning need: ``model``, and ``classes``, None where they are not named.
+    """Read what evaluation, fine-tuning and use need, see :func:`weights_and_classes`.
 
     Raises:
         CheckpointError: as for :func:`read_checkpoint`, or weights that no model could have.
     """
-    checkpoint = read_checkpoint(path)
-    return dict(model=weights_of(checkpoint, path), classes=_classes_of(checkpoint, path))
+    return weights_and_classes(read_checkpoint(path), path)
+
+
+def weights_and_classes(checkpoint, path):
+    """``model``, the averaged weights where there are any; ``classes``; ``config``, YAML text.
+
+    ``classes`` are None where they are not named, and ``config`` where there is none, as in a file of the
+    official release.
+    """
+    if checkpoint.get("model_ema") is not None:
+        logger.info(f"{path}: taking its averaged weights (EMA)")
+    config = checkpoint.get("config")
+    config = config if isinstance(config, str) else None
+    return dict(model=weights_of(checkpoint, path), classes=_classes_of(checkpoint, path), config=config)
 
 
 def read_run(path):
@@ -265,6 +278,9 @@ def read_run(path):
         run["progress"]["parts"] = _checked(parts, PARTS, "progress.parts", path)
     if "optimizer" in checkpoint:
         run["optimizer"] = _optimizer_of(checkpoint, path)
+    if "ema" in run:
+        averaged = _checked(checkpoint.get("model_ema"), DICT, "model_ema", path)
+        run["model_ema"] = weights_of(dict(model_ema=averaged), path)
     weights = weights_of(dict(model=checkpoint["model"]), path)
     return dict(run, model=weights, classes=_classes_of(checkpoint, path))
 
@@ -334,6 +350,7 @@ RUN = dict(
         skipped=_whole(0),
         skipped_in_a_row=_whole(0),
     ),
+    ema=dict(updates=_whole(0)),
     progress=dict(
         epoch=_whole(0),
         images=_whole(1),
@@ -406,15 +423,15 @@ def weights_of(checkpoint, path):
     Raises:
         CheckpointError: there are none, or none that a model could have.
     """
-    found = [checkpoint[name] for name in WEIGHTS if checkpoint.get(name) is not None]
-    weights = found[0] if found else checkpoint
+    place = next((name for name in WEIGHTS if checkpoint.get(name) is not None), "")
+    weights = checkpoint[place] if place else checkpoint
     names = weights if isinstance(weights, dict) else ()
     if not names or not all(isinstance(name, str) and re.fullmatch(r"[\w.]{1,200}", name) for name in names):
-        raise CheckpointError(f"{path} holds no model weights")
+        raise CheckpointError(f"{path} holds no model weights{f' in {place}' if place else ''}")
     bare = clean_state_dict(weights)  # without the prefixes of DistributedDataParallel and torch.compile
     if len(bare) < len(weights):
         raise CheckpointError(f"{path} holds weights twice, with and without the prefix of a wrapper")
-    return _plain(bare, "model", path)
+    return _plain(bare, place or "model", path)
 
 
 def _optimizer_of(checkpoint, path):
@@ -568,6 +585,8 @@ def _diagnosis(weights, own):
     def blocks(tensors):
         return len({name.rsplit(".norm1", 1)[0] for name in tensors if ".norm1." in name})
 
+    if "msg_tokens" in weights and "msg_tokens" not in own:
+        return "it has messengers and the model none (MODEL.TYPE, MODEL.MSG.TOKENS)"
     if not any(name.startswith("layers.") for name in weights):
         return "it is not an MSG-Transformer"
     if "layers.0.downsample.norm.weight" in own and variant(weights) != variant(own):
@@ -611,7 +630,7 @@ def load_optimizer(optimizer, model, checkpoint, path):
                 f"{path} was trained with another TRAIN.OPTIMIZER.NAME: set that again, or start from the "
                 "weights alone with --pretrained"
             )
-    if theirs == [ours[0] + 1, ours[1] - 1] and model.msg_tokens is not None:
+    if theirs == [ours[0] + 1, ours[1] - 1] and getattr(model, "msg_tokens", None) is not None:
         decayed = {id(parameter) for parameter in parameters[: ours[0]]} | {id(model.msg_tokens)}
         # A stable sort: the official order is decayed parameters first, each group in the model's order.
         official = sorted(map(id, model.parameters()), key=lambda parameter: parameter not in decayed)

@@ -75,8 +75,12 @@ def default_config():
     config.DATA.NUM_WORKERS = 8
 
     config.MODEL = CfgNode()
-    # Model family: msg.
+    # Model family: msg, or timm to train one of timm's models in the same way.
     config.MODEL.TYPE = "msg"
+    # timm: name of the model, and arguments to build it with beside those that have a key here, such as
+    # TIMM_ARGS: {embed_dim: 48, depths: [2, 2, 6, 2]}.
+    config.MODEL.TIMM_NAME = ""
+    config.MODEL.TIMM_ARGS = CfgNode()
     # Name of the run's folder below OUTPUT.
     config.MODEL.NAME = "msg_tiny_p4_win7_224"
     # Checkpoint file to continue from, or to evaluate with --eval.
@@ -118,7 +122,8 @@ def default_config():
     config.MODEL.MSG.PATCH_NORM = True
     # Windows on a side of a shuffle region, in each stage; the whole side where fewer are left.
     config.MODEL.MSG.SHUF_SIZE = [4, 4, 2, 1]
-    # What messengers do in every block: shuf (exchange channel groups) or none.
+    # What messengers of a region exchange in every block: shuf (channel groups, the paper's) or none; to
+    # compare with, shift (channel groups, each in its place) or mean (each becomes the mean of all).
     config.MODEL.MSG.MANIP_TYPE = "shuf"
     # False removes the messengers: plain local windows.
     config.MODEL.MSG.TOKENS = True
@@ -165,6 +170,16 @@ def default_config():
     config.TRAIN.ACCUMULATION_STEPS = 0
     # Gradient checkpointing: less memory, about a third more compute.
     config.TRAIN.USE_CHECKPOINT = False
+
+    # Moving average of the weights (EMA), timm's ModelEmaV3: evaluated as well as the weights themselves, and
+    # what best.pth is best in. Every checkpoint then holds both.
+    config.TRAIN.EMA = CfgNode()
+    config.TRAIN.EMA.ENABLED = False
+    # Share of the average that stays at an update. 0.9999 averages over about 10,000 updates: short runs need
+    # less, or the warm-up.
+    config.TRAIN.EMA.DECAY = 0.9999
+    # Begin with a short average: the share at update u is 1 - u^(-2/3), until that reaches DECAY.
+    config.TRAIN.EMA.WARMUP = False
 
     config.TRAIN.LR_SCHEDULER = CfgNode()
     # cosine, linear, step or multistep; all per update, all after a linear warm-up.
@@ -296,7 +311,7 @@ CHOICES = {
     "DATA.DATASET": ("imagenet", "coco"),
     "DATA.INTERPOLATION": ("bicubic", "bilinear", "lanczos", "nearest", "random"),
     "DATA.ON_ERROR": ("raise", "skip"),
-    "MODEL.TYPE": ("msg",),
+    "MODEL.TYPE": ("msg", "timm"),
     **{f"MODEL.MSG.{key}": names for key, names in MSG_CHOICES.items()},
     "TRAIN.ON_SAVE_ERROR": ("continue", "stop"),
     "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step", "multistep"),
@@ -384,6 +399,7 @@ RANGES = {
     "TRAIN.KEEP_CHECKPOINTS": _at_least(0),
     "TRAIN.MAX_NONFINITE": _at_least(0),
     "TRAIN.ACCUMULATION_STEPS": _at_least(0),
+    "TRAIN.EMA.DECAY": _BELOW_1,
     "TRAIN.LR_SCHEDULER.MILESTONES": (
         lambda value: _all_between(value, 0, 10**6) and value == sorted(value),
         f"a list of numbers, at least 0 and at most {10**6}, in order, smallest first",
@@ -574,6 +590,32 @@ def get_config(args, dataset=None):
     return config
 
 
+def parse_config(text, source):
+    """The config of a checkpoint, for use on this machine: ``DEVICE`` is left open again.
+
+    Args:
+        text: what :func:`dump_config` wrote; ``BASE`` files are not read.
+        source: where it is from, for messages.
+
+    Returns:
+        A frozen CfgNode.
+
+    Raises:
+        ConfigError: as for :func:`get_config`.
+    """
+    if len(text) > MOST_BYTES:
+        raise ConfigError(f"{source} has {len(text):,} characters, and may have {MOST_BYTES:,}")
+    config, sources = default_config(), {}
+    tree = _tree(text, source)
+    tree.pop("BASE", None)
+    for key, value in _leaves(tree):
+        _assign(config, key, value, source, sources)
+    _check(config, sources)
+    config.DEVICE, config.LOCAL_RANK = "", 0
+    config.freeze()
+    return config
+
+
 def set_classes(config, count):
     """Set ``MODEL.NUM_CLASSES`` to what the data have; nothing else of a config changes after it is read."""
     config.defrost()
@@ -634,15 +676,7 @@ def _merge_file(config, path, sources, parents, sizes):
     sizes.append(len(text))
     if sum(sizes) > MOST_BYTES:
         raise ConfigError(f"{path}: a config and its BASE files may have {MOST_BYTES:,} bytes together")
-    try:
-        tree = yaml.load(text, _Loader)
-    # The reader leaves impossible dates and numbers, false tags, and lists in lists in lists, to Python.
-    except Exception as error:
-        raise ConfigError(f"{path} is not valid YAML: {_short(' '.join(str(error).split()), 300)}") from error
-    if tree is None:
-        tree = {}
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected 'KEY: value' lines, found a {type(tree).__name__}")
+    tree = _tree(text, path)
     bases = tree.pop("BASE", None) or []
     bases = bases if isinstance(bases, list) else [bases]
     if not all(isinstance(base, str) and "\0" not in base for base in bases):
@@ -652,6 +686,22 @@ def _merge_file(config, path, sources, parents, sizes):
         _merge_file(config, base, sources, (*parents, path), sizes)
     for key, value in _leaves(tree):
         _assign(config, key, value, path, sources)
+
+
+def _tree(text, source):
+    """The nested dict of a YAML text; empty where there is nothing in it."""
+    try:
+        tree = yaml.load(text, _Loader)
+    # The reader leaves impossible dates and numbers, false tags, and lists in lists in lists, to Python.
+    except Exception as error:
+        raise ConfigError(
+            f"{source} is not valid YAML: {_short(' '.join(str(error).split()), 300)}"
+        ) from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{source}: expected 'KEY: value' lines, found a {type(tree).__name__}")
+    return tree
 
 
 def _leaves(tree, prefix=""):
@@ -681,6 +731,10 @@ def _assign(config, key, value, source, sources):
     node, *path = config, *key.split(".")
     for name in path[:-1]:
         node = node.get(name) if isinstance(node, CfgNode) else None
+    if key.rpartition(".")[0] == "MODEL.TIMM_ARGS":
+        node[path[-1]] = _argument(value, key, source)
+        sources[key] = source
+        return
     if not isinstance(node, CfgNode) or path[-1] not in node:
         near = _nearest_key(key)
         hint = f"did you mean {near}?" if near else "config.py lists every key"
@@ -729,6 +783,16 @@ def _coerce(value, present, key, source):
     if kind in (list, tuple) and len(value) > MOST_ENTRIES:
         refuse(f"a list of at most {MOST_ENTRIES} entries")
     return float(value) if kind is float else value
+
+
+def _argument(value, key, source):
+    """An argument of timm's models: a number, a text, a truth value, None, or a list of these."""
+    value = _literal(value)
+    entries = value if isinstance(value, list) else [value]
+    plain = all(type(entry) in (bool, int, float, str, type(None)) for entry in entries)
+    if not re.fullmatch(r"MODEL\.TIMM_ARGS\.[a-z]\w{0,99}", key) or not plain:
+        raise ConfigError(f"{source}: {key} is {_show(value)}, which is no argument of a model of timm")
+    return None if value is None else _coerce(value, value, key, source)
 
 
 def _literal(value):
@@ -849,6 +913,10 @@ def _check(config, sources):
     for key, (possible, what) in RANGES.items():
         require(key, possible, what)
 
+    if config.DATA.DATASET == "coco":
+        require("MODEL.TYPE", lambda value: value == "msg", "'msg' for detection")
+    named = config.MODEL.TYPE == "timm"
+    require("MODEL.TIMM_NAME", lambda value: bool(value) == named, "given where MODEL.TYPE is timm only")
     msg, det, aug = config.MODEL.MSG, config.DET, config.AUG
     require(
         "MODEL.MSG.MLP_RATIO",

@@ -86,7 +86,9 @@ def main(args):
         losses_of = build_losses(run)
         for _epoch in run.epochs_left():
             means = train_one_epoch(run, train_loader, losses_of)
-            run.end_epoch(means, evaluate(model, val_loader, val, compute, config))
+            run.end_epoch(
+                means, run.figures_of(lambda module: evaluate(module, val_loader, val, compute, config))
+            )
     distributed.stop_process_group()
 
 

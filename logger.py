@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import logging.handlers
+import math
 import os
 import shutil
 import sys
@@ -211,7 +212,8 @@ def draw_curves(epochs, path):
     """Draw loss, accuracy and learning rate over the epochs to a PNG file.
 
     Args:
-        epochs: rows with epoch (from 0), train_loss, val_loss, acc1, acc5 (percent), lr.
+        epochs: rows with epoch (from 0), train_loss, val_loss, acc1, acc5 (percent), lr; of an averaged
+            model also ema_acc1.
     """
     # pyplot is not used: it keeps global state and a figure for every call.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -227,11 +229,15 @@ def draw_curves(epochs, path):
     loss.plot(x, [row["val_loss"] for row in epochs], marker=marker, ms=3, label="validation")
     loss.set(title="Cross entropy", ylim=(0, None))
     loss.legend()
-    best = max(epochs, key=lambda row: row["acc1"])
+    ema = [row.get("ema_acc1", math.nan) for row in epochs]
+    scores = [row["acc1"] if math.isnan(average) else average for row, average in zip(epochs, ema)]
+    best, best_epoch = max(scores), epochs[scores.index(max(scores))]["epoch"]
     accuracy.plot(x, [row["acc1"] for row in epochs], marker=marker, ms=3, label="top-1")
     accuracy.plot(x, [row["acc5"] for row in epochs], marker=marker, ms=3, label="top-5")
-    accuracy.axhline(best["acc1"], color="grey", lw=0.8, ls=":")
-    title = f"Validation: best top-1 {best['acc1']:.2f}% (epoch {best['epoch'] + 1})"
+    if not all(map(math.isnan, ema)):
+        accuracy.plot(x, ema, marker=marker, ms=3, label="top-1 of the average (EMA)")
+    accuracy.axhline(best, color="grey", lw=0.8, ls=":")
+    title = f"Validation: best top-1 {best:.2f}% (epoch {best_epoch + 1})"
     accuracy.set(title=title, ylabel="%")
     accuracy.legend(loc="lower right")
     rate.plot(x, [row["lr"] for row in epochs], marker=marker, ms=3, color="tab:green")

@@ -21,7 +21,7 @@ from data import build_loaders
 from data.mixup import build_augmentation
 from engine import train_one_epoch
 from logger import DETAIL, FILE, clock, log_progress, start_logging, write_config
-from models import build_model, compile_model, inference
+from models import build_model, compile_model, count_macs, inference
 from run import Task, build_guard, build_run, check_checkpoints, choose_for_evaluation
 
 TASK = Task(base_images=512, score="acc1", score_name="accuracy")
@@ -66,7 +66,9 @@ def main(args):
     if config.AMP_OPT_LEVEL == "O2":
         logger.warning("AMP level O2 existed only in apex: running as O1")
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    logger.info(f"{config.MODEL.NAME}: {parameters:,} parameters, {model.flops() / 1e9:.3f} GMACs per image")
+    shape = (config.MODEL.MSG.IN_CHANS, *to_2tuple(config.DATA.IMG_SIZE))
+    gmacs = count_macs(model, shape) / 1e9
+    logger.info(f"{config.MODEL.NAME}: {parameters:,} parameters, {gmacs:.3f} GMACs per image")
 
     if config.COMPILE:
         compile_model(model)
@@ -77,8 +79,7 @@ def main(args):
             images = next(iter(val_loader))[0]
         else:
             logger.info("no --data-path: synthetic images")
-            shape = (config.DATA.BATCH_SIZE, config.MODEL.MSG.IN_CHANS, *to_2tuple(config.DATA.IMG_SIZE))
-            images = torch.randn(shape, device=device)
+            images = torch.randn(config.DATA.BATCH_SIZE, *shape, device=device)
         throughput(model, images, compute)
     elif mode == "eval":
         path, weights = distributed.from_rank_0(lambda: choose_for_evaluation(config))
@@ -90,7 +91,9 @@ def main(args):
         losses_of = build_losses(config, run)
         for _epoch in run.epochs_left():
             means = train_one_epoch(run, train_loader, losses_of)
-            run.end_epoch(means, evaluate(model, val_loader, compute, config.PRINT_FREQ))
+            run.end_epoch(
+                means, run.figures_of(lambda module: evaluate(module, val_loader, compute, config.PRINT_FREQ))
+            )
     distributed.stop_process_group()
 
 

@@ -1,8 +1,9 @@
-"""The optimizer, its parameter groups, and one update: accumulate, scale, clip, skip."""
+"""The optimizer, its parameter groups, and one update: accumulate, scale, clip, skip, average."""
 
 import contextlib
 
 import torch
+from timm.utils import ModelEmaV3
 from torch import nn, optim
 
 from utils import UserError
@@ -15,9 +16,9 @@ class NonFiniteError(UserError):
 def parameter_groups(model):
     """Split parameters into two groups: decayed, then not decayed, each in the model's order.
 
-    Not decayed: 1-d parameters, biases, and what ``model.no_weight_decay()`` names.
+    Not decayed: 1-d parameters, biases, and what ``model.no_weight_decay()`` names where there is one.
     """
-    skip = model.no_weight_decay()
+    skip = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     decay, no_decay = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -42,6 +43,43 @@ def build_optimizer(config, model, lr_scale):
     return optim.AdamW(groups, eps=settings.EPS, betas=settings.BETAS, fused=fused, **common)
 
 
+class WeightAverage:
+    """The exponential moving average of a model's weights and buffers, by timm's ModelEmaV3.
+
+    At update u, counted from 1, the average moves towards the weights by 1 - decay, and at the first it
+    becomes them. With a warm-up, decay is 1 - u^(-2/3) where that is less than the one given.
+
+    Args:
+        model: the plain module; it is copied.
+        decay: share of the average that stays at an update.
+        warmup: begin with a short average.
+
+    Attributes:
+        model: a module in evaluation mode that holds the average.
+        updates: how often it was updated; skipped updates do not count.
+    """
+
+    def __init__(self, model, decay, warmup):
+        self._ema = ModelEmaV3(model, decay=decay, use_warmup=warmup)
+        self.model, self.updates = self._ema.module, 0
+
+    def restart(self, model):
+        """Begin again at the weights that ``model`` has now."""
+        self._ema.set(model)
+        self.updates = 0
+
+    def update(self, model):
+        """Move towards the weights of ``model``, which may be a DistributedDataParallel one."""
+        self.updates += 1
+        self._ema.update(model, step=self.updates)
+
+
+def build_average(config, model):
+    """The :class:`WeightAverage` that ``TRAIN.EMA`` asks for, or None."""
+    settings = config.TRAIN.EMA
+    return WeightAverage(model, settings.DECAY, settings.WARMUP) if settings.ENABLED else None
+
+
 class Updater:
     """Optimizer updates: accumulation, gradient scaling, clipping, and no change from bad gradients.
 
@@ -54,11 +92,15 @@ class Updater:
         accumulation: micro-batches of an update.
         clip_grad: largest global gradient norm, 0 for no clipping.
         max_nonfinite: skipped updates in a row after which the run ends.
+
+    Attributes:
+        average: the :class:`WeightAverage` that follows every update that is not skipped; None at first.
     """
 
     def __init__(self, model, optimizer, compute, accumulation, clip_grad, max_nonfinite):
         self.model, self.optimizer, self.compute = model, optimizer, compute
         self.accumulation, self.clip_grad, self.max_nonfinite = accumulation, clip_grad, max_nonfinite
+        self.average = None
         device = compute.device
         self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if self._scales() else 1.0)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
@@ -107,6 +149,8 @@ class Updater:
         self.scaler.update(None if self._scales() else 1.0)
         self.skipped = self.skipped + bad.long()
         self.skipped_in_a_row = bad.long() * (self.skipped_in_a_row + 1)
+        if self.average is not None and not bad:  # which waits for the device
+            self.average.update(self.model)
         self._check_the_update_before()
         return norm
 

@@ -31,7 +31,7 @@ from distributed import (
 )
 from logger import DETAIL, DRAWN, RunRecord, clock, draw_curves, write_config
 from lr_scheduler import build_scheduler
-from optimizer import NonFiniteError, Updater, build_optimizer
+from optimizer import NonFiniteError, Updater, build_average, build_optimizer
 from utils import STOP_SIGNALS, UserError, lock_file
 
 REQUEUE_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal, the same command goes on
@@ -139,6 +139,7 @@ def build_run(config, model, sampler, compute, task, guard):
     optimizer = build_optimizer(config, model, lr_scale)
     scheduler = build_scheduler(config, optimizer, sampler.updates_per_epoch, lr_scale)
     updater = Updater(model, optimizer, compute, sampler.accumulation, train.CLIP_GRAD, train.MAX_NONFINITE)
+    updater.average = build_average(config, model)
     record = RunRecord(config.OUTPUT, rank, task.draw, task.drawn)
     run = Run(build_settings(config, task), updater, scheduler, sampler, record, guard)
     run.restore()
@@ -175,7 +176,7 @@ def choose_for_evaluation(config):
     path, checkpoint = ckpt.read_latest(config.OUTPUT, logger.warning)
     if path is None:
         raise ckpt.CheckpointError(f"nothing to evaluate: give --resume (no checkpoint in {config.OUTPUT})")
-    return path, {name: checkpoint[name] for name in ("model", "classes")}
+    return path, ckpt.weights_and_classes(checkpoint, path)
 
 
 def percent(score):
@@ -370,6 +371,22 @@ class Run:
         self.saved = []  # names of the files that the last epoch left
         self.first, self.begin = settings.start_epoch, time.time()
 
+    def figures_of(self, evaluate):
+        """Evaluate the weights and, where there is one, their average, whose figures are named ``ema_...``.
+
+        Args:
+            evaluate: called with a module; returns its figures by name, as :meth:`end_epoch` takes them.
+        """
+        figures, average = evaluate(self.model), self.updater.average
+        if average is not None:
+            logger.info("evaluating the averaged weights (EMA)", extra=DETAIL)
+            figures |= {f"ema_{name}": value for name, value in evaluate(average.model).items()}
+        return figures
+
+    def score_name(self):
+        """Which figure ``best.pth`` is best in: that of the average, where there is one."""
+        return self.settings.task.score if self.updater.average is None else f"ema_{self.settings.task.score}"
+
     def epochs_left(self):
         """Yield the epochs to train, having started each, and sum up after the last.
 
@@ -435,7 +452,7 @@ class Run:
 
         Args:
             means: of its training.
-            figures: of the evaluation of its weights, in percent the one that counts.
+            figures: of the evaluation of its weights, in percent the one that counts, see :meth:`figures_of`.
 
         Returns:
             The names of the files written, as :meth:`save` does.
@@ -443,7 +460,7 @@ class Run:
         epoch, task = self.progress.epoch, self.settings.task
         updates = (epoch + 1) * self.sampler.updates_per_epoch
         self.record.end_epoch(updates, epoch=epoch, **means, **figures)
-        score = float(figures[task.score])
+        score = float(figures[self.score_name()])
         before, self.best = self.best, max(self.best, score)
         self.highest = max(self.highest, score)
         logger.info(f"Max {task.score_name}: {percent(self.highest)}", extra=DETAIL)
@@ -457,7 +474,8 @@ class Run:
     def tell_epoch(self, loss, figures):
         """Log how good the epoch that has just ended is, and how long those that are left will take."""
         done, epochs, task = self.progress.epoch + 1, self.settings.epochs, self.settings.task
-        scores = [f"{name} {percent(figures[key])}" for key, name in task.shown if key in figures]
+        shown = [*task.shown, *((f"ema_{key}", f"EMA {name}") for key, name in task.shown)]
+        scores = [f"{name} {percent(figures[key])}" for key, name in shown if key in figures]
         left = (time.time() - self.begin) / (done - self.first) * (epochs - done)
         logger.info(
             f"epoch {done:{len(str(epochs))}} of {epochs}: loss {loss:.4f}, {', '.join(scores)} "
@@ -494,6 +512,9 @@ class Run:
             config=settings.config,
             classes=getattr(self.model, "classes", None),
         )
+        average = self.updater.average
+        if average is not None:
+            checkpoint.update(model_ema=average.model.state_dict(), ema=dict(updates=average.updates))
         name = ckpt.epoch_name(epoch) if epoch_done else ckpt.within_epoch_name(epoch, self.progress.images)
 
         def write():
@@ -537,6 +558,7 @@ class Run:
         count = min(len(left), settings.keep + 1) if settings.keep else len(left)
         moments = 2 if "betas" in self.updater.optimizer.defaults else 1
         size = sum(tensor.nbytes for tensor in self.model.state_dict().values())
+        size *= 1 if self.updater.average is None else 2
         size += moments * sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
         if not left or self.sampler.rank:
             return
@@ -561,7 +583,7 @@ class Run:
         Raises:
             CheckpointError: the file does not fit, or the run would overwrite later checkpoints of another.
         """
-        settings, task = self.settings, self.settings.task
+        settings, task, average = self.settings, self.settings.task, self.updater.average
         path, checkpoint, latest = from_rank_0(self._choose)
         if checkpoint is not None:
             try:
@@ -581,6 +603,8 @@ class Run:
             logger.info(f"starting from the weights of {settings.pretrained}")
         else:
             logger.info(f"starting from scratch: no checkpoint in {settings.folder}")
+        if average is not None and not average.updates:
+            average.restart(self.model)
         if latest and ckpt.place_of(latest) > (self.progress.epoch, self.progress.images):
             raise ckpt.CheckpointError(
                 f"{latest} would be overwritten: choose another --tag, or set TRAIN.AUTO_RESUME True"
@@ -588,7 +612,9 @@ class Run:
         self.record.start(self.progress.epoch, int(self.position()))
 
     def _load(self, path, checkpoint):
-        ckpt.load_weights(self.model, checkpoint, path)
+        weights = {name: checkpoint[name] for name in ("model", "classes")}
+        ckpt.load_weights(self.model, weights, path)
+        self._load_average(path, checkpoint)
         ckpt.load_optimizer(self.updater.optimizer, self.model, checkpoint, path)
         self.best = float(checkpoint.get("max_accuracy", self.best))
         self.progress = Progress(checkpoint["epoch"] + 1, self.device)
@@ -602,6 +628,20 @@ class Run:
                     "with the same data, or start from the weights alone with --pretrained"
                 )
             self._continue_epoch(checkpoint["progress"])
+
+    def _load_average(self, path, checkpoint):
+        average, saved = self.updater.average, "ema" in checkpoint
+        if average is not None and saved:
+            weights = dict(model=checkpoint["model_ema"], classes=checkpoint["classes"])
+            ckpt.load_weights(average.model, weights, path)
+            average.updates = checkpoint["ema"]["updates"]
+        elif average is not None:
+            logger.warning(f"{path} has no averaged weights: the average (TRAIN.EMA) starts from its weights")
+        elif saved:
+            logger.warning(
+                f"{path} has averaged weights, which are dropped, because TRAIN.EMA.ENABLED is False: the "
+                "weights themselves are now evaluated, and compared with the best so far"
+            )
 
     def _agree_with_best(self, path, checkpoint):
         """Make ``best.pth`` and what the run says of it agree, whatever a kill or a full disk left of them.

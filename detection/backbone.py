@@ -30,7 +30,7 @@ class MSGBackbone(nn.Module):
         self.channels = [info["num_chs"] for info in model.feature_info]
         for i, (stage, channels) in enumerate(zip(model.layers, self.channels)):
             stage.shuffle_size = shuffle_size[i]
-            if any(block.shuffle for block in stage.blocks):
+            if any(block.exchange for block in stage.blocks):
                 check_exchange(i, channels, stage.shuffle_size, f"DET.SHUF_SIZE[{i}]")
         if model.tokens and model.msg_tokens.shape[1] != shuffle_size[0] ** 2:
             raise ValueError(

@@ -83,13 +83,13 @@ def draw_curves(epochs, path):
         parts.plot(x, values, style, marker=marker, ms=3, label=name.removeprefix("loss_"))
     parts.set(title="Its parts", ylim=(0, None))
     parts.legend(fontsize=6, ncols=2)
-    best = max(epochs, key=lambda row: row["box_AP"])
-    for name in ("box_AP", "box_AP50", "mask_AP", "mask_AP50"):
+    scores = [row.get("ema_box_AP", row["box_AP"]) for row in epochs]
+    best, best_epoch = max(scores), epochs[scores.index(max(scores))]["epoch"]
+    averaged = any("ema_box_AP" in row for row in epochs)
+    for name in ("box_AP", "box_AP50", "mask_AP", "mask_AP50", *(["ema_box_AP", "ema_mask_AP"] * averaged)):
         values = [row.get(name, float("nan")) for row in epochs]
         precision.plot(x, values, marker=marker, ms=3, label=name.replace("_", " "))
-    precision.set(
-        title=f"Best box AP {best['box_AP']:.1f}% (epoch {best['epoch'] + 1})", ylabel="%", ylim=(0, 100)
-    )
+    precision.set(title=f"Best box AP {best:.1f}% (epoch {best_epoch + 1})", ylabel="%", ylim=(0, 100))
     precision.legend(fontsize=7)
     rate.plot(x, [row["lr"] for row in epochs], marker=marker, ms=3, color="tab:green")
     rate.set(title="Learning rate at the end of the epoch", ylim=(0, None))

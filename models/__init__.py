@@ -1,10 +1,21 @@
 """The architecture (``msg_transformer.py``), how a config (``build.py``) or a timm name (``timm_names.py``)
-builds it, and what makes it fast or says how fast it could be."""
+builds it, how it comes back from a checkpoint (``ready.py``), and what makes it fast or says how fast it
+could be."""
 
 from . import timm_names
 from .build import build_model
 from .compiled import compile_model
 from .cpu import use_onednn
 from .fixed_weights import inference
+from .macs import count_macs
+from .ready import load
 
-__all__ = ["build_model", "compile_model", "inference", "timm_names", "use_onednn"]
+__all__ = [
+    "build_model",
+    "compile_model",
+    "count_macs",
+    "inference",
+    "load",
+    "timm_names",
+    "use_onednn",
+]

@@ -11,7 +11,7 @@ from .export import image_size
 
 # The keys of MODEL.MSG that take one word of a few.
 CHOICES = {
-    "MANIP_TYPE": ("shuf", "none"),
+    "MANIP_TYPE": ("shuf", "mean", "shift", "none"),
     "PATCH_EMBED": ("linear", "conv"),
     "DOWNSAMPLE": ("linear", "conv"),
     "ATTENTION": BACKENDS,

@@ -5,9 +5,27 @@ of a window, a LayerNorm as one operation per element, merging of patches and me
 Floating-point operations, which are two for each of these, are in roofline.py.
 """
 
+import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from .padding import Extent
+
+
+def count_macs(model, shape):
+    """The MACs of a classifier for one image of (channels, height, width), ours by :func:`classifier_macs`.
+
+    Of other models those of their linear layers, convolutions and products of attention count.
+    """
+    if hasattr(model, "flops"):
+        return model.flops()
+    parameter = next(model.parameters())
+    images = torch.zeros(1, *shape, dtype=parameter.dtype, device=parameter.device)
+    training = model.training
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(images)
+    model.train(training)
+    return counter.get_total_flops() / 2
 
 
 def classifier_macs(model):

@@ -10,6 +10,7 @@ tokens of the window row-major.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -20,6 +21,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import at_least_float32, windowed_attention
+from .exchange import average_messengers, shift_messengers
 from .export import exporting, plain_sizes, replace_messengers
 from .geometry import Geometry, check_choices, known_pool, require_size
 from .padding import Layouts, pad_to_even, pad_to_patches, resample_positions
@@ -69,24 +71,26 @@ def merge_windows(x, window_size, shuffle_size, height, width):
     return x.flatten(4, 6).flatten(1, 3)  # B, H, W, C
 
 
-def shuffle_messengers(x):
+def shuffle_messengers(messengers):
     """Exchange channel groups between the messengers of every shuffle region (paper, section 3.2).
 
     With G windows in a region, the new messenger of window j is the j-th of G channel groups of every
-    window's old messenger, in window order. Patch tokens stay as they are.
+    window's old messenger, in window order.
 
     Args:
-        x: (B*regions, G, 1+w*w, C), the messenger first in every window; C a multiple of G. It may be changed
-            in place, so that the patch tokens are not copied. The result has its shape.
+        messengers: (B*regions, G, C), with C a multiple of G. The result has its shape.
     """
-    groups = x[:, :, 0].unflatten(2, (x.shape[1], -1))  # B*regions, G windows, G groups, C/G
+    groups = messengers.unflatten(2, (messengers.shape[1], -1))  # B*regions, G windows, G groups, C/G
     groups = groups.transpose(1, 2)  # B*regions, G groups, G windows, C/G: group j goes to window j
-    return replace_messengers(x, groups.flatten(2))  # B*regions, G, 1+w*w, C
+    return groups.flatten(2)  # B*regions, G, C
+
+
+EXCHANGES = {"shuf": shuffle_messengers, "mean": average_messengers, "shift": shift_messengers, "none": None}
 
 
 @dataclass(frozen=True)
 class BlockOptions:
-    """What all blocks have in common: arguments of the model, and whether they shuffle messengers."""
+    """What all blocks have in common: arguments of the model, and what messengers exchange."""
 
     window_size: int
     mlp_ratio: float
@@ -97,7 +101,7 @@ class BlockOptions:
     norm_layer: type
     tokens: bool
     attention: str
-    shuffle: bool
+    exchange: Callable | None
 
 
 class LocalAttention(nn.Module):
@@ -157,14 +161,15 @@ class LocalAttention(nn.Module):
 class Block(nn.Module):
     """One MSG-Transformer block: local attention, messenger shuffle, MLP, the branches with drop path.
 
-    The shuffle stands between the two residual branches and acts on the residual stream itself.
+    The shuffle, or the exchange in its place, stands between the two residual branches and acts on the
+    residual stream itself.
     """
 
     def __init__(self, dim, heads, drop_path, options):
         super().__init__()
         self.norm1 = options.norm_layer(dim)
         self.attn = LocalAttention(dim, heads, options)
-        self.shuffle = options.shuffle
+        self.exchange = options.exchange
         self.norm2 = options.norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * options.mlp_ratio), drop=options.proj_drop_rate)
         self.drop_path = DropPath(drop_path)
@@ -176,8 +181,8 @@ class Block(nn.Module):
         attention = self.attn(self.norm1(x), read, layout)
         x = x[:, :, :read] if layout is None else layout.read_messengers(x)
         x = x + self.drop_path(attention)
-        if self.shuffle:
-            x = shuffle_messengers(x)
+        if self.exchange:
+            x = replace_messengers(x, self.exchange(x[:, :, 0]))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
@@ -289,7 +294,8 @@ class MSGTransformer(TimmInterface, nn.Module):
         ape: add a learned absolute position embedding to the patches.
         patch_norm: LayerNorm after the patch embedding.
         shuffle_size: windows on a side of a shuffle region in each stage (R), or all where fewer are left.
-        manip_type: ``shuf`` exchanges messengers in every block, ``none`` keeps them without exchange.
+        manip_type: what messengers of a region exchange in every block: ``shuf`` channel groups, ``none``
+            nothing; ``mean`` and ``shift``, see exchange.py.
         tokens: False removes the messengers: plain local windows.
         patch_embed, downsample: ``linear`` (v1) or ``conv`` (CVPR 2022).
         attention: how attention is computed, see ``attention.py``; the result does not depend on it.
@@ -333,12 +339,12 @@ class MSGTransformer(TimmInterface, nn.Module):
     ):
         super().__init__()
         sizes = Geometry(img_size, patch_size, embed_dim, depths, num_heads, window_size, shuffle_size)
-        shuffle = tokens and manip_type == "shuf"
-        stages = sizes.stages(shuffle)
         check_choices(manip_type, patch_embed, downsample, attention)
+        exchange = EXCHANGES[manip_type] if tokens else None
+        stages = sizes.stages(exchange is not None)
         drop_rates = drop_rate if proj_drop_rate is None else proj_drop_rate, attn_drop_rate
         of_attention = window_size, mlp_ratio, qkv_bias, qk_scale
-        options = BlockOptions(*of_attention, *drop_rates, norm_layer, tokens, attention, shuffle)
+        options = BlockOptions(*of_attention, *drop_rates, norm_layer, tokens, attention, exchange)
         self.img_size, self.grid_size, self.strict_img_size = sizes.sides, sizes.grid, strict_img_size
         self.patch_size, self.shuffle_size = patch_size, [stage.shuffle_size for stage in stages]
         self.num_classes, self.tokens, self.global_pool = num_classes, tokens, known_pool(global_pool, tokens)

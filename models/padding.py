@@ -288,8 +288,8 @@ class Layout:
     def block(self, block, x):
         """What a block does to windows, done to rows (N, T, C)."""
         x = self._add(x, block.attn(block.norm1(x), layout=self), block.drop_path)
-        if block.shuffle:
-            x = self._exchange(x)
+        if block.exchange:
+            x = self._exchange(x, block.exchange)
         return self._add(x, block.mlp(block.norm2(x)), block.drop_path)
 
     def read_messengers(self, x):
@@ -336,35 +336,34 @@ class Layout:
             branch = branch * kept.unflatten(0, (-1, self.regions)).index_select(1, self.region)
         return x + branch
 
-    def _exchange(self, x):
-        """Rows whose messengers have exchanged channel groups; x may be changed in place."""
+    def _exchange(self, x, exchange):
+        """Rows whose messengers have exchanged channels; x may be changed in place."""
         if exporting() or torch.compiler.is_compiling():
-            messengers = swap_groups(x.index_select(1, self.messengers), self.windows)
-            return x.index_copy(1, self.messengers, messengers)
-        return _Exchange.apply(x, self.messengers, self.windows)
+            return x.index_copy(1, self.messengers, self._exchanged(x, exchange))
+        return _Exchange.apply(x, self, exchange)
 
-
-def swap_groups(x, windows):
-    """Messengers (N, regions * windows, C) after the exchange of shuffle_messengers."""
-    groups = x.unflatten(1, (-1, windows)).unflatten(3, (windows, -1))
-    return groups.transpose(2, 3).flatten(3).flatten(1, 2)
+    def _exchanged(self, x, exchange):
+        """The messengers (N, regions * windows, C) of rows, after an exchange (N*regions, windows, C)."""
+        messengers = exchange(self.read_messengers(x)[:, :, 0])
+        return messengers.reshape(x.shape[0], -1, x.shape[2])
 
 
 class _Exchange(torch.autograd.Function):
-    """The exchange in place; it is its own inverse, so that gradients go through it in the same way."""
+    """The exchange in place. Rows of patches are not copied, and gradients go through it without sums."""
 
     @staticmethod
-    def forward(ctx, x, messengers, windows):
+    def forward(ctx, x, layout, exchange):
         ctx.mark_dirty(x)
-        ctx.save_for_backward(messengers)
-        ctx.windows = windows
-        return x.index_copy_(1, messengers, swap_groups(x.index_select(1, messengers), windows))
+        ctx.layout, ctx.exchange = layout, exchange
+        return x.index_copy_(1, layout.messengers, layout._exchanged(x, exchange))
 
     @staticmethod
     def backward(ctx, grad):
-        (messengers,) = ctx.saved_tensors
-        exchanged = swap_groups(grad.index_select(1, messengers), ctx.windows)
-        return grad.index_copy(1, messengers, exchanged), None, None
+        rows = grad.index_select(1, ctx.layout.messengers)
+        windows = rows.reshape(-1, ctx.layout.windows, rows.shape[2])
+        _, transposed = torch.func.vjp(ctx.exchange, windows)  # linear, so that any argument serves
+        (exchanged,) = transposed(windows)
+        return grad.index_copy(1, ctx.layout.messengers, exchanged.reshape(rows.shape)), None, None
 
 
 def _take(x, rows, back):

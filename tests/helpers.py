@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -165,6 +166,21 @@ def silent_record(folder):
     return RunRecord(str(folder), 1, draw_curves, DRAWN)
 
 
+def loop_exchange(manip_type, x):
+    """The exchange of messengers (regions, G, C), a window and a channel group at a time."""
+    y, windows = x.clone(), x.shape[1]
+    size = x.shape[2] // windows
+    for j, group in itertools.product(range(windows), range(windows)):
+        place = slice(group * size, (group + 1) * size)
+        if manip_type == "shuf":
+            y[:, j, place] = x[:, group, j * size : (j + 1) * size]
+        elif manip_type == "shift":
+            y[:, j, place] = x[:, (j + group) % windows, place]
+        elif manip_type == "mean":
+            y[:, j, place] = sum(x[:, window, place] for window in range(windows)) / windows
+    return y
+
+
 @contextlib.contextmanager
 def logged():
     """Context that yields the list of the lines that are logged in it."""
@@ -188,9 +204,9 @@ def run_folder(output):
 def assert_same_weights(output, expected):
     """The last checkpoints of two runs, given by their ``--output``, hold the same bits."""
     name = ckpt.in_order(run_folder(expected))[-1]
-    found, wanted = (
-        ckpt.read_checkpoint(str(run_folder(root) / name))["model"] for root in (output, expected)
-    )
-    assert found.keys() == wanted.keys()
-    for name, weight in wanted.items():
-        assert torch.equal(weight, found[name]), name
+    found, wanted = (ckpt.read_checkpoint(str(run_folder(root) / name)) for root in (output, expected))
+    assert found.get("ema") == wanted.get("ema")
+    for kind in ("model", *(["model_ema"] if "ema" in wanted else [])):
+        assert found[kind].keys() == wanted[kind].keys()
+        for name, weight in wanted[kind].items():
+            assert torch.equal(weight, found[kind][name]), (kind, name)

@@ -133,7 +133,8 @@ def test_saved_models_compute_the_same_for_any_number_of_images(save, family, at
 @pytest.mark.parametrize("when", ["fresh", "inside", "after"])
 @pytest.mark.parametrize("save", SAVES)
 def test_saved_models_compute_the_same_in_every_combination(save, when):
-    others = [("auto", changes) for changes in (dict(ape=True), dict(tokens=False), dict(manip_type="none"))]
+    others = [dict(ape=True), dict(tokens=False), *(dict(manip_type=t) for t in ("mean", "shift", "none"))]
+    others = [("auto", changes) for changes in others]
     for attention, changes in [*itertools.product(BACKENDS, FAMILIES.values()), *others]:
         assert_saved_model_is_right(save, small(attention, **changes), micro(**SMALL, **changes), when)
 

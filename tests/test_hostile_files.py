@@ -334,6 +334,8 @@ def run_entries():
         max_accuracy=81.25,
         updater=dict(scaler=scaler, amp_dtype="None", skipped=2, skipped_in_a_row=0),
         progress=place,
+        ema=dict(updates=14),
+        model_ema={"weight": torch.ones(2)},
         classes=["a", "b"],
     )
 
@@ -359,6 +361,10 @@ NONSENSE = {
     "classes": ["ab", [1, 2], [], {"a": 0}],
     "model.weight": [torch.ones(2) * 1j, torch.tensor([1.0, float("nan")]), torch.ones(2).to_sparse()],
     "optimizer": [None, [1], {}],
+    "ema": [3, None, {}],
+    "ema.updates": [-1, 0.5, 2**63],
+    "model_ema": [3, None, {}, torch.ones(2)],
+    "model_ema.weight": [torch.ones(2) * 1j, torch.tensor([1.0, float("nan")])],
 }
 
 

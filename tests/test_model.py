@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import math
+from functools import partial
 
 import pytest
 import timm
@@ -15,14 +16,17 @@ from helpers import (
     digits_config,
     fill_weights,
     golden_images,
+    loop_exchange,
     micro,
     reference,
 )
 from torch.nn.functional import cross_entropy
 
 from config import get_config
-from models import build_model, msg_transformer
+from models import build_model
+from models.export import replace_messengers
 from models.msg_transformer import (
+    EXCHANGES,
     Block,
     BlockOptions,
     MSGTransformer,
@@ -156,7 +160,7 @@ def small_block(drop_path=0.0):
         norm_layer=torch.nn.LayerNorm,
         tokens=True,
         attention="auto",
-        shuffle=True,
+        exchange=shuffle_messengers,
     )
     return Block(8, 2, drop_path, options)
 
@@ -206,38 +210,30 @@ def test_stages_are_chosen_by_number_or_from_the_end_and_the_last_is_normed():
 
 
 def test_shuffle_sends_group_j_of_every_messenger_to_window_j():
-    x = torch.zeros(1, 4, 3, 8)
-    x[0, :, 0] = torch.arange(4)[:, None] * 10 + torch.arange(8) // 2  # window * 10 + group
-    x[0, :, 1:] = 5
-    y = shuffle_messengers(x)
+    messengers = (torch.arange(4)[:, None] * 10 + torch.arange(8) // 2)[None]  # window * 10 + group
+    y = shuffle_messengers(messengers)
     for j in range(4):
-        assert y[0, j, 0].tolist() == [v for window in range(4) for v in (window * 10 + j,) * 2]
-    assert torch.equal(y[:, :, 1:], x[:, :, 1:])
+        assert y[0, j].tolist() == [v for window in range(4) for v in (window * 10 + j,) * 2]
 
 
-def loop_shuffle(x):
-    """The exchange of messengers, a window and a channel group at a time."""
-    y, size = x.clone(), x.shape[3] // x.shape[1]
-    for j in range(x.shape[1]):
-        for window in range(x.shape[1]):
-            y[:, j, 0, window * size : (window + 1) * size] = x[:, window, 0, j * size : (j + 1) * size]
-    return y
-
-
+@pytest.mark.parametrize("manip_type", ["shuf", "mean", "shift"])
 @pytest.mark.parametrize("tokens", [1, 5])
-@pytest.mark.parametrize("regions", [1, 3])
 @pytest.mark.parametrize("windows, channels", [(1, 6), (4, 4), (4, 8), (9, 9), (16, 48)])
-def test_shuffle_equals_a_loop_in_every_memory_order(windows, channels, regions, tokens):
-    x = torch.randn(regions, windows, tokens, channels, dtype=torch.float64)
+def test_exchanges_equal_a_loop_in_every_memory_order_and_leave_the_patches(
+    windows, channels, tokens, manip_type
+):
+    x = torch.randn(3, windows, tokens, channels, dtype=torch.float64)
+    expected = torch.cat([loop_exchange(manip_type, x[:, :, 0])[:, :, None], x[:, :, 1:]], dim=2)
     for order in itertools.permutations(range(4)):
         back = [order.index(i) for i in range(4)]
         same = x.permute(order).contiguous().permute(back)  # the same numbers, in memory in another order
-        assert torch.equal(
-            shuffle_messengers(same.clone(memory_format=torch.preserve_format)), loop_shuffle(x)
-        )
+        same = same.clone(memory_format=torch.preserve_format)
+        found = replace_messengers(same, EXCHANGES[manip_type](same[:, :, 0]))
+        tolerance = 1e-15 if manip_type == "mean" else 0
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
-def test_one_channel_for_each_window_survives_the_shuffle(monkeypatch):
+def test_one_channel_for_each_window_survives_the_shuffle():
     """Eight by eight windows of a region share 64 channels."""
     sizes = dict(
         img_size=32, patch_size=1, window_size=4, embed_dim=64, depths=(2, 2, 1, 1), num_heads=(2,) * 4
@@ -245,7 +241,8 @@ def test_one_channel_for_each_window_survives_the_shuffle(monkeypatch):
     model = micro(**sizes, shuffle_size=(8, 4, 2, 1)).double()
     with torch.no_grad():
         found = model(golden_images(32))
-        monkeypatch.setattr(msg_transformer, "shuffle_messengers", loop_shuffle)
+        for block in (block for stage in model.layers for block in stage.blocks):
+            block.exchange = partial(loop_exchange, "shuf")
         torch.testing.assert_close(found, model(golden_images(32)), rtol=1e-12, atol=1e-12)
 
 
@@ -262,12 +259,14 @@ def reaches(model):
     "changes, expected",
     [
         ({}, True),
+        (dict(manip_type="mean"), True),
+        (dict(manip_type="shift"), True),
         (dict(manip_type="none"), False),
         (dict(tokens=False), False),
         (dict(shuffle_size=(2, 2, 1)), False),
     ],
 )
-def test_information_crosses_windows_by_shuffled_messengers_only(changes, expected):
+def test_information_crosses_windows_by_exchanged_messengers_only(changes, expected):
     assert reaches(micro(**changes)) is expected
 
 
@@ -355,7 +354,7 @@ def test_drop_path_grows_linearly_to_its_rate():
 def test_drop_path_drops_both_branches_of_a_block():
     block = small_block(drop_path=1 - 1e-9).train()
     x = torch.randn(1, 4, 10, 8)
-    assert torch.equal(block(x), shuffle_messengers(x.clone()))
+    assert torch.equal(block(x), replace_messengers(x.clone(), shuffle_messengers(x[:, :, 0])))
 
 
 def test_dropout_follows_the_embedding_the_projections_and_both_layers_of_every_mlp():
@@ -394,7 +393,7 @@ def test_initialisation_is_that_of_the_specification():
         (dict(depths=(2, 2)), ["DEPTHS 2", "NUM_HEADS 3"]),
         (dict(shuffle_size=(3, 2, 1)), ["48 channels of stage 1", "9 windows", "SHUF_SIZE[0]"]),
         (dict(shuffle_size=(4, 0, 1)), ["SHUF_SIZE", "positive"]),
-        (dict(manip_type="mix"), ["MANIP_TYPE", "shuf or none"]),
+        (dict(manip_type="mix"), ["MANIP_TYPE", "shuf or mean or shift or none"]),
         (dict(downsample="pool"), ["DOWNSAMPLE", "linear or conv"]),
     ],
 )

@@ -17,7 +17,8 @@ from data.samplers import TrainBatchSampler
 from engine import train_one_epoch
 from lr_scheduler import build_scheduler
 from main import evaluate
-from optimizer import NonFiniteError, Updater, build_optimizer, parameter_groups
+from models import build_model, inference
+from optimizer import NonFiniteError, Updater, WeightAverage, build_optimizer, parameter_groups
 from run import Guard, Progress, Run, Settings
 from utils import Compute
 
@@ -315,6 +316,43 @@ def test_updates_with_bad_gradients_are_skipped_and_counted():
     assert all(torch.isfinite(parameter).all() for parameter in with_bad.parameters())
     untouched, *_ = train([(bad, targets)] * 3)
     assert all(torch.equal(a, b) for a, b in zip(untouched.parameters(), micro().parameters()))
+
+
+@pytest.mark.parametrize("warmup", [False, True])
+def test_the_average_moves_once_for_every_update_that_is_not_skipped(warmup):
+    """The rate is 1 and the gradient -1, so that the weight counts the updates; the third is skipped."""
+    model = nn.Linear(1, 1, bias=False).double()
+    nn.init.zeros_(model.weight)
+    updater = Updater(model, torch.optim.SGD(model.parameters(), lr=1.0), CPU, 2, 0.0, 0)
+    updater.average = WeightAverage(model, 0.7, warmup)
+    average, done, expected = updater.average.model.weight, 0, 0.0
+    for update in range(8):
+        for part in range(2):
+            with updater.micro_batch(part):
+                updater.backward(-model.weight.sum() * (float("nan") if update == 2 else 1))
+        updater.update()
+        if update != 2:
+            done += 1
+            decay = min(0.7, 1 - done ** (-2 / 3)) if warmup else 0.7 * (done > 1)
+            expected = decay * expected + (1 - decay) * done
+        assert average.item() == pytest.approx(expected, rel=1e-12) and model.weight.item() == done
+    assert updater.average.updates == 7 and updater.average.model.training is False
+
+
+def test_the_average_computes_with_its_own_weights():
+    """The copy's fast linear layers must not be those of the model that trains on."""
+    model = build_model(digits_config())
+    average = WeightAverage(model, 0.5, warmup=False)
+    images = torch.randn(2, 3, 32, 32)
+    with inference(model):
+        before = model(images)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    for found in (average.model(images), average.model.eval()(images)):
+        torch.testing.assert_close(found, before, rtol=1e-4, atol=1e-5)
+    with inference(average.model):
+        torch.testing.assert_close(average.model(images), before, rtol=1e-4, atol=1e-5)
 
 
 def test_too_many_bad_updates_in_a_row_end_the_run_with_their_files(tmp_path, monkeypatch):

@@ -35,7 +35,7 @@ import checkpoint as ckpt
 from data.samplers import TrainBatchSampler
 from logger import read_metrics
 from lr_scheduler import build_scheduler
-from optimizer import Updater, build_optimizer
+from optimizer import Updater, WeightAverage, build_optimizer
 from run import Guard, Run, Settings
 from utils import Compute, be_deterministic
 
@@ -286,6 +286,57 @@ def disturbed_run(tmp_path, data, count, processes, kills, opts):
 def test_resume_is_bit_exact_after_kills(tmp_path, data, count, backend):
     opts = ["DATA.BACKEND", backend, "AUG.AUTO_AUGMENT", "rand-m9-mstd0.5-inc1", "AUG.REPROB", 0.5]
     disturbed_run(tmp_path, data, count, 1, 3, [*opts, "TRAIN.ACCUMULATION_STEPS", 2, "TRAIN.EPOCHS", 2])
+
+
+def test_averaged_weights_go_on_bit_for_bit_after_kills(tmp_path, data, count):
+    """72 images make 4 updates of an epoch in two processes that each add up two micro-batches."""
+    opts = ["TRAIN.ACCUMULATION_STEPS", 2, "TRAIN.EMA.ENABLED", True, "TRAIN.EMA.WARMUP", True]
+    disturbed_run(tmp_path, data, count, 2, 1, opts)
+    folder = run_folder(tmp_path / "disturbed")
+    last, best = (ckpt.read_checkpoint(str(folder / name)) for name in ("ckpt_epoch_1.pth", "best.pth"))
+    assert last["ema"]["updates"] == 8
+    rows = read_metrics(folder / "metrics.jsonl")
+    assert [best["score"], best["max_accuracy"]] == [rows[best["epoch"]]["ema_acc1"]] * 2
+    assert last["score"] == rows[1]["ema_acc1"]
+
+
+def test_averaging_may_begin_and_end_with_a_resume_and_the_log_says_so(tmp_path):
+    def run_of(average):
+        run = small_run(tmp_path)
+        run.updater.average = WeightAverage(run.model, 0.5, warmup=False) if average else None
+        with logged() as lines:
+            run.restore()
+        return run, " ".join(lines)
+
+    first, _ = run_of(average=False)
+    end_epoch(first, 50.0)
+    averaged, told = run_of(average=True)
+    assert "ckpt_epoch_0.pth has no averaged weights: the average (TRAIN.EMA) starts from its weights" in told
+    with torch.no_grad():
+        next(averaged.updater.average.model.parameters()).add_(1.0)
+    averaged.updater.average.updates = 7
+    averaged.start_epoch(1)
+    averaged.end_epoch(dict(train_loss=1.0), dict(acc1=90.0, ema_acc1=60.0))
+    assert ckpt.score_of_best(str(tmp_path)) == 60.0  # that of the average
+    again, told = run_of(average=True)
+    average = again.updater.average
+    assert average.updates == 7 and "averaged weights" not in told
+    difference = next(average.model.parameters()) - next(again.model.parameters())
+    torch.testing.assert_close(difference, torch.ones_like(difference))
+    plain, told = run_of(average=False)
+    assert plain.updater.average is None and "averaged weights, which are dropped" in told
+    assert torch.equal(next(plain.model.parameters()), next(first.model.parameters()))
+
+
+def test_a_new_run_averages_from_the_weights_it_starts_with(tmp_path):
+    own = micro().state_dict()
+    weights = {name: value + 1 for name, value in own.items() if value.is_floating_point()}
+    torch.save(dict(own, **weights), tmp_path / "pretrained.pth")
+    run = small_run(tmp_path / "run", pretrained=str(tmp_path / "pretrained.pth"))
+    run.updater.average = WeightAverage(run.model, 0.5, warmup=False)
+    run.restore()
+    found = run.updater.average.model.state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in weights.items())
 
 
 @pytest.mark.chaos

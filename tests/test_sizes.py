@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from helpers import CVPR22, MICRO, golden_images, micro
+from helpers import CVPR22, MICRO, golden_images, loop_exchange, micro
 from timm.layers import resample_abs_pos_embed
 from torch import nn
 from torch.nn import functional
@@ -15,7 +15,7 @@ from torch.nn import functional
 from detection.backbone import MSGBackbone
 from models import inference, use_onednn
 from models.attention import windowed_attention
-from models.msg_transformer import MSGTransformer
+from models.msg_transformer import EXCHANGES, MSGTransformer
 from models.padding import KEPT, Extent, Layout
 
 VARIANTS = dict(
@@ -24,6 +24,8 @@ VARIANTS = dict(
     positions=dict(ape=True),
     no_messengers=dict(tokens=False),
     no_shuffle=dict(manip_type="none"),
+    mean=dict(manip_type="mean"),
+    shift=dict(manip_type="shift"),
     patches_read=dict(global_pool="avg"),
     wide_regions=dict(img_size=64, shuffle_size=(4, 4, 4)),
 )
@@ -64,17 +66,12 @@ def loop_block(block, patches, messengers, window, region):
             moved[row, column], out = out[0], out[1:]
         for (y, x), token in zip(cells, out):
             after[y, x] = token
-    if block.shuffle:
-        group, before = channels // region**2, moved.clone()
-        for row, column in itertools.product(range(rows), range(columns)):
-            j, top, left = (
-                row % region * region + column % region,
-                row - row % region,
-                column - column % region,
-            )
-            for i in range(region**2):
-                source = before[top + i // region, left + i % region]
-                moved[row, column, i * group : (i + 1) * group] = source[j * group : (j + 1) * group]
+    if block.exchange:
+        manip_type = next(word for word, exchange in EXCHANGES.items() if exchange is block.exchange)
+        for top, left in itertools.product(range(0, rows, region), range(0, columns, region)):
+            of_region = moved[top : top + region, left : left + region]
+            exchanged = loop_exchange(manip_type, of_region.flatten(0, 1)[None])
+            moved[top : top + region, left : left + region] = exchanged[0].unflatten(0, (region, region))
     return after + block.mlp(block.norm2(after)), moved + block.mlp(block.norm2(moved))
 
 

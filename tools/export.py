@@ -22,7 +22,6 @@ import json
 import os
 import re
 import sys
-import tempfile
 from pathlib import Path
 
 from timm.layers import to_2tuple
@@ -33,13 +32,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import benchmarking
 
 import checkpoint as ckpt
-from config import dump_config, get_config
+from config import dump_config
 from data.datasets import build_dataset
 from data.transforms import build_transform, describe_evaluation
 from detection.detector import Pyramid, build_detector
 from detection.transforms import describe_evaluation as describe_detection
 from models import build_model
 from models.deploy import FORMATS, Exportable, InPyTorch, evaluating, require_packages, write_checked
+from models.ready import read_described
 from utils import UserError
 
 BATCHES = 1, 2, 5  # numbers of images that files are compared on
@@ -80,38 +80,32 @@ def image_size(text):
 
 
 def open_checkpoint(path, cfg=None):
-    """Read a checkpoint: its config, and its model in evaluation mode with the names of its classes.
+    """What a checkpoint holds, described: its config, its weights and classes, and the part that is exported.
 
     Args:
         cfg: config file of a checkpoint that holds none.
 
+    Returns:
+        The config, what :func:`~checkpoint.read_weights` returns, and the model in evaluation mode: the
+        classifier, or of a detector the :class:`~detection.detector.Pyramid`.
+
     Raises:
         UserError: it cannot be read, holds no config, or does not fit it.
     """
-    saved = ckpt.read_checkpoint(path)
-    if cfg is None and not isinstance(saved.get("config"), str):
-        raise UserError(
-            f"{path} holds no config of this code: give the one that it was trained with by --cfg"
-        )
-    with tempfile.TemporaryDirectory() as folder:
-        if cfg is None:
-            cfg = os.path.join(folder, "config.yaml")
-            Path(cfg).write_text(saved["config"], encoding="utf-8")
-        config = get_config(argparse.Namespace(cfg=cfg))
-    weights = ckpt.read_weights(path)
+    config, checkpoint = read_described(path, cfg)
     if config.DATA.DATASET == "coco":
-        model = build_detector(config, len(weights["classes"]))
-    else:
-        model = build_model(config)
-    ckpt.load_weights(model, weights, path)
-    model.classes = weights["classes"]
-    return config, model.eval()
+        detector = build_detector(config, config.MODEL.NUM_CLASSES)
+        ckpt.load_weights(detector, checkpoint, path)
+        return config, checkpoint, Pyramid(detector).eval()
+    model = build_model(config)
+    ckpt.load_weights(model, checkpoint, path)
+    return config, checkpoint, model.eval()
 
 
 def build_exportable(args):
     """What there is to export, the config for images of ``--size``, and the class names, None if unknown."""
-    config, model = open_checkpoint(args.checkpoint, args.cfg)
-    text, weights, classes = dump_config(config), model.state_dict(), model.classes
+    config, checkpoint, model = open_checkpoint(args.checkpoint, args.cfg)
+    classes, text = checkpoint["classes"], dump_config(config) if args.cfg else checkpoint["config"]
     detects = config.DATA.DATASET == "coco"
     if detects and args.data_path:
         raise UserError(
@@ -126,17 +120,13 @@ def build_exportable(args):
     metadata = dict(config=text, input=json.dumps(expects))
     if classes:
         metadata["classes"] = json.dumps(classes)
-
-    def part(model):
-        return Pyramid(model).eval() if detects else model
-
     exportable = Exportable(
-        model=part(model),
-        weights=weights,
+        model=model,
+        weights=checkpoint["model"],
         size=(config.MODEL.MSG.IN_CHANS, *size),
         outputs=tuple(f"map{i}" for i in range(len(config.MODEL.MSG.DEPTHS) + 1)) if detects else ("logits",),
         metadata=metadata,
-        rebuild=lambda path: part(open_checkpoint(path)[1]),
+        rebuild=lambda path: open_checkpoint(path)[2],
     )
     return exportable, config, classes
 

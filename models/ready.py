@@ -1,0 +1,91 @@
+"""A trained classifier from its checkpoint, ready for use."""
+
+import argparse
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import nn
+
+import checkpoint as ckpt
+
+from .build import build_model
+
+
+class Ready(NamedTuple):
+    """What is needed to use a trained model.
+
+    Attributes:
+        model: in evaluation mode, on the CPU, in float32.
+        transform: of a PIL image of any size to what the model takes.
+        class_names: in the order of the model's outputs; None where the checkpoint does not name them.
+    """
+
+    model: nn.Module
+    transform: Callable
+    class_names: list | None
+
+
+def load(path, cfg=None):
+    """The classifier of a checkpoint, its evaluation transform, and the names of its classes.
+
+    ``model(transform(image)[None])`` gives the logits (1, classes) that ``main.py --eval`` gives in float32
+    with ``DATA.BACKEND pil``. Averaged weights (EMA) are taken where the checkpoint holds them, as in
+    evaluation.
+
+    Args:
+        path: a checkpoint of this code; a file, or an https address. Nothing in it is run.
+        cfg: YAML config of the model, for checkpoints that hold none, as those of the official release.
+
+    Returns:
+        A :class:`Ready`: model, transform (to a float tensor (3, H, W) of the config's size, normalised) and
+        class names.
+
+    Raises:
+        CheckpointError: no such file, damaged, without a config, or of a detector.
+        ConfigError: its config cannot be used.
+    """
+    # The config imports the geometry of models.
+    from data.transforms import build_transform
+
+    config, checkpoint = read_described(path, cfg)
+    if config.DATA.DATASET == "coco":
+        raise ckpt.CheckpointError(f"{path} is of a detector: use detection.load")
+    model = build_model(config)
+    model.classes = checkpoint["classes"]
+    ckpt.load_weights(model, checkpoint, path)
+    return Ready(model.eval(), build_transform(config, is_train=False), checkpoint["classes"])
+
+
+def read_described(path, cfg=None):
+    """Read a checkpoint and the config that its model is built from; arguments as for :func:`load`.
+
+    Returns:
+        The config, frozen, with the checkpoint's number of classes, and what
+        :func:`~checkpoint.read_weights` returns.
+
+    Raises:
+        CheckpointError: it cannot be used, or holds no config and ``cfg`` is None.
+        ConfigError: its config cannot be used.
+    """
+    from config import get_config, parse_config, set_classes
+
+    path = os.fspath(path)
+    checkpoint = ckpt.read_weights(path)
+    classes, text = checkpoint["classes"], checkpoint["config"]
+    if cfg is not None:
+        config = get_config(argparse.Namespace(cfg=os.fspath(cfg)))
+        if classes:
+            set_classes(config, len(classes))
+    elif text is not None:
+        config = parse_config(text, f"the config in {path}")
+    else:
+        raise ckpt.CheckpointError(
+            f"{path} does not say how its model is built: give its config as well (cfg)"
+        )
+    if classes and len(classes) != config.MODEL.NUM_CLASSES:
+        raise ckpt.CheckpointError(
+            f"{path} is damaged: it names {len(classes)} classes, and its config says "
+            f"{config.MODEL.NUM_CLASSES}"
+        )
+    return config, checkpoint
