@@ -328,10 +328,14 @@ FORMATS = dict(
         optional=("openvino",),
         packages=("onnx", "onnxscript", "onnxruntime"),
     ),
-    torch_export=Format(".torch_export.pt2", _write_program, dict(PyTorch=_run_program)),
-    aoti=Format(".aoti.pt2", _write_package, dict(PyTorch=_run_package)),
-    safetensors=Format(".safetensors", _write_weights, dict(PyTorch=_run_weights)),
+    torch_export=Format(".torch_export.pt2", _write_program, {"torch.export": _run_program}),
+    aoti=Format(".aoti.pt2", _write_package, {"AOTInductor": _run_package}),
+    safetensors=Format(".safetensors", _write_weights, {"this code": _run_weights}),
     int8=Format(
-        ".int8.pt2", _write_program, dict(PyTorch=_run_program), packages=("torchao",), prepare=_quantise
+        ".int8.pt2",
+        _write_program,
+        {"torch.export": _run_program},
+        packages=("torchao",),
+        prepare=_quantise,
     ),
 )
