@@ -3,11 +3,11 @@
 A checkpoint is a dict of plain types and tensors: ``model``, ``optimizer``, ``lr_scheduler``, ``updater``,
 ``progress``, ``epoch`` (the last finished one), ``score`` (of these weights, at the end of an epoch),
 ``max_accuracy`` (of the best so far), ``config`` (YAML text) and ``classes`` (names, in the order of the
-head); with ``TRAIN.EMA`` also ``model_ema``, the averaged weights, which the scores are then of, and ``ema``.
-Files of the official release, with a pickled yacs config and apex's ``amp`` entry, are read too; so are the
-weights in bare state dicts, in timm's training checkpoints and in safetensors files. Nothing in a file is
-ever run, and what is used of one is checked first. Safetensors files that ``tools/export.py`` wrote hold
-``config`` and ``classes`` as well.
+head); with ``TRAIN.EMA`` also ``model_ema``, the averaged weights, which the scores are then of, and ``ema``;
+with optimizers other than AdamW and SGD also ``optimizer_name``. Files of the official release, with a
+pickled yacs config and apex's ``amp`` entry, are read too; so are the weights in bare state dicts, in timm's
+training checkpoints and in safetensors files, which hold ``config`` and ``classes`` too if ``tools/export.py``
+wrote them. Nothing in a file is ever run, and what is used of one is checked first.
 """
 
 import contextlib
@@ -338,6 +338,7 @@ RUN = dict(
     epoch=_whole(-1),
     max_accuracy=_number(-1, 101),  # the official percentages are rounded to float32
     score=_number(0, 101),
+    optimizer_name=TEXT,
     updater=dict(
         scaler=dict(
             scale=_number(1e-45, 1e38),
@@ -363,6 +364,11 @@ RUN = dict(
 OPTIMIZER = dict(state=DICT, param_groups=_list_of(DICT, "a list of dicts"))
 ADAMW = dict(step=STEP, exp_avg=MOMENT, exp_avg_sq=MOMENT)
 SGD = dict(momentum_buffer=MOMENT)
+# What other optimizers keep of a parameter, under whatever name.
+KEPT = (
+    (lambda value: value is None or type(value) in (bool, int, float) or MOMENT[0](value)),
+    "a number or a dense tensor of floats",
+)
 
 
 def _checked(value, kind, name, path):
@@ -435,20 +441,30 @@ def weights_of(checkpoint, path):
 
 
 def _optimizer_of(checkpoint, path):
-    """The state of AdamW or SGD by parameter, and the groups without their settings."""
+    """The state of the optimizer by parameter, and the groups without their settings.
+
+    Where ``optimizer_name`` says that it is neither AdamW nor SGD, the state may have any names, and a group
+    may count its updates.
+    """
     saved = _checked(checkpoint["optimizer"], OPTIMIZER, "optimizer", path)
-    groups, kinds = [], []
+    groups, kinds, other = [], [], "optimizer_name" in checkpoint
     for i, group in enumerate(saved["param_groups"]):
         group_kind = dict(params=_numbers_from(len(kinds)))
         params = _checked(group, group_kind, f"optimizer.param_groups.{i}", path)["params"]
-        groups.append({name: None for name in ("betas", "momentum") if name in group} | dict(params=params))
+        kept = {name: None for name in ("betas", "momentum") if name in group}
+        if other and "step" in group:
+            kept["step"] = _checked(group["step"], STEP, f"optimizer.param_groups.{i}.step", path)
+        groups.append(kept | dict(params=params))
         kinds += [ADAMW if "betas" in group else SGD] * len(params)
     state = {}
     for index, moments in saved["state"].items():
         _checked(index, _whole(0, len(kinds) - 1), "a parameter's number in optimizer.state", path)
         _checked(moments, DICT, f"optimizer.state.{index}", path)
+        if other:
+            names = {name: STEP if name == "step" else KEPT for name in moments}
+            state[index] = _checked(moments, names, f"optimizer.state.{index}", path)
         # SGD without momentum has none to save.
-        if kinds[index] is ADAMW or moments.get("momentum_buffer") is not None:
+        elif kinds[index] is ADAMW or moments.get("momentum_buffer") is not None:
             state[index] = _checked(moments, kinds[index], f"optimizer.state.{index}", path)
     tensors = {f"{i}.{name}": x for i, moments in state.items() for name, x in moments.items()}
     plain = _plain({name: x for name, x in tensors.items() if torch.is_tensor(x)}, "optimizer.state", path)
@@ -621,16 +637,28 @@ def load_optimizer(optimizer, model, checkpoint, path):
     if "optimizer" not in checkpoint:
         raise CheckpointError(f"{path} holds weights only: start a new run from it with --pretrained")
     state = _optimizer_of(checkpoint, path)
+    theirs, own = checkpoint.get("optimizer_name"), getattr(optimizer, "name", None)
+    if theirs != own:
+        raise CheckpointError(
+            f"{path} was trained with another TRAIN.OPTIMIZER.NAME: {theirs or 'adamw or sgd'} there, "
+            f"{own or type(optimizer).__name__} here; set that again, or start from the weights alone with "
+            "--pretrained"
+        )
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     ours = [len(group["params"]) for group in optimizer.param_groups]
     theirs = [len(group["params"]) for group in state["param_groups"]]
     for setting in ("betas", "momentum"):
-        if all(setting in group for group in state["param_groups"]) != (setting in optimizer.defaults):
+        had = all(setting in group for group in state["param_groups"])
+        if own is None and had != (setting in optimizer.defaults):
             raise CheckpointError(
                 f"{path} was trained with another TRAIN.OPTIMIZER.NAME: set that again, or start from the "
                 "weights alone with --pretrained"
             )
-    if theirs == [ours[0] + 1, ours[1] - 1] and getattr(model, "msg_tokens", None) is not None:
+    if (
+        own is None
+        and theirs == [ours[0] + 1, ours[1] - 1]
+        and getattr(model, "msg_tokens", None) is not None
+    ):
         decayed = {id(parameter) for parameter in parameters[: ours[0]]} | {id(model.msg_tokens)}
         # A stable sort: the official order is decayed parameters first, each group in the model's order.
         official = sorted(map(id, model.parameters()), key=lambda parameter: parameter not in decayed)
@@ -651,4 +679,7 @@ def load_optimizer(optimizer, model, checkpoint, path):
                     f"parameter {tuple(parameter.shape)}"
                 )
     # Rates and decay come from this run's config, moments and step counts from the file.
-    optimizer.load_state_dict(dict(optimizer.state_dict(), state=moments))
+    fresh = optimizer.state_dict()
+    for group, saved in zip(fresh["param_groups"], state["param_groups"]):
+        group.update({name: saved[name] for name in ("step",) if name in saved})
+    optimizer.load_state_dict(dict(fresh, state=moments))

@@ -19,6 +19,7 @@ import yaml
 from yacs.config import CfgNode
 
 from models.geometry import CHOICES as MSG_CHOICES
+from optimizer import optimizer_names
 from utils import UserError
 
 # What a config and the BASE files below it may come to: a few lines of a stranger's could unfold to hours.
@@ -31,7 +32,8 @@ MOST_ENTRIES, MOST_CHARACTERS = 1000, 4096  # of a list, of a text
 ELSEWHERE = {
     "--fused-window-process": "messengers exchange without shifted windows, so there is nothing to fuse: "
     "leave it out",
-    "--fused-layernorm": "PyTorch's own LayerNorm is one kernel already: leave it out",
+    "--fused-layernorm": "--opts AMP.FUSED_LAYERNORM True takes apex's; PyTorch's own LayerNorm is one "
+    "kernel too, so you may leave it out",
     "--zip": "unpack the archives into train/<class>/<image> and val/<class>/<image>, see the README",
     "--cache-mode": "images are read from the folder, and the system's own cache keeps them: leave it out",
     "--throughput": "detect.py has no such mode; main.py times the classifier",
@@ -191,8 +193,10 @@ def default_config():
     config.TRAIN.LR_SCHEDULER.DECAY_RATE = 0.1
 
     config.TRAIN.OPTIMIZER = CfgNode()
-    # adamw or sgd (with Nesterov momentum).
+    # adamw, sgd (with Nesterov momentum), any other name of timm's, such as lamb, lion, muon or nadamw; or
+    # fused_adam and fused_lamb, which are NVIDIA apex's where that is installed.
     config.TRAIN.OPTIMIZER.NAME = "adamw"
+    # Of AdamW. timm's other optimizers have their own EPS and BETAS, until these are changed.
     config.TRAIN.OPTIMIZER.EPS = 1e-8
     config.TRAIN.OPTIMIZER.BETAS = (0.9, 0.999)
     config.TRAIN.OPTIMIZER.MOMENTUM = 0.9
@@ -281,6 +285,9 @@ def default_config():
     config.AMP_OPT_LEVEL = "O1"
     # Mixed-precision type on GPUs: float16 (with gradient scaling) or bfloat16. The CPU always uses bfloat16.
     config.AMP_DTYPE = "float16"
+    config.AMP = CfgNode()
+    # Norms by NVIDIA apex's FusedLayerNorm where that is installed, on a GPU; PyTorch's otherwise.
+    config.AMP.FUSED_LAYERNORM = False
     # torch.compile for training and evaluation: minutes at the start, faster afterwards.
     config.COMPILE = False
     # The same bits in every run of the same config on the same machine; slower on CUDA.
@@ -315,7 +322,6 @@ CHOICES = {
     **{f"MODEL.MSG.{key}": names for key, names in MSG_CHOICES.items()},
     "TRAIN.ON_SAVE_ERROR": ("continue", "stop"),
     "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step", "multistep"),
-    "TRAIN.OPTIMIZER.NAME": ("adamw", "sgd"),
     "AUG.REMODE": ("pixel", "rand", "const"),
     "AUG.MIXUP_MODE": ("batch", "pair", "elem"),
     "DET.BOX_LOSS": ("giou", "smooth_l1"),
@@ -495,7 +501,9 @@ def parse_args(description, throughput=False, argv=None):
     add("--pretrained", metavar="FILE", help="checkpoint whose weights start a new run (fine-tuning)")
     add("--accumulation-steps", type=int, help="micro-batches per optimizer update")
     add("--use-checkpoint", action="store_true", help="gradient checkpointing, to save memory")
-    add("--optim", metavar="NAME", help="adamw or sgd")
+    add(
+        "--optim", metavar="NAME", help="adamw, sgd, fused_adam, fused_lamb, or any of timm's: lamb, lion ..."
+    )
     amp = parser.add_mutually_exclusive_group()
     levels = CHOICES["AMP_OPT_LEVEL"]
     add("--amp-opt-level", to=amp, choices=levels, help="O0: float32; O1: mixed precision; O2: as O1")
@@ -912,6 +920,16 @@ def _check(config, sources):
         require(key, names.__contains__, "one of " + ", ".join(map(repr, names)) + hint)
     for key, (possible, what) in RANGES.items():
         require(key, possible, what)
+    if config.MODEL.TYPE == "timm":
+        require(
+            "AMP.FUSED_LAYERNORM",
+            lambda value: not value,
+            "False for models of timm, which have their own norms",
+        )
+    names, name = optimizer_names(), config.TRAIN.OPTIMIZER.NAME
+    near = difflib.get_close_matches(name.lower(), names, 5, 0.5) or ["adamw", "sgd", "lamb", "lion"]
+    what = "an optimizer of timm that a run can resume with, such as " + ", ".join(map(repr, near))
+    require("TRAIN.OPTIMIZER.NAME", names.__contains__, what)
 
     if config.DATA.DATASET == "coco":
         require("MODEL.TYPE", lambda value: value == "msg", "'msg' for detection")

@@ -23,7 +23,7 @@ from detection.loaders import build_loaders
 from detection.pictures import draw_curves, draw_detections
 from engine import train_one_epoch
 from logger import DETAIL, FILE, clock, log_progress, start_logging, write_config
-from models import inference
+from models import choose_layer_norm, inference
 from run import Task, build_guard, build_run, check_checkpoints, choose_for_evaluation
 
 TASK = Task(
@@ -71,6 +71,8 @@ def main(args):
     parameters = sum(parameter.numel() for parameter in model.parameters())
     macs = count_macs(model, 800, 1280) / 1e9
     logger.info(f"{config.MODEL.NAME}: {parameters:,} parameters, {macs:.1f} GMACs per image of 1280x800")
+    if config.AMP.FUSED_LAYERNORM:
+        logger.info(choose_layer_norm(config)[1])
     if config.COMPILE or config.DATA.BACKEND != "pil":
         logger.warning("COMPILE and DATA.BACKEND are for classification: detection uses neither")
 

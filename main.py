@@ -21,7 +21,7 @@ from data import build_loaders
 from data.mixup import build_augmentation
 from engine import train_one_epoch
 from logger import DETAIL, FILE, clock, log_progress, start_logging, write_config
-from models import build_model, compile_model, count_macs, inference
+from models import build_model, choose_layer_norm, compile_model, count_macs, inference
 from run import Task, build_guard, build_run, check_checkpoints, choose_for_evaluation
 
 TASK = Task(base_images=512, score="acc1", score_name="accuracy")
@@ -70,6 +70,8 @@ def main(args):
     gmacs = count_macs(model, shape) / 1e9
     logger.info(f"{config.MODEL.NAME}: {parameters:,} parameters, {gmacs:.3f} GMACs per image")
 
+    if config.AMP.FUSED_LAYERNORM:
+        logger.info(choose_layer_norm(config)[1])
     if config.COMPILE:
         compile_model(model)
     if mode != "train" and rank == 0:

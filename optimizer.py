@@ -1,12 +1,25 @@
 """The optimizer, its parameter groups, and one update: accumulate, scale, clip, skip, average."""
 
 import contextlib
+import fnmatch
+import logging
 
 import torch
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.utils import ModelEmaV3
 from torch import nn, optim
 
+from models.apex import find_apex
 from utils import UserError
+
+# Names of timm's that are not taken: they need second derivatives, a run that resumed would not end with the
+# same bits (they remember what a checkpoint does not hold), or they are of apex or bitsandbytes.
+NOT_TAKEN = ("adahessian", "*adafactor*", "kron*", "fused*", "bnb*")
+# Swin's names for optimizers of NVIDIA's apex: the class there, and what stands in for it without apex.
+APEX = dict(fused_adam=("FusedAdam", "adamw"), fused_lamb=("FusedLAMB", "lamb"))
+OF_ADAMW = dict(eps=1e-8, betas=(0.9, 0.999))  # the defaults in config.py
+
+logger = logging.getLogger("msg_transformer")
 
 
 class NonFiniteError(UserError):
@@ -27,20 +40,79 @@ def parameter_groups(model):
     return [{"params": decay}, {"params": no_decay, "weight_decay": 0.0}]
 
 
+def optimizer_names():
+    """What ``TRAIN.OPTIMIZER.NAME`` may be: timm's names, and those of Swin for apex's."""
+    names = [name for name in list_optimizers() if not any(fnmatch.fnmatch(name, out) for out in NOT_TAKEN)]
+    return sorted([*names, *APEX])
+
+
 def build_optimizer(config, model, lr_scale):
-    """AdamW or SGD over the model's parameters.
+    """The optimizer ``TRAIN.OPTIMIZER.NAME`` over the model's parameter groups.
+
+    AdamW and SGD are PyTorch's; the other names are timm's or apex's, and the log says what they became.
+    ``EPS`` and ``BETAS`` are AdamW's by default; timm's other optimizers have their own until these change.
 
     Args:
         lr_scale: images per update over 512; the base learning rate is multiplied by it.
+
+    Returns:
+        An optimizer; if not AdamW or SGD, its attribute ``name`` tells whose state a checkpoint holds.
+
+    Raises:
+        UserError: settings that the optimizer does not take.
     """
     settings = config.TRAIN.OPTIMIZER
     common = dict(lr=config.TRAIN.BASE_LR * lr_scale, weight_decay=config.TRAIN.WEIGHT_DECAY)
-    groups = parameter_groups(model)
-    if settings.NAME == "sgd":
+    groups, name = parameter_groups(model), settings.NAME
+    on_gpu, of_adam = next(model.parameters()).is_cuda, dict(eps=settings.EPS, betas=settings.BETAS)
+    if name in APEX:
+        optimizer, name = _build_apex(name, groups, on_gpu, of_adam | common)
+        if optimizer is not None:
+            return optimizer
+    if name == "sgd":
         # Not fused: that SGD leaves its momentum uninitialised where a scaler skips the first update.
         return optim.SGD(groups, momentum=settings.MOMENTUM, nesterov=settings.MOMENTUM > 0, **common)
-    fused = next(model.parameters()).is_cuda
-    return optim.AdamW(groups, eps=settings.EPS, betas=settings.BETAS, fused=fused, **common)
+    if name == "adamw":
+        return optim.AdamW(groups, fused=on_gpu, **of_adam, **common)
+    if settings.NAME not in APEX:
+        of_adam = {key: value for key, value in of_adam.items() if value != OF_ADAMW[key]}
+    return _build_timm(name, groups, dict(momentum=settings.MOMENTUM, **of_adam, **common))
+
+
+def _build_apex(name, groups, on_gpu, settings):
+    """apex's optimizer and its name, or None and the name of what stands in for it; the log tells."""
+    wanted, instead = APEX[name]
+    optimizer, problem = find_apex(f"optimizers.{wanted}", on_gpu)
+    if optimizer is not None:
+        try:
+            optimizer = optimizer(groups, **settings)
+            optimizer.name = f"apex {name}"
+            logger.info(f"{name}: apex's {wanted}")
+            return optimizer, name
+        except (ImportError, RuntimeError) as error:
+            problem = f"apex was built without its CUDA kernels ({error})"
+    whose = "timm's LAMB" if instead == "lamb" else f"PyTorch's {'fused ' if on_gpu else ''}AdamW"
+    logger.warning(f"{name}: {whose}, because {problem}")
+    return None, instead
+
+
+def _build_timm(name, groups, settings):
+    """timm's optimizer of a name; the log says its class and settings."""
+    betas = get_optimizer_info(name).num_betas
+    if "betas" in settings and get_optimizer_info(name).has_betas and len(settings["betas"]) != betas:
+        raise UserError(f"TRAIN.OPTIMIZER.BETAS: {name} takes {betas} of them: leave them at their default")
+    if "muon" in name:
+        # Tables, positions and messengers are no matrices: they get its AdamW, as 1-d parameters do.
+        groups = [groups[0], dict(groups[1], use_fallback=True)]
+    try:
+        optimizer = create_optimizer_v2(groups, name, **settings)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"TRAIN.OPTIMIZER: {name} does not take these settings: {error}") from error
+    optimizer.name = name
+    shown = ("betas", "momentum", "eps", "weight_decay")
+    shown = ", ".join(f"{key} {optimizer.defaults[key]}" for key in shown if key in optimizer.defaults)
+    logger.info(f"optimizer {name}: {type(optimizer).__name__} with {shown}")
+    return optimizer
 
 
 class WeightAverage:

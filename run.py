@@ -515,6 +515,8 @@ class Run:
         average = self.updater.average
         if average is not None:
             checkpoint.update(model_ema=average.model.state_dict(), ema=dict(updates=average.updates))
+        if hasattr(self.updater.optimizer, "name"):
+            checkpoint.update(optimizer_name=self.updater.optimizer.name)
         name = ckpt.epoch_name(epoch) if epoch_done else ckpt.within_epoch_name(epoch, self.progress.images)
 
         def write():

@@ -231,7 +231,12 @@ def class_names(folder, ignored=None):
     return names
 
 
-def find_images(folder, name, ignored):
+def is_image(name):
+    """Whether a file name ends like that of an image."""
+    return name.lower().endswith(IMG_EXTENSIONS)
+
+
+def find_images(folder, name, ignored, wanted=is_image):
     """Paths of the images of a class, in the order of torchvision's ImageFolder.
 
     Links are followed, except to a folder that holds them, which would show its images again and again.
@@ -239,6 +244,7 @@ def find_images(folder, name, ignored):
     Args:
         folder, name: of the class; it is in ``folder/name``.
         ignored: a Counter, to which all else in the folder is added.
+        wanted: tells of a file name whether to take it.
 
     Raises:
         DataError: a folder cannot be listed, or the class is a link to a folder that holds it.
@@ -251,8 +257,8 @@ def find_images(folder, name, ignored):
     while waiting:
         path, holders = waiting.pop()
         folders, files = list_folder(path)
-        found.append((path, sorted(filter(is_image, files))))
-        ignored.update(ending(name) for name in files if not is_image(name))
+        found.append((path, sorted(filter(wanted, files))))
+        ignored.update(ending(name) for name in files if not wanted(name))
         for entry in folders:
             below = os.path.join(path, entry.name)
             inside = _with_parents(below) if entry.is_symlink() else [_identity(below)]
@@ -303,11 +309,6 @@ def _is_folder(entry):
         if not is_file:
             raise
     return False
-
-
-def is_image(name):
-    """Whether a file name ends like that of an image."""
-    return name.lower().endswith(IMG_EXTENSIONS)
 
 
 def ending(name):

@@ -8,10 +8,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from torchvision.transforms.v2.functional import pil_to_tensor
+from PIL import ImageDraw
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_segmentation_masks
 
 from data.datasets import load_image
+from report import enlarged, fitting, font
 from utils import replacing
 
 _COLOURS = [f"C{i}" for i in range(10)]
@@ -61,6 +63,38 @@ def _draw(axes, image, objects, names):
         background = dict(fc=colour, ec="none", pad=0.8)
         axes.text(x1, y1, text, fontsize=5, color="white", va="bottom", bbox=background, parse_math=False)
     axes.set(xlim=(0, image.shape[2]), ylim=(image.shape[1], 0))
+
+
+def annotate(image, detection, names):
+    """A PIL image with the masks, boxes, names and scores of its detections, enlarged where it is small.
+
+    Args:
+        detection: boxes (N, 4) and masks (N, H, W) in pixels of the image, labels (N,), scores (N,).
+        names: of the categories; label 1 is the first.
+    """
+    image, factor = enlarged(image, 448)
+    if not len(detection["scores"]):
+        return image
+    kinds = [(label - 1) % len(_COLOURS) for label in detection["labels"].tolist()]
+    colours = [tuple(int(255 * part) for part in to_rgb(_COLOURS[kind])) for kind in kinds]
+    masks = detection["masks"].repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+    picture = draw_segmentation_masks(pil_to_tensor(image), masks.bool(), alpha=0.4, colors=colours)
+    picture = to_pil_image(picture)
+    draw, size = ImageDraw.Draw(picture), min(32, max(12, max(image.size) // 48))
+    letters, line = font(size), max(1, size // 6)
+    boxes = (factor * detection["boxes"]).tolist()
+    # The surest last, so that it is not covered.
+    for i in sorted(range(len(boxes)), key=lambda i: detection["scores"][i].item()):
+        draw.rectangle(boxes[i], outline=colours[i], width=line)
+        text = f"{names[detection['labels'][i] - 1]} {detection['scores'][i]:.2f}"
+        text = fitting(text, letters, image.width - 2 * line)
+        # Above the box where there is room, and inside the image.
+        width, height = letters.getlength(text) + 2 * line, int(1.3 * size)
+        x = min(max(0, boxes[i][0]), image.width - width)
+        y = boxes[i][1] - height if boxes[i][1] >= height else max(0, boxes[i][1])
+        draw.rectangle((x, y, x + width, y + height), fill=colours[i])
+        draw.text((x + line, y + size // 10), text, fill="white", font=letters)
+    return picture
 
 
 def draw_curves(epochs, path):

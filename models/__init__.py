@@ -3,6 +3,7 @@ builds it, how it comes back from a checkpoint (``ready.py``), and what makes it
 could be."""
 
 from . import timm_names
+from .apex import choose_layer_norm
 from .build import build_model
 from .compiled import compile_model
 from .cpu import use_onednn
@@ -12,6 +13,7 @@ from .ready import load
 
 __all__ = [
     "build_model",
+    "choose_layer_norm",
     "compile_model",
     "count_macs",
     "inference",

@@ -6,6 +6,7 @@ import timm
 
 from utils import UserError
 
+from .apex import choose_layer_norm
 from .cpu import use_onednn
 from .msg_transformer import MSGTransformer
 
@@ -50,6 +51,7 @@ def _build_msg(config):
         downsample=msg.DOWNSAMPLE,
         attention=msg.ATTENTION,
         global_pool=msg.HEAD if msg.TOKENS else "avg",
+        norm_layer=choose_layer_norm(config)[0],
     )
     try:
         return MSGTransformer(**arguments)

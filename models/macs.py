@@ -57,7 +57,7 @@ def stage_sizes(model, height, width):
 
 def embedding_macs(embed, patches):
     """The MACs of a patch embedding that makes so many tokens."""
-    normed = embed.proj.out_channels if isinstance(embed.norm, nn.LayerNorm) else 0
+    normed = 0 if isinstance(embed.norm, nn.Identity) else embed.proj.out_channels
     return patches * (embed.proj.weight.numel() + normed)
 
 

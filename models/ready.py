@@ -45,15 +45,19 @@ def load(path, cfg=None):
         CheckpointError: no such file, damaged, without a config, or of a detector.
         ConfigError: its config cannot be used.
     """
-    # The config imports the geometry of models.
+    return build_ready(*read_described(path, cfg), path)
+
+
+def build_ready(config, checkpoint, path):
+    """The :class:`Ready` of what :func:`read_described` returned; ``path`` is for messages."""
+    # Data come later than models: their transforms import the config, and that the geometry of models.
     from data.transforms import build_transform
 
-    config, checkpoint = read_described(path, cfg)
     if config.DATA.DATASET == "coco":
         raise ckpt.CheckpointError(f"{path} is of a detector: use detection.load")
     model = build_model(config)
     model.classes = checkpoint["classes"]
-    ckpt.load_weights(model, checkpoint, path)
+    ckpt.load_weights(model, checkpoint, os.fspath(path))
     return Ready(model.eval(), build_transform(config, is_train=False), checkpoint["classes"])
 
 

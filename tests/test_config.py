@@ -295,7 +295,7 @@ def test_flags_of_swin_and_of_either_spelling_are_taken():
         ("--fused-layernorm", "PyTorch's own LayerNorm"),
         ("--zip", "unpack the archives into train/<class>/<image>"),
         ("--cache-mode part", "the system's own cache"),
-        ("--optim fused_adam", "--optim: TRAIN.OPTIMIZER.NAME is 'fused_adam', but must be one of 'adamw'"),
+        ("--optim lyon", "--optim: TRAIN.OPTIMIZER.NAME is 'lyon', but must be an optimizer of timm"),
         ("--data-pth x", "did you mean --data-path?"),
         ("--Data_Path x", "did you mean --data-path?"),
         ("--batch 8", "did you mean --batch-size?"),

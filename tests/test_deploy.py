@@ -168,9 +168,7 @@ def test_infinite_numbers_are_not_taken_for_agreement(tmp_path):
     subject = exportable(save(tmp_path / "x.pth"))
     batch = images(1, 32, 32)
     batch[0, 0, 0, 0] = float("nan")
-    with pytest.raises(
-        UserError, match="torch.export or PyTorch gives numbers that are not finite: the file"
-    ):
+    with pytest.raises(UserError, match="torch.export or PyTorch gives numbers that are not finite: "):
         write_checked(subject, FORMATS["torch_export"], str(tmp_path / "x.pt2"), [batch])
 
 

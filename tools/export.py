@@ -7,8 +7,8 @@ Files take any number of images of one size. Next to the checkpoint, or in --out
 
   <name>.onnx              for ONNX Runtime and OpenVINO
   <name>.torch_export.pt2  for torch.export.load
-  <name>.aoti.pt2          compiled for this processor, for torch._inductor.aoti_load_package; it refuses other
-                           sizes only where AOTI_RUNTIME_CHECK_INPUTS=1 is set
+  <name>.aoti.pt2          compiled for this processor, for torch._inductor.aoti_load_package; other sizes are
+                           refused only where AOTI_RUNTIME_CHECK_INPUTS=1 is set
   <name>.safetensors       the weights, with the config and the class names, for --pretrained and --resume
   <name>.int8.pt2          int8 linear layers by torchao, for torch.export.load where torchao is installed
 

@@ -1,0 +1,156 @@
+"""Images to use a model on: files, folders, patterns, and the frames of videos."""
+
+import collections
+import glob
+import os
+from typing import Any, NamedTuple
+
+import cv2
+from PIL import Image
+from torch.utils.data import IterableDataset, get_worker_info
+
+from .datasets import MAX_PIXELS, DataError, find_images, is_image, load_image, without_pillows_limit
+
+# What OpenCV's builds can mostly decode.
+VIDEOS = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv")
+
+
+class Picture(NamedTuple):
+    """An image or frame, or why there is none.
+
+    Attributes:
+        place: of its file in the list of files.
+        frame: of a video, from 0; None for an image file.
+        size: (height, width) in pixels.
+        inputs: what the transform made of it; None where it cannot be read.
+        image: the PIL image, where it is kept.
+        problem: why it cannot be read; None where it can.
+    """
+
+    place: int
+    frame: int | None = None
+    size: tuple | None = None
+    inputs: Any = None
+    image: Image.Image | None = None
+    problem: str | None = None
+
+
+class Pictures(IterableDataset):
+    """The :class:`Picture` of every image and of every ``every``-th frame of a list of files.
+
+    What cannot be read becomes a Picture with a problem. Workers share the files; a video is read from
+    beginning to end by one of them.
+
+    Args:
+        paths: files, as :func:`find_files` lists them.
+        transform: of an RGB image of Pillow.
+        keep: whether to keep the images themselves.
+    """
+
+    def __init__(self, paths, transform, every=1, keep=False):
+        self.paths, self.transform, self.every, self.keep = paths, transform, every, keep
+
+    def count(self):
+        """How many there will be, by what the files say."""
+        return sum(map(self._count, self.paths))
+
+    def _count(self, path):
+        return max(1, -(-_frames_of(path) // self.every)) if is_video(path) else 1
+
+    def __iter__(self):
+        worker = get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        for place in range(first, len(self.paths), step):
+            read = self._read_video if is_video(self.paths[place]) else self._read_image
+            try:
+                for frame, image in read(self.paths[place]):
+                    with without_pillows_limit():
+                        inputs = self.transform(image)
+                    size = (image.height, image.width)
+                    yield Picture(place, frame, size, inputs, image if self.keep else None)
+            except DataError as error:
+                yield Picture(place, problem=str(error))
+
+    @staticmethod
+    def _read_image(path):
+        yield None, load_image(path)
+
+    def _read_video(self, path):
+        for number, frame in enumerate(read_frames(path)):
+            if number % self.every == 0:
+                yield number, Image.fromarray(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
+
+
+def read_frames(path):
+    """Yield the frames of a video as OpenCV decodes them: (H, W, 3), BGR, turned as the file says.
+
+    Raises:
+        DataError: OpenCV cannot decode it, or it ends long before it says, after its whole frames; what a
+            file says of its length may be off by a few frames.
+    """
+    video, count = cv2.VideoCapture(path), 0
+    try:
+        if video.get(cv2.CAP_PROP_FRAME_WIDTH) * video.get(cv2.CAP_PROP_FRAME_HEIGHT) > MAX_PIXELS:
+            raise DataError(f"{path} cannot be used: its frames have more than {MAX_PIXELS:,} pixels")
+        while (read := video.read())[0]:
+            yield read[1]
+            count += 1
+        said = video.get(cv2.CAP_PROP_FRAME_COUNT)
+    finally:
+        video.release()
+    if not count:
+        raise DataError(f"{path} cannot be read as a video: OpenCV decodes no frame of it")
+    if said - count > max(2, 0.02 * said):
+        raise DataError(f"{path} is damaged: it ends after {count} of {said:.0f} frames")
+
+
+def _frames_of(path):
+    video = cv2.VideoCapture(path)
+    try:
+        return int(min(max(0, video.get(cv2.CAP_PROP_FRAME_COUNT)), 10**9))
+    finally:
+        video.release()
+
+
+def is_video(path):
+    """Whether a file name ends like that of a video."""
+    return path.lower().endswith(VIDEOS)
+
+
+def find_files(words):
+    """The files that a user names.
+
+    Args:
+        words: paths of files, of folders, whose images and videos are taken, those in folders below included,
+            or patterns such as ``photos/*.jpg`` and ``photos/**/*.png``.
+
+    Returns:
+        Their paths, each once; a dict of those that lead nowhere to the reason; and a Counter of what else is
+        in the folders.
+    """
+    found, missing, ignored = {}, {}, collections.Counter()
+    for word in words:
+        matches = [word] if os.path.exists(word) else sorted(glob.glob(word, recursive=True))
+        if not matches:
+            missing[word] = f"{word}: no such file or folder, and no pattern that fits one"
+        for path in matches:
+            try:
+                files = _files_below(path, ignored) if os.path.isdir(path) else [_file(path)]
+            except DataError as error:
+                missing[path] = str(error)
+                continue
+            for file in files:
+                found.setdefault(os.path.realpath(file), file)
+    return list(found.values()), missing, ignored
+
+
+def _file(path):
+    if not os.path.isfile(path):  # a pipe would wait forever
+        raise DataError(f"{path} is not a file")
+    return path
+
+
+def _files_below(folder, ignored):
+    whole = os.path.abspath(folder)
+    files = find_images(*os.path.split(whole), ignored, wanted=lambda name: is_image(name) or is_video(name))
+    return [os.path.join(folder, os.path.relpath(file, whole)) for file in files]

@@ -1,0 +1,63 @@
+"""A trained detector from its checkpoint, ready for use."""
+
+import os
+
+import torch
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+import checkpoint as ckpt
+from models.ready import Ready, read_described
+
+from .detector import build_detector
+from .loaders import BatchToDevice, collate
+from .transforms import build_transform
+
+
+class ImageToBatch:
+    """A PIL image as evaluation shows it to a detector.
+
+    Args:
+        resize: of an image (3, H, W) and its target, which is empty here.
+    """
+
+    def __init__(self, resize):
+        self.resize = resize
+        self.to_device = BatchToDevice(torch.device("cpu"))
+
+    def __call__(self, image):
+        """Returns (1, 3, H, W), resized and normalised, and a list of its (H, W)."""
+        resized, _ = self.resize(pil_to_tensor(image), {})
+        batch, targets, _ = collate([(resized, {}, [])])
+        return self.to_device.move((batch, targets))[0]
+
+
+def load(path, cfg=None):
+    """The detector of a checkpoint, its evaluation transform, and the names of its classes.
+
+    ``model(*transform(image))[0]`` holds boxes, labels, scores and masks in pixels of the resized image;
+    label 1 is the first class. :func:`~detection.detector.to_original_size` brings them to those of the
+    image.
+
+    Args:
+        path, cfg: as for :func:`models.load`.
+
+    Returns:
+        A :class:`~models.ready.Ready`, with an :class:`ImageToBatch` as its transform.
+
+    Raises:
+        CheckpointError: no such file, damaged, without a config or the names of its classes, or of a
+            classifier.
+        ConfigError: its config cannot be used.
+    """
+    return build_ready(*read_described(path, cfg), path)
+
+
+def build_ready(config, checkpoint, path):
+    """The :class:`~models.ready.Ready` of what ``read_described`` returned; ``path`` is for messages."""
+    if config.DATA.DATASET != "coco":
+        raise ckpt.CheckpointError(f"{path} is of a classifier: use models.load")
+    names = checkpoint["classes"]
+    model = build_detector(config, config.MODEL.NUM_CLASSES)
+    model.classes = names
+    ckpt.load_weights(model, checkpoint, os.fspath(path))
+    return Ready(model.eval(), ImageToBatch(build_transform(config, is_train=False)), names)

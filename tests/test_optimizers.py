@@ -1,0 +1,264 @@
+"""Optimizers by name: timm's numbers, the official groups, exact resuming; apex where it is installed."""
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from helpers import digits_config, logged, micro, silent_record
+from timm.optim import create_optimizer_v2
+from torch import nn
+
+import checkpoint as ckpt
+import optimizer as optimizers
+from config import ConfigError
+from data.samplers import TrainBatchSampler
+from lr_scheduler import build_scheduler
+from models import apex, build_model, choose_layer_norm
+from optimizer import Updater, build_optimizer, optimizer_names, parameter_groups
+from run import Guard, Run, Settings
+from utils import Compute, UserError
+
+TESTED = ("adamw", "sgd", "lamb", "lion", "muon", "nadamw")
+
+
+class Small(nn.Module):
+    """A few parameters of every kind: a convolution, matrices, norms, a table that is not decayed."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.linear, self.norm = nn.Conv2d(3, 20, 3), nn.Linear(20, 24), nn.LayerNorm(24)
+        self.table = nn.Parameter(torch.randn(1, 5, 24))
+
+    def no_weight_decay(self):
+        return {"table"}
+
+
+def config_for(name, *opts):
+    return digits_config(
+        "TRAIN.OPTIMIZER.NAME", name, "TRAIN.BASE_LR", 0.01, "TRAIN.WEIGHT_DECAY", 0.3, *opts
+    )
+
+
+def small():
+    torch.manual_seed(0)
+    return Small()
+
+
+def update(model, optimizer, seeds):
+    """An optimizer step for each seed, with gradients of that seed."""
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+    return list(model.parameters())
+
+
+@pytest.mark.parametrize("name", TESTED)
+def test_updates_are_those_of_timms_factory(name):
+    """timm groups the parameters itself here; muon leaves to AdamW what is not decayed, as it can in timm."""
+    ours, theirs, before = small(), small(), small()
+    expected = create_optimizer_v2(
+        theirs, name, lr=0.01, weight_decay=0.3, momentum=0.9, fallback_no_weight_decay=name == "muon"
+    )
+    found = update(ours, build_optimizer(config_for(name), ours, 1.0), range(3))
+    for x, y, start in zip(found, update(theirs, expected, range(3)), before.parameters()):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+        assert (x - start).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("name", TESTED)
+def test_the_official_groups_are_kept(name):
+    model = micro()
+    optimizer = build_optimizer(config_for(name), model, 2.0)
+    for group, official, decay in zip(optimizer.param_groups, parameter_groups(model), (0.3, 0.0)):
+        assert list(map(id, group["params"])) == list(map(id, official["params"]))
+        assert (group["weight_decay"], group["lr"]) == (decay, 0.02)
+
+
+def test_settings_are_the_optimizers_own_until_they_are_changed():
+    lion, changed = (build_optimizer(config_for("lion", *opts), small(), 1.0) for opts in (
+        [], ["TRAIN.OPTIMIZER.BETAS", "(0.8, 0.9)"],
+    ))  # fmt: skip
+    assert lion.defaults["betas"] == (0.9, 0.99) and changed.defaults["betas"] == (0.8, 0.9)
+    assert build_optimizer(config_for("lamb"), small(), 1.0).defaults["eps"] == 1e-6
+    muon = build_optimizer(config_for("muon", "TRAIN.OPTIMIZER.MOMENTUM", 0.7), small(), 1.0)
+    assert muon.defaults["momentum"] == 0.7
+    with pytest.raises(UserError, match="BETAS: adan takes 3 of them"):
+        build_optimizer(config_for("adan", "TRAIN.OPTIMIZER.BETAS", "(0.8, 0.9)"), small(), 1.0)
+
+
+@pytest.mark.parametrize("name", [name for name in optimizer_names() if name not in optimizers.APEX])
+def test_every_optimizer_goes_on_after_a_checkpoint_with_the_same_bits(name, tmp_path):
+    """A file of two updates; the third is made after reading it, and without."""
+    path, model, other = str(tmp_path / "c.pth"), small(), small()
+    optimizer, fresh = (build_optimizer(config_for(name), each, 1.0) for each in (model, other))
+    update(model, optimizer, range(2))
+    content = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), epoch=0, score=1.0)
+    if name not in ("adamw", "sgd"):
+        content["optimizer_name"] = optimizer.name
+    torch.save(content, path)
+    run = ckpt.read_run(path)
+    other.load_state_dict(run["model"])
+    ckpt.load_optimizer(fresh, other, run, path)
+    for x, y in zip(update(model, optimizer, range(2, 4)), update(other, fresh, range(2, 4))):
+        assert torch.equal(x, y)
+
+
+def run_with(name, folder):
+    model, sampler = micro(), TrainBatchSampler(8, 4, 1, 0, 1, seed=0)
+    optimizer = build_optimizer(config_for(name), model, 1.0)
+    scheduler = build_scheduler(config_for(name), optimizer, 2, 1.0)
+    updater = Updater(model, optimizer, Compute(torch.device("cpu")), 1, 5.0, 0)
+    run = Run(Settings(str(folder)), updater, scheduler, sampler, silent_record(folder), Guard(0, 0))
+    run.restore()
+    return run
+
+
+def trained(run, seed):
+    """An update of the run on images of a seed, which ends the epoch; returns the weights."""
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+    with run.updater.micro_batch(0):
+        run.updater.backward(run.model(images).logsumexp(1).sum())
+    run.updater.update()
+    run.end_epoch(dict(train_loss=1.0), dict(acc1=50.0))
+    return run.model.state_dict()
+
+
+@pytest.mark.parametrize("name", ["lamb", "nadamw"])
+def test_a_run_resumes_with_the_state_of_its_optimizer_and_no_other(name, tmp_path):
+    run = run_with(name, tmp_path)
+    trained(run, 1)
+    again = run_with(name, tmp_path)
+    run.start_epoch(1)
+    again.start_epoch(1)
+    expected, found = trained(run, 2), trained(again, 2)
+    assert all(torch.equal(value, found[key]) for key, value in expected.items())
+    for other in ("adamw", "lion"):
+        with pytest.raises(ckpt.CheckpointError, match=f"another TRAIN.OPTIMIZER.NAME: {name} there"):
+            run_with(other, tmp_path)
+
+
+def test_a_run_of_adamw_is_not_resumed_with_another(tmp_path):
+    trained(run_with("adamw", tmp_path), 1)
+    with pytest.raises(
+        ckpt.CheckpointError, match="another TRAIN.OPTIMIZER.NAME: adamw or sgd there, lion here"
+    ):
+        run_with("lion", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [dict(exp_avg=torch.ones(3)), dict(exp_avg="x"), dict(exp_avg=torch.full((20, 3, 3, 3), torch.nan))],
+)
+def test_broken_states_of_other_optimizers_are_refused(change):
+    model = small()
+    optimizer = build_optimizer(config_for("lion"), model, 1.0)
+    update(model, optimizer, [0])
+    state = optimizer.state_dict()
+    state["state"][0] = dict(state["state"][0], **change)
+    with pytest.raises(ckpt.CheckpointError, match="a.pth.*optimizer"):
+        ckpt.load_optimizer(optimizer, model, dict(optimizer=state, optimizer_name="lion"), "a.pth")
+
+
+@pytest.mark.parametrize(
+    "name, near", [("lyon", "lion"), ("adamW", "adamw"), ("lambda", "lamb"), ("fusedadam", "fused_adam")]
+)
+def test_an_unknown_name_is_one_message_with_close_names(name, near):
+    with pytest.raises(ConfigError, match=f"OPTIMIZER.NAME is '{name}', but must be an optimizer .*'{near}'"):
+        config_for(name)
+
+
+@pytest.mark.parametrize("name", ["adahessian", "kron", "adafactor", "nonsense"])
+def test_optimizers_that_could_not_resume_exactly_are_refused(name):
+    with pytest.raises(ConfigError, match="that a run can resume with"):
+        config_for(name)
+
+
+class Stand(torch.optim.Optimizer):
+    """Takes what apex's optimizers take, and counts updates in its groups as they do."""
+
+    def __init__(self, params, lr, betas, eps, weight_decay):
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+
+    def zero_grad(self):
+        pass
+
+
+class WithoutKernels(Stand):
+    def __init__(self, *arguments, **settings):
+        raise RuntimeError("apex.optimizers.FusedAdam requires cuda extensions")
+
+
+class StandNorm(nn.LayerNorm):
+    def __init__(self, normalized_shape, eps=1e-5, elementwise_affine=True, memory_efficient=False):
+        super().__init__(normalized_shape, eps, elementwise_affine)
+
+
+def install(monkeypatch, **modules):
+    """Put a package called apex with such modules in place of any that is installed."""
+    monkeypatch.setitem(sys.modules, "apex", ModuleType("apex"))
+    for name, content in modules.items():
+        module = ModuleType(f"apex.{name}")
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, f"apex.{name}", module)
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """Look for apex as on a machine with a GPU."""
+    find = apex.find_apex
+    monkeypatch.setattr(optimizers, "find_apex", lambda path, on_gpu: find(path, True))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
+def built(name):
+    with logged() as lines:
+        return build_optimizer(config_for(name, "TRAIN.OPTIMIZER.EPS", 1e-7), small(), 2.0), " ".join(lines)
+
+
+@pytest.mark.parametrize("name, kind", [("fused_adam", "FusedAdam"), ("fused_lamb", "FusedLAMB")])
+def test_apex_gets_the_groups_and_settings_as_in_swin(name, kind, monkeypatch, on_gpu):
+    install(monkeypatch, optimizers={kind: Stand})
+    optimizer, told = built(name)
+    assert type(optimizer) is Stand and told == f"{name}: apex's {kind}"
+    assert optimizer.defaults == dict(lr=0.02, betas=(0.9, 0.999), eps=1e-7, weight_decay=0.3)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
+
+
+@pytest.mark.parametrize("name, kind", [("fused_adam", "AdamW"), ("fused_lamb", "Lamb")])
+@pytest.mark.parametrize("why", ["is not installed", "without its CUDA kernels", "for CUDA GPUs"])
+def test_without_apex_its_optimizers_have_stand_ins_and_the_log_says_why(
+    name, kind, why, monkeypatch, request
+):
+    if why != "for CUDA GPUs":
+        request.getfixturevalue("on_gpu")
+    without = dict(FusedAdam=WithoutKernels, FusedLAMB=WithoutKernels)
+    # The package of that name on PyPI has no such modules.
+    install(monkeypatch, **(dict(optimizers=without) if why == "without its CUDA kernels" else {}))
+    optimizer, told = built(name)
+    assert type(optimizer).__name__ == kind and optimizer.defaults["eps"] == 1e-7
+    assert told.startswith(f"{name}: ") and why in told
+
+
+def test_a_run_of_fused_adam_without_apex_is_one_of_adamw(tmp_path):
+    trained(run_with("fused_adam", tmp_path), 1)
+    assert run_with("adamw", tmp_path).progress.epoch == 1
+
+
+def test_norms_are_apexs_where_it_is_installed(monkeypatch, on_gpu):
+    wanted = digits_config("AMP.FUSED_LAYERNORM", True)
+    install(monkeypatch)
+    assert choose_layer_norm(wanted)[0] is nn.LayerNorm and "not installed" in choose_layer_norm(wanted)[1]
+    install(monkeypatch, normalization=dict(FusedLayerNorm=StandNorm))
+    model, plain = build_model(wanted), build_model(digits_config())
+    assert choose_layer_norm(wanted)[1] == "AMP.FUSED_LAYERNORM: apex's FusedLayerNorm"
+    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
+    assert {type(norm) for norm in norms} == {StandNorm} and len(norms) == 16
+    assert model.state_dict().keys() == plain.state_dict().keys() and model.flops() == plain.flops()
+    on_cpu = digits_config("AMP.FUSED_LAYERNORM", True, device="cpu")
+    assert choose_layer_norm(on_cpu) == (
+        nn.LayerNorm, "AMP.FUSED_LAYERNORM: PyTorch's LayerNorm, because apex is for CUDA GPUs"
+    )  # fmt: skip
+    assert choose_layer_norm(digits_config()) == (nn.LayerNorm, "")

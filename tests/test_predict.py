@@ -1,0 +1,257 @@
+"""tools/predict.py: what it takes, what it computes, and what it writes."""
+
+import csv
+import json
+import sys
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from helpers import digits_config, fill_weights, write_images
+from PIL import Image
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from test_detection import config as shapes_config
+
+import detect
+import detection
+import models
+from config import dump_config
+from data.sources import Pictures, find_files
+from detection.detector import build_detector
+from detection.loaders import build_loaders
+from detection.pictures import annotate
+from models import build_model
+from report import BAR, caption
+from tools import predict
+from utils import Compute, UserError
+
+SHAPES = "MODEL.MSG.EMBED_DIM 16 MODEL.MSG.DEPTHS [1,1,1] MODEL.MSG.NUM_HEADS [1,2,4] DET.CHANNELS 16"
+SHAPES += " DET.BOX_FCS [32] DET.TEST_SIZE 64 DET.SCORE_THRESHOLD 0.0 DET.PER_IMAGE 5 DATA.NUM_WORKERS 0"
+CPU = Compute(torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A classifier of three classes with images of 48 px, and names that CSV and a path must quote."""
+    changes = ["MODEL.NUM_CLASSES", "3", "DATA.IMG_SIZE", "48", "MODEL.MSG.PATCH_SIZE", "4"]
+    config = digits_config(*changes)
+    content = dict(model=fill_weights(build_model(config)).state_dict(), config=dump_config(config))
+    path = str(tmp_path_factory.mktemp("checkpoint") / "classifier.pth")
+    torch.save(dict(content, classes=["a, b", 'c "d"', "é"]), path)
+    return path
+
+
+def run(monkeypatch, *words):
+    """Run the tool in this process; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, words), "--device", "cpu"])
+    try:
+        predict.main()
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_predictions_are_those_of_the_loaded_model_in_the_order_of_the_files(
+    checkpoint, data, tmp_path, monkeypatch, workers
+):
+    options = ["--batch-size", 2, "--workers", workers, "--top", 2, "--csv", tmp_path / "new" / "p.csv"]
+    assert run(monkeypatch, checkpoint, data / "val", *options, "--json", tmp_path / "p.json") == 0
+    model, transform, names = models.load(checkpoint)
+    paths = [str(data / "val" / name / f"{i}.png") for name in "abc" for i in range(3)]
+    with torch.no_grad():
+        images = [transform(Image.open(path).convert("RGB")) for path in paths]
+        expected = model(torch.stack(images)).softmax(1)
+    content = json.loads((tmp_path / "p.json").read_text())
+    assert content["class_names"] == names and content["skipped"] == {}
+    assert [entry["file"] for entry in content["predictions"]] == paths
+    with open(tmp_path / "new" / "p.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for scores, entry, row, path in zip(expected, content["predictions"], rows, paths):
+        best = scores.argsort(descending=True)[:2].tolist()
+        assert [found["index"] for found in entry["classes"]] == best
+        for i, found in zip(best, entry["classes"]):
+            assert found["class"] == names[i] and found["score"] == pytest.approx(scores[i].item(), abs=1e-5)
+        assert row["file"] == path and row["frame"] == "" and row["class_2"] == names[best[1]]
+        assert float(row["score_1"]) == pytest.approx(scores[best[0]].item(), abs=1e-5)
+
+
+def write_video(path, values, kind="mp4v"):
+    """A video of 64x48 grey frames of these values."""
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*kind), 10, (64, 48))
+    for value in values:
+        writer.write(np.full((48, 64, 3), value, np.uint8))
+    writer.release()
+
+
+def test_what_cannot_be_read_is_listed_and_the_exit_code_says_so(
+    checkpoint, data, tmp_path, monkeypatch, capsys
+):
+    folder = tmp_path / "photos"
+    write_images(folder, 1, classes=("a",), size=64)
+    whole = (folder / "a" / "0.png").read_bytes()
+    (folder / "half.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "words.jpg").write_text("no image")
+    (folder / "no.mp4").write_text("no video")
+    (folder / "notes.txt").write_text("left alone")
+    words = [checkpoint, folder, tmp_path / "none*.png", "--json", tmp_path / "p.json", "--workers", 2]
+    assert run(monkeypatch, *words) == 3
+    told, content = capsys.readouterr().out, json.loads((tmp_path / "p.json").read_text())
+    assert [entry["file"] for entry in content["predictions"]] == [str(folder / "a" / "0.png")]
+    bad = {*(str(folder / name) for name in ("half.png", "words.jpg", "no.mp4")), str(tmp_path / "none*.png")}
+    assert set(content["skipped"]) == bad and "skipped 4 of 5 files" in told and "ignored: .txt 1" in told
+    assert all(path in told for path in bad)
+
+
+def test_frames_of_videos_are_taken_in_order_and_a_torn_video_is_a_problem(tmp_path):
+    values = list(range(0, 240, 8))
+    write_video(tmp_path / "clip.avi", values, "MJPG")
+    whole = (tmp_path / "clip.avi").read_bytes()
+    (tmp_path / "torn.avi").write_bytes(whole[: len(whole) // 2])
+    pictures = Pictures([str(tmp_path / "clip.avi")], np.asarray, every=7, keep=True)
+    found = list(pictures)
+    assert [picture.frame for picture in found] == [0, 7, 14, 21, 28] and pictures.count() == 5
+    assert [picture.size for picture in found] == [(48, 64)] * 5
+    assert [picture.inputs.mean() for picture in found] == pytest.approx(
+        [values[i] for i in range(0, 30, 7)], abs=3
+    )
+    *before, last = Pictures([str(tmp_path / "torn.avi")], np.asarray)
+    assert 0 < len(before) < 30 and f"it ends after {len(before)} of 30 frames" in last.problem
+
+
+def test_files_folders_and_patterns_name_each_file_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("b.png", "a/2.JPG", "a/deep/1.png", "a/[x] é.png", "a/clip.MP4", "a/notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "link.png").symlink_to("b.png")
+    paths, missing, ignored = find_files(["b.png", "link.png", "a", "a/**/*.png", "a/[x] é.png", "*.gif"])
+    assert paths[0] == "b.png" and ignored == {".txt": 1}
+    assert paths[1:] == ["a/2.JPG", "a/[x] é.png", "a/clip.MP4", "a/deep/1.png"] and list(missing) == [
+        "*.gif"
+    ]
+    assert find_files(["."])[0] == ["./b.png", *(f"./{path}" for path in paths[1:])]
+
+
+def test_pictures_are_drawn_below_another_folder_and_never_over_their_images(
+    checkpoint, tmp_path, monkeypatch
+):
+    write_images(tmp_path / "in", 1, size=64)
+    before = (tmp_path / "in" / "a" / "0.png").read_bytes()
+    Image.new("RGB", (40, 30)).save(tmp_path / "in" / "a" / "0.bmp")
+    write_video(tmp_path / "in" / "clip.mp4", [10] * 4)
+    assert run(monkeypatch, checkpoint, tmp_path / "in", "--pictures", tmp_path / "out", "--every", 2) == 0
+    written = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*g")}
+    videos = {"clip.mp4/000000.png", "clip.mp4/000002.png"}
+    assert written == {"a/0.png", "a/0.bmp.png", "b/0.png", "c/0.png", *videos}
+    assert Image.open(tmp_path / "out" / "a" / "0.png").height > Image.open(tmp_path / "in/a/0.png").height
+    with pytest.raises(UserError, match="would overwrite the images"):
+        run(monkeypatch, checkpoint, tmp_path / "in", "--pictures", tmp_path / "in")
+    assert (tmp_path / "in" / "a" / "0.png").read_bytes() == before
+
+
+def test_bars_are_as_long_as_their_scores():
+    sheet = np.asarray(caption(Image.new("RGB", (300, 100)), [("one", 0.75), ("two", 0.2)]))
+    bars = (sheet == [int(BAR[i : i + 2], 16) for i in (1, 3, 5)]).all(2)[100:]
+    lengths = {int(row.nonzero()[0].max()) for row in bars if row.all(where=np.arange(300) < 50)}  # no text
+    assert lengths == {60, 225}
+
+
+@pytest.mark.parametrize(
+    "classes, words", [("x\ny\nz\n", None), ("x\n", "has 1 lines, and the checkpoint 3")]
+)
+def test_names_may_come_from_a_file_where_the_checkpoint_has_none(
+    checkpoint, data, tmp_path, monkeypatch, classes, words
+):
+    content = torch.load(checkpoint)
+    torch.save(dict(content, classes=None), tmp_path / "unnamed.pth")
+    (tmp_path / "names.txt").write_text(classes)
+    arguments = [tmp_path / "unnamed.pth", data / "val" / "a" / "0.png", "--json", tmp_path / "p.json"]
+    if words:
+        with pytest.raises(UserError, match=words):
+            run(monkeypatch, *arguments, "--class-names", tmp_path / "names.txt")
+        return
+    for options, names in ([], ["0", "1", "2"]), (["--class-names", tmp_path / "names.txt"], ["x", "y", "z"]):
+        assert run(monkeypatch, *arguments, *options) == 0
+        assert json.loads((tmp_path / "p.json").read_text())["class_names"] == names
+
+
+def test_a_detector_finds_what_its_evaluation_finds_and_writes_a_coco_file(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    (tmp_path / "val").mkdir()
+    records = []
+    for number, (height, width) in enumerate([(80, 100), (64, 48)]):
+        pixels = rng.integers(0, 256, (height // 8, width // 4, 3)).astype(np.uint8)
+        Image.fromarray(pixels).resize((width, height)).save(tmp_path / "val" / f"{number}.png")
+        records.append(dict(id=number, file_name=f"{number}.png", height=height, width=width))
+    item = dict(image_id=0, category_id=3, bbox=[4, 4, 9, 9], segmentation=[[4, 4, 13, 4, 13, 13]], id=1)
+    categories = [dict(id=i + 3, name=name) for i, name in enumerate(("circle", "box", "a triangle"))]
+    (tmp_path / "annotations").mkdir()
+    content = dict(images=records, categories=categories, annotations=[item])
+    (tmp_path / "annotations" / "val.json").write_text(json.dumps(content))
+    config = shapes_config(
+        "shapes",
+        *SHAPES.split(),
+        "DATA.DATA_PATH",
+        tmp_path,
+        "EVAL_MODE",
+        True,
+        "OUTPUT",
+        tmp_path,
+        "MODEL.NUM_CLASSES",
+        3,
+    )
+    torch.manual_seed(0)
+    detector = build_detector(config, 3)
+    names = [category["name"] for category in categories]
+    path = tmp_path / "detector.pth"
+    torch.save(dict(model=detector.state_dict(), config=dump_config(config), classes=names), path)
+
+    _, _, loader, val = build_loaders(config)
+    (tmp_path / "shapes" / "default").mkdir(parents=True)
+    detect.evaluate(detector, loader, val, CPU, config)
+    expected = json.loads((tmp_path / "shapes" / "default" / "detections.json").read_text())
+    options = ["--json", tmp_path / "found.json", "--csv", tmp_path / "found.csv", "--score", 0.0]
+    assert run(monkeypatch, path, tmp_path / "val", *options, "--pictures", tmp_path / "drawn") == 0
+    coco = COCO(str(tmp_path / "found.json"))
+    found = [
+        dict(
+            {name: entry[name] for name in ("bbox", "score", "segmentation")},
+            image_id=entry["image_id"] - 1,
+            category_id=entry["category_id"] + 2,
+        )
+        for entry in coco.dataset["annotations"]
+    ]
+    assert len(found) > 4 and found == [dict(entry) for entry in expected]
+    assert [image["file_name"] for image in coco.dataset["images"]] == [
+        str(tmp_path / "val" / f"{i}.png") for i in (0, 1)
+    ]
+    for entry in coco.dataset["annotations"]:
+        assert entry["area"] == coco_mask.decode(entry["segmentation"]).sum()
+    with open(tmp_path / "found.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["x"]) for row in rows] == [entry["bbox"][0] for entry in found]
+    assert [row["class"] for row in rows] == [names[entry["category_id"] - 3] for entry in found]
+    assert sorted(file.name for file in (tmp_path / "drawn").iterdir()) == ["0.png", "1.png"]
+    with pytest.raises(UserError, match="of a detector: use detection.load"):
+        models.load(path)
+    model, transform, loaded = detection.load(path)
+    with models.inference(model):
+        (direct,) = model(*transform(Image.open(tmp_path / "val" / "0.png").convert("RGB")))
+    scores = [round(score, 5) for score in direct["scores"].tolist()]
+    assert scores == [entry["score"] for entry in found if entry["image_id"] == 0] and loaded == names
+
+
+def test_annotated_objects_have_their_masks_and_boxes_where_they_are():
+    image, mask = Image.new("RGB", (500, 460)), torch.zeros(1, 460, 500, dtype=torch.bool)
+    mask[0, 200:300, 100:200] = True
+    detection = dict(boxes=torch.tensor([[100.0, 200, 220, 300]]), labels=torch.tensor([1]), masks=mask)
+    pixels = np.asarray(annotate(image, dict(detection, scores=torch.tensor([0.9])), ["box"])).astype(int)
+    colour = np.array([31, 119, 180])  # matplotlib's C0
+    assert (pixels[250, 150] == (0.4 * colour).astype(int)).all() and not pixels[250, 210].any()
+    assert (pixels[250, 100] == colour).all() and (pixels[300, 150] == colour).all()
+    assert not pixels[330:].any() and not pixels[:, 240:].any()
+    none = {name: value[:0] for name, value in dict(detection, scores=torch.tensor([0.9])).items()}
+    assert not np.asarray(annotate(image, none, ["box"])).any()
