@@ -6,8 +6,8 @@ A checkpoint is a dict of plain types and tensors: ``model``, ``optimizer``, ``l
 head); with ``TRAIN.EMA`` also ``model_ema``, the averaged weights, which the scores are then of, and ``ema``;
 with optimizers other than AdamW and SGD also ``optimizer_name``. Files of the official release, with a
 pickled yacs config and apex's ``amp`` entry, are read too; so are the weights in bare state dicts, in timm's
-training checkpoints and in safetensors files, which hold ``config`` and ``classes`` too if ``tools/export.py``
-wrote them. Nothing in a file is ever run, and what is used of one is checked first.
+training checkpoints and in safetensors files, which hold ``config`` and ``classes`` too if they are of
+``tools/export.py``. Nothing in a file is ever run, and what is used of one is checked first.
 """
 
 import contextlib

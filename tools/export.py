@@ -36,10 +36,11 @@ import checkpoint as ckpt
 from config import dump_config
 from data.datasets import build_dataset
 from data.transforms import build_transform, describe_evaluation
-from detection.detector import Pyramid, build_detector
+from detection.detector import Pyramid
+from detection.ready import build_ready as build_detector
 from detection.transforms import describe_evaluation as describe_detection
-from models import build_model
 from models.deploy import FORMATS, Exportable, InPyTorch, evaluating, require_packages, write_checked
+from models.ready import build_ready as build_classifier
 from models.ready import read_described
 from utils import UserError
 
@@ -95,12 +96,8 @@ def open_checkpoint(path, cfg=None):
     """
     config, checkpoint = read_described(path, cfg)
     if config.DATA.DATASET == "coco":
-        detector = build_detector(config, config.MODEL.NUM_CLASSES)
-        ckpt.load_weights(detector, checkpoint, path)
-        return config, checkpoint, Pyramid(detector).eval()
-    model = build_model(config)
-    ckpt.load_weights(model, checkpoint, path)
-    return config, checkpoint, model.eval()
+        return config, checkpoint, Pyramid(build_detector(config, checkpoint, path).model).eval()
+    return config, checkpoint, build_classifier(config, checkpoint, path).model
 
 
 def build_exportable(args):
