@@ -294,11 +294,15 @@ def _run_onnx(path, exportable):
     return lambda images: tuple(map(torch.from_numpy, session.run(None, {"images": images.numpy()})))
 
 
-def _run_openvino(path, exportable):
+def run_openvino(path, precision="f32"):
+    """A function of images float32 that OpenVINO computes on the CPU from an ONNX file.
+
+    Args:
+        precision: f32 or bf16; its own choice is bf16 where the processor has that.
+    """
     import openvino
 
-    # Where the processor has bfloat16, OpenVINO would compute in that.
-    settings = dict(INFERENCE_PRECISION_HINT="f32", INFERENCE_NUM_THREADS=torch.get_num_threads())
+    settings = dict(INFERENCE_PRECISION_HINT=precision, INFERENCE_NUM_THREADS=torch.get_num_threads())
     model = openvino.Core().compile_model(path, "CPU", settings)
     return lambda images: tuple(torch.from_numpy(x.copy()) for x in model(images.numpy()).values())
 
@@ -324,7 +328,7 @@ FORMATS = dict(
     onnx=Format(
         ".onnx",
         _write_onnx,
-        dict(onnxruntime=_run_onnx, openvino=_run_openvino),
+        dict(onnxruntime=_run_onnx, openvino=lambda path, _: run_openvino(path)),
         optional=("openvino",),
         packages=("onnx", "onnxscript", "onnxruntime"),
     ),

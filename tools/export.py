@@ -59,12 +59,28 @@ def parse_args(argv=None):
     add("--cfg", metavar="FILE", help="config of a checkpoint that holds none, such as an official one")
     add("--size", type=image_size, metavar="PX", help="a side or HEIGHTxWIDTH; default: that of the config")
     add("--data-path", metavar="DIR", help="compare top-1 too, over DIR/val/<class>/<image>")
-    add("--images", type=int, metavar="N", help="at most N of these images, evenly spaced; default: all")
-    add("--rounds", type=int, default=10, help="how often each file is timed, on one image")
+    add(
+        "--images",
+        type=at_least(1),
+        metavar="N",
+        help="N of these images, evenly spaced; default: all",
+    )
+    add("--rounds", type=at_least(2), default=10, help="how often each file is timed, on one image")
     add("--output", metavar="DIR", help="default: the folder of the checkpoint")
     add("--name", help="what file names begin with; default: that of the checkpoint")
     add("--overwrite", action="store_true", help="replace files that are there already")
     return parser.parse_args(argv)
+
+
+def at_least(least):
+    """A parser of whole numbers from ``least``."""
+
+    def parse(text):
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least}")
+        return int(text)
+
+    return parse
 
 
 def image_size(text):
@@ -197,7 +213,7 @@ def export(args):
         print(f"{name}: writing and comparing ...", flush=True)
         try:
             file = kept[name] = write_checked(exportable, FORMATS[name], path, batches)
-        except UserError as error:
+        except (UserError, OSError) as error:
             print(f"error: {name}: {error}", file=sys.stderr)
             continue
         for runner, run in file.runs.items():
@@ -221,8 +237,14 @@ def export(args):
     return len(kept) == len(paths)
 
 
-if __name__ == "__main__":
+def main(argv=None):
+    """Run the command; returns its exit code."""
     try:
-        sys.exit(0 if export(parse_args()) else 1)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+        return 0 if export(parse_args(argv)) else 1
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
