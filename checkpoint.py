@@ -668,8 +668,9 @@ def load_optimizer(optimizer, model, checkpoint, path):
         moments = state["state"]
     else:
         raise CheckpointError(
-            f"{path}: the optimizer state has groups of {theirs} parameters, this model {ours}; to start "
-            "from the weights alone use --pretrained"
+            f"{path}: the optimizer state has groups of {theirs} parameters, this run {ours}: another "
+            "model, or TRAIN.LAYER_DECAY on in one of them alone; to start from the weights alone use "
+            "--pretrained"
         )
     for index, parameter in enumerate(parameters):
         for name, value in moments.get(index, {}).items():

@@ -154,6 +154,8 @@ def default_config():
     config.TRAIN.BASE_LR = 5e-4
     config.TRAIN.WARMUP_LR = 5e-7
     config.TRAIN.MIN_LR = 5e-6
+    # Factor of the learning rate from a block to the one before it, for fine-tuning; 1.0: one rate for all.
+    config.TRAIN.LAYER_DECAY = 1.0
     # Largest global gradient norm; 0 does not clip.
     config.TRAIN.CLIP_GRAD = 5.0
     # Continue from the latest checkpoint of the output folder.
@@ -399,6 +401,7 @@ RANGES = {
     "TRAIN.BASE_LR": _ABOVE_0,
     "TRAIN.WARMUP_LR": _at_least(0),
     "TRAIN.MIN_LR": _at_least(0),
+    "TRAIN.LAYER_DECAY": ((lambda value: 0 < value <= 1), "above 0 and at most 1"),
     "TRAIN.CLIP_GRAD": _at_least(0),
     "TRAIN.SAVE_STEPS": _at_least(0),
     "TRAIN.SAVE_MINUTES": _at_least(0),

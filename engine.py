@@ -141,5 +141,5 @@ class EpochLog:
 
 
 def learning_rate(run):
-    """The learning rate that the last update used."""
-    return run.updater.optimizer.param_groups[0]["lr"]
+    """The learning rate that the last update used; with ``TRAIN.LAYER_DECAY`` that of the last layer."""
+    return max(group["lr"] for group in run.updater.optimizer.param_groups)

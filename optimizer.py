@@ -5,7 +5,7 @@ import fnmatch
 import logging
 
 import torch
-from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers, param_groups_layer_decay
 from timm.utils import ModelEmaV3
 from torch import nn, optim
 
@@ -40,6 +40,38 @@ def parameter_groups(model):
     return [{"params": decay}, {"params": no_decay, "weight_decay": 0.0}]
 
 
+def layer_groups(model, weight_decay, layer_decay, with_fallback):
+    """timm's ``param_groups_layer_decay``: groups by depth, with ``lr_scale`` for timm's schedulers.
+
+    A layer's scale is layer_decay^(layers after it), where ``model.group_matcher()`` says what a layer is.
+    Weight decay spares what it does in :func:`parameter_groups`.
+
+    Args:
+        with_fallback: set ``use_fallback`` in the groups of what ``model.no_weight_decay()`` names, for Muon.
+
+    Raises:
+        UserError: the model does not say what its layers are.
+    """
+    if not hasattr(model, "group_matcher"):
+        raise UserError(
+            "TRAIN.LAYER_DECAY: this model has no group_matcher to tell its layers: set it to 1.0"
+        )
+    named = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
+    biases = {name for name, _ in model.named_parameters() if name.endswith(".bias")}
+    groups = param_groups_layer_decay(
+        model,
+        weight_decay,
+        no_weight_decay_list=set(named) | biases,
+        fallback_list=named if with_fallback else (),
+        layer_decay=layer_decay,
+    )
+    scales = sorted({group["lr_scale"] for group in groups})
+    logger.info(
+        f"TRAIN.LAYER_DECAY: {len(scales)} layers, whose rates are {scales[0]:.2g} to {scales[-1]:g} of it"
+    )
+    return groups
+
+
 def optimizer_names():
     """What ``TRAIN.OPTIMIZER.NAME`` may be: timm's names, and those of Swin for apex's."""
     names = [name for name in list_optimizers() if not any(fnmatch.fnmatch(name, out) for out in NOT_TAKEN)]
@@ -62,8 +94,11 @@ def build_optimizer(config, model, lr_scale):
         UserError: settings that the optimizer does not take.
     """
     settings = config.TRAIN.OPTIMIZER
-    common = dict(lr=config.TRAIN.BASE_LR * lr_scale, weight_decay=config.TRAIN.WEIGHT_DECAY)
-    groups, name = parameter_groups(model), settings.NAME
+    name, decay = settings.NAME, config.TRAIN.WEIGHT_DECAY
+    common = dict(lr=config.TRAIN.BASE_LR * lr_scale, weight_decay=decay)
+    groups = parameter_groups(model)
+    if config.TRAIN.LAYER_DECAY < 1:
+        groups = layer_groups(model, decay, config.TRAIN.LAYER_DECAY, with_fallback="muon" in name)
     on_gpu, of_adam = next(model.parameters()).is_cuda, dict(eps=settings.EPS, betas=settings.BETAS)
     if name in APEX:
         optimizer, name = _build_apex(name, groups, on_gpu, of_adam | common)
@@ -101,7 +136,7 @@ def _build_timm(name, groups, settings):
     betas = get_optimizer_info(name).num_betas
     if "betas" in settings and get_optimizer_info(name).has_betas and len(settings["betas"]) != betas:
         raise UserError(f"TRAIN.OPTIMIZER.BETAS: {name} takes {betas} of them: leave them at their default")
-    if "muon" in name:
+    if "muon" in name and "lr_scale" not in groups[0]:
         # Tables, positions and messengers are no matrices: they get its AdamW, as 1-d parameters do.
         groups = [groups[0], dict(groups[1], use_fallback=True)]
     try:

@@ -1,7 +1,7 @@
 """Optimizers by name: timm's numbers, the official groups, exact resuming; apex where it is installed."""
 
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ import checkpoint as ckpt
 import optimizer as optimizers
 from config import ConfigError
 from data.samplers import TrainBatchSampler
+from engine import learning_rate
 from lr_scheduler import build_scheduler
 from models import apex, build_model, choose_layer_norm
 from optimizer import Updater, build_optimizer, optimizer_names, parameter_groups
@@ -106,9 +107,57 @@ def test_every_optimizer_goes_on_after_a_checkpoint_with_the_same_bits(name, tmp
         assert torch.equal(x, y)
 
 
-def run_with(name, folder):
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_layer_wise_rates_are_those_of_timm_and_of_the_formula(name):
+    """The embedding, 3 stages of 2 blocks and the head lie at 8 depths at least, the head at the last."""
+    model = micro(ape=True)
+    optimizer = build_optimizer(config_for(name, "TRAIN.LAYER_DECAY", 0.7), model, 1.0)
+    timms = create_optimizer_v2(model, name, lr=0.01, weight_decay=0.3, layer_decay=0.7)
+    keys = ("lr_scale", "weight_decay")
+    expected = {id(p): [group[key] for key in keys] for group in timms.param_groups for p in group["params"]}
+    found = {id(p): [group[key] for key in keys] for group in optimizer.param_groups for p in group["params"]}
+    assert found == expected and len(found) == len(list(model.parameters()))
+    decayed = {id(p) for p in parameter_groups(model)[0]["params"]}
+    assert {key for key, (_, decay) in found.items() if decay} == decayed
+    layers = [model.patch_embed.proj, *(block.mlp.fc1 for stage in model.layers for block in stage.blocks)]
+    scales = [found[id(layer.weight)][0] for layer in [*layers, model.head]]
+    assert scales == sorted(scales) and len(set(scales)) == 8 and scales[-1] == 1.0
+    assert scales[0] == pytest.approx(0.7 ** (len({scale for scale, _ in found.values()}) - 1))
+    fallback = {
+        id(p) for group in optimizer.param_groups if group.get("use_fallback") for p in group["params"]
+    }
+    named = {id(p) for key, p in model.named_parameters() if key in model.no_weight_decay()}
+    assert fallback == (named if name == "muon" else set())
+    scheduler = build_scheduler(config_for(name, "TRAIN.WARMUP_EPOCHS", 0), optimizer, 10, 1.0)
+    plain = build_optimizer(config_for(name, "TRAIN.WARMUP_EPOCHS", 0), model, 1.0)
+    alone = build_scheduler(config_for(name, "TRAIN.WARMUP_EPOCHS", 0), plain, 10, 1.0)
+    for place in (0, 77, 150):
+        scheduler.step_update(place)
+        alone.step_update(place)
+        for group in optimizer.param_groups:
+            assert group["lr"] == pytest.approx(plain.param_groups[0]["lr"] * group["lr_scale"], rel=1e-12)
+    run = SimpleNamespace(updater=SimpleNamespace(optimizer=optimizer))
+    assert learning_rate(run) == plain.param_groups[0]["lr"]
+
+
+def test_layer_wise_rates_go_on_after_a_resume_and_are_refused_where_there_are_no_layers(tmp_path):
+    opts = ["TRAIN.LAYER_DECAY", 0.7]
+    run = run_with("adamw", tmp_path, *opts)
+    trained(run, 1)
+    again = run_with("adamw", tmp_path, "TRAIN.LAYER_DECAY", 0.7)
+    run.start_epoch(1)
+    again.start_epoch(1)
+    expected, found = trained(run, 2), trained(again, 2)
+    assert all(torch.equal(value, found[key]) for key, value in expected.items())
+    with pytest.raises(ckpt.CheckpointError, match="TRAIN.LAYER_DECAY on in one of them alone"):
+        run_with("adamw", tmp_path)
+    with pytest.raises(UserError, match="no group_matcher"):
+        build_optimizer(config_for("adamw", *opts), small(), 1.0)
+
+
+def run_with(name, folder, *opts):
     model, sampler = micro(), TrainBatchSampler(8, 4, 1, 0, 1, seed=0)
-    optimizer = build_optimizer(config_for(name), model, 1.0)
+    optimizer = build_optimizer(config_for(name, *opts), model, 1.0)
     scheduler = build_scheduler(config_for(name), optimizer, 2, 1.0)
     updater = Updater(model, optimizer, Compute(torch.device("cpu")), 1, 5.0, 0)
     run = Run(Settings(str(folder)), updater, scheduler, sampler, silent_record(folder), Guard(0, 0))

@@ -1,0 +1,390 @@
+"""Train configs with several seeds each and compare them, with error bars.
+
+python tools/ablate.py configs/ablations/digits/*.yaml --seeds 3 --data-path datasets/digits
+
+Differences are to the baseline, the first config unless ``--baseline`` names another. Finished runs are used
+again, and interrupted ones go on where they were: the same command continues.
+"""
+
+import argparse
+import json
+import os
+import queue
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from concurrent import futures
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import yaml  # noqa: E402, below the path
+from matplotlib.figure import Figure  # noqa: E402
+from timm.layers import to_2tuple  # noqa: E402
+
+from config import dump_config, get_config  # noqa: E402
+from logger import clock, read_metrics  # noqa: E402
+from models import build_model, count_macs  # noqa: E402
+from run import REQUEUE_EXIT_CODE  # noqa: E402
+from utils import UserError  # noqa: E402
+
+# What changes no number of a run, or is set by the data.
+APART = ("OUTPUT", "TAG", "DEVICE", "DATA.NUM_WORKERS", "DATA.PIN_MEMORY", "MODEL.NUM_CLASSES", "PRINT_FREQ")
+# Two-sided 95% quantiles of Student's t for 1 to 30 degrees of freedom.
+STUDENT = (
+    (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+    + (2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
+    + (2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Planned:
+    """A run to be done: its config's file, its seed, its effective config and its command's words."""
+
+    file: str
+    seed: int
+    config: object
+    words: tuple
+
+    @property
+    def name(self):
+        """Name of the config: that of its file."""
+        return Path(self.file).stem
+
+    @property
+    def epochs(self):
+        """How many the run has."""
+        return self.config.TRAIN.EPOCHS
+
+    def rows(self):
+        """The metrics of the epochs that are done."""
+        rows = read_metrics(os.path.join(self.config.OUTPUT, "metrics.jsonl"))
+        return [row for row in rows if row["epoch"] < self.epochs]
+
+
+def main():
+    args = parse_args()
+    runs = plan(args)
+    for run in runs:
+        require_same_config(run)
+    left = [run for run in runs if len(run.rows()) < run.epochs]
+    print(f"{len(runs)} runs, {len(runs) - len(left)} of them finished; output below {args.output}")
+    failed = train(left, args) if left else []
+    result = summarise(runs, args)
+    folder = Path(args.output)
+    (folder / "ablation.json").write_text(json.dumps(result, indent=1) + "\n")
+    (folder / "ablation.md").write_text(table(result))
+    draw(result).savefig(folder / "ablation.png", dpi=150)
+    print(table(result))
+    print(f"written: {folder / 'ablation.md'}, ablation.json and ablation.png")
+    if failed:
+        raise UserError("these runs failed: " + "; ".join(failed) + ". The same command tries them again")
+
+
+def parse_args():
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("configs", nargs="+", metavar="CONFIG", help="YAML files")
+    parser.add_argument(
+        "--baseline", metavar="NAME", help="a config's file without .yaml; default: the first"
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... of each config; default: 3")
+    parser.add_argument("--data-path", required=True, metavar="DIR", help="folder of the data")
+    parser.add_argument("--output", default="output/ablations", metavar="DIR", help="default: %(default)s")
+    parser.add_argument(
+        "--devices",
+        nargs="+",
+        default=["cpu"],
+        metavar="DEVICE",
+        help="cpu, mps, cuda:0 cuda:1 ...; default: cpu",
+    )
+    parser.add_argument(
+        "--jobs", type=int, help="runs at once on each device; default: 1, on the CPU one for each core"
+    )
+    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="as those of main.py")
+    args = parser.parse_args()
+    if args.seeds < 1 or (args.jobs is not None and args.jobs < 1):
+        parser.error("--seeds and --jobs must be 1 or more")
+    names = [Path(config).stem for config in args.configs]
+    if len(set(names)) < len(names):
+        parser.error(f"these configs have the same name: {', '.join(names)}")
+    args.baseline = args.baseline or names[0]
+    if args.baseline not in names:
+        parser.error(f"--baseline {args.baseline} is none of {', '.join(names)}")
+    args.configs.sort(key=lambda config: Path(config).stem != args.baseline)
+    return args
+
+
+def plan(args):
+    """The :class:`Planned` runs, those of the first seed first.
+
+    Raises:
+        UserError: a config that cannot be used, or two whose runs would share a folder.
+    """
+    runs, folders = [], {}
+    for seed in range(args.seeds):
+        for file in args.configs:
+            opts = [*args.opts, "SEED", str(seed)]
+            flags = dict(data_path=args.data_path, output=args.output, tag=f"seed{seed}")
+            config = get_config(argparse.Namespace(cfg=file, opts=opts, **flags), "imagenet")
+            other = folders.setdefault(config.OUTPUT, file)
+            if other != file:
+                raise UserError(
+                    f"{other} and {file} have the same MODEL.NAME, {config.MODEL.NAME}: change one"
+                )
+            words = [word for flag, value in flags.items() for word in (f"--{flag.replace('_', '-')}", value)]
+            runs.append(Planned(file, seed, config, ("--cfg", file, *words, "--opts", *opts)))
+    return runs
+
+
+def require_same_config(run):
+    """Refuse a run whose folder holds one of another config.
+
+    Raises:
+        UserError: it does; the message names the first key that differs.
+    """
+    path = os.path.join(run.config.OUTPUT, "config.yaml")
+    if not os.path.exists(path):
+        return
+    found, wanted = (flat(config) for config in (get_config(argparse.Namespace(cfg=path)), run.config))
+    for key in sorted(wanted.keys() | found.keys()):
+        if key not in APART and wanted.get(key) != found.get(key):
+            raise UserError(
+                f"{run.config.OUTPUT} holds a run of another config: {key} is {found.get(key)!r} there and "
+                f"{wanted.get(key)!r} in {run.file}; choose another --output, or remove that folder"
+            )
+
+
+def flat(config):
+    """Keys of a config with their dots, and their values; the folder of the data as an absolute path."""
+
+    def leaves(tree, prefix=""):
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                yield from leaves(value, f"{prefix}{key}.")
+            else:
+                yield prefix + key, value
+
+    values = dict(leaves(yaml.safe_load(dump_config(config))))
+    values["DATA.DATA_PATH"] = os.path.abspath(values["DATA.DATA_PATH"])
+    return values
+
+
+def train(runs, args):
+    """Do runs, several at once; returns what failed, in words.
+
+    A signal to this process stops the runs, which save, and ends it.
+    """
+    cores = os.cpu_count() or 1
+    jobs = {device: args.jobs or (cores if device == "cpu" else 1) for device in args.devices}
+    waiting, working, failed, stop = queue.SimpleQueue(), {}, [], threading.Event()
+    for run in runs:
+        waiting.put(run)
+
+    def work(device):
+        threads = max(1, cores // (len(args.devices) * jobs[device]))
+        while not stop.is_set():
+            try:
+                run = waiting.get_nowait()
+            except queue.Empty:
+                return
+            process, path = start(run, device, threads)
+            working[run] = process
+            if stop.is_set():  # since before it was among those that a signal stops
+                process.send_signal(signal.SIGTERM)
+            code = process.wait()
+            working.pop(run)
+            if code and not stop.is_set():
+                failed.append(
+                    f"{run.name}, seed {run.seed} (exit code {code}, see {path}: {last_line(path)})"
+                )
+
+    def interrupt(number, frame):
+        stop.set()
+        for process in list(working.values()):
+            process.send_signal(signal.SIGTERM)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+    workers = [device for device in args.devices for _ in range(jobs[device])]
+    with futures.ThreadPoolExecutor(len(workers)) as pool:
+        tasks = [pool.submit(work, device) for device in workers]
+        show_progress(runs, tasks, working)
+    for task in tasks:
+        task.result()
+    if stop.is_set():
+        print("stopped; the same command goes on", file=sys.stderr)
+        sys.exit(REQUEUE_EXIT_CODE)
+    return failed
+
+
+def start(run, device, threads):
+    """Start a run in a session of its own, with what it prints in ``console.txt`` of its folder."""
+    os.makedirs(run.config.OUTPUT, exist_ok=True)
+    path = os.path.join(run.config.OUTPUT, "console.txt")
+    environment = dict(os.environ, OMP_NUM_THREADS=str(threads))
+    kind, _, number = device.partition(":")
+    if number:
+        environment["CUDA_VISIBLE_DEVICES"] = number
+    command = [sys.executable, str(ROOT / "main.py"), "--device", kind, *run.words]
+    with open(path, "a", encoding="utf-8") as file:
+        kept = dict(stdout=file, stderr=subprocess.STDOUT, env=environment)
+        return subprocess.Popen(command, start_new_session=True, **kept), path
+
+
+def last_line(path):
+    """The last line of a text file that is not empty."""
+    lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
+    return next((line for line in reversed(lines) if line.strip()), "it printed nothing")
+
+
+def show_progress(runs, tasks, working):
+    """Until all tasks are done, show how many epochs of all runs are, and the time left."""
+    begin, total = time.monotonic(), sum(run.epochs for run in runs)
+    first = sum(len(run.rows()) for run in runs)
+    said, interval = "", 2 if sys.stderr.isatty() else 30
+    while futures.wait(tasks, timeout=interval).not_done:
+        done = sum(len(run.rows()) for run in runs)
+        seconds = time.monotonic() - begin
+        left = clock(seconds / (done - first) * (total - done)) if done > first else "unknown"
+        now = ", ".join(f"{run.name} seed {run.seed}" for run in list(working))
+        line = f"{done}/{total} epochs, {left} left: {now}"
+        if line != said:
+            end = "\r" if sys.stderr.isatty() else "\n"
+            print(f"{line:<110}" if sys.stderr.isatty() else line, end=end, flush=True, file=sys.stderr)
+        said = line
+    print(file=sys.stderr)
+
+
+def summarise(runs, args):
+    """What the runs have reached: a dict for ``ablation.json``, with a row for each config."""
+    rows, baseline = [], {}
+    for file in args.configs:
+        of_file = [run for run in runs if run.file == file]
+        done = {run.seed: run.rows() for run in of_file if len(run.rows()) == run.epochs}
+        scores = {seed: [row.get("ema_acc1", row["acc1"]) for row in epochs] for seed, epochs in done.items()}
+        best = {seed: max(values) for seed, values in scores.items()}
+        last = {seed: values[-1] for seed, values in scores.items()}
+        baseline = baseline or dict(best=best, last=last)
+        config = of_file[0].config
+        model = build_model(config)
+        shape = (config.MODEL.MSG.IN_CHANS, *to_2tuple(config.DATA.IMG_SIZE))
+        speeds = [row["images_per_second"] for epochs in done.values() for row in epochs]
+        rows.append(
+            dict(
+                name=of_file[0].name,
+                file=file,
+                parameters=sum(parameter.numel() for parameter in model.parameters()),
+                macs=count_macs(model, shape),
+                images_per_second=statistics.median(speeds) if speeds else None,
+                best=interval(best),
+                last=interval(last),
+                best_difference=interval(differences(best, baseline["best"])),
+                last_difference=interval(differences(last, baseline["last"])),
+            )
+        )
+    command = shlex.join(["python", "tools/ablate.py", *sys.argv[1:]])
+    epochs = sorted({run.epochs for run in runs})
+    return dict(command=command, seeds=args.seeds, epochs=epochs, rows=rows)
+
+
+def differences(values, baseline):
+    """The differences by seed, of the seeds that both have."""
+    return {seed: value - baseline[seed] for seed, value in values.items() if seed in baseline}
+
+
+def interval(values):
+    """Mean, standard deviation and 95% interval of the mean, by Student's t, of values by seed.
+
+    Returns:
+        dict of ``by_seed``, ``mean``, ``std`` (of a sample) and ``half`` (of the interval); None for what
+        too few values leave unknown.
+    """
+    numbers = list(values.values())
+    mean = statistics.fmean(numbers) if numbers else None
+    std = statistics.stdev(numbers) if len(numbers) > 1 else None
+    half = None
+    if std is not None:
+        quantile = STUDENT[len(numbers) - 2] if len(numbers) - 2 < len(STUDENT) else 1.96
+        half = quantile * std / len(numbers) ** 0.5
+    return dict(by_seed=values, mean=mean, std=std, half=half)
+
+
+def table(result):
+    """A result in Markdown."""
+
+    def value(numbers, form="{:.2f}"):
+        if numbers["mean"] is None:
+            return "not finished"
+        text = form.format(numbers["mean"])
+        return text if numbers["half"] is None else f"{text} ± {numbers['half']:.2f}"
+
+    first = result["rows"][0]["name"]
+    epochs = " or ".join(map(str, result["epochs"]))
+    columns = ["config", "best", "std", "last", f"best, difference to {first}", "last, difference"]
+    columns += ["parameters", "MMACs", "images/s"]
+    lines = [
+        f"`{result['command']}`",
+        "",
+        f"Top-1 in percent, {epochs} epochs, mean of {result['seeds']} seeds ± half of the 95% "
+        f"interval of the mean (Student's t). Differences to {first} are of the same seeds, and evidence "
+        "only where their interval leaves out 0. Images/s are those of training, beside other runs.",
+        "",
+        "| " + " | ".join(columns) + " |",
+        "|---" + "|---:" * (len(columns) - 1) + "|",
+    ]
+    for row in result["rows"]:
+        baseline = row["name"] == first
+        std, speed = row["best"]["std"], row["images_per_second"]
+        cells = [
+            row["name"],
+            value(row["best"]),
+            "" if std is None else f"{std:.2f}",
+            value(row["last"]),
+            "" if baseline else value(row["best_difference"], "{:+.2f}"),
+            "" if baseline else value(row["last_difference"], "{:+.2f}"),
+            f"{row['parameters']:,}",
+            f"{row['macs'] / 1e6:.1f}",
+            "" if speed is None else f"{speed:.0f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(result):
+    """A figure of the best top-1: a dot for each seed, the mean and its 95% interval, and differences."""
+    rows = [row for row in result["rows"] if row["best"]["mean"] is not None]
+    figure = Figure((10, 1.4 + 0.45 * len(rows)), layout="constrained")
+    scores, gaps = figure.subplots(1, 2, sharey=True)
+    for axes, key in ((scores, "best"), (gaps, "best_difference")):
+        for place, row in enumerate(rows):
+            colour = "#0072b2" if place == 0 else "#666666"
+            numbers = row[key]["by_seed"]
+            if axes is gaps and place == 0:
+                continue
+            axes.plot(list(numbers.values()), [place] * len(numbers), "o", color=colour, alpha=0.45, ms=5)
+            axes.errorbar(
+                row[key]["mean"], place, xerr=row[key]["half"], fmt="D", color=colour, capsize=4, ms=5
+            )
+        axes.spines[["top", "right"]].set_visible(False)
+    gaps.axvline(0, color="black", lw=0.8, ls=":")
+    scores.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    scores.invert_yaxis()
+    scores.margins(y=0.15)
+    scores.set_xlabel("best top-1, percent: seeds, mean, 95% interval")
+    gaps.set_xlabel(f"difference to {result['rows'][0]['name']}, same seeds")
+    return figure
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
