@@ -102,7 +102,7 @@ def default_config():
     config.MODEL.MSG = CfgNode()
     # Side of a patch, in pixels.
     config.MODEL.MSG.PATCH_SIZE = 4
-    # Image channels.
+    # Image channels. With data 3; or with DATA.BACKEND pil 1, images become grey, or 4, RGB and alpha.
     config.MODEL.MSG.IN_CHANS = 3
     # Channels of the first stage; they double in every stage.
     config.MODEL.MSG.EMBED_DIM = 96
@@ -186,13 +186,20 @@ def default_config():
     config.TRAIN.EMA.WARMUP = False
 
     config.TRAIN.LR_SCHEDULER = CfgNode()
-    # cosine, linear, step or multistep; all per update, all after a linear warm-up.
+    # cosine, linear, step, multistep, tanh or poly; all per update, all after a linear warm-up.
     config.TRAIN.LR_SCHEDULER.NAME = "cosine"
     # multistep: epochs after which the rate decays.
     config.TRAIN.LR_SCHEDULER.MILESTONES = [27, 33]
     # step: epochs between decays; both: the factor of a decay.
     config.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = 30
     config.TRAIN.LR_SCHEDULER.DECAY_RATE = 0.1
+    # cosine, linear, tanh and poly: epochs at the end of the run that stay at MIN_LR; EPOCHS includes them.
+    config.TRAIN.LR_SCHEDULER.COOLDOWN_EPOCHS = 0
+    # cosine, tanh and poly: equal cycles, each of which begins at CYCLE_DECAY of the rate of the one before.
+    config.TRAIN.LR_SCHEDULER.CYCLES = 1
+    config.TRAIN.LR_SCHEDULER.CYCLE_DECAY = 0.1
+    # poly: the exponent of the share of the cycle that is left.
+    config.TRAIN.LR_SCHEDULER.POWER = 0.9
 
     config.TRAIN.OPTIMIZER = CfgNode()
     # adamw, sgd (with Nesterov momentum), any other name of timm's, such as lamb, lion, muon or nadamw; or
@@ -323,7 +330,7 @@ CHOICES = {
     "MODEL.TYPE": ("msg", "timm"),
     **{f"MODEL.MSG.{key}": names for key, names in MSG_CHOICES.items()},
     "TRAIN.ON_SAVE_ERROR": ("continue", "stop"),
-    "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step", "multistep"),
+    "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step", "multistep", "tanh", "poly"),
     "AUG.REMODE": ("pixel", "rand", "const"),
     "AUG.MIXUP_MODE": ("batch", "pair", "elem"),
     "DET.BOX_LOSS": ("giou", "smooth_l1"),
@@ -414,6 +421,10 @@ RANGES = {
         f"a list of numbers, at least 0 and at most {10**6}, in order, smallest first",
     ),
     "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": _between(1, 10**6),
+    "TRAIN.LR_SCHEDULER.COOLDOWN_EPOCHS": _between(0, 10**6),
+    "TRAIN.LR_SCHEDULER.CYCLES": _between(1, 10**6),
+    "TRAIN.LR_SCHEDULER.CYCLE_DECAY": ((lambda value: 0 < value <= 1), "above 0 and at most 1"),
+    "TRAIN.LR_SCHEDULER.POWER": _between(0.01, 100),
     "TRAIN.LR_SCHEDULER.DECAY_RATE": ((lambda value: 0 < value <= 1), "above 0 and at most 1"),
     "TRAIN.OPTIMIZER.EPS": _ABOVE_0,
     "TRAIN.OPTIMIZER.BETAS": (
@@ -929,6 +940,13 @@ def _check(config, sources):
             lambda value: not value,
             "False for models of timm, which have their own norms",
         )
+    schedule, epochs = config.TRAIN.LR_SCHEDULER, config.TRAIN.EPOCHS
+    if schedule.NAME in ("step", "multistep"):
+        key = "TRAIN.LR_SCHEDULER.COOLDOWN_EPOCHS"
+        require(key, lambda value: value == 0, f"0 for {schedule.NAME}, which has no least rate")
+    if schedule.NAME not in ("cosine", "tanh", "poly"):
+        require("TRAIN.LR_SCHEDULER.CYCLES", lambda value: value == 1, "1 except for cosine, tanh and poly")
+    require("TRAIN.LR_SCHEDULER.COOLDOWN_EPOCHS", lambda value: value < epochs, "below TRAIN.EPOCHS")
     names, name = optimizer_names(), config.TRAIN.OPTIMIZER.NAME
     near = difflib.get_close_matches(name.lower(), names, 5, 0.5) or ["adamw", "sgd", "lamb", "lion"]
     what = "an optimizer of timm that a run can resume with, such as " + ", ".join(map(repr, near))
@@ -945,7 +963,10 @@ def _check(config, sources):
         "at least 1 / MODEL.MSG.EMBED_DIM and at most 100",
     )
     if config.DATA.DATA_PATH:
-        require("MODEL.MSG.IN_CHANS", lambda value: value == 3, "3 for image folders")
+        what = "1, 3 or 4 with data, and 3 for detection and with DATA.BACKEND opencv"
+        others = config.DATA.DATASET != "coco" and config.DATA.BACKEND == "pil"
+        possible = (1, 3, 4) if others else (3,)
+        require("MODEL.MSG.IN_CHANS", possible.__contains__, what)
     require("DET.TEST_SIZE", lambda value: value < det.MAX_SIZE, "below DET.MAX_SIZE")
     for key in ("DET.LOSS_WEIGHTS", "DET.DELTA_STDS"):
         require(key, lambda value: len(value) == len(det.IOU_THRESHOLDS), "as long as DET.IOU_THRESHOLDS")

@@ -1,6 +1,12 @@
 """The learning rate at every update."""
 
-from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, PolyLRScheduler, StepLRScheduler
+from timm.scheduler import (
+    CosineLRScheduler,
+    MultiStepLRScheduler,
+    PolyLRScheduler,
+    StepLRScheduler,
+    TanhLRScheduler,
+)
 
 
 def build_scheduler(config, optimizer, updates_per_epoch, lr_scale):
@@ -11,7 +17,9 @@ def build_scheduler(config, optimizer, updates_per_epoch, lr_scale):
     these are given, from ``WARMUP_LR`` to ``BASE_LR``. Then
     ``cosine`` follows the cosine of the whole run, as the official code does (it starts below the base rate
     where the warm-up ends); ``linear`` falls to ``MIN_LR`` at the end; ``step`` multiplies by ``DECAY_RATE``
-    every ``DECAY_EPOCHS``; ``multistep`` at every epoch of ``MILESTONES``.
+    every ``DECAY_EPOCHS``; ``multistep`` at every epoch of ``MILESTONES``; ``tanh`` and ``poly`` are timm's,
+    over the whole run as ``cosine`` is, and like it in ``CYCLES``, each from ``CYCLE_DECAY`` of the rate of
+    the one before. The last ``COOLDOWN_EPOCHS`` stay at ``MIN_LR``: the schedule is over before them.
 
     Args:
         optimizer: its groups' rates are the scaled base rate.
@@ -19,22 +27,32 @@ def build_scheduler(config, optimizer, updates_per_epoch, lr_scale):
         lr_scale: images per update over 512 (16 in detection); multiplies the warm-up and minimum rates too.
     """
     train = config.TRAIN
-    updates, warmup = train.EPOCHS * updates_per_epoch, train.WARMUP_EPOCHS * updates_per_epoch
+    settings = train.LR_SCHEDULER
+    updates = (train.EPOCHS - settings.COOLDOWN_EPOCHS) * updates_per_epoch
+    warmup = train.WARMUP_EPOCHS * updates_per_epoch
     warmup = train.WARMUP_STEPS or warmup
     common = dict(warmup_t=warmup, warmup_lr_init=train.WARMUP_LR * lr_scale, t_in_epochs=False)
     lr_min = train.MIN_LR * lr_scale
-    if train.LR_SCHEDULER.NAME == "step":
-        decay = train.LR_SCHEDULER.DECAY_EPOCHS * updates_per_epoch
-        rate = train.LR_SCHEDULER.DECAY_RATE
+    if settings.NAME == "step":
+        decay = settings.DECAY_EPOCHS * updates_per_epoch
+        rate = settings.DECAY_RATE
         return StepLRScheduler(optimizer, decay_t=decay, decay_rate=rate, warmup_prefix=False, **common)
-    if train.LR_SCHEDULER.NAME == "multistep":
+    if settings.NAME == "multistep":
         # timm decays at the update before a milestone, and means to keep it so.
-        decay = [epoch * updates_per_epoch + 1 for epoch in train.LR_SCHEDULER.MILESTONES]
-        rate = train.LR_SCHEDULER.DECAY_RATE
+        decay = [epoch * updates_per_epoch + 1 for epoch in settings.MILESTONES]
+        rate = settings.DECAY_RATE
         return MultiStepLRScheduler(optimizer, decay_t=decay, decay_rate=rate, warmup_prefix=False, **common)
-    if train.LR_SCHEDULER.NAME == "linear":
+    if settings.NAME == "linear":
         rest = max(1, updates - warmup)
         return PolyLRScheduler(
             optimizer, t_initial=rest, power=1.0, lr_min=lr_min, warmup_prefix=True, **common
         )
-    return CosineLRScheduler(optimizer, t_initial=updates, lr_min=lr_min, **common)
+    common.update(lr_min=lr_min)
+    if settings.CYCLES > 1:
+        updates /= settings.CYCLES
+        common.update(cycle_limit=settings.CYCLES, cycle_decay=settings.CYCLE_DECAY)
+    if settings.NAME == "poly":
+        return PolyLRScheduler(optimizer, t_initial=updates, power=settings.POWER, **common)
+    if settings.NAME == "tanh":
+        return TanhLRScheduler(optimizer, t_initial=updates, **common)
+    return CosineLRScheduler(optimizer, t_initial=updates, **common)

@@ -109,17 +109,18 @@ def _has_more_scans(image, content, most):
     return scans > most
 
 
-def load_image(path, max_pixels=MAX_PIXELS, max_scans=MAX_SCANS):
-    """Read an image file as PIL RGB; of an animation the first frame, EXIF rotation ignored, as PIL does it.
+def load_image(path, max_pixels=MAX_PIXELS, max_scans=MAX_SCANS, mode="RGB"):
+    """Read an image file with PIL; of an animation the first frame, EXIF rotation ignored, as PIL does it.
 
     Args:
         max_pixels, max_scans: see :func:`open_image`.
+        mode: PIL's, of the image returned: L, RGB or RGBA, whose alpha is 255 where the file has none.
 
     Raises:
         DataError: the file cannot be decoded, or only beyond the limits.
     """
     with decoding(path), open_image(path, max_pixels, max_scans)[0] as image:
-        return image.convert("RGB")
+        return image.convert(mode)
 
 
 class ImageFolder(torchvision.datasets.ImageFolder):

@@ -15,13 +15,13 @@ from utils import STOP_SIGNALS
 
 from .datasets import DataError, EvaluationSamples, TrainingSamples, build_dataset, load_image
 from .samplers import TrainBatchSampler, evaluation_shard
-from .transforms import build_transform
+from .transforms import build_transform, image_mode
 
 LARGEST_FAILED_SHARE = 0.01
 
 
 class Loader:
-    """Batches on the device, images (B, 3, S, S) and class indices (B,); keeps count of unreadable files.
+    """Batches on the device, images (B, C, S, S) and class indices (B,); keeps count of unreadable files.
 
     Args:
         loader: a DataLoader over samples (image, target, failed), collated by :func:`collate`.
@@ -183,13 +183,14 @@ def build_reader(config, is_train):
     """How ``DATA.BACKEND`` reads an image file.
 
     Returns:
-        The function that opens a file, and the transform from what it returns to a tensor (3, S, S).
+        The function that opens a file, and the transform from what it returns to a tensor (C, S, S).
 
     Raises:
         ConfigError: OpenCV cannot be imported.
     """
     limits = dict(max_pixels=config.DATA.MAX_PIXELS, max_scans=config.DATA.MAX_SCANS)
     if config.DATA.BACKEND == "pil":
+        limits.update(mode=image_mode(config.MODEL.MSG.IN_CHANS))
         return functools.partial(load_image, **limits), build_transform(config, is_train)
     try:
         from .opencv import ImageFile

@@ -23,7 +23,7 @@ class Picture(NamedTuple):
         frame: of a video, from 0; None for an image file.
         size: (height, width) in pixels.
         inputs: what the transform made of it; None where it cannot be read.
-        image: the PIL image, where it is kept.
+        image: the PIL image, RGB, where it is kept.
         problem: why it cannot be read; None where it can.
     """
 
@@ -43,11 +43,13 @@ class Pictures(IterableDataset):
 
     Args:
         paths: files, as :func:`find_files` lists them.
-        transform: of an RGB image of Pillow.
+        transform: of an image of Pillow.
         keep: whether to keep the images themselves.
+        mode: of Pillow, of image files; frames are RGB.
     """
 
-    def __init__(self, paths, transform, every=1, keep=False):
+    def __init__(self, paths, transform, every=1, keep=False, mode="RGB"):
+        self.mode = mode
         self.paths, self.transform, self.every, self.keep = paths, transform, every, keep
 
     def count(self):
@@ -67,13 +69,12 @@ class Pictures(IterableDataset):
                     with without_pillows_limit():
                         inputs = self.transform(image)
                     size = (image.height, image.width)
-                    yield Picture(place, frame, size, inputs, image if self.keep else None)
+                    yield Picture(place, frame, size, inputs, image.convert("RGB") if self.keep else None)
             except DataError as error:
                 yield Picture(place, problem=str(error))
 
-    @staticmethod
-    def _read_image(path):
-        yield None, load_image(path)
+    def _read_image(self, path):
+        yield None, load_image(path, mode=self.mode)
 
     def _read_video(self, path):
         for number, frame in enumerate(read_frames(path)):

@@ -1,9 +1,10 @@
 """The official augmentation recipe, through timm's transforms."""
 
 import math
+import random
 
 from PIL import Image, ImageOps
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment, create_transform
 from timm.data.auto_augment import AugmentOp, AugMixAugment, AutoAugment, RandAugment, posterize
 from timm.data.transforms import str_to_interp_mode
 from timm.layers import to_2tuple
@@ -13,8 +14,34 @@ from torchvision.transforms.functional import resize
 from config import ConfigError
 
 
+def image_mode(channels):
+    """The mode of Pillow's images that have so many channels, ``MODEL.MSG.IN_CHANS``.
+
+    Raises:
+        ConfigError: images cannot have so many.
+    """
+    modes = {1: "L", 3: "RGB", 4: "RGBA"}
+    if channels not in modes:
+        raise ConfigError(f"MODEL.MSG.IN_CHANS is {channels}, but images have 1, 3 or 4 channels")
+    return modes[channels]
+
+
+def normalization(channels):
+    """Mean and standard deviation of 1, 3 or 4 channels, of values from 0 to 1.
+
+    ImageNet's for red, green and blue; their averages for grey; 0.5 and 0.5 for alpha, so that what is
+    opaque becomes 1 and what is transparent -1.
+    """
+    if channels == 1:
+        return (sum(IMAGENET_DEFAULT_MEAN) / 3,), (sum(IMAGENET_DEFAULT_STD) / 3,)
+    alpha = (0.5,) * (channels - 3)
+    return (*IMAGENET_DEFAULT_MEAN, *alpha), (*IMAGENET_DEFAULT_STD, *alpha)
+
+
 def build_transform(config, is_train):
-    """The transform of a PIL image to a normalised float tensor (3, H, W), the sides of ``DATA.IMG_SIZE``.
+    """The transform of a PIL image to a normalised float tensor (C, H, W), the sides of ``DATA.IMG_SIZE``.
+
+    C is ``MODEL.MSG.IN_CHANS``: 1 for grey, 3, or 4 for RGBA, whatever the image is, but 3 take RGB images.
 
     Training images of more than 32 px: random resized crop, flip, AutoAugment or colour jitter, random
     erasing. Up to 32 px a crop of the image padded by 4 px replaces the resized crop, as in the official
@@ -28,7 +55,11 @@ def build_transform(config, is_train):
         steps = [ResizeToCover(cover, mode), transforms.CenterCrop(size)]
     else:
         steps = [transforms.Resize(size, mode)]
-    normalize = transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    channels = config.MODEL.MSG.IN_CHANS
+    mode = image_mode(channels)
+    if channels != 3:
+        steps.insert(0, Convert(mode))
+    normalize = transforms.Normalize(*normalization(channels))
     return transforms.Compose([*steps, transforms.ToTensor(), normalize])
 
 
@@ -68,6 +99,8 @@ def _resize_mode(interpolation):
 
 def _train_transform(config, size):
     height, width = size
+    channels = config.MODEL.MSG.IN_CHANS
+    mode, (mean, std) = image_mode(channels), normalization(channels)
     try:
         transform = create_transform(
             input_size=size,
@@ -81,6 +114,8 @@ def _train_transform(config, size):
             re_prob=config.AUG.REPROB,
             re_mode=config.AUG.REMODE,
             re_count=config.AUG.RECOUNT,
+            mean=mean,  # what is moved into an image is filled with it, too
+            std=std,
         )
     except (AssertionError, ValueError, KeyError, NotImplementedError) as error:
         raise ConfigError(
@@ -94,10 +129,63 @@ def _train_transform(config, size):
         for operation in augment_operations(step):
             if operation.aug_fn is posterize:
                 operation.aug_fn = posterize_from_0_bits
+            if channels == 4:
+                kind = MoveBands if operation.aug_fn in MOVES else KeepAlpha
+                operation.aug_fn = kind(operation.aug_fn)
             # Pillow warps with a filter of at most 4 pixels.
             if operation.kwargs["resample"] == Image.Resampling.LANCZOS:
                 operation.kwargs["resample"] = Image.Resampling.BICUBIC
+    if channels != 3:
+        transform.transforms.insert(0, Convert(mode))
     return transform
+
+
+class Convert:
+    """Convert a PIL image to a mode of Pillow."""
+
+    def __init__(self, mode):
+        self.mode = mode
+
+    def __call__(self, image):
+        return image if image.mode == self.mode else image.convert(self.mode)
+
+
+# What RandAugment and its like do to the places of pixels; all else changes colours.
+MOVES = (
+    auto_augment.shear_x,
+    auto_augment.shear_y,
+    auto_augment.translate_x_abs,
+    auto_augment.translate_y_abs,
+    auto_augment.translate_x_rel,
+    auto_augment.translate_y_rel,
+    auto_augment.rotate,
+)
+
+
+class KeepAlpha:
+    """Apply a function of colours to an RGBA image: most of Pillow's refuse it, others would change alpha."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, image, *args, **kwargs):
+        result = self.function(image.convert("RGB"), *args, **kwargs)
+        result.putalpha(image.getchannel("A"))
+        return result
+
+
+class MoveBands:
+    """Move the pixels of an RGBA image band by band: Pillow alone would brighten what fills the rest."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, image, *args, fillcolor, resample, **kwargs):
+        if isinstance(resample, (list, tuple)):
+            resample = random.choice(resample)  # as timm does, but once for all bands
+        bands = zip(image.split(), fillcolor)
+        moved = [self.function(x, *args, fillcolor=fill, resample=resample, **kwargs) for x, fill in bands]
+        return Image.merge(image.mode, moved)
 
 
 class ResizeToCover:

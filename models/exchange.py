@@ -28,3 +28,6 @@ def shift_messengers(messengers):
     groups = messengers.unflatten(2, (windows, -1))  # B*regions, G windows, G groups, C/G
     group = torch.arange(windows, device=messengers.device)
     return groups[:, (group[:, None] + group) % windows, group].flatten(2)  # B*regions, G windows, C
+
+
+OTHER_EXCHANGES = {"mean": average_messengers, "shift": shift_messengers, "none": None}

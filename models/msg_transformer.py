@@ -10,7 +10,6 @@ tokens of the window row-major.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -21,7 +20,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import at_least_float32, windowed_attention
-from .exchange import average_messengers, shift_messengers
+from .exchange import OTHER_EXCHANGES
 from .export import exporting, plain_sizes, replace_messengers
 from .geometry import Geometry, check_choices, known_pool, require_size
 from .padding import Layouts, pad_to_even, pad_to_patches, resample_positions
@@ -85,9 +84,6 @@ def shuffle_messengers(messengers):
     return groups.flatten(2)  # B*regions, G, C
 
 
-EXCHANGES = {"shuf": shuffle_messengers, "mean": average_messengers, "shift": shift_messengers, "none": None}
-
-
 @dataclass(frozen=True)
 class BlockOptions:
     """What all blocks have in common: arguments of the model, and what messengers exchange."""
@@ -101,7 +97,7 @@ class BlockOptions:
     norm_layer: type
     tokens: bool
     attention: str
-    exchange: Callable | None
+    exchange: object  # of messengers, a function; None for none
 
 
 class LocalAttention(nn.Module):
@@ -161,8 +157,7 @@ class LocalAttention(nn.Module):
 class Block(nn.Module):
     """One MSG-Transformer block: local attention, messenger shuffle, MLP, the branches with drop path.
 
-    The shuffle, or the exchange in its place, stands between the two residual branches and acts on the
-    residual stream itself.
+    The shuffle stands between the two residual branches and acts on the residual stream itself.
     """
 
     def __init__(self, dim, heads, drop_path, options):
@@ -294,8 +289,7 @@ class MSGTransformer(TimmInterface, nn.Module):
         ape: add a learned absolute position embedding to the patches.
         patch_norm: LayerNorm after the patch embedding.
         shuffle_size: windows on a side of a shuffle region in each stage (R), or all where fewer are left.
-        manip_type: what messengers of a region exchange in every block: ``shuf`` channel groups, ``none``
-            nothing; ``mean`` and ``shift``, see exchange.py.
+        manip_type: ``shuf`` exchanges messengers in every block, ``none`` does not; others: exchange.py.
         tokens: False removes the messengers: plain local windows.
         patch_embed, downsample: ``linear`` (v1) or ``conv`` (CVPR 2022).
         attention: how attention is computed, see ``attention.py``; the result does not depend on it.
@@ -340,7 +334,7 @@ class MSGTransformer(TimmInterface, nn.Module):
         super().__init__()
         sizes = Geometry(img_size, patch_size, embed_dim, depths, num_heads, window_size, shuffle_size)
         check_choices(manip_type, patch_embed, downsample, attention)
-        exchange = EXCHANGES[manip_type] if tokens else None
+        exchange = dict(OTHER_EXCHANGES, shuf=shuffle_messengers)[manip_type] if tokens else None
         stages = sizes.stages(exchange is not None)
         drop_rates = drop_rate if proj_drop_rate is None else proj_drop_rate, attn_drop_rate
         of_attention = window_size, mlp_ratio, qkv_bias, qk_scale

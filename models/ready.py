@@ -38,7 +38,7 @@ def load(path, cfg=None):
         cfg: YAML config of the model, for checkpoints that hold none, as those of the official release.
 
     Returns:
-        A :class:`Ready`: model, transform (to a float tensor (3, H, W) of the config's size, normalised) and
+        A :class:`Ready`: model, transform (to a float tensor (C, H, W) of the config's size, normalised) and
         class names.
 
     Raises:

@@ -9,10 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import digits_config, logged, micro, reference, silent_record
+from timm.scheduler import create_scheduler_v2
 from torch import nn
 
 import checkpoint as ckpt
 import engine
+from config import ConfigError
 from data.samplers import TrainBatchSampler
 from engine import train_one_epoch
 from lr_scheduler import build_scheduler
@@ -75,6 +77,40 @@ def test_multistep_schedule_decays_after_each_milestone():
     first, second = 27 * 1251, 33 * 1251
     expected = {0: 1e-6, first - 1: 1e-3, first: 1e-4, second - 1: 1e-4, second: 1e-5}
     assert rates("multistep", expected, *milestones) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["cosine", "tanh", "poly"])
+@pytest.mark.parametrize("cycles, cooldown", [(1, 0), (1, 60), (4, 60)])
+def test_cycles_and_cooldown_are_those_of_timms_factory(name, cycles, cooldown):
+    """300 epochs of 1251 updates, a cycle of 60 or more; timm adds cycles and cooldown to its own epochs."""
+    optimizer = torch.optim.SGD(nn_model().parameters(), lr=1e-3)
+    expected, epochs = create_scheduler_v2(
+        optimizer, name, num_epochs=(300 - cooldown) // cycles, cooldown_epochs=cooldown, min_lr=1e-5,
+        warmup_lr=1e-6, warmup_epochs=20, cycle_limit=cycles, cycle_decay=0.5, decay_rate=0.7,
+        step_on_epochs=False, updates_per_epoch=1251,
+    )  # fmt: skip
+    assert epochs == 300
+    settings = dict(COOLDOWN_EPOCHS=cooldown, CYCLES=cycles, CYCLE_DECAY=0.5, POWER=0.7)
+    opts = [word for key, value in settings.items() for word in (f"TRAIN.LR_SCHEDULER.{key}", value)]
+    places = (0, 7_000, 25_020, 60_000, 75_060, 100_000, 200_000, 300_239, 300_240, 360_000, 375_299)
+    for place, lr in rates(name, places, *opts).items():
+        expected.step_update(place)
+        assert lr == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12), place
+        assert lr == 1e-5 or place < (300 - cooldown) * 1251
+
+
+def test_the_linear_schedule_may_end_early_and_steps_have_no_cooldown():
+    key = "TRAIN.LR_SCHEDULER.COOLDOWN_EPOCHS"
+    first, last = 20 * 1251, 280 * 1251
+    expected = {first: 1e-3, (first + last) // 2: (1e-3 + 1e-5) / 2, last: 1e-5, 299 * 1251: 1e-5}
+    assert rates("linear", expected, key, 20) == pytest.approx(expected, rel=1e-12)
+    for name, opts in (
+        ("step", [key, 1]),
+        ("linear", ["TRAIN.LR_SCHEDULER.CYCLES", 2]),
+        ("cosine", [key, 300]),
+    ):
+        with pytest.raises(ConfigError, match=opts[0]):
+            rates(name, [0], *opts)
 
 
 def test_warm_up_may_be_given_in_updates():

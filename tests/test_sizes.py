@@ -15,7 +15,8 @@ from torch.nn import functional
 from detection.backbone import MSGBackbone
 from models import inference, use_onednn
 from models.attention import windowed_attention
-from models.msg_transformer import EXCHANGES, MSGTransformer
+from models.exchange import OTHER_EXCHANGES
+from models.msg_transformer import MSGTransformer, shuffle_messengers
 from models.padding import KEPT, Extent, Layout
 
 VARIANTS = dict(
@@ -67,7 +68,8 @@ def loop_block(block, patches, messengers, window, region):
         for (y, x), token in zip(cells, out):
             after[y, x] = token
     if block.exchange:
-        manip_type = next(word for word, exchange in EXCHANGES.items() if exchange is block.exchange)
+        exchanges = dict(OTHER_EXCHANGES, shuf=shuffle_messengers)
+        manip_type = next(word for word, exchange in exchanges.items() if exchange is block.exchange)
         for top, left in itertools.product(range(0, rows, region), range(0, columns, region)):
             of_region = moved[top : top + region, left : left + region]
             exchanged = loop_exchange(manip_type, of_region.flatten(0, 1)[None])

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import distributed
 from data.loaders import start_worker
 from data.sources import Pictures, find_files
+from data.transforms import image_mode
 from detection.detector import to_original_size
 from detection.evaluation import to_results
 from detection.pictures import annotate
@@ -83,7 +84,8 @@ def main():
     model, transform, names = build(config, checkpoint, args.checkpoint)
     names = class_names(names, args.class_names, config.MODEL.NUM_CLASSES)
     task = kind(model.to(compute.device), names, compute, args)
-    pictures = Pictures(paths, transform, args.every, keep=drawn is not None)
+    mode = image_mode(config.MODEL.MSG.IN_CHANS)
+    pictures = Pictures(paths, transform, args.every, keep=drawn is not None, mode=mode)
     results = []
     with inference(model, compute.dtype), tqdm(total=pictures.count(), unit="image", disable=None) as bar:
         for batch in load(pictures, min(args.batch_size, task.most_at_once), args.workers):
