@@ -22,6 +22,7 @@ from data.mixup import build_augmentation
 from engine import train_one_epoch
 from logger import DETAIL, FILE, clock, log_progress, start_logging, write_config
 from models import build_model, choose_layer_norm, compile_model, count_macs, inference
+from report import OutcomeCollector, write_report
 from run import Task, build_guard, build_run, check_checkpoints, choose_for_evaluation
 
 TASK = Task(base_images=512, score="acc1", score_name="accuracy")
@@ -87,7 +88,11 @@ def main(args):
         path, weights = distributed.from_rank_0(lambda: choose_for_evaluation(config))
         ckpt.load_weights(model, weights, path)
         logger.info(f"evaluating {path}")
-        evaluate(model, val_loader, compute, config.PRINT_FREQ)
+        collector = OutcomeCollector()
+        figures = evaluate(model, val_loader, compute, config.PRINT_FREQ, collector)
+        if (outcomes := collector.gather(val_loader.indices_seen())) is not None:
+            about = dict(checkpoint=path, data=config.DATA.DATA_PATH, **figures)
+            write_report(config.OUTPUT, outcomes, classes, val_loader.paths, about)
     else:
         run = build_run(config, model, sampler, compute, TASK, guard)
         losses_of = build_losses(config, run)
@@ -115,10 +120,13 @@ def build_losses(config, run):
     return losses_of
 
 
-def evaluate(model, loader, compute, print_freq):
+def evaluate(model, loader, compute, print_freq, collector=None):
     """Top-1, top-5 (percent) and mean cross entropy over all images of all processes, each counted once.
 
     The processes only meet at the end, so they may have different numbers of batches, or none.
+
+    Args:
+        collector: is given every batch, an :class:`~report.OutcomeCollector` or None.
 
     Returns:
         dict of val_loss, acc1, acc5.
@@ -138,6 +146,8 @@ def evaluate(model, loader, compute, print_freq):
             logits, targets = logits.to(device), targets.to(device)
             hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]  # B, 5
             loss = cross_entropy(logits.double(), targets, reduction="sum")
+            if collector is not None:
+                collector.add(images, targets, logits)
             sums += torch.stack(
                 [loss, hits[:, 0].sum(), hits.sum(), torch.full((), len(targets), device=device)]
             )

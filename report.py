@@ -1,11 +1,371 @@
 """What an evaluation leaves for people, and how predictions are drawn."""
 
+import contextlib
+import csv
+import json
+import logging
 import os
+import time
+from dataclasses import dataclass
 
 import matplotlib
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch.nn.functional import cross_entropy
+
+from distributed import gather_lists
+from logger import DETAIL
+from utils import replacing
 
 BAR, INK, PAPER = "#9dc3ea", "#22262b", "#ffffff"
+RIGHT, WRONG = "#1b7f4d", "#b3372f"
+FILES = ("eval.json", "eval_classes.csv", "eval_confusions.png", "eval_mistakes.png")
+BINS = 15  # of the expected calibration error
+MOST_DRAWN, MOST_LISTED, MOST_MISTAKES = 30, 20, 24  # classes, confusions, images
+
+logger = logging.getLogger("msg_transformer")
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """What came of the images of an evaluation, in the order of the dataset.
+
+    Attributes:
+        index: (N,) of each image in the dataset.
+        target, predicted: (N,) classes.
+        confidence: (N,) probability of the predicted class.
+        truth: (N,) probability of the target.
+        loss: (N,) cross entropy.
+        worst: the mistakes of the highest loss, as (position in these arrays, image (H, W, 3) uint8).
+    """
+
+    index: np.ndarray
+    target: np.ndarray
+    predicted: np.ndarray
+    confidence: np.ndarray
+    truth: np.ndarray
+    loss: np.ndarray
+    worst: list
+
+    def right(self):
+        """(N,) whether the predicted class is the target."""
+        return self.target == self.predicted
+
+
+class OutcomeCollector:
+    """Collects the :class:`Outcomes` of an evaluation while it runs, on every process those of its images."""
+
+    def __init__(self):
+        self.rows, self.worst, self.count = [], [], 0
+
+    def add(self, images, targets, logits):
+        """Take a batch: images (B, C, H, W) as the model saw them, targets (B,), logits (B, classes)."""
+        probabilities = logits.double().softmax(1)
+        confidence, predicted = probabilities.max(1)
+        truth = probabilities.gather(1, targets[:, None])[:, 0]
+        losses = cross_entropy(logits.double(), targets, reduction="none")
+        columns = targets.double(), predicted.double(), confidence, truth, losses
+        self.rows.append(torch.stack(columns, 1).cpu().numpy())
+        wrong = (predicted != targets).nonzero()[:, 0].tolist()
+        for i in sorted(wrong, key=lambda i: -losses[i].item())[:MOST_MISTAKES]:
+            self.worst.append((losses[i].item(), self.count + i, shown(images[i])))
+        self.worst = sorted(self.worst, key=lambda entry: -entry[0])[:MOST_MISTAKES]
+        self.count += len(targets)
+
+    def gather(self, indices):
+        """The :class:`Outcomes` of all processes on rank 0, None elsewhere; all of them must call it.
+
+        Args:
+            indices: of the images of this process in the dataset, in the order in which they were added.
+        """
+        rows = np.concatenate(self.rows) if self.rows else np.zeros((0, 5))
+        own = [(indices[place], image) for _, place, image in self.worst]
+        # Each a list, so that the parts of processes can be told apart.
+        parts = gather_lists([np.column_stack([np.array(indices, dtype=np.float64).reshape(-1), rows])])
+        worst = gather_lists(own)
+        if parts is None:
+            return None
+        rows = np.concatenate(parts)
+        rows = rows[np.argsort(rows[:, 0], kind="stable")]
+        index, target, predicted = rows[:, :3].T.astype(np.int64)
+        confidence, truth, loss = rows[:, 3:].T
+        place_of = {number: place for place, number in enumerate(index.tolist())}
+        found = sorted(((place_of[number], image) for number, image in worst), key=lambda x: -loss[x[0]])
+        return Outcomes(index, target, predicted, confidence, truth, loss, found[:MOST_MISTAKES])
+
+
+def shown(image):
+    """A normalised image (C, H, W) as people see it: (H, W, 3) uint8.
+
+    Images of other than three channels are stretched to 0 to 255; of more, the first three are shown.
+    """
+    image = image.detach().float().cpu()
+    if len(image) == 3:
+        mean, std = (
+            torch.tensor(value)[:, None, None] for value in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        )
+        image = image * std + mean
+    else:
+        image = image[:3] if len(image) > 3 else image[:1].expand(3, -1, -1)
+        image = (image - image.min()) / (image.max() - image.min()).clamp(min=1e-6)
+    return (255 * image).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+
+
+def calibration(confidence, right, bins=BINS):
+    """How far confidence is from accuracy: the expected calibration error, and its bins.
+
+    Images are put into ``bins`` bins B_m of equal width by the probability of their predicted class, the
+    upper end included. With n images in all,
+
+        ECE = sum_m |B_m| / n * |acc(B_m) - conf(B_m)|,
+
+    where acc is the share of a bin that is predicted right and conf the mean of its probabilities (Guo et
+    al., On Calibration of Modern Neural Networks, 2017). 0 is perfect, 1 the worst.
+
+    Args:
+        confidence: (N,) probabilities of the predicted classes.
+        right: (N,) whether these are the targets.
+
+    Returns:
+        The error, and for each bin that holds images a dict of ``above``, ``up_to``, ``images``,
+        ``confidence`` and ``accuracy``.
+    """
+    edges = np.linspace(0, 1, bins + 1)
+    numbers = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
+    rows, error = [], 0.0
+    for number in np.unique(numbers):
+        inside = numbers == number
+        mean, accuracy = float(confidence[inside].mean()), float(right[inside].mean())
+        error += inside.mean() * abs(accuracy - mean)
+        ends = dict(above=round(float(edges[number]), 6), up_to=round(float(edges[number + 1]), 6))
+        rows.append(dict(ends, images=int(inside.sum()), confidence=mean, accuracy=accuracy))
+    return float(error), rows
+
+
+def class_rows(outcomes, names):
+    """What came of every class: name, images, those predicted right, times predicted, accuracy and precision.
+
+    Accuracy is the share of its images that are predicted right, precision the share of its predictions that
+    are; None where there are none.
+    """
+    count = len(names)
+    images, predicted, right = (
+        np.bincount(classes, minlength=count).tolist()
+        for classes in (outcomes.target, outcomes.predicted, outcomes.target[outcomes.right()])
+    )
+    return [
+        {
+            "class": name,
+            "images": there,
+            "right": hits,
+            "predicted": said,
+            "accuracy": hits / there if there else None,
+            "precision": hits / said if said else None,
+        }
+        for name, there, hits, said in zip(names, images, right, predicted)
+    ]
+
+
+def confusions(outcomes):
+    """How often a class was taken for another: (target, predicted, images), the most frequent first."""
+    wrong = ~outcomes.right()
+    pairs = np.stack([outcomes.target[wrong], outcomes.predicted[wrong]], 1).reshape(-1, 2)
+    found, counts = np.unique(pairs, axis=0, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    return [(*map(int, found[i]), int(counts[i])) for i in order]
+
+
+def write_report(folder, outcomes, names, paths, about):
+    """Write what an evaluation found to the files :data:`FILES` of a folder; on failure say so and go on.
+
+    An earlier report that says something else is moved to ``eval_<its time>/`` first.
+
+    Args:
+        outcomes: the :class:`Outcomes` of all processes.
+        names: of the classes.
+        paths: the file of every index of the dataset.
+        about: dict of what was evaluated and its figures, which ``eval.json`` begins with.
+    """
+    error, bins = calibration(outcomes.confidence, outcomes.right())
+    rows, pairs = class_rows(outcomes, names), confusions(outcomes)
+    content = dict(
+        about,
+        images=len(outcomes.index),
+        mean_class_accuracy=float(np.mean([row["accuracy"] for row in rows if row["images"]])),
+        ece=error,
+        calibration=bins,
+        classes=rows,
+        confusions=[
+            dict(target=names[target], predicted=names[predicted], images=number)
+            for target, predicted, number in pairs[:100]
+        ],
+        mistakes=[_mistake(outcomes, place, names, paths) for place, _ in outcomes.worst],
+    )
+    target = os.path.join(folder, FILES[0])
+    try:
+        _keep_earlier(folder, content)
+        with replacing(target) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1)
+        with (
+            replacing(os.path.join(folder, FILES[1])) as temporary,
+            open(temporary, "w", encoding="utf-8", newline="") as file,
+        ):
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+        draw_confusions(outcomes, names, os.path.join(folder, FILES[2]))
+        draw_mistakes(outcomes, names, os.path.join(folder, FILES[3]))
+    except OSError as problem:
+        logger.error(f"cannot write the report of the evaluation to {folder}: {problem.strerror or problem}")
+        return
+    logger.info(f"calibration error (ECE) {error:.4f}\n{class_table(rows)}", extra=DETAIL)
+    logger.info(f"report: {target}, {', '.join(FILES[1:])}", extra=DETAIL)
+
+
+def _mistake(outcomes, place, names, paths):
+    numbers = dict(confidence=outcomes.confidence, truth=outcomes.truth, loss=outcomes.loss)
+    return dict(
+        file=str(paths[outcomes.index[place]]),
+        target=names[outcomes.target[place]],
+        predicted=names[outcomes.predicted[place]],
+        **{name: float(values[place]) for name, values in numbers.items()},
+    )
+
+
+def _keep_earlier(folder, content):
+    """Move an earlier report of something else out of the way, and say so."""
+    path = os.path.join(folder, FILES[0])
+    if not os.path.exists(path):
+        return
+    with contextlib.suppress(ValueError), open(path, encoding="utf-8") as file:
+        if json.load(file) == json.loads(json.dumps(content)):
+            return
+    made = time.strftime("%Y%m%d-%H%M%S", time.localtime(os.path.getmtime(path)))
+    kept, number = os.path.join(folder, f"eval_{made}"), 1
+    while os.path.exists(kept):
+        kept, number = os.path.join(folder, f"eval_{made}-{number}"), number + 1
+    os.mkdir(kept)
+    for name in FILES:
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(os.path.join(folder, name), os.path.join(kept, name))
+    logger.info(f"the report of an earlier evaluation is now in {kept}")
+
+
+def class_table(rows, most=MOST_LISTED):
+    """The classes as aligned text, the least accurate first, ``most`` of them."""
+    rows = sorted((row for row in rows if row["images"]), key=lambda row: row["accuracy"])
+    width = max(len("class"), *(len(row["class"]) for row in rows[:most]))
+    lines = [f"{'class':{width}}  accuracy  precision  images"]
+    for row in rows[:most]:
+        precision = "-" if row["precision"] is None else f"{100 * row['precision']:.2f}"
+        lines.append(
+            f"{row['class']:{width}}  {100 * row['accuracy']:8.2f}  {precision:>9}  {row['images']:6}"
+        )
+    if len(rows) > most:
+        lines.append(f"... and {len(rows) - most} classes that are more accurate")
+    return "\n".join(lines)
+
+
+def chosen_classes(pairs, count, most=MOST_DRAWN):
+    """The classes that a picture of confusions shows: all, or those of the most frequent ones, side by side.
+
+    Args:
+        pairs: what :func:`confusions` returns.
+        count: of all classes.
+    """
+    if count <= most:
+        return list(range(count))
+    chosen = []
+    for target, predicted, _ in pairs:
+        new = [number for number in (target, predicted) if number not in chosen]
+        if len(chosen) + len(new) > most:
+            break
+        for number in new:
+            partner = predicted if number == target else target
+            place = chosen.index(partner) + 1 if partner in chosen else len(chosen)
+            chosen.insert(place, number)
+    return chosen or list(range(most))
+
+
+def draw_confusions(outcomes, names, path):
+    """Draw which classes are taken for which to a PNG file, and list the most frequent confusions.
+
+    The matrix counts images, of each class in a row; beyond :data:`MOST_DRAWN` classes it shows those of the
+    most frequent confusions, and the rest in a last column.
+    """
+    pairs = confusions(outcomes)
+    classes = chosen_classes(pairs, len(names))
+    all_shown, side = len(classes) == len(names), len(classes)
+    place_of = np.full(len(names), side)
+    place_of[classes] = np.arange(side)
+    counts = np.zeros((side + 1, side + 1), np.int64)
+    np.add.at(counts, (place_of[outcomes.target], place_of[outcomes.predicted]), 1)
+    counts = counts[:side] if not all_shown else counts[:side, :side]
+    share = counts / np.maximum(1, counts.sum(1, keepdims=True))
+    diagonal = np.eye(*counts.shape, dtype=bool)
+    wrong = np.where(diagonal, np.nan, share)
+
+    figure = Figure(figsize=(17, 10), layout="constrained")
+    FigureCanvasAgg(figure)
+    matrix, bars = figure.subplots(1, 2, width_ratios=(2, 1))
+    matrix.imshow(np.where(diagonal, share, np.nan), cmap="Greens", vmin=0, vmax=1.6)
+    matrix.imshow(wrong, cmap="Oranges", vmin=0, vmax=1.7 * max(0.01, np.nanmax(wrong, initial=0)))
+    size = min(10, 230 / max(side, 1))
+    for row, column in zip(*counts.nonzero()):
+        matrix.text(column, row, f"{counts[row, column]}", ha="center", va="center", fontsize=size)
+    labels = [_short(names[number]) for number in classes]
+    matrix.set_yticks(range(side), labels, fontsize=size, parse_math=False)
+    columns = labels if all_shown else [*labels, "other classes"]
+    matrix.set_xticks(range(len(columns)), columns, fontsize=size, rotation=90, parse_math=False)
+    matrix.set(xlabel="predicted", ylabel="target")
+    accuracy = f"top-1 {100 * outcomes.right().mean():.2f}% of {len(outcomes.index):,} images"
+    what = "all classes" if all_shown else f"{side} of {len(names):,} classes, the most confused"
+    matrix.set_title(f"{accuracy}; {what}", fontsize=11)
+
+    listed = pairs[:MOST_LISTED]
+    bars.barh(range(len(listed)), [number for *_, number in listed], color="#f2a65a")
+    texts = [f"{_short(names[target])} → {_short(names[said])}" for target, said, _ in listed]
+    bars.set_yticks(range(len(listed)), texts, fontsize=9, parse_math=False)
+    bars.set_ylim(MOST_LISTED - 0.5, -0.5)
+    bars.xaxis.get_major_locator().set_params(integer=True)
+    bars.set_title("most frequent confusions (target → predicted)" if listed else "no mistakes", fontsize=11)
+    bars.set_xlabel("images")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+
+
+def _short(name, most=26):
+    return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
+def draw_mistakes(outcomes, names, path, columns=6):
+    """Draw the mistakes of the highest loss to a PNG file, as the model saw them, above both classes."""
+    tile, size = 208, 14
+    letters, line = font(size), int(1.4 * size)
+    rows = -(-len(outcomes.worst) // columns)
+    height = tile + 2 * line + 10
+    sheet = Image.new("RGB", (columns * (tile + 8) + 8, 2 * line + rows * height), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    wrong = int((~outcomes.right()).sum())
+    title = f"{len(outcomes.worst)} of {wrong:,} mistakes, by loss: predicted (red) and target (green)"
+    draw.text((8, line // 2), title if wrong else "no mistakes", fill=INK, font=letters)
+    for i, (place, pixels) in enumerate(outcomes.worst):
+        x, y = 8 + i % columns * (tile + 8), 2 * line + i // columns * height
+        image, _ = enlarged(Image.fromarray(pixels), tile)
+        image.thumbnail((tile, tile))
+        sheet.paste(image, (x + (tile - image.width) // 2, y + (tile - image.height) // 2))
+        for number, classes, scores, colour in (
+            (0, outcomes.predicted, outcomes.confidence, WRONG),
+            (1, outcomes.target, outcomes.truth, RIGHT),
+        ):
+            text = fitting(f"{scores[place]:.3f} {names[classes[place]]}", letters, tile)
+            draw.text((x, y + tile + 2 + number * line), text, fill=colour, font=letters)
+    with replacing(path) as temporary:
+        sheet.save(temporary, format="PNG")
 
 
 def font(size):

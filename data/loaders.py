@@ -52,6 +52,10 @@ class Loader:
                 self._limit(len(self.failed_now))
             yield images, targets
 
+    def indices_seen(self):
+        """Of an evaluation, the indices of the images that the last iteration gave this process, in order."""
+        return [index for index in self.loader.sampler if index not in self.failed_now]
+
     def check_failures(self):
         """Raise a DataError if all processes together failed to read more than 1% of the files this epoch.
 

@@ -217,6 +217,12 @@ def test_evaluation_is_the_same_for_any_processes_and_batch_size(
         "--resume", trained[0] / "ckpt_epoch_1.pth", "--output", tmp_path, processes=processes,
     ).stdout  # fmt: skip
     assert figures(printed) == pytest.approx(figures(log_of(trained[0])), abs=1e-6)
+    report = json.loads((run_folder(tmp_path) / "eval.json").read_text())
+    assert report["images"] == 9 and [row["images"] for row in report["classes"]] == [3, 3, 3]
+    files = [mistake["file"] for mistake in report["mistakes"]]
+    wrong = sum(row["images"] - row["right"] for row in report["classes"])
+    assert len(files) == len(set(files)) == wrong == round(9 * (1 - figures(printed)[0] / 100))
+    assert not (trained[0] / "eval.json").exists()
 
 
 def test_evaluation_with_fewer_images_than_processes(trained, tmp_path):
