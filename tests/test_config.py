@@ -61,9 +61,10 @@ def test_official_keys_have_official_defaults():
         MLP_RATIO=4.0, QKV_BIAS=True, QK_SCALE=None, APE=False, PATCH_NORM=True, SHUF_SIZE=[4, 4, 2, 1],
         MANIP_TYPE="shuf", TOKENS=0, HEAD=0, PATCH_EMBED=0, DOWNSAMPLE=0, ATTENTION=0,
     )  # fmt: skip
-    assert dict(config.TRAIN.LR_SCHEDULER) == dict(
-        NAME="cosine", MILESTONES=[27, 33], DECAY_EPOCHS=30, DECAY_RATE=0.1
-    )
+    assert dict(config.TRAIN.LR_SCHEDULER, COOLDOWN_EPOCHS=0, CYCLES=0, CYCLE_DECAY=0, POWER=0) == dict(
+        NAME="cosine", MILESTONES=[27, 33], DECAY_EPOCHS=30, DECAY_RATE=0.1,
+        COOLDOWN_EPOCHS=0, CYCLES=0, CYCLE_DECAY=0, POWER=0,
+    )  # fmt: skip
     assert dict(config.TRAIN.OPTIMIZER) == dict(NAME="adamw", EPS=1e-8, BETAS=(0.9, 0.999), MOMENTUM=0.9)
     assert (config.TEST.CROP, config.TAG, config.SAVE_FREQ, config.PRINT_FREQ, config.SEED) == (
         True,
