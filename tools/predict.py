@@ -30,7 +30,6 @@ import distributed
 from data.loaders import start_worker
 from data.sources import Pictures, find_files
 from data.transforms import image_mode
-from data.transforms import image_mode
 from detection.detector import to_original_size
 from detection.evaluation import to_results
 from detection.pictures import annotate
