@@ -211,10 +211,13 @@ def default_config():
     config.TRAIN.OPTIMIZER.MOMENTUM = 0.9
 
     config.AUG = CfgNode()
-    # Colour jitter strength; only where AUTO_AUGMENT is none.
+    # Colour jitter strength; only where AUTO_AUGMENT is none or 3a.
     config.AUG.COLOR_JITTER = 0.4
-    # timm's AutoAugment / RandAugment / AugMix string, or none.
+    # timm's AutoAugment / RandAugment / AugMix string, 3a for the 3-Augment of DeiT III, or none.
     config.AUG.AUTO_AUGMENT = "rand-m9-mstd0.5-inc1"
+    # Repeated augmentation, as in DeiT: how often an epoch takes an image, each time augmented differently.
+    # It then takes so many times fewer images, others each time, and lasts as many updates as ever.
+    config.AUG.REPEATED = 1
     # Probability of a horizontal flip.
     config.AUG.HFLIP = 0.5
     # Random erasing: probability, fill (pixel, rand, const), rectangles.
@@ -433,6 +436,7 @@ RANGES = {
     ),
     "TRAIN.OPTIMIZER.MOMENTUM": _BELOW_1,
     "AUG.COLOR_JITTER": _at_least(0),
+    "AUG.REPEATED": _between(1, 100),
     "AUG.HFLIP": _SHARE,
     "AUG.REPROB": _SHARE,
     "AUG.RECOUNT": _between(0, 100),

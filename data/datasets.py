@@ -163,10 +163,10 @@ class ImageFolder(torchvision.datasets.ImageFolder):
 class TrainingSamples(Dataset):
     """Training samples whose random transforms depend on (seed, epoch, index) only.
 
-    Items are asked for by (epoch, index), so neither the number of workers nor the order in which they work
-    changes an image. An item is (image, target, failed): with ``skip``, an image that cannot be read is
-    replaced by another one, again a function of (seed, epoch, index), and its index is in the list
-    ``failed``.
+    Items are asked for by (epoch, index), or (epoch, index, repeat) where an epoch repeats images, so neither
+    the number of workers nor the order in which they work changes an image. An item is (image, target,
+    failed): with ``skip``, an image that cannot be read is replaced by another one, again a function of
+    (seed, epoch, index), and its index is in the list ``failed``.
     """
 
     def __init__(self, dataset, seed, skip):
@@ -176,11 +176,11 @@ class TrainingSamples(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, key):
-        epoch, index = key
-        failed = []
+        epoch, index, *repeat = key
+        failed, alone = [], get_worker_info() is None
         while True:
             try:
-                with seeded("augmentation", self.seed, epoch, index, restore=get_worker_info() is None):
+                with seeded("augmentation", self.seed, epoch, index, *repeat, restore=alone):
                     return *self.dataset[index], failed
             except DataError:
                 failed.append(index)

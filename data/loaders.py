@@ -75,7 +75,12 @@ class Loader:
         """Log what the dataset found, and how many images an epoch leaves out."""
         self.loader.dataset.dataset.report()
         sampler = self.loader.batch_sampler
-        if isinstance(sampler, TrainBatchSampler) and (left := sampler.length % sampler.images_per_update):
+        if isinstance(sampler, TrainBatchSampler) and sampler.repeats > 1:
+            logging.getLogger("msg_transformer").info(
+                f"AUG.REPEATED {sampler.repeats}: an epoch takes {sampler.images_of_an_epoch():,} of these "
+                f"images, others each time, up to {sampler.repeats} times each"
+            )
+        elif isinstance(sampler, TrainBatchSampler) and (left := sampler.length % sampler.images_per_update):
             logging.getLogger("msg_transformer").info(
                 f"{left:,} of these images, others each time, are left out of an epoch: they do not fill an "
                 f"update of {sampler.parts()}"
@@ -246,6 +251,7 @@ def build_loaders(config, rank=0, world_size=1, device="cpu"):
     sampler = TrainBatchSampler(
         len(train), config.DATA.BATCH_SIZE, accumulation, rank, world_size, config.SEED
     )
+    sampler.repeats = config.AUG.REPEATED
     require_an_update(sampler, f"{root}/train")
     loader = DataLoader(TrainingSamples(train, config.SEED, skip), batch_sampler=sampler, **options)
     train_loader = Loader(loader, [path for path, _ in train.samples], to_device)
