@@ -6,12 +6,13 @@ A checkpoint is a dict of plain types and tensors: ``model``, ``optimizer``, ``l
 head); with ``TRAIN.EMA`` also ``model_ema``, the averaged weights, which the scores are then of, and ``ema``;
 with optimizers other than AdamW and SGD also ``optimizer_name``. Files of the official release, with a
 pickled yacs config and apex's ``amp`` entry, are read too; so are the weights in bare state dicts, in timm's
-training checkpoints and in safetensors files. Nothing in a file is ever run, and what is used of one is
-checked first.
+training checkpoints and in safetensors files, which hold ``config`` and ``classes`` too if they are of
+``tools/export.py``. Nothing in a file is ever run, and what is used of one is checked first.
 """
 
 import contextlib
 import hashlib
+import json
 import logging
 import os
 import pickle
@@ -20,7 +21,8 @@ import urllib.parse
 from collections import OrderedDict
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import save
 from timm.models import clean_state_dict
 
 from models.loading import fit_weights
@@ -56,6 +58,31 @@ def save_checkpoint(path, checkpoint):
         # torch.save wraps some failed writes.
         cause = error if isinstance(error, OSError) else error.__context__
         raise cause if isinstance(cause, OSError) else OSError(str(error).split("\n")[0]) from error
+
+
+def save_weights(path, weights, metadata):
+    """Write a safetensors file of weights alone.
+
+    Args:
+        weights: tensors by name.
+        metadata: text by name; :func:`read_checkpoint` gives back ``config``, and ``classes`` of a JSON list.
+    """
+    content = save({name: x.contiguous() for name, x in weights.items()}, metadata)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(path)
+
+
+def _read_safetensors(path):
+    """The tensors of a file, or a checkpoint of them where its metadata names a config or classes."""
+    with safe_open(path, framework="pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    known = {name: metadata[name] for name in ("config", "classes") if name in metadata}
+    if "classes" in known:
+        known["classes"] = json.loads(known["classes"])
+    return dict(model=tensors, **known) if known else tensors
 
 
 def save_in_folder(folder, checkpoint, name, keep):
@@ -187,7 +214,7 @@ def read_checkpoint(path):
     try:
         with stand_ins, memory_limit(2 * size + 2**30):
             if path.endswith(".safetensors"):
-                return load_file(path)
+                return _read_safetensors(path)
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)|Unsupported (?:class|global)\w* ([\w.]+)", str(error))
@@ -505,7 +532,7 @@ def load_weights(model, checkpoint, path, new_head=False):
     """
     weights, own = weights_of(checkpoint, path), model.state_dict()
     theirs, ours = _classes_of(checkpoint, path), getattr(model, "classes", None)
-    difference = _class_difference(theirs, ours) if theirs and ours else ""
+    difference = class_difference(theirs, ours) if theirs and ours else ""
     unnamed = ours and not theirs
     told = f"{path} does not name its classes: they cannot be compared with the data's" if unnamed else ""
     if difference and not new_head:
@@ -532,7 +559,7 @@ def load_weights(model, checkpoint, path, new_head=False):
         logger.info(change)
 
 
-def _class_difference(saved, own):
+def class_difference(saved, own):
     """How the class names of a checkpoint differ from the model's, in words; empty where they do not."""
     if saved == own:
         return ""

@@ -76,6 +76,22 @@ def evaluation_sizes(config):
     return cover, size, _resize_mode(config.DATA.INTERPOLATION)
 
 
+def describe_evaluation(config):
+    """What evaluation does to an image, in plain values, for whoever runs an exported model."""
+    cover, size, mode = evaluation_sizes(config)
+    return dict(
+        layout="batch, channels, height, width",
+        channels="RGB" if config.MODEL.MSG.IN_CHANS == 3 else config.MODEL.MSG.IN_CHANS,
+        resize_to_cover=cover,
+        resize_to=None if cover else size,
+        interpolation=mode.value,
+        centre_crop=size if cover else None,
+        divide_by=255,
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
+    )
+
+
 def _resize_mode(interpolation):
     """torchvision's mode of a plain resize; bicubic for ``random``, which timm's random crop takes."""
     return str_to_interp_mode("bicubic" if interpolation == "random" else interpolation)

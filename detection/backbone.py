@@ -61,7 +61,8 @@ class MSGBackbone(nn.Module):
 
         Args:
             images: (B, 3, H, W), zero outside of each image.
-            sizes: (height, width) in pixels of each image, which is at the top left.
+            sizes: (height, width) in pixels of each image, which is at the top left; None where all fill
+                ``images``.
 
         Returns:
             A map (B, C, H / stride, W / stride) for each stage, sides rounded up; zero outside of each image.

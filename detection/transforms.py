@@ -1,6 +1,7 @@
 """The augmentation recipe of detection, on torchvision's v2 transforms."""
 
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -75,6 +76,21 @@ class DropUnseen(nn.Module):
 
 def _random(low, high):
     return int(torch.randint(low, high + 1, ()))
+
+
+def describe_evaluation(config):
+    """What evaluation does to an image, in plain values, for whoever runs an exported model."""
+    return dict(
+        layout="batch, channels, height, width",
+        channels="RGB",
+        resize_short_side_to=config.DET.TEST_SIZE,
+        but_long_side_at_most=config.DET.MAX_SIZE,
+        interpolation="bilinear",
+        divide_by=255,
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
+        then="zeros below and to the right, up to the size",
+    )
 
 
 def build_transform(config, is_train):

@@ -80,7 +80,7 @@ def test_resized_biases_keep_their_centre_their_range_and_what_is_constant(old, 
     table = torch.randn((2 * old - 1) ** 2, 3)
     resized = resize_table(table, new)
     assert torch.equal(resized[len(resized) // 2], table[len(table) // 2])
-    assert resized.min() >= table.min() and resized.max() <= table.max()
+    assert resized.min() > table.min() - 1e-6 and resized.max() < table.max() + 1e-6  # up to rounding
     torch.testing.assert_close(resize_table(torch.ones_like(table), new), torch.ones_like(resized))
 
 

@@ -121,6 +121,13 @@ def test_frames_of_videos_are_taken_in_order_and_a_torn_video_is_a_problem(tmp_p
     assert 0 < len(before) < 30 and f"it ends after {len(before)} of 30 frames" in last.problem
 
 
+def test_transparency_reaches_models_that_see_it(tmp_path):
+    Image.new("RGBA", (4, 4), (9, 8, 7, 100)).save(tmp_path / "glass.png")
+    for mode, pixel in (("RGBA", [9, 8, 7, 100]), ("RGB", [9, 8, 7])):
+        (picture,) = Pictures([str(tmp_path / "glass.png")], np.asarray, mode=mode)
+        assert picture.inputs[0, 0].tolist() == pixel
+
+
 def test_files_folders_and_patterns_name_each_file_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("b.png", "a/2.JPG", "a/deep/1.png", "a/[x] é.png", "a/clip.MP4", "a/notes.txt"):

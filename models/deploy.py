@@ -1,0 +1,345 @@
+"""Files for other programs: how each format is written, run again, and compared before it is kept.
+
+A file takes any number of images of one size, because windows and padding are laid out for a size.
+"""
+
+import contextlib
+import copy
+import importlib.util
+import os
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+
+import checkpoint as ckpt
+from utils import UserError, sync_folder
+
+from .fixed_weights import inference
+
+# Largest error of a float32 file: times the largest output, where that is above 1.
+CLOSE = 1e-4
+# Root mean square error over the spread of the outputs: of int8 to float32, and of its file to PyTorch, where
+# single activations may be rounded to the neighbouring number.
+QUANTISED, SAME_QUANTISED = 0.1, 0.01
+
+
+@dataclass(frozen=True)
+class Exportable:
+    """What a file is made from.
+
+    Args:
+        model: takes images (B, C, H, W), gives a tensor or a tuple of them.
+        weights: tensors by name, for formats that hold weights alone.
+        size: (C, H, W) of an image.
+        outputs: a name for each tensor that it gives.
+        metadata: text by name, that formats carry along.
+        rebuild: called with the path of a file of weights, makes the model again from it alone.
+    """
+
+    model: nn.Module
+    weights: dict
+    size: tuple
+    outputs: tuple
+    metadata: dict
+    rebuild: Callable
+
+    def images(self, count):
+        """Normalised noise images (count, C, H, W), the same ones for the same count."""
+        return torch.randn(count, *self.size, generator=torch.Generator().manual_seed(count))
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a kind of file is written and run.
+
+    Args:
+        ending: of file names.
+        write: called with an :class:`Exportable`, its model prepared, and a path.
+        runners: by name, what makes of a path and the Exportable a function of images.
+        optional: names of runners that are left out where their package is missing.
+        packages: what ``pip install`` is asked for; the module names are the same.
+        prepare: makes of a model the one that is written, in place of it.
+    """
+
+    ending: str
+    write: Callable
+    runners: dict
+    optional: tuple = ()
+    packages: tuple = ()
+    prepare: Callable | None = None
+
+
+@dataclass
+class Kept:
+    """A file that agrees with PyTorch.
+
+    Args:
+        errors: the largest error of each runner.
+        runs: functions of images by runner, of the file under its last name.
+    """
+
+    path: str
+    errors: dict = field(default_factory=dict)
+    runs: dict = field(default_factory=dict)
+
+
+def require_packages(names):
+    """Refuse formats whose packages are missing.
+
+    Raises:
+        UserError: with the command that installs all of them.
+    """
+    wanted = {package: name for name in names for package in FORMATS[name].packages}
+    missing = [package for package in wanted if importlib.util.find_spec(package) is None]
+    if missing:
+        needy = dict.fromkeys(wanted[package] for package in missing)
+        raise UserError(f"{', '.join(needy)}: missing packages: pip install {' '.join(missing)}")
+
+
+def write_checked(exportable, kind, path, batches):
+    """Write a file, and give it its name once each of its runners computes what the model computes.
+
+    Args:
+        exportable: an :class:`Exportable`, whose model is in evaluation mode.
+        kind: a :class:`Format`.
+        path: of the file; an older one stays as it is unless the new one agrees.
+        batches: tensors of images (B, C, H, W) to compare on.
+
+    Returns:
+        A :class:`Kept`.
+
+    Raises:
+        UserError: it cannot be written or run, or computes something else.
+    """
+    expected = outputs_of(InPyTorch(exportable.model), batches)
+    source = exportable
+    if kind.prepare:
+        source = replace(source, model=_attempt("be prepared", kind.prepare, exportable.model))
+    folder, name = os.path.split(os.path.abspath(path))
+    os.makedirs(folder, exist_ok=True)
+    kept = Kept(path)
+    # In the same folder, so that it can be renamed; by its name, because PyTorch reads the ending.
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as unchecked:
+        file = os.path.join(unchecked, name)
+        _attempt("be written", kind.write, source, file)
+        for runner, load in kind.runners.items():
+            if runner in kind.optional and importlib.util.find_spec(runner) is None:
+                continue
+            run = _attempt(f"be loaded by {runner}", load, file, exportable)
+            found = _attempt(f"be run by {runner}", outputs_of, run, batches)
+            if kind.prepare:
+                own = outputs_of(InPyTorch(source.model), batches)
+                _require_near(runner, found, own, SAME_QUANTISED)
+                _require_near(runner, found, expected, QUANTISED)
+            kept.errors[runner] = _largest_error(runner, found, expected, None if kind.prepare else CLOSE)
+            kept.runs[runner] = run
+        os.replace(file, path)
+        sync_folder(path)
+    return kept
+
+
+@dataclass(frozen=True)
+class InPyTorch:
+    """A model in PyTorch as a function of images; see :func:`evaluating`."""
+
+    model: nn.Module
+
+    def __call__(self, images):
+        """What it gives, as a tuple of tensors."""
+        return _as_tuple(self.model(images))
+
+
+@contextlib.contextmanager
+def evaluating(runs):
+    """Context in which those of ``runs`` that are models in PyTorch run as fast as they can."""
+    with contextlib.ExitStack() as stack:
+        for run in runs:
+            if isinstance(run, InPyTorch):
+                stack.enter_context(inference(run.model))
+        yield
+
+
+def outputs_of(run, batches):
+    """A tuple of tensors for each batch."""
+    with evaluating([run]):
+        return [run(images) for images in batches]
+
+
+def _attempt(what, function, *arguments):
+    """Call what compilers and runtimes are behind, which raise nearly anything."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of exporters, about themselves
+            return function(*arguments)
+    except UserError:
+        raise
+    except Exception as error:
+        reason = next(filter(None, map(str.strip, str(error).split("\n"))), "")
+        raise UserError(f"it cannot {what}: {type(error).__name__}: {reason[:300]}") from error
+
+
+def _pairs(runner, found, expected):
+    """Tensors to compare, as float64.
+
+    Raises:
+        UserError: other numbers or shapes, or numbers that are not finite.
+    """
+    for there, here in zip(found, expected):
+        shapes = [tuple(x.shape) for x in there], [tuple(x.shape) for x in here]
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                f"{runner} gives shapes {shapes[0]} and PyTorch {shapes[1]}: the file is not kept"
+            )
+        for x, y in zip(there, here):
+            if not (x.isfinite().all() and y.isfinite().all()):
+                raise UserError(
+                    f"{runner} or PyTorch gives numbers that are not finite: the file is not kept"
+                )
+            yield x.double(), y.double()
+
+
+def _largest_error(runner, found, expected, limit):
+    """The largest error, which may be ``limit`` at most, times the largest output where that is above 1."""
+    worst = 0.0
+    for x, y in _pairs(runner, found, expected):
+        error = (x - y).abs().max().item()
+        allowed = limit and limit * max(1.0, y.abs().max().item())
+        if limit and error > allowed:
+            raise UserError(
+                f"{runner} is up to {error:.2g} off PyTorch, more than {allowed:.2g}: the file is not kept"
+            )
+        worst = max(worst, error)
+    return worst
+
+
+def _require_near(runner, found, expected, limit):
+    """Refuse a root mean square error above ``limit`` of the spread of the outputs."""
+    for x, y in _pairs(runner, found, expected):
+        error = ((x - y).square().mean().sqrt() / y.std(correction=0).clamp(min=1e-12)).item()
+        if error > limit:
+            raise UserError(
+                f"{runner} differs from PyTorch by {error:.1%} of the spread of the outputs, more than "
+                f"{limit:.0%}: the file is not kept"
+            )
+
+
+def _as_tuple(outputs):
+    return (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs)
+
+
+def _export(exportable):
+    """The model as a program of torch.export, for any number of images."""
+    batch = {0: torch.export.Dim("batch")}
+    program = torch.export.export(exportable.model, (exportable.images(2),), dynamic_shapes=(batch,))
+    # Where windows are padded, there are empty lists of rows, from NumPy: torch.export.save fails on these.
+    for name, value in program.constants.items():
+        if isinstance(value, torch.Tensor) and value.numel() == 0:
+            program.constants[name] = torch.zeros_like(value)
+    return program
+
+
+def _write_program(exportable, path):
+    torch.export.save(_export(exportable), path, extra_files=dict(exportable.metadata))
+
+
+def _run_program(path, exportable):
+    return _without_gradients(torch.export.load(path).module())
+
+
+def _write_package(exportable, path):
+    settings = {"aot_inductor.metadata": dict(exportable.metadata)}
+    torch._inductor.aoti_compile_and_package(
+        _export(exportable), package_path=path, inductor_configs=settings
+    )
+
+
+def _run_package(path, exportable):
+    return _without_gradients(torch._inductor.aoti_load_package(path))
+
+
+def _without_gradients(module):
+    def run(images):
+        with torch.no_grad():
+            return _as_tuple(module(images))
+
+    return run
+
+
+def _write_onnx(exportable, path):
+    program = torch.onnx.export(
+        exportable.model,
+        (exportable.images(2),),
+        dynamo=True,
+        verbose=False,
+        dynamic_shapes=({0: "batch"},),
+        input_names=["images"],
+        output_names=list(exportable.outputs),
+    )
+    program.model.metadata_props.update(exportable.metadata)
+    program.save(path, external_data=False)
+
+
+def _run_onnx(path, exportable):
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Threads that wait in a loop would take the time of whatever runs next.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda images: tuple(map(torch.from_numpy, session.run(None, {"images": images.numpy()})))
+
+
+def run_openvino(path, precision="f32"):
+    """A function of images float32 that OpenVINO computes on the CPU from an ONNX file.
+
+    Args:
+        precision: f32 or bf16; its own choice is bf16 where the processor has that.
+    """
+    import openvino
+
+    settings = dict(INFERENCE_PRECISION_HINT=precision, INFERENCE_NUM_THREADS=torch.get_num_threads())
+    model = openvino.Core().compile_model(path, "CPU", settings)
+    return lambda images: tuple(torch.from_numpy(x.copy()) for x in model(images.numpy()).values())
+
+
+def _write_weights(exportable, path):
+    ckpt.save_weights(path, exportable.weights, exportable.metadata)
+
+
+def _run_weights(path, exportable):
+    return InPyTorch(exportable.rebuild(path))
+
+
+def _quantise(model):
+    """A copy whose linear layers have int8 weights, and round activations to int8 as they come."""
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    model = copy.deepcopy(model)
+    quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    return model
+
+
+FORMATS = dict(
+    onnx=Format(
+        ".onnx",
+        _write_onnx,
+        dict(onnxruntime=_run_onnx, openvino=lambda path, _: run_openvino(path)),
+        optional=("openvino",),
+        packages=("onnx", "onnxscript", "onnxruntime"),
+    ),
+    torch_export=Format(".torch_export.pt2", _write_program, {"torch.export": _run_program}),
+    aoti=Format(".aoti.pt2", _write_package, {"AOTInductor": _run_package}),
+    safetensors=Format(".safetensors", _write_weights, {"this code": _run_weights}),
+    int8=Format(
+        ".int8.pt2",
+        _write_program,
+        {"torch.export": _run_program},
+        packages=("torchao",),
+        prepare=_quantise,
+    ),
+)

@@ -1,0 +1,272 @@
+"""Files for other programs: each computes what its checkpoint computes, or is not kept."""
+
+import argparse
+import copy
+import dataclasses
+import importlib
+import importlib.util
+import json
+import re
+
+import pytest
+import timm
+import torch
+from helpers import ROOT, digits_config, fill_weights, run_main
+from safetensors import safe_open
+
+import checkpoint as ckpt
+import models
+from config import dump_config, get_config
+from detection.detector import build_detector
+from models.deploy import FORMATS, Exportable, require_packages, write_checked
+from utils import UserError
+
+CLASSES = ["a", "b", "c"]
+SMALL = ["MODEL.NUM_CLASSES", 3, "MODEL.MSG.DEPTHS", "[1, 1]", "MODEL.MSG.NUM_HEADS", "[3, 6]"]
+SMALL += ["MODEL.MSG.SHUF_SIZE", "[4, 2]", "DATA.NUM_WORKERS", 0]
+SIZES = ["DATA.IMG_SIZE", "[40, 48]"]  # windows reach over the edge
+
+
+def save(path, *opts, **entries):
+    """A checkpoint of a small classifier of three classes; returns its model."""
+    config = digits_config(*SMALL, *opts)
+    model = fill_weights(models.build_model(config)).eval()
+    content = dict(model=model.state_dict(), config=dump_config(config), classes=CLASSES, epoch=0)
+    ckpt.save_checkpoint(str(path), dict(content, **entries))
+    return model
+
+
+@pytest.fixture
+def export(monkeypatch, capfd):
+    """Runs tools/export.py in this process; gives its exit code, and what it printed to stdout and stderr."""
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    tool = importlib.import_module("export")
+
+    def run(*arguments):
+        try:
+            code = tool.main([*map(str, arguments), "--rounds", "2"])
+        except SystemExit as stopped:
+            code = stopped.code
+        return code, *capfd.readouterr()
+
+    return run
+
+
+def images(count, *size):
+    return torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(count))
+
+
+def run_onnx(path):
+    """What ONNX Runtime computes, and the metadata that it finds."""
+    session = pytest.importorskip("onnxruntime").InferenceSession(str(path))
+    return lambda x: map(
+        torch.from_numpy, session.run(None, {"images": x.numpy()})
+    ), session.get_modelmeta().custom_metadata_map
+
+
+def run_program(path):
+    """What torch.export loads, and the metadata that it finds."""
+    found = dict(config="", input="", classes="")
+    program = torch.export.load(path, extra_files=found).module()
+
+    def run(x):
+        with torch.no_grad():
+            outputs = program(x)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    return run, found
+
+
+def assert_computes(run, model, size, tolerance=1e-4):
+    for count in (1, 3):
+        x = images(count, *size)
+        with torch.no_grad():
+            expected = model(x)
+        expected = expected if isinstance(expected, tuple) else (expected,)
+        found = tuple(run(x))
+        assert len(found) == len(expected)
+        for there, here in zip(found, expected):
+            torch.testing.assert_close(there, here, rtol=0, atol=tolerance)
+
+
+def test_files_compute_what_the_checkpoint_computes_and_say_what_they_take(tmp_path, data, export):
+    pytest.importorskip("onnxscript")
+    model = save(tmp_path / "x.pth", *SIZES)
+    formats = ["onnx", "torch_export", "safetensors"]
+    code, out, err = export(tmp_path / "x.pth", "--formats", *formats, "--data-path", data, "--images", 6)
+    assert code == 0, err
+    rows = [line.split() for line in out.splitlines()]
+    (expected,) = [row[-1] for row in rows if row[0] == "PyTorch"]
+    found = [row for row in rows if len(row) >= 6 and row[0] in formats]
+    assert {row[0] for row in found} == set(formats)
+    assert all(float(row[-3]) < 1e-4 and float(row[-2]) > 0 and row[-1] == expected for row in found)
+    with safe_open(tmp_path / "x.safetensors", "pt") as file:
+        described = [file.metadata()]
+    for ending, load in ((".onnx", run_onnx), (".torch_export.pt2", run_program)):
+        run, metadata = load(tmp_path / f"x{ending}")
+        assert_computes(run, model, (40, 48))
+        described.append(metadata)
+    for metadata in described:
+        assert json.loads(metadata["classes"]) == CLASSES
+        takes = json.loads(metadata["input"])
+        assert takes["size"] == [40, 48] and takes["mean"][0] == 0.485
+        assert "NAME: digits" in metadata["config"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        ["x.pth", "x.onnx", "x.torch_export.pt2", "x.safetensors"]
+    )
+
+
+@pytest.mark.slow
+def test_a_compiled_package_computes_what_the_checkpoint_computes(tmp_path, export):
+    model = save(tmp_path / "x.pth")
+    code, out, err = export(tmp_path / "x.pth", "--formats", "aoti")
+    assert code == 0, err
+    package = torch._inductor.aoti_load_package(str(tmp_path / "x.aoti.pt2"))
+    assert json.loads(package.get_metadata()["classes"]) == CLASSES
+    with torch.no_grad():
+        for count in (1, 3):
+            x = images(count, 32, 32)
+            torch.testing.assert_close(package(x), model(x), rtol=0, atol=1e-4)
+
+
+def exportable(model, size=32):
+    return Exportable(model, model.state_dict(), (3, size, size), ("logits",), {}, None)
+
+
+def test_a_file_that_computes_something_else_is_not_kept(tmp_path):
+    subject = exportable(save(tmp_path / "x.pth"))
+    path, kind = tmp_path / "x.pt2", FORMATS["torch_export"]
+
+    def write_wrong(exportable, file):
+        with torch.no_grad():
+            exportable.model.head.bias[1] += 3e-4
+        kind.write(exportable, file)
+        with torch.no_grad():
+            exportable.model.head.bias[1] -= 3e-4
+
+    batches = [images(2, 32, 32) / 100]
+    path.write_text("the one before")
+    with pytest.raises(UserError, match="^torch.export is up to 0.0003 off PyTorch, more than 0.0001"):
+        write_checked(subject, dataclasses.replace(kind, write=write_wrong), str(path), batches)
+    assert path.read_text() == "the one before"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.pt2", "x.pth"]
+    kept = write_checked(subject, kind, str(path), batches)
+    assert kept.errors["torch.export"] < 1e-5 and path.stat().st_size > 1e5
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_int8_file_is_near_the_model_or_not_kept(tmp_path):
+    pytest.importorskip("torchao")
+    subject, kind, path = exportable(save(tmp_path / "x.pth")), FORMATS["int8"], tmp_path / "x.pt2"
+    wrong = copy.deepcopy(subject.model)
+    with torch.no_grad():
+        wrong.head.bias += torch.tensor([0.0, 2.0, 0.0])
+    spoilt = dataclasses.replace(kind, write=lambda _, file: kind.write(exportable(wrong), file))
+    x = images(8, 32, 32)
+    with pytest.raises(UserError, match="of the spread of the outputs, more than 1%: the file is not kept"):
+        write_checked(subject, spoilt, str(path), [x])
+    assert not path.exists()
+    write_checked(subject, kind, str(path), [x])
+    with torch.no_grad():
+        expected = subject.model(x)
+    error = (next(iter(run_program(path)[0](x))) - expected).square().mean().sqrt() / expected.std()
+    assert 0 < error < 0.1
+
+
+def test_infinite_numbers_are_not_taken_for_agreement(tmp_path):
+    subject = exportable(save(tmp_path / "x.pth"))
+    batch = images(1, 32, 32)
+    batch[0, 0, 0, 0] = float("nan")
+    with pytest.raises(UserError, match="torch.export or PyTorch gives numbers that are not finite: "):
+        write_checked(subject, FORMATS["torch_export"], str(tmp_path / "x.pt2"), [batch])
+
+
+def test_missing_packages_are_one_message_with_the_command(monkeypatch):
+    find = importlib.util.find_spec
+    lacking = ("onnxruntime", "torchao")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in lacking else find(name))
+    with pytest.raises(UserError, match="^onnx, int8: missing packages: pip install onnxruntime torchao$"):
+        require_packages(["torch_export", "onnx", "int8"])
+    require_packages(["torch_export", "aoti", "safetensors"])
+
+
+def test_weights_come_back_from_a_safetensors_file(tmp_path, data, export):
+    averaged = fill_weights(models.build_model(digits_config(*SMALL)))
+    with torch.no_grad():
+        for parameter in averaged.parameters():
+            parameter.mul_(0.9)
+    save(tmp_path / "x.pth", model_ema=averaged.state_dict())
+    code, out, err = export(tmp_path / "x.pth", "--formats", "safetensors", "--data-path", data)
+    assert code == 0, err
+    model, _, class_names = models.load(tmp_path / "x.safetensors")
+    assert class_names == CLASSES
+    for name, value in averaged.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    (row,) = [line.split() for line in out.splitlines() if line.startswith("PyTorch")]
+    evaluated = run_main("--cfg", "configs/digits.yaml", "--data-path", data, "--output", tmp_path, "--eval",
+                         "--resume", tmp_path / "x.safetensors", "--opts", *SMALL)  # fmt: skip
+    (acc1,) = re.findall(r"Acc@1 ([\d.]+) Acc@5", evaluated.stdout)
+    assert float(acc1) == pytest.approx(float(row[-1]), abs=0.006)
+    with pytest.raises(ckpt.CheckpointError, match="is not the checkpoint of a run: --pretrained takes"):
+        ckpt.read_run(str(tmp_path / "x.safetensors"))
+
+
+def test_a_detector_gives_its_pyramid(tmp_path, export):
+    opts = ["MODEL.NUM_CLASSES", "3", "MODEL.MSG.DEPTHS", "[1,1,1]", "DET.CHANNELS", "16"]
+    cfg = str(ROOT / "configs" / "coco" / "shapes.yaml")
+    config = get_config(argparse.Namespace(cfg=cfg, opts=opts))
+    detector = fill_weights(build_detector(config, 3)).eval()
+    content = dict(model=detector.state_dict(), config=dump_config(config), classes=CLASSES, epoch=0)
+    ckpt.save_checkpoint(str(tmp_path / "x.pth"), content)
+    code, _, err = export(tmp_path / "x.pth", "--data-path", tmp_path)
+    assert code == 1 and "error: a detector has no top-1" in err
+    code, out, err = export(tmp_path / "x.pth", "--formats", "torch_export", "safetensors", "--size", "64x72")
+    assert code == 0, err
+
+    def pyramid(x):
+        maps = detector.backbone(x, [x.shape[2:]] * len(x))
+        return tuple(detector.fpn({str(i): y for i, y in enumerate(maps)}).values())
+
+    assert_computes(run_program(tmp_path / "x.torch_export.pt2")[0], pyramid, (64, 72))
+    assert len(pyramid(images(1, 64, 72))) == 4
+    weights = ckpt.read_weights(str(tmp_path / "x.safetensors"))["model"]
+    assert weights.keys() == detector.state_dict().keys()
+
+
+def test_what_cannot_be_exported_is_one_message_and_nothing_is_overwritten(tmp_path, data, export):
+    save(tmp_path / "x.pth", classes=["a", "c", "b"])
+    ckpt.save_checkpoint(str(tmp_path / "bare.pth"), dict(model={"a": torch.zeros(1)}))
+    (tmp_path / "x.safetensors").write_text("mine")
+    for arguments, words in (
+        (["x.pth", "--formats", "safetensors"], "x.safetensors; --overwrite replaces, --name renames"),
+        (["x.pth", "--size", "dynamic"], "--size: a file is for one size, because windows and their padding"),
+        (["x.pth", "--data-path", data, "--name", "y"], "the same names in another order, class 1 was 'c'"),
+        (["bare.pth"], "bare.pth does not say how its model is built"),
+        (["none.pth"], "no checkpoint file"),
+    ):
+        code, _, err = export(tmp_path / arguments[0], *arguments[1:])
+        assert code and words in err, err
+    assert (tmp_path / "x.safetensors").read_text() == "mine"
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+SLOW = [pytest.mark.slow]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["msg_tiny_p4_win7_224"]
+    + [
+        pytest.param(f"msg_{size}_p4_win7_224", marks=SLOW)
+        for size in ("small", "base", "cvpr22_tiny", "cvpr22_small", "cvpr22_base")
+    ],
+)
+def test_onnx_files_of_the_named_models_are_within_1e_4_of_pytorch(name, tmp_path):
+    pytest.importorskip("onnxscript")
+    model = fill_weights(timm.create_model(name, num_classes=1000)).eval()
+    path = tmp_path / "x.onnx"
+    batches = [images(count, 224, 224) for count in (1, 3)]
+    kept = write_checked(exportable(model, 224), FORMATS["onnx"], str(path), batches)
+    print(name, kept.errors)
+    assert kept.errors["onnxruntime"] <= 1e-4
+    assert path.stat().st_size > sum(parameter.nbytes for parameter in model.parameters())

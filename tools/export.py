@@ -1,0 +1,250 @@
+"""Write a checkpoint for other programs, each file run and compared with PyTorch before it gets its name.
+
+python tools/export.py <checkpoint>                                   ONNX, torch.export and safetensors
+python tools/export.py <checkpoint> --formats onnx aoti int8 --data-path <folder>
+
+Files take any number of images of one size. Next to the checkpoint, or in --output, are written
+
+  <name>.onnx              for ONNX Runtime and OpenVINO
+  <name>.torch_export.pt2  for torch.export.load
+  <name>.aoti.pt2          compiled for this processor, for torch._inductor.aoti_load_package; other sizes are
+                           refused only where AOTI_RUNTIME_CHECK_INPUTS=1 is set
+  <name>.safetensors       the weights, with the config and the class names, for --pretrained and --resume
+  <name>.int8.pt2          int8 linear layers by torchao, for torch.export.load where torchao is installed
+
+A float32 file may be 1e-4 off PyTorch (of its largest output, where that is above 1), an int8 file 10% of the
+spread of the outputs. What differs more is deleted. Of a detector it is the backbone and the feature pyramid
+that are written. docs/deploy.md says what the files expect.
+"""
+
+import argparse
+import functools
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+from timm.layers import to_2tuple
+from torch.utils.data import DataLoader, Subset
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import benchmarking
+
+import checkpoint as ckpt
+from config import dump_config
+from data.datasets import build_dataset
+from data.transforms import build_transform, describe_evaluation
+from detection.detector import Pyramid
+from detection.ready import build_ready as build_detector
+from detection.transforms import describe_evaluation as describe_detection
+from models.deploy import FORMATS, Exportable, InPyTorch, evaluating, require_packages, write_checked
+from models.ready import build_ready as build_classifier
+from models.ready import read_described
+from utils import UserError
+
+BATCHES = 1, 2, 5  # numbers of images that files are compared on
+
+
+def parse_args(argv=None):
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("checkpoint", help="of main.py or detect.py, or a safetensors file of this command")
+    formats = ["onnx", "torch_export", "safetensors"]
+    add("--formats", nargs="+", choices=FORMATS, default=formats, help=f"default: {' '.join(formats)}")
+    add("--cfg", metavar="FILE", help="config of a checkpoint that holds none, such as an official one")
+    add("--size", type=image_size, metavar="PX", help="a side or HEIGHTxWIDTH; default: that of the config")
+    add("--data-path", metavar="DIR", help="compare top-1 too, over DIR/val/<class>/<image>")
+    add(
+        "--images",
+        type=at_least(1),
+        metavar="N",
+        help="N of these images, evenly spaced; default: all",
+    )
+    add("--rounds", type=at_least(2), default=10, help="how often each file is timed, on one image")
+    add("--output", metavar="DIR", help="default: the folder of the checkpoint")
+    add("--name", help="what file names begin with; default: that of the checkpoint")
+    add("--overwrite", action="store_true", help="replace files that are there already")
+    return parser.parse_args(argv)
+
+
+def at_least(least):
+    """A parser of whole numbers from ``least``."""
+
+    def parse(text):
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least}")
+        return int(text)
+
+    return parse
+
+
+def image_size(text):
+    """(height, width) in pixels from a side or HEIGHTxWIDTH, as ``--size`` takes them."""
+    found = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)
+    sides = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if text == "dynamic":
+        raise argparse.ArgumentTypeError(
+            "a file is for one size, because windows and their padding are laid out for it: export one file "
+            "for each size"
+        )
+    if 0 in sides:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a side in pixels nor HEIGHTxWIDTH")
+    return sides
+
+
+def open_checkpoint(path, cfg=None):
+    """What a checkpoint holds, described: its config, its weights and classes, and the part that is exported.
+
+    Args:
+        cfg: config file of a checkpoint that holds none.
+
+    Returns:
+        The config, what :func:`~checkpoint.read_weights` returns, and the model in evaluation mode: the
+        classifier, or of a detector the :class:`~detection.detector.Pyramid`.
+
+    Raises:
+        UserError: it cannot be read, holds no config, or does not fit it.
+    """
+    config, checkpoint = read_described(path, cfg)
+    if config.DATA.DATASET == "coco":
+        return config, checkpoint, Pyramid(build_detector(config, checkpoint, path).model).eval()
+    return config, checkpoint, build_classifier(config, checkpoint, path).model
+
+
+def build_exportable(args):
+    """What there is to export, the config for images of ``--size``, and the class names, None if unknown."""
+    config, checkpoint, model = open_checkpoint(args.checkpoint, args.cfg)
+    classes, text = checkpoint["classes"], dump_config(config) if args.cfg else checkpoint["config"]
+    detects = config.DATA.DATASET == "coco"
+    if detects and args.data_path:
+        raise UserError(
+            "a detector has no top-1: its backbone and feature pyramid are exported, and compared by their "
+            "maps; leave out --data-path"
+        )
+    by_config = (config.DET.TEST_SIZE, config.DET.MAX_SIZE) if detects else config.DATA.IMG_SIZE
+    size = to_2tuple(args.size or by_config)
+    config.defrost()
+    config.DATA.IMG_SIZE = list(size)
+    expects = dict(size=size, **(describe_detection(config) if detects else describe_evaluation(config)))
+    metadata = dict(config=text, input=json.dumps(expects))
+    if classes:
+        metadata["classes"] = json.dumps(classes)
+    exportable = Exportable(
+        model=model,
+        weights=checkpoint["model"],
+        size=(config.MODEL.MSG.IN_CHANS, *size),
+        outputs=tuple(f"map{i}" for i in range(len(config.MODEL.MSG.DEPTHS) + 1)) if detects else ("logits",),
+        metadata=metadata,
+        rebuild=lambda path: open_checkpoint(path)[2],
+    )
+    return exportable, config, classes
+
+
+def build_images(args, config, classes):
+    """A loader over the validation images of ``--data-path``, or None.
+
+    Raises:
+        UserError: there are none, or their classes are not the checkpoint's.
+    """
+    if not args.data_path:
+        return None
+    dataset = build_dataset(args.data_path, "val", build_transform(config, is_train=False))
+    if classes is None and len(dataset.classes) == config.MODEL.NUM_CLASSES:
+        print(f"{args.checkpoint} does not name its classes: they are taken for those of {args.data_path}")
+    elif difference := ckpt.class_difference(classes or [""] * config.MODEL.NUM_CLASSES, dataset.classes):
+        raise UserError(f"{args.checkpoint} was trained on other classes than {args.data_path}: {difference}")
+    count = min(args.images or len(dataset), len(dataset))
+    chosen = [i * len(dataset) // count for i in range(count)]
+    return DataLoader(Subset(dataset, chosen), batch_size=16)
+
+
+def top1(functions, loader):
+    """Top-1 in percent of functions of images, by their names."""
+    hits, done = dict.fromkeys(functions, 0), 0
+    for images, targets in loader:
+        for name, run in functions.items():
+            hits[name] += (run(images)[0].argmax(1) == targets).sum().item()
+        done += len(targets)
+        print(f"\r  top-1: {done}/{len(loader.dataset)} images", end="", flush=True, file=sys.stderr)
+    print(file=sys.stderr)
+    return {name: 100 * count / done for name, count in hits.items()}
+
+
+def milliseconds(functions, images, rounds):
+    """Median milliseconds of functions of images, by their names."""
+    steps = [functools.partial(run, images) for run in functions.values()]
+    quartiles = benchmarking.time_in_turn(steps, rounds)
+    return {name: 1e3 * median for name, (_, median, _) in zip(functions, quartiles)}
+
+
+def paths_of(args):
+    """The path of each format.
+
+    Raises:
+        UserError: one is there already, or is what is read.
+    """
+    folder = args.output or os.path.dirname(args.checkpoint) or os.curdir
+    name = args.name or Path(args.checkpoint).stem
+    paths = {kind: os.path.join(folder, name + FORMATS[kind].ending) for kind in args.formats}
+    there = [path for path in paths.values() if os.path.exists(path)]
+    if os.path.realpath(args.checkpoint) in map(os.path.realpath, there):
+        raise UserError(f"{args.checkpoint} is what is read: write elsewhere by --output or --name")
+    if there and not args.overwrite:
+        raise UserError(f"there already: {', '.join(there)}; --overwrite replaces, --name renames")
+    return paths
+
+
+def export(args):
+    """Write the files and print the table; returns whether all of them agree with PyTorch."""
+    require_packages(args.formats)
+    paths = paths_of(args)
+    exportable, config, classes = build_exportable(args)
+    loader = build_images(args, config, classes)
+    batches = [exportable.images(count) for count in BATCHES]
+    if loader is not None:
+        batches.append(next(iter(loader))[0])
+    functions, errors, kept = {("PyTorch", ""): InPyTorch(exportable.model)}, {}, {}
+    for name, path in paths.items():
+        print(f"{name}: writing and comparing ...", flush=True)
+        try:
+            file = kept[name] = write_checked(exportable, FORMATS[name], path, batches)
+        except (UserError, OSError) as error:
+            print(f"error: {name}: {error}", file=sys.stderr)
+            continue
+        for runner, run in file.runs.items():
+            functions[name, runner], errors[name, runner] = run, file.errors[runner]
+    with evaluating(functions.values()):
+        times = milliseconds(functions, exportable.images(1), args.rounds)
+        scores = top1(functions, loader) if loader is not None else {}
+    rows = [("format", "run by", "MB", "largest error", "ms per image", "top-1")]
+    for name, runner in functions:
+        row = [name, runner, "", "", f"{times[name, runner]:.1f}", ""]
+        if name in kept:
+            row[2:4] = f"{os.path.getsize(kept[name].path) / 1e6:.1f}", f"{errors[name, runner]:.1e}"
+        if scores:
+            row[5] = f"{scores[name, runner]:.2f}"
+        rows.append(row)
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    for file in kept.values():
+        print(f"wrote {file.path}")
+    return len(kept) == len(paths)
+
+
+def main(argv=None):
+    """Run the command; returns its exit code."""
+    try:
+        return 0 if export(parse_args(argv)) else 1
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
