@@ -210,6 +210,18 @@ def default_config():
     config.TRAIN.OPTIMIZER.BETAS = (0.9, 0.999)
     config.TRAIN.OPTIMIZER.MOMENTUM = 0.9
 
+    config.DISTILL = CfgNode()
+    # Knowledge distillation from a teacher: a checkpoint of this code, or the name of a model of timm. Empty:
+    # none.
+    config.DISTILL.TEACHER = ""
+    # Of a model of timm: the file of its weights, or pretrained for timm's own, which it may download.
+    config.DISTILL.WEIGHTS = ""
+    # soft: the teacher's probabilities at TEMPERATURE; hard: its most likely class.
+    config.DISTILL.KIND = "soft"
+    config.DISTILL.TEMPERATURE = 3.0
+    # Share of the teacher in the loss; the rest is of the labels.
+    config.DISTILL.ALPHA = 0.5
+
     config.AUG = CfgNode()
     # Colour jitter strength; only where AUTO_AUGMENT is none or 3a.
     config.AUG.COLOR_JITTER = 0.4
@@ -334,6 +346,7 @@ CHOICES = {
     **{f"MODEL.MSG.{key}": names for key, names in MSG_CHOICES.items()},
     "TRAIN.ON_SAVE_ERROR": ("continue", "stop"),
     "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step", "multistep", "tanh", "poly"),
+    "DISTILL.KIND": ("soft", "hard"),
     "AUG.REMODE": ("pixel", "rand", "const"),
     "AUG.MIXUP_MODE": ("batch", "pair", "elem"),
     "DET.BOX_LOSS": ("giou", "smooth_l1"),
@@ -435,6 +448,8 @@ RANGES = {
         "two numbers, at least 0 and below 1",
     ),
     "TRAIN.OPTIMIZER.MOMENTUM": _BELOW_1,
+    "DISTILL.TEMPERATURE": _between(0.01, 1000),
+    "DISTILL.ALPHA": _SHARE,
     "AUG.COLOR_JITTER": _at_least(0),
     "AUG.REPEATED": _between(1, 100),
     "AUG.HFLIP": _SHARE,
@@ -866,6 +881,8 @@ _PATHS = (
     "DATA.DATA_PATH",
     "MODEL.RESUME",
     "MODEL.PRETRAINED",
+    "DISTILL.TEACHER",
+    "DISTILL.WEIGHTS",
     "OUTPUT",
     "DET.TRAIN_IMAGES",
     "DET.TRAIN_JSON",
@@ -958,6 +975,7 @@ def _check(config, sources):
 
     if config.DATA.DATASET == "coco":
         require("MODEL.TYPE", lambda value: value == "msg", "'msg' for detection")
+        require("DISTILL.TEACHER", lambda value: not value, "empty for detection")
     named = config.MODEL.TYPE == "timm"
     require("MODEL.TIMM_NAME", lambda value: bool(value) == named, "given where MODEL.TYPE is timm only")
     msg, det, aug = config.MODEL.MSG, config.DET, config.AUG

@@ -19,6 +19,7 @@ import utils
 from config import dump_config, get_config, parse_args, set_classes
 from data import build_loaders
 from data.mixup import build_augmentation
+from distillation import build_distillation
 from engine import train_one_epoch
 from logger import DETAIL, FILE, clock, log_progress, start_logging, write_config
 from models import build_model, choose_layer_norm, compile_model, count_macs, inference
@@ -105,17 +106,19 @@ def main(args):
 
 
 def build_losses(config, run):
-    """What :func:`~engine.train_one_epoch` minimises: the cross entropy of augmented micro-batches."""
+    """What :func:`~engine.train_one_epoch` minimises, of augmented micro-batches."""
     updater, compute = run.updater, run.updater.compute
     augment = build_augmentation(config, run.sampler.rank, compute.device)
     # Mixup smooths the labels itself.
     criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if augment.mixup else config.MODEL.LABEL_SMOOTHING)
+    distil = build_distillation(config, run.model.classes, compute)
 
     def losses_of(images, targets, part):
         images, targets = augment(images, targets, run.progress.epoch, run.progress.images, part)
         with compute.autocast():
             logits = updater.model(images)
-        return dict(loss=criterion(logits.float(), targets))
+        loss = criterion(logits.float(), targets)
+        return dict(loss=loss) if distil is None else distil(images, logits, loss)
 
     return losses_of
 
