@@ -3,23 +3,29 @@
 import difflib
 
 import timm
+import torch
+from timm.layers import to_2tuple
 
 from utils import UserError
 
 from .apex import choose_layer_norm
 from .cpu import use_onednn
+from .geometry import known_sides
 from .msg_transformer import MSGTransformer
 
 
 def build_model(config):
     """Build the classifier that ``config.MODEL`` and ``config.DATA.IMG_SIZE`` describe, freshly initialised.
 
-    ``IMG_SIZE`` is a side or [height, width]. On the CPU its linear layers run through oneDNN.
+    ``IMG_SIZE`` is a side or [height, width]. It takes the sizes of ``DATA.PROGRESSIVE`` too. On the CPU its
+    linear layers run through oneDNN.
 
     Raises:
         UserError: a combination that cannot be built; the message names the key to change.
     """
     model = (_build_timm if config.MODEL.TYPE == "timm" else _build_msg)(config)
+    for _, size, _ in config.DATA.PROGRESSIVE:
+        _require_other_size(model, size, config.MODEL)
     if config.TRAIN.USE_CHECKPOINT:
         _checkpoint_gradients(model)
     use_onednn(model)
@@ -96,6 +102,28 @@ def _build_timm(config):
             hint = "set MODEL.DROP_PATH_RATE 0" if unused else "see MODEL.TIMM_ARGS and DATA.IMG_SIZE"
             reason = str(error).split("\n")[0]
             raise UserError(f"timm cannot build {name} ({type(error).__name__}: {reason}): {hint}") from error
+
+
+def _require_other_size(model, size, settings):
+    """Refuse a size of ``DATA.PROGRESSIVE`` that the model of ``config.MODEL`` does not take."""
+    if settings.TYPE == "msg":
+        try:
+            known_sides(size, settings.MSG.PATCH_SIZE, "the sizes of DATA.PROGRESSIVE")
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        return
+    height, width = to_2tuple(size)
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, settings.MSG.IN_CHANS, height, width))
+    except Exception as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(
+            f"DATA.PROGRESSIVE: {settings.TIMM_NAME} takes no images of {height}x{width} ({reason}): leave "
+            "that empty, or see whether timm's model has an argument for MODEL.TIMM_ARGS that lets it, such "
+            "as dynamic_img_size True"
+        ) from error
+    model.train()
 
 
 def _checkpoint_gradients(model):
