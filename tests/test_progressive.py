@@ -2,9 +2,11 @@
 
 import argparse
 import signal
+from functools import partialmethod
 
 import numpy as np
 import pytest
+import timm
 import torch
 from helpers import (
     ROOT,
@@ -13,6 +15,7 @@ from helpers import (
     digits_config,
     logged,
     main_command,
+    micro,
     run_folder,
     run_main,
     write_images,
@@ -24,8 +27,9 @@ from config import ConfigError, dump_config, get_config, parse_config
 from data import build_loaders
 from data.loaders import build_reader
 from data.progressive import Phase, build_phases
-from models import build_model
-from utils import UserError, seeded
+from distillation import build_distillation
+from models import build_model, compile_model
+from utils import Compute, UserError, seeded
 
 RAND = ["AUG.HFLIP", 0.5, "AUG.AUTO_AUGMENT", "rand-m10-n3-mstd0.5-inc1"]
 
@@ -192,6 +196,38 @@ def test_positions_are_resampled_and_learn_at_every_size():
         for name, parameter in model.named_parameters():
             assert parameter.grad is not None, name
         assert model.absolute_pos_embed.grad.abs().max() > 0
+
+
+def test_positions_have_no_deterministic_gradient_on_cuda():
+    torch.use_deterministic_algorithms(True)
+    try:
+        opts = ["MODEL.MSG.APE", True, "DEVICE"]
+        with pytest.raises(UserError, match="set MODEL.MSG.APE or DETERMINISTIC to False"):
+            build_model(digits_config(*opts, "cuda", *schedule([0, 24, 1])))
+        for device, side in (("cpu", 24), ("cuda", 32)):  # 32 px are not resampled
+            build_model(digits_config(*opts, device, *schedule([0, side, 1])))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_teacher_takes_every_size_or_is_refused(tmp_path):
+    teacher = timm.create_model("vit_tiny_patch16_224", num_classes=3, img_size=32)
+    torch.save(teacher.state_dict(), tmp_path / "vit.pth")
+    opts = ["DISTILL.TEACHER", "vit_tiny_patch16_224", "DISTILL.WEIGHTS", tmp_path / "vit.pth"]
+    config = digits_config("MODEL.NUM_CLASSES", 3, *opts, *schedule([0, 24, 1], [1, 32, 1]))
+    with pytest.raises(UserError, match=r"does not take images of 3 channels and 24x24 .*DATA.PROGRESSIVE"):
+        build_distillation(config, ["a", "b", "c"], Compute(torch.device("cpu")))
+
+
+def test_a_compiled_model_takes_more_sizes_than_pytorch_compiles_by_default(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    compiled = partialmethod(torch.nn.Module.compile, backend="eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", compiled)
+    model = micro(depths=(1, 1, 1))
+    images = [torch.randn(1, 3, 16, 2 * side) for side in range(1, 11)]
+    expected = [model(x) for x in images]
+    compile_model(model)
+    assert all(map(torch.equal, [model(x) for x in images], expected))
 
 
 def command_of(folder, workers):
