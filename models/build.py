@@ -116,9 +116,8 @@ def _require_other_size(model, size, config):
     except Exception as error:
         reason = str(error).split("\n")[0]
         raise UserError(
-            f"DATA.PROGRESSIVE: {config.MODEL.TIMM_NAME} takes no images of {height}x{width} ({reason}): leave "
-            "that empty, or see whether timm's model has an argument for MODEL.TIMM_ARGS that lets it, such "
-            "as dynamic_img_size True"
+            f"DATA.PROGRESSIVE: {config.MODEL.TIMM_NAME} takes no images of {height}x{width} ({reason}): "
+            "leave it empty, or set MODEL.TIMM_ARGS.dynamic_img_size True or the like if the model has that"
         ) from error
     model.train()
 
@@ -128,14 +127,13 @@ def _require_size_of_msg(model, size, device):
         sides = known_sides(size, model.patch_size, "the sizes of DATA.PROGRESSIVE")
     except ValueError as error:
         raise UserError(str(error)) from error
-    resampled = (
-        model.absolute_pos_embed is not None and patch_grid(sides, model.patch_size) != model.grid_size
-    )
+    if model.absolute_pos_embed is None or patch_grid(sides, model.patch_size) == model.grid_size:
+        return
     on_cuda = device == "cuda" or (not device and torch.cuda.is_available())
-    if resampled and on_cuda and torch.are_deterministic_algorithms_enabled():
+    if on_cuda and torch.are_deterministic_algorithms_enabled():
         raise UserError(
-            "DATA.PROGRESSIVE resamples the positions of MODEL.MSG.APE, for which PyTorch has no deterministic "
-            "gradient on CUDA: set MODEL.MSG.APE or DETERMINISTIC to False"
+            "DATA.PROGRESSIVE resamples the positions of MODEL.MSG.APE, and PyTorch has no deterministic "
+            "gradient for that on CUDA: set MODEL.MSG.APE or DETERMINISTIC to False"
         )
 
 
