@@ -10,7 +10,7 @@ from utils import UserError
 
 from .apex import choose_layer_norm
 from .cpu import use_onednn
-from .geometry import known_sides
+from .geometry import known_sides, patch_grid
 from .msg_transformer import MSGTransformer
 
 
@@ -25,7 +25,7 @@ def build_model(config):
     """
     model = (_build_timm if config.MODEL.TYPE == "timm" else _build_msg)(config)
     for _, size, _ in config.DATA.PROGRESSIVE:
-        _require_other_size(model, size, config.MODEL)
+        _require_other_size(model, size, config)
     if config.TRAIN.USE_CHECKPOINT:
         _checkpoint_gradients(model)
     use_onednn(model)
@@ -104,26 +104,37 @@ def _build_timm(config):
             raise UserError(f"timm cannot build {name} ({type(error).__name__}: {reason}): {hint}") from error
 
 
-def _require_other_size(model, size, settings):
-    """Refuse a size of ``DATA.PROGRESSIVE`` that the model of ``config.MODEL`` does not take."""
-    if settings.TYPE == "msg":
-        try:
-            known_sides(size, settings.MSG.PATCH_SIZE, "the sizes of DATA.PROGRESSIVE")
-        except ValueError as error:
-            raise UserError(str(error)) from error
+def _require_other_size(model, size, config):
+    """Refuse a size of ``DATA.PROGRESSIVE`` that the model cannot be trained at."""
+    if config.MODEL.TYPE == "msg":
+        _require_size_of_msg(model, size, config.DEVICE)
         return
     height, width = to_2tuple(size)
     try:
         with torch.no_grad():
-            model.eval()(torch.zeros(1, settings.MSG.IN_CHANS, height, width))
+            model.eval()(torch.zeros(1, config.MODEL.MSG.IN_CHANS, height, width))
     except Exception as error:
         reason = str(error).split("\n")[0]
         raise UserError(
-            f"DATA.PROGRESSIVE: {settings.TIMM_NAME} takes no images of {height}x{width} ({reason}): leave "
-            "that empty, or see whether timm's model has an argument for MODEL.TIMM_ARGS that lets it, such "
-            "as dynamic_img_size True"
+            f"DATA.PROGRESSIVE: {config.MODEL.TIMM_NAME} takes no images of {height}x{width} ({reason}): "
+            "leave it empty, or set MODEL.TIMM_ARGS.dynamic_img_size True or the like if the model has that"
         ) from error
     model.train()
+
+
+def _require_size_of_msg(model, size, device):
+    try:
+        sides = known_sides(size, model.patch_size, "the sizes of DATA.PROGRESSIVE")
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if model.absolute_pos_embed is None or patch_grid(sides, model.patch_size) == model.grid_size:
+        return
+    on_cuda = device == "cuda" or (not device and torch.cuda.is_available())
+    if on_cuda and torch.are_deterministic_algorithms_enabled():
+        raise UserError(
+            "DATA.PROGRESSIVE resamples the positions of MODEL.MSG.APE, and PyTorch has no deterministic "
+            "gradient for that on CUDA: set MODEL.MSG.APE or DETERMINISTIC to False"
+        )
 
 
 def _checkpoint_gradients(model):

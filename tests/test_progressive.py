@@ -2,9 +2,11 @@
 
 import argparse
 import signal
+from functools import partialmethod
 
 import numpy as np
 import pytest
+import timm
 import torch
 from helpers import (
     ROOT,
@@ -13,6 +15,7 @@ from helpers import (
     digits_config,
     logged,
     main_command,
+    micro,
     run_folder,
     run_main,
     write_images,
@@ -24,8 +27,9 @@ from config import ConfigError, dump_config, get_config, parse_config
 from data import build_loaders
 from data.loaders import build_reader
 from data.progressive import Phase, build_phases
-from models import build_model
-from utils import UserError, seeded
+from distillation import build_distillation
+from models import build_model, compile_model
+from utils import Compute, UserError, seeded
 
 RAND = ["AUG.HFLIP", 0.5, "AUG.AUTO_AUGMENT", "rand-m10-n3-mstd0.5-inc1"]
 
@@ -194,10 +198,43 @@ def test_positions_are_resampled_and_learn_at_every_size():
         assert model.absolute_pos_embed.grad.abs().max() > 0
 
 
+def test_positions_have_no_deterministic_gradient_on_cuda():
+    torch.use_deterministic_algorithms(True)
+    try:
+        opts = ["MODEL.MSG.APE", True, "DEVICE"]
+        with pytest.raises(UserError, match="set MODEL.MSG.APE or DETERMINISTIC to False"):
+            build_model(digits_config(*opts, "cuda", *schedule([0, 24, 1])))
+        for device, side in (("cpu", 24), ("cuda", 32)):  # 32 px are not resampled
+            build_model(digits_config(*opts, device, *schedule([0, side, 1])))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_teacher_takes_every_size_or_is_refused(tmp_path):
+    teacher = timm.create_model("vit_tiny_patch16_224", num_classes=3, img_size=32)
+    torch.save(teacher.state_dict(), tmp_path / "vit.pth")
+    opts = ["DISTILL.TEACHER", "vit_tiny_patch16_224", "DISTILL.WEIGHTS", tmp_path / "vit.pth"]
+    config = digits_config("MODEL.NUM_CLASSES", 3, *opts, *schedule([0, 24, 1], [1, 32, 1]))
+    with pytest.raises(UserError, match=r"does not take images of 3 channels and 24x24 .*DATA.PROGRESSIVE"):
+        build_distillation(config, ["a", "b", "c"], Compute(torch.device("cpu")))
+
+
+def test_a_compiled_model_takes_more_sizes_than_pytorch_would_compile_by_itself(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)  # 8 by default
+    compiled = partialmethod(torch.nn.Module.compile, backend="eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", compiled)
+    model = micro(depths=(1,), num_heads=(3,), shuffle_size=(2,))
+    images = [torch.randn(1, 3, 16, side) for side in (8, 16, 24, 32)]
+    expected = [model(x) for x in images]
+    compile_model(model)
+    assert all(map(torch.equal, [model(x) for x in images], expected))
+
+
 def command_of(folder, workers):
-    command = ["--cfg", "configs/digits.yaml", "--data-path", folder, "--batch-size", 4, "--opts"]
+    command = ["--cfg", "configs/digits.yaml", "--data-path", folder, "--batch-size", 8, "--opts"]
     command += [*schedule([0, 16, 0.3], [1, [20, 24], 0.6]), *RAND, "AUG.MIXUP", 0.8, "MODEL.DROP_RATE", 0.1]
     command += ["TRAIN.EPOCHS", 2, "TRAIN.WARMUP_EPOCHS", 0, "PRINT_FREQ", 1, "SAVE_FREQ", 1]
+    command += ["MODEL.MSG.DEPTHS", [1, 1, 1]]
     return [*command, "DATA.NUM_WORKERS", workers]
 
 
@@ -212,7 +249,7 @@ def whole(folder, tmp_path_factory):
     return output
 
 
-FIRST, LAST, CHANGED, SECOND = (f"[{place}/12]" for place in ("0/2][4", "0/2][11", "1/2][0", "1/2][5"))
+FIRST, LAST, CHANGED, SECOND = (f"[{place}/6]" for place in ("0/2][2", "0/2][5", "1/2][0", "1/2][2"))
 
 
 def slow(*case):
@@ -223,7 +260,7 @@ def slow(*case):
     "place, number, workers",
     [
         (FIRST, "SIGKILL", 0),
-        (LAST, "SIGTERM", 2),
+        slow(LAST, "SIGTERM", 2),
         (CHANGED, "SIGKILL", 2),
         (SECOND, "SIGTERM", 0),
         *(slow(place, "SIGKILL", workers) for place in (LAST, SECOND) for workers in (0, 2)),
