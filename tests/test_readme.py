@@ -19,6 +19,7 @@ PAGES = [
     "benchmarks/README.md",
     *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
 ]
+OURS = "msg_(tiny|small|base)_p4_win7_224"
 T, SWIN, CONVNEXT = "msg_tiny_p4_win7_224", "swin_tiny_patch4_window7_224", "convnext_tiny"
 
 
@@ -66,13 +67,15 @@ def test_every_path_exists(page):
 
 
 def ratios(files, setting, model, compiled=False):
-    """Lowest and highest ratio of a model over settings of some results that match a pattern, as text."""
+    """Lowest and highest ratio of a model over settings of some results, both given as patterns, as text."""
     found = [
         row["ratio"]
         for file in files.split()
         for name, rows in json.loads((ROOT / "benchmarks" / f"{file}.json").read_text())["settings"].items()
         for row in rows
-        if re.fullmatch(setting, name) and row["model"] == model and row.get("compiled", False) == compiled
+        if re.fullmatch(setting, name)
+        and re.fullmatch(model, row["model"])
+        and row.get("compiled", False) == compiled
     ]
     low, high = (f"{bound(found):.2f}" for bound in (min, max))
     return low if low == high else f"{low} to {high}"
@@ -118,3 +121,17 @@ def test_speeds_at_other_sizes_are_those_measured():
     assert cells("whole Cascade Mask R-CNN at 800x1280")[0] == ratios("detector_cpu", ".*", "MSG-Transformer")
     gpu = ratios("inference_gpu", ".*batch 256", T)
     assert f"a batch of 256 takes {gpu} of Swin-T's time" in " ".join(text("README.md").split())
+
+
+def rows_of_two_types():
+    """Files and result of each row of benchmarks/README.md that gives a figure in float32 and in bfloat16."""
+    figure = r"\d\.\d\d(?: to \d\.\d\d)?"
+    pattern = rf"^\| (`[^|]*`) \|[^|]*\|[^|]*\| ({figure} in float32, {figure} in bfloat16) \|$"
+    return re.findall(pattern, text("benchmarks/README.md"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("files, result", rows_of_two_types())
+def test_results_in_the_table_of_benchmarks_are_those_measured(files, result):
+    names = " ".join(re.findall(r"`(\w+)`", files))
+    found = [ratios(names, f".*{dtype}.*", OURS) for dtype in ("float32", "bfloat16")]
+    assert result == "{} in float32, {} in bfloat16".format(*found)
