@@ -325,6 +325,11 @@ def default_config():
     # How long a process waits for the others before the run ends.
     config.DIST.TIMEOUT_SECONDS = 600
 
+    config.LOG = CfgNode()
+    # Where else the scalars of TensorBoard go: wandb (Weights & Biases, offline unless WANDB_MODE says
+    # otherwise), trackio (on this machine), or empty, nowhere. Each is a package to install.
+    config.LOG.TRACKER = ""
+
     # Root of the output folder; the run writes to OUTPUT/MODEL.NAME/TAG.
     config.OUTPUT = "output"
     config.TAG = "default"
@@ -355,6 +360,7 @@ CHOICES = {
     "AUG.MIXUP_MODE": ("batch", "pair", "elem"),
     "DET.BOX_LOSS": ("giou", "smooth_l1"),
     "DEVICE": ("", "cuda", "mps", "cpu"),
+    "LOG.TRACKER": ("", "wandb", "trackio"),
     "AMP_OPT_LEVEL": ("O0", "O1", "O2"),
     "AMP_DTYPE": ("float16", "bfloat16"),
 }
@@ -701,6 +707,11 @@ def dump_config(config):
     if config.DATA.DATASET != "coco":
         del config["DET"]
     return config.dump()
+
+
+def flat_config(config):
+    """The keys of a config with their dots, and their values, as :func:`dump_config` writes them."""
+    return dict(_leaves(_tree(dump_config(config), "the config")))
 
 
 class _Loader(yaml.SafeLoader):
