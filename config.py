@@ -1006,7 +1006,7 @@ def _check(config, sources):
     require(
         "DATA.PROGRESSIVE",
         lambda value: all(epoch < epochs for epoch, *_ in value),
-        f"of first epochs below TRAIN.EPOCHS, which is {epochs}",
+        f"a list whose first epochs are below TRAIN.EPOCHS, {epochs}",
     )
     names, name = optimizer_names(), config.TRAIN.OPTIMIZER.NAME
     near = difflib.get_close_matches(name.lower(), names, 5, 0.5) or ["adamw", "sgd", "lamb", "lion"]
