@@ -714,6 +714,23 @@ def flat_config(config):
     return dict(_leaves(_tree(dump_config(config), "the config")))
 
 
+def flat_text(text, source):
+    """The same of what :func:`dump_config` wrote, perhaps long ago: keys that it lacks have their defaults.
+
+    Args:
+        text: YAML.
+        source: where it is from, for messages.
+
+    Raises:
+        ConfigError: it is not YAML of that kind.
+    """
+    if len(text) > MOST_BYTES:
+        raise ConfigError(f"{source} has {len(text):,} characters, and may have {MOST_BYTES:,}")
+    found, defaults = dict(_leaves(_tree(text, source))), default_config()
+    defaults.DATA.DATASET = found.get("DATA.DATASET", "imagenet")
+    return flat_config(defaults) | found
+
+
 class _Loader(yaml.SafeLoader):
     """Plain YAML without aliases: a few lines of them can unfold to gigabytes, or to a circle.
 
