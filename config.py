@@ -69,6 +69,10 @@ def default_config():
     config.DATA.IMG_SIZE = 224
     # Resampling when images are resized: bicubic, bilinear, lanczos, nearest, or random (training only).
     config.DATA.INTERPOLATION = "bicubic"
+    # Progressive resizing: [first epoch, size, strength] of each phase of training, epochs counted from 0; a
+    # size is like IMG_SIZE, a strength the factor of RandAugment's magnitude. Evaluation is always at
+    # IMG_SIZE. Empty: none.
+    config.DATA.PROGRESSIVE = []
     # Page-locked host memory for faster copies to the GPU; without effect on the CPU.
     config.DATA.PIN_MEMORY = True
     # An image that cannot be read: raise ends the run; skip logs it, takes another in training and leaves it
@@ -326,6 +330,11 @@ def default_config():
     # How long a process waits for the others before the run ends.
     config.DIST.TIMEOUT_SECONDS = 600
 
+    config.LOG = CfgNode()
+    # Where else the scalars of TensorBoard go: wandb (Weights & Biases, offline unless WANDB_MODE says
+    # otherwise), trackio (on this machine), or empty, nowhere. Each is a package to install.
+    config.LOG.TRACKER = ""
+
     # Root of the output folder; the run writes to OUTPUT/MODEL.NAME/TAG.
     config.OUTPUT = "output"
     config.TAG = "default"
@@ -356,6 +365,7 @@ CHOICES = {
     "AUG.MIXUP_MODE": ("batch", "pair", "elem"),
     "DET.BOX_LOSS": ("giou", "smooth_l1"),
     "DEVICE": ("", "cuda", "mps", "cpu"),
+    "LOG.TRACKER": ("", "wandb", "trackio"),
     "AMP_OPT_LEVEL": ("O0", "O1", "O2"),
     "AMP_DTYPE": ("float16", "bfloat16"),
 }
@@ -375,6 +385,25 @@ def _side_or_sides(low, high):
         return len(sides) == 2 and _all_between(sides, low, high, (int,))
 
     return possible, f"a whole number or [height, width], at least {low} and at most {high}"
+
+
+def _phases():
+    possible_size, size = _side_or_sides(1, 10**5)
+
+    def possible(value):
+        if not all(type(phase) is list and len(phase) == 3 for phase in value):
+            return False
+        epochs, sizes, strengths = zip(*value) if value else ((), (), ())
+        return (
+            _all_between(epochs, 0, 10**6, (int,))
+            and list(epochs) == sorted(set(epochs))
+            and (not epochs or epochs[0] == 0)
+            and all(possible_size(size) for size in sizes)
+            and _all_between(strengths, 0, 1)
+        )
+
+    words = "a list of [first epoch, size, strength]: first epochs from 0 on, each later than the one before;"
+    return possible, f"{words} sizes, {size}; strengths between 0 and 1"
 
 
 def _numbers(low, high, kinds=(int, float), some=False):
@@ -408,6 +437,7 @@ RANGES = {
     "DATA.MAX_PIXELS": _at_least(1),
     "DATA.MAX_SCANS": _at_least(1),
     "DATA.NUM_WORKERS": _between(0, 1000),
+    "DATA.PROGRESSIVE": _phases(),
     "MODEL.NAME": _FOLDER,
     "MODEL.NUM_CLASSES": _between(1, 10**6),
     "MODEL.DROP_RATE": _BELOW_1,
@@ -683,6 +713,11 @@ def dump_config(config):
     if config.DATA.DATASET != "coco":
         del config["DET"]
     return config.dump()
+
+
+def flat_config(config):
+    """The keys of a config with their dots, and their values, as :func:`dump_config` writes them."""
+    return dict(_leaves(_tree(dump_config(config), "the config")))
 
 
 class _Loader(yaml.SafeLoader):
@@ -974,6 +1009,11 @@ def _check(config, sources):
     if schedule.NAME not in ("cosine", "tanh", "poly"):
         require("TRAIN.LR_SCHEDULER.CYCLES", lambda value: value == 1, "1 except for cosine, tanh and poly")
     require("TRAIN.LR_SCHEDULER.COOLDOWN_EPOCHS", lambda value: value < epochs, "below TRAIN.EPOCHS")
+    require(
+        "DATA.PROGRESSIVE",
+        lambda value: all(epoch < epochs for epoch, *_ in value),
+        f"a list whose first epochs are below TRAIN.EPOCHS, {epochs}",
+    )
     names, name = optimizer_names(), config.TRAIN.OPTIMIZER.NAME
     near = difflib.get_close_matches(name.lower(), names, 5, 0.5) or ["adamw", "sgd", "lamb", "lion"]
     what = "an optimizer of timm that a run can resume with, such as " + ", ".join(map(repr, near))
@@ -982,6 +1022,7 @@ def _check(config, sources):
     if config.DATA.DATASET == "coco":
         require("MODEL.TYPE", lambda value: value == "msg", "'msg' for detection")
         require("DISTILL.TEACHER", lambda value: not value, "empty for detection")
+        require("DATA.PROGRESSIVE", lambda value: not value, "empty for detection, see DET.MIN_SIZES")
     named = config.MODEL.TYPE == "timm"
     require("MODEL.TIMM_NAME", lambda value: bool(value) == named, "given where MODEL.TYPE is timm only")
     msg, det, aug = config.MODEL.MSG, config.DET, config.AUG

@@ -14,6 +14,7 @@ from distributed import from_rank_0, gather_lists
 from utils import STOP_SIGNALS
 
 from .datasets import DataError, EvaluationSamples, TrainingSamples, load_image, require_same_classes
+from .progressive import build_phases, place_of_phase
 from .readers import open_dataset
 from .samplers import TrainBatchSampler, evaluation_shard
 from .transforms import build_transform, image_mode
@@ -37,6 +38,7 @@ class Loader:
     def __init__(self, loader, paths, to_device):
         self.loader, self.paths, self.to_device = loader, paths, to_device
         self.failed, self.failed_now = set(), set()
+        self.phase = None  # of progressive resizing, the one that the log knows of
 
     def __len__(self):
         return len(self.loader)
@@ -45,6 +47,7 @@ class Loader:
         return iter(self.to_device(self._read()))
 
     def _read(self):
+        self._tell_phase()
         self.failed_now = set()  # in this epoch: over many epochs, every process sees all files
         for images, targets, failed in self.loader:
             for index in failed:
@@ -52,6 +55,16 @@ class Loader:
                 self.failed_now.add(index)
                 self._limit(len(self.failed_now))
             yield images, targets
+
+    def _tell_phase(self):
+        """Log the phase of progressive resizing where it begins, and where a resumed run goes on in it."""
+        samples = self.loader.dataset
+        if isinstance(samples, TrainingSamples) and samples.phases:
+            epoch = self.loader.batch_sampler.epoch
+            phase = samples.phases[place_of_phase(samples.phases, epoch)]
+            if phase is not self.phase:
+                logging.getLogger("msg_transformer").info(f"epoch {epoch}: {phase}")
+            self.phase = phase
 
     def indices_seen(self):
         """Of an evaluation, the indices of the images that the last iteration gave this process, in order."""
@@ -189,8 +202,8 @@ def worker_options(config, device):
     )
 
 
-def build_reader(config, is_train):
-    """How ``DATA.BACKEND`` reads an image file.
+def build_reader(config, is_train, phase=None):
+    """How ``DATA.BACKEND`` reads an image file, in training for a :class:`~data.progressive.Phase`.
 
     Returns:
         The function that opens a file, and the transform from what it returns to a tensor (C, S, S).
@@ -201,7 +214,7 @@ def build_reader(config, is_train):
     limits = dict(max_pixels=config.DATA.MAX_PIXELS, max_scans=config.DATA.MAX_SCANS)
     if config.DATA.BACKEND == "pil":
         limits.update(mode=image_mode(config.MODEL.MSG.IN_CHANS))
-        return functools.partial(load_image, **limits), build_transform(config, is_train)
+        return functools.partial(load_image, **limits), build_transform(config, is_train, phase)
     try:
         from .opencv import ImageFile
         from .opencv import build_transform as build_for_opencv
@@ -210,7 +223,7 @@ def build_reader(config, is_train):
             f"DATA.BACKEND opencv: OpenCV cannot be imported ({error}): pip install opencv-python, or "
             "opencv-python-headless where there is no display"
         ) from error
-    return functools.partial(ImageFile, **limits), build_for_opencv(config, is_train)
+    return functools.partial(ImageFile, **limits), build_for_opencv(config, is_train, phase)
 
 
 def require_an_update(sampler, where):
@@ -255,6 +268,9 @@ def build_loaders(config, rank=0, world_size=1, device="cpu"):
     )
     sampler.repeats = config.AUG.REPEATED
     require_an_update(sampler, train.root)
-    loader = DataLoader(TrainingSamples(train, config.SEED, skip), batch_sampler=sampler, **options)
+    samples, phases = TrainingSamples(train, config.SEED, skip), build_phases(config)
+    if phases:
+        samples.set_phases(phases, [build_reader(config, True, phase)[1] for phase in phases])
+    loader = DataLoader(samples, batch_sampler=sampler, **options)
     train_loader = Loader(loader, train.paths, to_device)
     return train_loader, sampler, val_loader, val.classes

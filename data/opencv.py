@@ -169,11 +169,12 @@ def _cut(side, resized, size):
     return slice(round(first * scale), min(side, stop)), start - first
 
 
-def build_transform(config, is_train):
+def build_transform(config, is_train, phase=None):
     """The transform of an :class:`ImageFile` to a tensor (3, H, W), uint8, the sides of ``DATA.IMG_SIZE``.
 
-    It is that of transforms.py without normalisation and erasing, which are left to the device; every other
-    step draws the same random numbers.
+    In training a :class:`~data.progressive.Phase` has sides of its own. The transform is that of
+    transforms.py without normalisation and erasing, which are left to the device; every other step draws the
+    same random numbers.
     """
     if not is_train:
         cover, size, mode = evaluation_sizes(config)
@@ -181,7 +182,8 @@ def build_transform(config, is_train):
         crop = ResizeAndCropCenter(cover, size, mode) if cover else ResizeWhole(size, mode)
         return transforms.Compose([crop, to_tensor])
     later = MaybeToTensor, transforms.Normalize, RandomErasing
-    steps = [step for step in build_for_pillow(config, is_train).transforms if not isinstance(step, later)]
+    whole = build_for_pillow(config, is_train, phase)
+    steps = [step for step in whole.transforms if not isinstance(step, later)]
     return transforms.Compose([*map(_for_arrays, steps), to_tensor])
 
 

@@ -8,12 +8,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from PIL import ImageDraw
+from PIL import Image, ImageDraw
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_segmentation_masks
 
 from data.datasets import load_image
-from report import enlarged, fitting, font
+from report import contact_sheet, enlarged, fitting, font, shown
 from utils import replacing
 
 _COLOURS = [f"C{i}" for i in range(10)]
@@ -69,12 +69,14 @@ def annotate(image, detection, names):
     """A PIL image with the masks, boxes, names and scores of its detections, enlarged where it is small.
 
     Args:
-        detection: boxes (N, 4) and masks (N, H, W) in pixels of the image, labels (N,), scores (N,).
+        detection: boxes (N, 4) and masks (N, H, W) in pixels of the image, labels (N,), and scores (N,),
+            which the ground truth has not.
         names: of the categories; label 1 is the first.
     """
     image, factor = enlarged(image, 448)
-    if not len(detection["scores"]):
+    if not len(detection["labels"]):
         return image
+    scores = detection.get("scores", torch.ones(len(detection["labels"]))).tolist()
     kinds = [(label - 1) % len(_COLOURS) for label in detection["labels"].tolist()]
     colours = [tuple(int(255 * part) for part in to_rgb(_COLOURS[kind])) for kind in kinds]
     masks = detection["masks"].repeat_interleave(factor, 1).repeat_interleave(factor, 2)
@@ -84,9 +86,9 @@ def annotate(image, detection, names):
     letters, line = font(size), max(1, size // 6)
     boxes = (factor * detection["boxes"]).tolist()
     # The surest last, so that it is not covered.
-    for i in sorted(range(len(boxes)), key=lambda i: detection["scores"][i].item()):
+    for i in sorted(range(len(boxes)), key=scores.__getitem__):
         draw.rectangle(boxes[i], outline=colours[i], width=line)
-        text = f"{names[detection['labels'][i] - 1]} {detection['scores'][i]:.2f}"
+        text = names[detection["labels"][i] - 1] + (f" {scores[i]:.2f}" if "scores" in detection else "")
         text = fitting(text, letters, image.width - 2 * line)
         # Above the box where there is room, and inside the image.
         width, height = letters.getlength(text) + 2 * line, int(1.3 * size)
@@ -95,6 +97,24 @@ def annotate(image, detection, names):
         draw.rectangle((x, y, x + width, y + height), fill=colours[i])
         draw.text((x + line, y + size // 10), text, fill="white", font=letters)
     return picture
+
+
+def batch_sheet(images, sizes, targets, names, most=12):
+    """The first images of a training batch with their objects, as one PIL image.
+
+    Args:
+        images: (B, 3, H, W), normalised.
+        sizes: (H, W) of each within its padding.
+        targets: of each a dict of boxes (N, 4), labels (N,) and masks (N, H, W).
+        names: of the categories; label 1 is the first.
+    """
+    tiles = []
+    for image, (height, width), target in zip(images[:most], sizes, targets):
+        picture = Image.fromarray(shown(image[:, :height, :width]))
+        objects = {name: target[name].cpu() for name in ("boxes", "labels", "masks")}
+        objects["masks"] = objects["masks"][:, :height, :width]
+        tiles.append((annotate(picture, objects, names), ()))
+    return contact_sheet(tiles, f"{len(tiles)} of the {len(images)} images of the first batch", 4, 400)
 
 
 def draw_curves(epochs, path):

@@ -7,12 +7,13 @@ import time
 def compile_model(model):
     """Compile a model in place, for one batch size at a time; it stays the same module with the same state.
 
-    A graph for each of training and evaluation, and one for a smaller last batch; no part runs uncompiled.
-    The log says how long each takes when it happens.
+    A graph for each size of training, one for evaluation, and one for a smaller last batch; no part runs
+    uncompiled. The log says how long each takes when it happens.
     """
-    # PyTorch tells this in no public way.
-    from torch._dynamo.callback import on_compile_end, on_compile_start
+    from torch._dynamo import config as dynamo
+    from torch._dynamo.callback import on_compile_end, on_compile_start  # PyTorch tells this in no public way
 
+    dynamo.recompile_limit = 1000  # of graphs: by default the ninth size is an error
     logger, begin = logging.getLogger("msg_transformer"), []
     on_compile_start(lambda *_: begin.append(time.monotonic()))
     on_compile_end(lambda *_: logger.info(f"torch.compile took {time.monotonic() - begin.pop():.0f} s"))

@@ -1,9 +1,11 @@
 """The benchmarks as a user runs them, on models small enough for a test, and what they draw."""
 
 import argparse
+import contextlib
 import importlib
 import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +17,8 @@ from helpers import ROOT
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from PIL import Image
+
+from utils import UserError
 
 
 def benchmark(*arguments):
@@ -80,6 +84,7 @@ def test_a_candidate_gives_the_maps_or_classes_of_images_of_its_sides(tool, name
     tools = tool("benchmark")
     for mode, maps in itertools.product(("inference", "train"), (True, False)):
         candidate = tools.Candidate(name, tools.Setting(mode, torch.float32, 2, "cpu", (64, 96), maps))
+        assert candidate.run is candidate.model
         outputs = candidate.model(candidate.images)
         if maps:
             channels = candidate.model.feature_info.channels()
@@ -95,12 +100,92 @@ def test_a_candidate_gives_the_maps_or_classes_of_images_of_its_sides(tool, name
         assert all(same) if mode == "inference" else not any(same)
 
 
+def test_runtimes_are_compared_with_pytorch_in_one_table(tmp_path):
+    path = tmp_path / "runtimes"
+    done = benchmark("--models", "test_vit", "test_vit:ort", "--peer", "test_vit", "--dtypes", "float32",
+                     "--memory", "--sizes", 160, "--output", path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(path.with_suffix(".json").read_text())
+    ((own, ort),) = result["settings"].values()
+    assert (own["model"], ort["model"]) == ("test_vit", "test_vit:ort")
+    assert own["ratio"] == own["memory_ratio"] == 1 and ort["ratio"] > 0 and ort["memory_ratio"] > 0
+    flops, size = result["rates"]["float32"]
+    assert flops > 1e9 and size > 1e8
+    assert f"{flops / 1e9:.0f} GFLOP/s in float32" in path.with_suffix(".md").read_text()
+
+
+def test_files_are_timed_in_the_types_that_they_compute_in(tool):
+    tools = tool("benchmark")
+    ways = ("", ":compile", ":int8", ":ort", ":openvino")
+    assert [tools.can_run(f"test_vit{way}", "float32") for way in ways] == [True] * 5
+    assert [tools.can_run(f"test_vit{way}", "bfloat16") for way in ways] == [True, True, False, False, True]
+    setting = tools.Setting("inference", torch.float32, 1, "cpu", (160, 160))
+    plain, compiled = (tools.Candidate(f"test_vit{way}", setting).model for way in ways[:2])
+    assert plain._compiled_call_impl is None and compiled._compiled_call_impl is not None
+
+
+def test_each_runtime_computes_what_the_model_computes(tool, tmp_path):
+    tools = tool("benchmark")
+    for name, dtype, near in (("ort", torch.float32, 1e-4), ("int8", torch.float32, 0.1)):
+        setting = tools.Setting("inference", dtype, 2, "cpu", (160, 160), files=str(tmp_path))
+        torch.manual_seed(0)
+        tools.write_onnx(f"test_vit:{name}", setting)
+        torch.manual_seed(0)
+        candidate = tools.Candidate(f"test_vit:{name}", setting)
+        with torch.inference_mode():
+            found, expected = candidate.run(candidate.images), candidate.model(candidate.images)
+        found = found[0] if isinstance(found, tuple) else found
+        assert 0 < (found - expected).abs().max() < near
+
+
+class Counting:
+    """What test_an_object_apart calls."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def process(self):
+        self.count += 1
+        return self.count, os.getpid()
+
+    def end(self):
+        os._exit(7)
+
+
+@contextlib.contextmanager
+def counting(count):
+    if count is None:
+        raise UserError("nothing to count")
+    yield Counting(count)
+
+
+def test_an_object_apart_keeps_its_state_in_a_process_of_its_own(tool):
+    tools = tool("benchmarking")
+    one, other = (tools.Apart(str(count), counting, count) for count in (1, 5))
+    (seconds, (count, process)), (_, (others, another)) = one.call("process"), other.call("process")
+    assert seconds >= 0 and (count, others) == (2, 6) and len({process, another, os.getpid()}) == 3
+    assert one.call("process")[1] == (3, process)
+    one.close()
+    with pytest.raises(UserError, match="5: its process ended with code 7"):
+        other.call("end")
+
+
+def test_what_cannot_be_made_apart_says_why(tool):
+    with pytest.raises(UserError, match="^nothing to count$"):
+        tool("benchmarking").Apart("none", counting, None).call("process")
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
         (["--models", "resnet_none"], "resnet_none: a timm model name"),
         (["--models", "test_vit:sdpa"], "test_vit:sdpa: a timm model name, or that and :plain or :onednn"),
-        (["--models", "msg_tiny_p4_win7_224:fast"], ":plain or :onednn or :auto or :eager or :sdpa"),
+        (["--models", "msg_tiny_p4_win7_224:fast"], ":int8 or :ort or :openvino or :auto or :eager or :sdpa"),
+        (
+            ["--models", "test_vit:int8", "--modes", "train"],
+            "test_vit:int8: for the inference of classifiers",
+        ),
+        (["--models", "test_vit", "test_vit:ort"], "--peer test_vit:ort does not run in all of --dtypes"),
         (["--maps", "--roofline"], "--roofline is for classifiers at 224 px: leave out --sizes and --maps"),
         (["--sizes", "64x0"], "--sizes: '64x0' is neither a side in pixels nor HEIGHTxWIDTH"),
         (["--models", "test_vit", "--peer", "swin"], "--peer swin is not among --models"),

@@ -8,22 +8,33 @@ python tools/benchmark.py --roofline                         and the share of wh
 python tools/benchmark.py --models msg_small_p4_win7_224 swin_small_patch4_window7_224 --compile
 python tools/benchmark.py --draw benchmarks/sizes_cpu.json   table and pictures of an earlier result again
 
-Any timm name will do. The second model is the one that ratios compare with, unless --peer names another. In
-every round each model takes one step; a figure is the median of the rounds. Our models run as main.py runs
-them; ``<name>:sdpa`` and the like choose another way of computing attention. ``<name>:plain`` is a model as
-timm builds it, ours with eager attention; ``<name>:onednn`` gives any model the linear layers that ours use
-on the CPU. Feature maps are those of timm's features_only; a training step minimises the sum of their mean
-squares. Models whose name has "swin" in it, and ours, are built for the size. Several square sizes in one
-mode, type and batch size also show how time and memory grow with the image.
+Any timm name will do. The second model is the one that ratios compare with, unless --peer names another. Each
+candidate has a process of its own; in every round each takes one step, and a figure is the median of the
+rounds. Our models run as main.py runs them. A name may choose another way:
+
+  <name>:sdpa and the like    another way of computing attention (ours)
+  <name>:plain                as timm builds it, ours with eager attention
+  <name>:onednn               with the linear layers that ours use on the CPU
+  <name>:compile              under torch.compile; --compile adds this for every model
+  <name>:int8                 int8 linear layers by torchao, float32 between them (inference, CPU)
+  <name>:ort, :openvino       its ONNX file in ONNX Runtime or OpenVINO, once it gives what PyTorch gives
+                              (inference, CPU; ONNX Runtime in float32 alone)
+
+Feature maps are those of timm's features_only; a training step minimises the sum of their mean squares.
+Models whose name has "swin" in it, and ours, are built for the size. Several square sizes in one mode, type
+and batch size also show how time and memory grow with the image. Of a CPU the rates that a large product and
+a large copy reach are noted too, because machines of one name differ.
 """
 
 import argparse
 import contextlib
+import importlib.util
 import itertools
-import multiprocessing
+import os
 import re
 import sys
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
 
@@ -40,11 +51,15 @@ import benchmarking
 from models import inference, use_onednn
 from models.attention import BACKENDS
 from models.attention_triton import triton_missing
+from models.deploy import FORMATS, Exportable, require_packages, run_openvino, write_checked
 from models.roofline import count_work, least_seconds, machine, machine_limits
 from utils import UserError
 
 DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
 CLASSES = 1000
+# Ways for any model: of computing with it, and of running a file made from it; dtypes for those with limits.
+WAYS = ("plain", "onednn", "compile")
+RUNTIMES = dict(int8=("float32",), ort=("float32",), openvino=("float32", "bfloat16"))
 
 
 def parse_args():
@@ -88,13 +103,39 @@ def parse_args():
         parser.error(f"--peer {args.peer} is not among --models")
     for name in args.models:
         base, _, variant = name.partition(":")
-        ways = BACKENDS if is_ours(base) else ()
-        if not timm.is_model(base) or variant not in ("", "plain", "onednn", *ways):
-            known = " or ".join(f":{way}" for way in ("plain", "onednn", *ways))
+        ways = (*WAYS, *RUNTIMES, *(BACKENDS if is_ours(base) else ()))
+        if not timm.is_model(base) or variant not in ("", *ways):
+            known = " or ".join(f":{way}" for way in ways)
             parser.error(f"{name}: a timm model name, or that and {known}")
         if variant == "triton" and triton_missing():
             parser.error(f"{name}: {triton_missing()}")
+        if variant in RUNTIMES and (args.maps or args.device != "cpu" or args.modes != ["inference"]):
+            parser.error(f"{name}: for the inference of classifiers on the CPU")
+    try:
+        require_runtimes(args.models)
+    except UserError as error:
+        parser.error(str(error))
+    if not all(can_run(args.peer, dtype) for dtype in args.dtypes):
+        parser.error(f"--peer {args.peer} does not run in all of --dtypes")
     return args
+
+
+def variant_of(name):
+    """The way that a candidate's name chooses, "" for the usual one."""
+    return name.partition(":")[2]
+
+
+def can_run(name, dtype):
+    """Whether a candidate runs in a dtype, given by name."""
+    return dtype in RUNTIMES.get(variant_of(name), DTYPES)
+
+
+def require_runtimes(names):
+    """Raise a UserError where a package is missing that a candidate needs."""
+    needed = dict(int8=["int8"], ort=["onnx"], openvino=["onnx"])
+    require_packages([kind for name in names for kind in needed.get(variant_of(name), ())])
+    if "openvino" in map(variant_of, names) and importlib.util.find_spec("openvino") is None:
+        raise UserError("openvino: missing packages: pip install openvino")
 
 
 def image_sides(text):
@@ -122,7 +163,7 @@ def build(name, sides=(224, 224), maps=False):
     """
     name, _, variant = name.partition(":")
     ours, kwargs = is_ours(name), dict(features_only=True) if maps else dict(num_classes=CLASSES)
-    if ours and variant not in ("", "onednn"):
+    if ours and variant in ("plain", *BACKENDS):
         kwargs["attention"] = "eager" if variant == "plain" else variant
     if ours or "swin" in name:
         kwargs["img_size"] = sides
@@ -147,10 +188,11 @@ class Setting:
     device: str
     sides: tuple = (224, 224)  # (height, width) of the images, in pixels
     maps: bool = False  # feature maps rather than logits
+    files: str = ""  # folder of the ONNX files of candidates that run one
 
 
 class Candidate:
-    """A model that is ready to be timed.
+    """A model that is ready to be timed, in the process in which it is made.
 
     Args:
         name: as given on the command line.
@@ -159,28 +201,29 @@ class Candidate:
     """
 
     def __init__(self, name, setting, compiled=False):
-        self.name, self.setting, self.compiled = name, setting, compiled
-        device = setting.device
-        self.model = build(name, setting.sides, setting.maps).to(device)
-        self.images = torch.randn(setting.batch, 3, *setting.sides, device=device)
+        self.setting, self.idle = setting, peak_resident()
+        self.run = self.model = build(name, setting.sides, setting.maps).to(setting.device)
+        self.images = torch.randn(setting.batch, 3, *setting.sides, device=setting.device)
         self.autocast = contextlib.nullcontext
         if setting.mode == "train":
             self.model.train()
-            self.targets = torch.randint(CLASSES, (setting.batch,), device=device)
-            self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=device == "cuda")
+            self.targets = torch.randint(CLASSES, (setting.batch,), device=setting.device)
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=setting.device == "cuda")
             if setting.dtype != torch.float32:
-                self.autocast = lambda: torch.autocast(device, setting.dtype)
+                self.autocast = lambda: torch.autocast(setting.device, setting.dtype)
+        elif variant_of(name) in RUNTIMES:
+            self.run = run_apart_from_pytorch(name, setting, self.model.eval())
         else:
             self.model.eval().to(setting.dtype)
             self.images = self.images.to(setting.dtype)
-        if compiled:
+        if compiled or variant_of(name) == "compile":
             self.model.compile(dynamic=False)
 
     def step(self):
         """One inference or one training step, until the device has done it."""
         if self.setting.mode == "inference":
             with torch.inference_mode():
-                self.model(self.images)
+                self.run(self.images)
         else:
             with self.autocast():
                 outputs = self.model(self.images)
@@ -190,13 +233,15 @@ class Candidate:
         if self.setting.device == "cuda":
             torch.cuda.synchronize()
 
-    def allocated(self):
-        """Bytes of its weights, images and optimizer state."""
-        tensors = [self.images, *self.model.parameters(), *self.model.buffers()]
-        if self.setting.mode == "train":
-            states = self.optimizer.state.values()
-            tensors += [x for state in states for x in state.values() if torch.is_tensor(x)]
-        return sum(x.nbytes for x in tensors)
+    def peak_memory(self):
+        """Peak memory in MiB so far, of weights and images too.
+
+        On a GPU it is what PyTorch allocates; on the CPU the resident memory of the process beyond that of an
+        idle one.
+        """
+        if self.setting.device == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**20
+        return peak_resident() - self.idle
 
     def _loss(self, outputs):
         if self.setting.maps:
@@ -204,64 +249,86 @@ class Candidate:
         return cross_entropy(outputs.float(), self.targets)
 
 
-def compare(candidates, rounds, peer):
-    """Time candidates in turn.
+def run_apart_from_pytorch(name, setting, model):
+    """A function of images that computes what a model computes, as one of ``RUNTIMES`` does."""
+    if variant_of(name) == "int8":
+        return FORMATS["int8"].prepare(model)
+    path = onnx_path(name, setting)
+    if variant_of(name) == "openvino":
+        return run_openvino(path, "bf16" if setting.dtype == torch.bfloat16 else "f32")
+    return FORMATS["onnx"].runners["onnxruntime"](path, None)
+
+
+def onnx_path(name, setting):
+    """Where the ONNX file of a candidate is."""
+    return os.path.join(setting.files, "{}_{}x{}.onnx".format(name.partition(":")[0], *setting.sides))
+
+
+def write_onnx(name, setting):
+    """Write the ONNX file of a candidate that runs one, unless it is there; compared with PyTorch.
+
+    Raises:
+        UserError: it cannot be written, or gives something else.
+    """
+    path = onnx_path(name, setting)
+    if variant_of(name) not in ("ort", "openvino") or os.path.exists(path):
+        return
+    print(f"  writing {os.path.basename(path)}", flush=True)
+    model = build(name, setting.sides).eval()
+    exportable = Exportable(model, {}, (3, *setting.sides), ("logits",), {}, rebuild=None)
+    try:
+        write_checked(exportable, FORMATS["onnx"], path, [exportable.images(1)])
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+
+
+@contextlib.contextmanager
+def ready(name, setting, compiled, threads):
+    """A :class:`Candidate`, whose weights are fixed for inference."""
+    if threads:
+        torch.set_num_threads(threads)
+    candidate = Candidate(name, setting, compiled)
+    fixed = setting.mode == "inference" and variant_of(name) not in ("plain", *RUNTIMES)
+    with inference(candidate.model) if fixed else contextlib.nullcontext():
+        yield candidate
+
+
+def compare(choices, args):
+    """Time candidates in turn, each in a process of its own.
+
+    Args:
+        choices: name, :class:`Setting` and whether it is compiled, for each.
+        args: of the command line.
 
     Returns:
         A row for each: model, compiled, ms_per_image (the median), and the median and quartiles over the
-        median of the peer, compiled like the candidate.
+        median of the peer, compiled like the candidate where it can be; with ``--memory`` memory, in MiB, and
+        memory_ratio.
     """
     with contextlib.ExitStack() as stack:
+        candidates = [benchmarking.Apart(choice[0], ready, *choice, args.threads) for choice in choices]
         for candidate in candidates:
-            if candidate.setting.mode == "inference" and ":plain" not in candidate.name:
-                stack.enter_context(inference(candidate.model))
-        times = benchmarking.time_in_turn([candidate.step for candidate in candidates], rounds)
-    peers = {c.compiled: median for c, (_, median, _) in zip(candidates, times) if c.name == peer}
-    return [
-        dict(
-            model=candidate.name,
-            compiled=candidate.compiled,
-            ms_per_image=1e3 * median / candidate.setting.batch,
-            ratio=median / peers[candidate.compiled],
-            quartiles=[low / peers[candidate.compiled], high / peers[candidate.compiled]],
-        )
-        for candidate, (low, median, high) in zip(candidates, times)
-    ]
+            stack.callback(candidate.close)
+        times = benchmarking.time_in_turn(candidates, args.rounds, lambda one: one.seconds("step"))
+        memory = [one.call("peak_memory")[1] for one in candidates] if args.memory else []
+    peers = {compiled: place for place, (name, _, compiled) in enumerate(choices) if name == args.peer}
+    rows = []
+    for place, ((name, setting, compiled), (low, median, high)) in enumerate(zip(choices, times)):
+        peer = peers.get(compiled, peers[False])
+        row = dict(model=name, compiled=compiled, ms_per_image=1e3 * median / setting.batch)
+        row["ratio"] = median / times[peer][1]
+        row["quartiles"] = [low / times[peer][1], high / times[peer][1]]
+        if args.memory:
+            row.update(memory=memory[place], memory_ratio=memory[place] / memory[peer])
+        rows.append(row)
+    return rows
 
 
-def peak_memory(candidate):
-    """Peak memory in MiB of two steps of a :class:`Candidate`, its weights and images included.
-
-    On a GPU it is what PyTorch allocates. On the CPU it is the resident memory of a process of its own,
-    beyond that of an idle one.
-    """
-    if candidate.setting.device == "cuda":
-        return _peak_allocated(candidate)
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_beyond_idle, (candidate.name, candidate.setting, candidate.compiled))
-
-
-def _peak_allocated(candidate):
-    """What others have allocated stays the same meanwhile, so that it can be taken off."""
-    others = torch.cuda.memory_allocated() - candidate.allocated()
-    torch.cuda.reset_peak_memory_stats()
-    for _ in range(2):
-        candidate.step()
-    return (torch.cuda.max_memory_allocated() - others) / 2**20
-
-
-def _peak_beyond_idle(*arguments):
-    idle = _peak_resident()
-    candidate = Candidate(*arguments)
-    for _ in range(2):
-        candidate.step()
-    return _peak_resident() - idle
-
-
-def _peak_resident():
+def peak_resident():
     """Peak resident memory of this process in MiB. That of getrusage begins with the parent's; Linux only."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 2**10
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+)", status.read_text() if status.exists() else "")
+    return int(found[1]) / 2**10 if found else 0.0
 
 
 def add_roofline(rows, setting, flops_limit, bytes_limit):
@@ -319,6 +386,12 @@ def table(result):
     rows = [(setting, row) for setting, rows in result["settings"].items() for row in rows]
     columns = {key: name for key, name in columns.items() if any(key in row for _, row in rows)}
     notes = [f"Medians of {result['rounds']} alternating rounds; ratios to `{result['peer']}`."]
+    if "rates" in result:
+        reached = [f"{flops / 1e9:.0f} GFLOP/s in {dtype}" for dtype, (flops, _) in result["rates"].items()]
+        copied = max(size for _, size in result["rates"].values()) / 1e9
+        notes.append(
+            f"Reached that day: a large product {', '.join(reached)}; a large copy {copied:.0f} GB/s."
+        )
     if any(" px maps" in setting for setting in result["settings"]):
         notes.append("Maps are those of every stage; training minimises the sum of their mean squares.")
     limits_of = result.get("limits", {})
@@ -390,18 +463,15 @@ def differ_in_square_size_alone(settings):
 
 
 def measure(args, setting):
-    """The rows of one setting, with memory if asked for."""
-    both = [False, True] if args.compile else [False]
-    choices = [(name, setting, compiled) for compiled in both for name in args.models]
-    candidates = [Candidate(*choice) for choice in choices]
-    rows = compare(candidates, args.rounds, args.peer)
-    if args.memory:
-        for row, candidate in zip(rows, candidates):
-            row["memory"] = peak_memory(candidate)
-        peers = {row["compiled"]: row["memory"] for row in rows if row["model"] == args.peer}
-        for row in rows:
-            row["memory_ratio"] = row["memory"] / peers[row["compiled"]]
-    return rows
+    """The rows of one setting, of the candidates that run in its dtype."""
+    dtype = str(setting.dtype).removeprefix("torch.")
+    names = [name for name in args.models if can_run(name, dtype)]
+    for name in names:
+        write_onnx(name, setting)
+    choices = [(name, setting, False) for name in names]
+    if args.compile:
+        choices += [(name, setting, True) for name in names if variant_of(name) not in ("compile", *RUNTIMES)]
+    return compare(choices, args)
 
 
 def run(args):
@@ -410,23 +480,25 @@ def run(args):
         torch.set_num_threads(args.threads)
     print(machine(args.device))
     result = dict(machine=machine(args.device), peer=args.peer, rounds=args.rounds, settings={}, limits={})
-    settings = plan(args)
-    for name, setting in settings.items():
-        print(name, flush=True)
-        rows = result["settings"][name] = measure(args, setting)
-        for row in rows:
-            print(f"  {label(row):45} ratio {row['ratio']:.3f}")
-        if args.roofline:
-            flops, size = machine_limits(args.device, setting.dtype)
-            add_roofline(rows, setting, flops, size)
-            result["limits"][name] = dict(
-                teraflops_per_second=flops / 1e12,
-                gigabytes_per_second=size / 1e9,
-                flops_per_byte=flops / size,
-            )
-    if differ_in_square_size_alone(settings.values()):
+    with tempfile.TemporaryDirectory() as files:
+        for name, setting in plan(args).items():
+            print(name, flush=True)
+            rows = result["settings"][name] = measure(args, replace(setting, files=files))
+            for row in rows:
+                print(f"  {label(row):45} ratio {row['ratio']:.3f}")
+            if args.roofline:
+                flops, size = machine_limits(args.device, setting.dtype)
+                add_roofline(rows, setting, flops, size)
+                result["limits"][name] = dict(
+                    teraflops_per_second=flops / 1e12,
+                    gigabytes_per_second=size / 1e9,
+                    flops_per_byte=flops / size,
+                )
+    if differ_in_square_size_alone(plan(args).values()):
         add_growth(result["settings"])
-    if args.device == "cpu":  # whose load nobody knows: only ratios of the same run mean something
+    if args.device == "cpu":
+        result["rates"] = {dtype: machine_limits("cpu", DTYPES[dtype]) for dtype in args.dtypes}
+        # Nobody knows what else runs there: only ratios of the same run mean something.
         for limits in result["limits"].values():
             del limits["teraflops_per_second"], limits["gigabytes_per_second"]
         for row in (row for rows in result["settings"].values() for row in rows):

@@ -1,10 +1,12 @@
-"""What benchmark.py and benchmark_data.py share: timing in turn, tables, bars, and the files they write.
+"""What the benchmarks share: processes, timing in turn, tables, bars, and the files they write.
 
 A result is what a benchmark writes as JSON. It holds ``machine``, ``command`` and ``rounds`` among others,
 and ``settings``, which maps the name of a setting to its rows.
 """
 
+import contextlib
 import json
+import multiprocessing
 import os
 import statistics
 import sys
@@ -18,8 +20,77 @@ from matplotlib.figure import Figure
 from utils import UserError
 
 
-def time_in_turn(functions, rounds):
+class Apart:
+    """An object in a process of its own: thread pools and memory of others do not disturb it.
+
+    Args:
+        name: what messages call it.
+        make: called in that process with ``arguments``, gives a context manager of the object.
+    """
+
+    def __init__(self, name, make, *arguments):
+        context = multiprocessing.get_context("spawn")
+        self.name, (self._link, theirs) = name, context.Pipe()
+        self._process = context.Process(target=_answer, args=(theirs, make, arguments), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def call(self, method):
+        """Call a method of the object, without arguments.
+
+        Returns:
+            The seconds that it took there, and what it returned.
+
+        Raises:
+            UserError: the object could not be made, or its process has ended.
+        """
+        with contextlib.suppress(OSError):  # the process has ended: its last word may tell why
+            self._link.send(method)
+        try:
+            answer = self._link.recv()
+        except (EOFError, OSError) as error:
+            self._process.join()
+            code = self._process.exitcode
+            raise UserError(f"{self.name}: its process ended with code {code} (memory?)") from error
+        if isinstance(answer, UserError):
+            raise answer
+        return answer
+
+    def seconds(self, method):
+        """The seconds that a method of the object takes; see :meth:`call`."""
+        return self.call(method)[0]
+
+    def close(self):
+        """End the process."""
+        self._link.close()
+        self._process.join()
+
+
+def _answer(link, make, arguments):
+    """Make an object and call its methods as the other end of ``link`` asks, until that is closed."""
+    try:
+        with make(*arguments) as made, contextlib.suppress(EOFError):
+            while True:
+                method = link.recv()
+                begin = time.perf_counter()
+                result = getattr(made, method)()
+                link.send((time.perf_counter() - begin, result))
+    except UserError as error:
+        link.send(error)
+
+
+def seconds_of(function):
+    """The seconds that a function takes."""
+    begin = time.perf_counter()
+    function()
+    return time.perf_counter() - begin
+
+
+def time_in_turn(functions, rounds, seconds_of=seconds_of):
     """Time functions in turn, so that a machine that slows down slows down all of them.
+
+    Args:
+        seconds_of: runs one of ``functions``, returns its seconds.
 
     Returns:
         For each function the quartiles (lower, median, upper) of its seconds, after two rounds of warm-up.
@@ -27,10 +98,9 @@ def time_in_turn(functions, rounds):
     seconds = [[] for _ in functions]
     for done in range(-1, rounds + 1):
         for function, measured in zip(functions, seconds):
-            begin = time.perf_counter()
-            function()
+            taken = seconds_of(function)
             if done > 0:
-                measured.append(time.perf_counter() - begin)
+                measured.append(taken)
         print(f"\r  round {max(done, 0)}/{rounds}", end="", flush=True, file=sys.stderr)
     print(file=sys.stderr)
     return [statistics.quantiles(measured, n=4) for measured in seconds]
