@@ -1,0 +1,285 @@
+"""What models/messengers.py computes, against loops, plain runs and autograd."""
+
+import itertools
+
+import pytest
+import torch
+from helpers import CVPR22, fill_weights, micro
+from torch.nn import functional
+
+from models.attention import BACKENDS
+from models.exchange import OTHER_EXCHANGES
+from models.geometry import CHOICES
+from models.messengers import (
+    ablate,
+    ablate_each,
+    attention_map,
+    blocks_of,
+    class_scores,
+    exchange_route,
+    gradient_map,
+    grids,
+    influence,
+    messenger_attention,
+    patch_weights,
+    sent_messengers,
+    trace,
+    without_exchange,
+)
+from models.msg_transformer import MSGTransformer, partition_windows, shuffle_messengers
+
+SIZES = {"whole regions": (32, 32), "padded windows": (27, 44), "windows without patches": (40, 12)}
+
+
+def image_of(size, seed=0):
+    return torch.randn(3, *size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def tiny(**changes):
+    """A model of two stages, with regions of 2x2 windows in the first."""
+    sizes = dict(img_size=16, patch_size=2, num_classes=3, embed_dim=8, depths=(2, 1), num_heads=(1, 2))
+    sizes.update(window_size=2, shuffle_size=(2, 1), drop_path_rate=0.0)
+    return fill_weights(MSGTransformer(**dict(sizes, **changes))).double().eval()
+
+
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "triton"])
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+def test_weights_times_values_are_what_the_block_adds(size, backend):
+    model, outputs = micro(attention=backend).double(), {}
+
+    def keep(place):
+        def look(attention, arguments, options, out):
+            layout = options.get("layout", arguments[2] if len(arguments) > 2 else None)
+            outputs[place] = attention, arguments[0], layout, out
+
+        return look
+
+    for place, block in blocks_of(model):
+        block.attn.register_forward_hook(keep(place), with_kwargs=True)
+    images = torch.stack([image_of(size), image_of(size, 1)])
+    found = messenger_attention(model, images)
+    assert found.keys() == outputs.keys() == {(i, j) for i in range(3) for j in range(2)}
+    for place, weights in found.items():
+        attention, x, layout, out = outputs[place]
+        grid, side = grids(model, size)[place[0]], model.layers[place[0]].window_size
+        assert weights.shape[1:3] == (grid.rows, grid.columns)
+        torch.testing.assert_close(weights.sum(4), torch.ones_like(weights[..., 0]), atol=1e-12, rtol=0)
+        values = attention.qkv(x).chunk(3, dim=-1)[2]
+        if layout is None:
+            wanted = out[:, :, 0]
+        else:
+            patches, _ = layout.restore(values)
+            height, width = grid.rows * side, grid.columns * side
+            patches = functional.pad(
+                patches, (0, 0, 0, width - patches.shape[2], 0, height - patches.shape[1])
+            )
+            first = layout.read_messengers(values)
+            values = torch.cat([first, partition_windows(patches, side, grid.region)], dim=2)
+            wanted = layout.read_messengers(out)[:, :, 0]
+        weights = grid.split(weights.flatten(3)).unflatten(2, weights.shape[3:])
+        heads = values.unflatten(3, (weights.shape[2], -1))  # B*regions, windows, tokens, heads, D
+        result = torch.einsum("nght,ngthd->nghd", weights, heads).flatten(2)
+        torch.testing.assert_close(attention.proj(result), wanted, atol=1e-10, rtol=0)
+
+
+def test_places_beyond_the_edge_have_no_weight():
+    model = micro().double()
+    weights = messenger_attention(model, image_of((10, 32))[None])[0, 1][0]  # 5 rows of patches, windows of 4
+    of_tokens = weights[..., 1:].unflatten(3, (4, 4))
+    assert (of_tokens[1, :, :, 0] > 0).all() and (of_tokens[1, :, :, 1:] == 0).all()
+    assert (weights[2:, :, :, 0] == 1).all() and (weights[2:, :, :, 1:] == 0).all()
+
+
+@pytest.mark.parametrize("manip_type", CHOICES["MANIP_TYPE"])
+@pytest.mark.parametrize("size", [(16, 16), (13, 20)], ids=str)
+def test_influence_reaches_what_has_a_gradient(manip_type, size):
+    model, chosen = tiny(manip_type=manip_type), (1, 2)
+    image, entered = image_of(size), []
+    found = influence(model, image, [chosen])
+
+    def enter(module, arguments, tokens):
+        entered.append(tokens.detach().requires_grad_())
+        return entered[0]
+
+    outputs = {}
+    model.pos_drop.register_forward_hook(enter)
+    for place, block in blocks_of(model):
+        block.register_forward_hook(lambda _, given, x, place=place: outputs.update({place: (given[2], x)}))
+    model(image[None])
+    rows, columns = (slice(2 * i, 2 * i + 2) for i in chosen)
+    for place, (layout, x) in outputs.items():
+        grid = grids(model, size)[place[0]]
+        if place == (1, 0):
+            continue  # read for its messengers alone
+        tokens = x[:, :, 0] if layout is None else layout.read_messengers(x)[:, :, 0]
+        messengers = grid.join(tokens)[0]
+        for row, column in itertools.product(range(grid.rows), range(grid.columns)):
+            (gradient,) = torch.autograd.grad(
+                messengers[row, column].sum(), entered[0], retain_graph=True, materialize_grads=True
+            )
+            reached = bool(gradient[0, rows, columns].abs().max() > 0)
+            assert reached == bool(found[place][1][0, row, column] > 0), (place, row, column)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (30, 60)], ids=str)
+def test_influence_spreads_to_the_region_with_the_exchange(size):
+    model = micro(shuffle_size=(2, 1, 1)).double()
+    patches, messengers = influence(model, image_of(size), [(1, 2), (0, 0)])[0, 0]
+    region = torch.zeros(2, *messengers.shape[1:], dtype=torch.bool)
+    region[0, 0:2, 2:4] = region[1, 0:2, 0:2] = True
+    own = torch.zeros(2, *patches.shape[1:], dtype=torch.bool)
+    own[0, 4:8, 8:12] = own[1, 0:4, 0:4] = True
+    assert torch.equal(messengers > 0, region) and torch.equal(patches > 0, own)
+    patches, messengers = influence(model, image_of(size), [(1, 2), (0, 0)])[0, 1]
+    assert torch.equal(messengers > 0, region)
+    shown = region.repeat_interleave(4, 1).repeat_interleave(4, 2)[:, : patches.shape[1], : patches.shape[2]]
+    assert torch.equal(patches > 0, shown)
+
+
+def test_influence_is_the_change_of_a_run_with_other_patches():
+    model, image, seen = micro().double(), image_of((32, 32)), {}
+    blank = trace(model, torch.zeros(1, 3, 32, 32, dtype=torch.float64))
+
+    def swap(tokens):
+        tokens = tokens.clone()
+        tokens[0, 4:8, 12:16] = blank[0, 4:8, 12:16]
+        return tokens
+
+    for replaced in (None, swap):
+        trace(model, image[None], replaced, lambda place, *kinds: seen.setdefault(place, []).append(kinds))
+    for place, found in influence(model, image, [(0, 0), (1, 3)]).items():
+        for kind in range(2):
+            before, after = (kinds[kind][0] for kinds in seen[place])
+            wanted = (after - before).norm(dim=2) / before.norm(dim=2)
+            torch.testing.assert_close(found[kind][1], wanted, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "model", [micro(manip_type="none"), micro(manip_type="none", **CVPR22)], ids=["v1", "v2"]
+)
+def test_without_exchange_nothing_leaves_the_window(model):
+    found = influence(model.double(), image_of((32, 32)), [(2, 1)])
+    for block in range(2):
+        patches, messengers = found[0, block]
+        assert messengers[0].nonzero().tolist() == [[2, 1]]
+        assert patches[0, 8:12, 4:8].all() and patches.count_nonzero() == 16
+    if model.layers[0].downsample.kind == "linear":  # the merged window is all that holds it
+        assert found[1, 1][1][0].nonzero().tolist() == [[1, 0]]
+
+
+@pytest.mark.parametrize("manip_type", CHOICES["MANIP_TYPE"])
+def test_route_is_what_the_exchange_does(manip_type):
+    exchange = dict(OTHER_EXCHANGES, shuf=shuffle_messengers)[manip_type]
+    messengers = torch.randn(1, 4, 12, dtype=torch.float64)
+    wanted = exchange(messengers) if exchange else messengers
+    for window in range(4):
+        made = torch.zeros(12, dtype=torch.float64)
+        for source, sent, received, weight in exchange_route(exchange, 4, 12, window):
+            made[received] += weight * messengers[0, source, sent]
+        torch.testing.assert_close(made, wanted[0, window], atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("manip_type", ["shuf", "none"])
+@pytest.mark.parametrize("size", [(32, 32), (27, 44)], ids=str)
+@pytest.mark.parametrize("stage", range(3))
+def test_ablation_is_a_run_with_the_messenger_replaced(stage, size, manip_type):
+    model, image = micro(manip_type=manip_type).double(), image_of(size)
+    grid, region = grids(model, size)[stage], model.layers[stage].shuffle_size
+    row, column = grid.shown[0] - 1, grid.shown[1] - 1
+    found = ablate_each(model, image, stage)
+    assert found.shape == (*grid.shown, 10)
+    regions = grid.columns // region
+    number = row // region * regions + column // region  # of the region, and of the window in it
+    window = row % region * region + column % region
+    blank = sent_messengers(model, torch.zeros_like(image[None]))
+
+    def replace(place):
+        # What the attention adds to the messenger makes it the blank one.
+        def look(attention, arguments, options, out):
+            layout, x = options.get("layout"), before[0]
+            at = (
+                (number, window, 0) if layout is None else (0, layout.messengers[number * region**2 + window])
+            )
+            out = out.clone()
+            out[at] = blank[place][number, window] - x[at]
+            return out
+
+        return look
+
+    before = [None]
+    for place, block in blocks_of(model):
+        if place[0] == stage:
+            block.register_forward_pre_hook(lambda _, given: before.__setitem__(0, given[0]))
+            block.attn.register_forward_hook(replace(place), with_kwargs=True)
+    with torch.no_grad():
+        logits = model.forward_head(model.forward_features(image[None]))[0]
+    torch.testing.assert_close(found[row, column], logits - logits.mean(), atol=1e-10, rtol=0)
+
+
+def test_all_messengers_of_the_last_stage_are_all_that_the_head_reads():
+    model, image = micro().double(), image_of((32, 32))
+    with torch.no_grad():
+        blank = class_scores(model, torch.zeros_like(image[None]))
+        scores = ablate_each(model, image, 2)
+    torch.testing.assert_close(scores[0, 0], blank[0], atol=1e-10, rtol=0)
+    none = ablate(model, image, 0, torch.zeros(1, 4, 4, dtype=torch.bool))
+    torch.testing.assert_close(none, class_scores(model, image[None]), atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (27, 44)], ids=str)
+def test_exchange_switched_off_everywhere_is_a_model_without_exchange(size):
+    images = torch.stack([image_of(size), image_of(size, 1)])
+    model, wanted = micro().double(), micro(manip_type="none").double()
+    exchange = [block.exchange for _, block in blocks_of(model)]
+    places = [place for place, _ in blocks_of(model)]
+    with torch.no_grad():
+        scores = class_scores(wanted, images)
+    torch.testing.assert_close(without_exchange(model, images, places), scores, atol=1e-10, rtol=0)
+    assert [block.exchange for _, block in blocks_of(model)] == exchange
+
+
+@pytest.mark.parametrize("manip_type", ["shuf", "shift", "mean"])
+def test_withheld_exchange_lets_no_window_know_of_another(manip_type):
+    model, image = tiny(manip_type=manip_type, depths=(1, 1)), image_of((16, 16))
+    changed = image.clone()
+    changed[:, 4:8, 0:4] += 1  # window (1, 0)
+    found = []
+    for images in (image[None], changed[None]):
+        tokens = {}
+
+        def see(module, given, x, tokens=tokens):
+            tokens.update(after=x[:, :, 0])
+
+        handle = model.layers[0].blocks[0].register_forward_hook(see)
+        without_exchange(model, images, [(0, 0)], withheld=True)
+        handle.remove()
+        found.append(grids(model, (16, 16))[0].join(tokens["after"])[0])
+    assert (found[0] - found[1]).abs().sum(2).nonzero().tolist() == [[1, 0]]
+    blank = torch.zeros(1, 3, 16, 16, dtype=torch.float64)
+    torch.testing.assert_close(
+        without_exchange(model, blank, [(0, 0)], True), class_scores(model, blank), atol=1e-10, rtol=0
+    )
+
+
+def test_maps_of_attention_and_gradient():
+    model, image = micro().double(), image_of((32, 32))
+    weights = messenger_attention(model, image[None])[0, 0][0].mean(2)
+    found = patch_weights(model, image, weights, 0)
+    for y, x in ((0, 0), (9, 30), (31, 17)):  # patches of 2 px, windows of 8
+        token = 1 + y % 8 // 2 * 4 + x % 8 // 2
+        assert found[y, x] == 17 * weights[y // 8, x // 8, token]
+    assert attention_map(model, image).shape == (32, 32)
+    step = 1e-6
+    more = class_scores(model, (image * (1 + step))[None])[0, 3]
+    less = class_scores(model, (image * (1 - step))[None])[0, 3]
+    torch.testing.assert_close(
+        gradient_map(model, image, 3).sum(), ((more - less) / (2 * step)).detach(), atol=1e-6, rtol=1e-6
+    )
+
+
+def test_means_over_windows_count_pixels_of_the_image_only():
+    grid = grids(micro(), (10, 32))[0]
+    pixels = torch.rand(10, 32, dtype=torch.float64)
+    means = grid.means(pixels)
+    assert means.shape == grid.shown == (2, 4)
+    torch.testing.assert_close(means[1, 3], pixels[8:, 24:].mean())
