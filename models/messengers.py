@@ -19,6 +19,8 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
+from utils import UserError
+
 from .attention import hide, probabilities, qkv_heads
 from .msg_transformer import merge_windows, partition_windows
 from .padding import Extent
@@ -55,6 +57,20 @@ class Grid:
     def split(self, x):
         """Undo :meth:`join`."""
         return partition_windows(x, 1, self.region)[:, :, 0]
+
+    def number_of(self, row, column):
+        """The number of a window's region, and its number in that."""
+        across = self.columns // self.region
+        region = row // self.region * across + column // self.region
+        return region, row % self.region * self.region + column % self.region
+
+    def window_at(self, region, number):
+        """Undo :meth:`number_of`: row and column."""
+        (down, right), (row, column) = (
+            divmod(region, self.columns // self.region),
+            divmod(number, self.region),
+        )
+        return down * self.region + row, right * self.region + column
 
     def means(self, x):
         """The means of a map of pixels (height, width) over the windows that hold some: ``shown``."""
@@ -425,6 +441,102 @@ def gradient_map(model, image, target):
         images = image[None].clone().requires_grad_()
         (gradient,) = torch.autograd.grad(class_scores(model, images)[0, target], images)
     return (gradient[0] * image).sum(0)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a sheet of one image shows; see :func:`examine`.
+
+    Attributes:
+        grids: of the stages.
+        window: (row, column) of the chosen one in the first stage.
+        target: number of the class whose score is looked at.
+        scores: of the classes, (classes,), see :func:`class_scores`.
+        attention: of each stage's last block, as a map of pixels, see :func:`patch_weights`.
+        drops: for each stage, what ablating each messenger takes from the score: ``shown``.
+        attention_map, gradient_map: of pixels.
+        influence: of the window, (stage, block) to patches (H, W) and messengers (rows, columns).
+        routes: (stage, block) of the first block of stages that exchange, to what its window there receives:
+            pairs of :class:`Sent` and how far what is sent is from a blank image's, as a norm.
+    """
+
+    grids: list
+    window: tuple
+    target: int
+    scores: torch.Tensor
+    attention: list
+    drops: list
+    attention_map: torch.Tensor
+    gradient_map: torch.Tensor
+    influence: dict
+    routes: dict
+
+
+def examine(model, image, window=None):
+    """The :class:`Findings` of an image.
+
+    Args:
+        model: in float64.
+        image: (channels, height, width), float64.
+        window: (row, column), counted from 0, of a window of the first stage that holds a part of the image;
+            None for the one whose messenger the score depends on most.
+
+    Raises:
+        UserError: the model has no messengers, or there is no such window.
+    """
+    check_messengers(model)
+    places = grids(model, image.shape[1:])
+    rows, columns = places[0].shown
+    if window is not None and not (0 <= window[0] < rows and 0 <= window[1] < columns):
+        raise UserError(
+            f"--window {window[0]},{window[1]}: the image has {rows}x{columns} windows, from 0,0 to "
+            f"{rows - 1},{columns - 1}"
+        )
+    with torch.no_grad():
+        scores = class_scores(model, image[None])[0]
+    target = int(scores.argmax())
+    drops = [(scores[target] - ablate_each(model, image, stage)[..., target]) for stage in range(len(places))]
+    window = window or divmod(int(drops[0].argmax()), columns)
+    weights, last = messenger_attention(model, image[None]), [len(stage.blocks) - 1 for stage in model.layers]
+    return Findings(
+        grids=places,
+        window=window,
+        target=target,
+        scores=scores,
+        attention=[
+            patch_weights(model, image, weights[stage, block][0].mean(2), stage)
+            for stage, block in enumerate(last)
+        ],
+        drops=drops,
+        attention_map=attention_map(model, image),
+        gradient_map=gradient_map(model, image, target),
+        influence={
+            place: tuple(kind[0] for kind in kinds)
+            for place, kinds in influence(model, image, [window]).items()
+        },
+        routes=routes_to(model, image, window),
+    )
+
+
+def check_messengers(model):
+    """Raise a UserError if a model has no messengers."""
+    if not model.tokens:
+        raise UserError("the model has no messengers (MODEL.MSG.TOKENS False): there is nothing to show")
+
+
+def routes_to(model, image, window):
+    """Where the messengers of a window's place come from in each stage: ``routes`` of :class:`Findings`."""
+    found, blank = {}, sent_messengers(model, torch.zeros_like(image[None]))
+    sent = sent_messengers(model, image[None])
+    for stage, grid in enumerate(grids(model, image.shape[1:])):
+        place, block = (stage, 0), model.layers[stage].blocks[0]
+        if grid.region == 1 or block.exchange is None:
+            continue
+        region, number = grid.number_of(*(index >> stage for index in window))
+        news = (sent[place] - blank[place])[region]  # windows, C
+        route = exchange_route(block.exchange, len(news), news.shape[1], number)
+        found[place] = [(part, float(news[part.source, part.sent].norm())) for part in route]
+    return found
 
 
 def _batches(variants):

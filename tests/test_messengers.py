@@ -1,12 +1,18 @@
 """What models/messengers.py computes, against loops, plain runs and autograd."""
 
 import itertools
+import os
+import sys
 
 import pytest
 import torch
-from helpers import CVPR22, fill_weights, micro
+from helpers import CVPR22, digits_config, fill_weights, micro, write_images
+from PIL import Image
+from test_detection import config as shapes_config
 from torch.nn import functional
 
+from config import dump_config
+from models import build_model
 from models.attention import BACKENDS
 from models.exchange import OTHER_EXCHANGES
 from models.geometry import CHOICES
@@ -16,6 +22,7 @@ from models.messengers import (
     attention_map,
     blocks_of,
     class_scores,
+    examine,
     exchange_route,
     gradient_map,
     grids,
@@ -27,6 +34,8 @@ from models.messengers import (
     without_exchange,
 )
 from models.msg_transformer import MSGTransformer, partition_windows, shuffle_messengers
+from tools import visualize
+from utils import UserError
 
 SIZES = {"whole regions": (32, 32), "padded windows": (27, 44), "windows without patches": (40, 12)}
 
@@ -283,3 +292,78 @@ def test_means_over_windows_count_pixels_of_the_image_only():
     means = grid.means(pixels)
     assert means.shape == grid.shown == (2, 4)
     torch.testing.assert_close(means[1, 3], pixels[8:, 24:].mean())
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A function that writes a checkpoint of a changed digits config, and returns its path."""
+
+    def write(*changes):
+        config = digits_config("MODEL.NUM_CLASSES", 3, *changes)
+        content = dict(model=fill_weights(build_model(config)).state_dict(), config=dump_config(config))
+        path = tmp_path_factory.mktemp("checkpoint") / "best.pth"
+        torch.save(dict(content, classes=["a", "b", "c"]), path)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def show(monkeypatch):
+    """A function that does what the command does."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["visualize.py", *map(str, arguments), "--device", "cpu"])
+        visualize.main()
+
+    return run
+
+
+def test_a_sheet_for_every_image(tmp_path, checkpoint, show, capsys):
+    write_images(tmp_path / "images", 1, ("a", "b"))
+    path = checkpoint()
+    show(path, tmp_path / "images", "--output", tmp_path / "out", "--size", "30,40")
+    assert sorted(os.listdir(tmp_path / "out")) == ["0-2.png", "0.png"]
+    with Image.open(tmp_path / "out" / "0-2.png") as sheet:
+        assert min(sheet.size) > 1000
+    assert f"{tmp_path}/images/b/0.png: {tmp_path}/out/0-2.png" in capsys.readouterr().out
+
+
+def test_findings_are_what_the_functions_give():
+    model, image = micro().double(), image_of((32, 32))
+    found = examine(model, image)
+    drops = found.scores[found.target] - ablate_each(model, image, 0)[..., found.target]
+    torch.testing.assert_close(found.drops[0], drops, atol=1e-12, rtol=0)
+    assert drops[found.window] == drops.max()
+    place = examine(model, image, (2, 1))
+    assert place.window == (2, 1)
+    torch.testing.assert_close(place.influence[2, 1][0], influence(model, image, [(2, 1)])[2, 1][0][0])
+    assert [len(route) for route in place.routes.values()] == [16, 4]  # of the regions of both stages
+    (part, _) = place.routes[1, 0][0]
+    assert part.sent == list(range(48, 72))  # window (2, 1) is in window (1, 0) of stage 2, its third of four
+
+
+@pytest.mark.parametrize(
+    "changes, words, message",
+    [
+        ([], ["missing.png"], "missing.png: no such file"),
+        ([], ["IMAGE", "--window", "4,0"], "has 4x4 windows, from 0,0 to 3,3"),
+        ([], ["TEXT"], "cannot be read"),
+        (["MODEL.MSG.TOKENS", False], ["IMAGE"], "no messengers .MODEL.MSG.TOKENS False"),
+    ],
+)
+def test_what_cannot_be_shown_is_one_message(tmp_path, checkpoint, show, changes, words, message):
+    write_images(tmp_path / "images", 1, ("a",))
+    (tmp_path / "text.png").write_text("no image")
+    places = dict(IMAGE=tmp_path / "images" / "a" / "0.png", TEXT=tmp_path / "text.png")
+    with pytest.raises(UserError, match=message):
+        show(checkpoint(*changes), *(places.get(word, word) for word in words), "--output", tmp_path / "out")
+
+
+def test_detectors_are_refused(tmp_path, show):
+    config = shapes_config()
+    torch.save(
+        dict(model=dict(any=torch.ones(1)), config=dump_config(config), classes=None), tmp_path / "best.pth"
+    )
+    with pytest.raises(UserError, match="is of a detector"):
+        show(tmp_path / "best.pth", "any.png")
