@@ -24,6 +24,7 @@ from utils import UserError
 
 # What a config and the BASE files below it may come to: a few lines of a stranger's could unfold to hours.
 MOST_FILES, MOST_BYTES = 100, 100_000
+TORCHVISION = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")
 LARGEST = 2**31 - 1  # of any number but the seed
 LARGEST_SEED = 2**63 - 1
 MOST_ENTRIES, MOST_CHARACTERS = 1000, 4096  # of a list, of a text
@@ -34,7 +35,8 @@ ELSEWHERE = {
     "leave it out",
     "--fused-layernorm": "--opts AMP.FUSED_LAYERNORM True takes apex's; PyTorch's own LayerNorm is one "
     "kernel too, so you may leave it out",
-    "--zip": "unpack the archives into train/<class>/<image> and val/<class>/<image>, see the README",
+    "--zip": "unpack the archives into train/<class>/<image> and val/<class>/<image>, see the README, or "
+    "give tars with --opts DATA.DATASET tar, see docs/data.md",
     "--cache-mode": "images are read from the folder, and the system's own cache keeps them: leave it out",
     "--throughput": "detect.py has no such mode; main.py times the classifier",
 }
@@ -53,12 +55,15 @@ def default_config():
     config.DATA = CfgNode()
     # Images per process and micro-batch.
     config.DATA.BATCH_SIZE = 128
-    # Folder that holds train/<class>/<image> and val/<class>/<image>.
+    # Folder that holds train/<class>/<image> and val/<class>/<image>, or what DATASET says.
     config.DATA.DATA_PATH = ""
     # What reads and augments images: pil, or opencv, which is about twice as fast: the same random choices,
     # pixels that differ by rounding. Random erasing draws other numbers.
     config.DATA.BACKEND = "pil"
-    # Kind of dataset: imagenet, which means any ImageFolder of that layout; coco for detect.py.
+    # What DATA_PATH holds: imagenet, which means any ImageFolder of that layout; tar (train.tar and val.tar,
+    # or folders of tars); wds (WebDataset shards); hfds (what Hugging Face's save_to_disk writes);
+    # torch/cifar10, cifar100, mnist, kmnist, fashion_mnist or qmnist (torchvision's files); coco for
+    # detect.py. docs/data.md has the details.
     config.DATA.DATASET = "imagenet"
     # Side of the square images that the model sees, in pixels, or [height, width].
     config.DATA.IMG_SIZE = 224
@@ -325,6 +330,11 @@ def default_config():
     # How long a process waits for the others before the run ends.
     config.DIST.TIMEOUT_SECONDS = 600
 
+    config.LOG = CfgNode()
+    # Where else the scalars of TensorBoard go: wandb (Weights & Biases, offline unless WANDB_MODE says
+    # otherwise), trackio (on this machine), or empty, nowhere. Each is a package to install.
+    config.LOG.TRACKER = ""
+
     # Root of the output folder; the run writes to OUTPUT/MODEL.NAME/TAG.
     config.OUTPUT = "output"
     config.TAG = "default"
@@ -343,7 +353,7 @@ def default_config():
 # Keys that take one word of a few.
 CHOICES = {
     "DATA.BACKEND": ("pil", "opencv"),
-    "DATA.DATASET": ("imagenet", "coco"),
+    "DATA.DATASET": ("imagenet", "tar", "wds", "hfds", *(f"torch/{name}" for name in TORCHVISION), "coco"),
     "DATA.INTERPOLATION": ("bicubic", "bilinear", "lanczos", "nearest", "random"),
     "DATA.ON_ERROR": ("raise", "skip"),
     "MODEL.TYPE": ("msg", "timm"),
@@ -355,6 +365,7 @@ CHOICES = {
     "AUG.MIXUP_MODE": ("batch", "pair", "elem"),
     "DET.BOX_LOSS": ("giou", "smooth_l1"),
     "DEVICE": ("", "cuda", "mps", "cpu"),
+    "LOG.TRACKER": ("", "wandb", "trackio"),
     "AMP_OPT_LEVEL": ("O0", "O1", "O2"),
     "AMP_DTYPE": ("float16", "bfloat16"),
 }
@@ -607,7 +618,8 @@ def get_config(args, dataset=None):
             values), ``batch_size``, ``data_path``, ``resume``, ``pretrained``, ``accumulation_steps``,
             ``use_checkpoint``, ``optim``, ``amp_opt_level``, ``device``, ``output``, ``tag``, ``eval``,
             ``throughput``, ``local_rank``.
-        dataset: the ``DATA.DATASET`` that the program is for, imagenet or coco; None takes either.
+        dataset: the ``DATA.DATASET`` that the program is for: coco, or imagenet, which stands for all others;
+            None takes any.
 
     Returns:
         A frozen CfgNode whose ``OUTPUT`` is the run's own folder, OUTPUT/MODEL.NAME/TAG.
@@ -701,6 +713,28 @@ def dump_config(config):
     if config.DATA.DATASET != "coco":
         del config["DET"]
     return config.dump()
+
+
+def flat_config(config):
+    """The keys of a config with their dots, and their values, as :func:`dump_config` writes them."""
+    return dict(_leaves(_tree(dump_config(config), "the config")))
+
+
+def flat_text(text, source):
+    """The same of what :func:`dump_config` wrote, perhaps long ago: keys that it lacks have their defaults.
+
+    Args:
+        text: YAML.
+        source: where it is from, for messages.
+
+    Raises:
+        ConfigError: it is not YAML of that kind.
+    """
+    if len(text) > MOST_BYTES:
+        raise ConfigError(f"{source} has {len(text):,} characters, and may have {MOST_BYTES:,}")
+    found, defaults = dict(_leaves(_tree(text, source))), default_config()
+    defaults.DATA.DATASET = found.get("DATA.DATASET", "imagenet")
+    return flat_config(defaults) | found
 
 
 class _Loader(yaml.SafeLoader):
@@ -931,9 +965,9 @@ def _value(config, key):
 
 def _check_dataset(config, sources, dataset):
     """Refuse a config that is for the other program."""
-    programs = {"imagenet": "main.py", "coco": "detect.py"}
+    programs = {**dict.fromkeys(CHOICES["DATA.DATASET"], "main.py"), "coco": "detect.py"}
     found = config.DATA.DATASET
-    if dataset and found in programs and found != dataset:
+    if dataset and found in programs and programs[found] != programs[dataset]:
         raise ConfigError(
             f"{sources.get('DATA.DATASET', 'defaults')}: DATA.DATASET is {found!r}, which is for "
             f"{programs[found]}; {programs[dataset]} takes configs whose DATA.DATASET is {dataset!r}"
@@ -995,7 +1029,7 @@ def _check(config, sources):
     require(
         "DATA.PROGRESSIVE",
         lambda value: all(epoch < epochs for epoch, *_ in value),
-        f"of first epochs below TRAIN.EPOCHS, which is {epochs}",
+        f"a list whose first epochs are below TRAIN.EPOCHS, {epochs}",
     )
     names, name = optimizer_names(), config.TRAIN.OPTIMIZER.NAME
     near = difflib.get_close_matches(name.lower(), names, 5, 0.5) or ["adamw", "sgd", "lamb", "lion"]
@@ -1023,5 +1057,5 @@ def _check(config, sources):
     for key in ("DET.LOSS_WEIGHTS", "DET.DELTA_STDS"):
         require(key, lambda value: len(value) == len(det.IOU_THRESHOLDS), "as long as DET.IOU_THRESHOLDS")
     mixes = aug.MIXUP > 0 or aug.CUTMIX > 0 or aug.CUTMIX_MINMAX is not None
-    if mixes and config.DATA.DATASET == "imagenet" and not config.EVAL_MODE and not config.THROUGHPUT_MODE:
+    if mixes and config.DATA.DATASET != "coco" and not config.EVAL_MODE and not config.THROUGHPUT_MODE:
         require("DATA.BATCH_SIZE", lambda value: value % 2 == 0, "even for mixup and CutMix, which mix pairs")

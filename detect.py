@@ -20,11 +20,11 @@ from config import dump_config, get_config, parse_args, set_classes
 from detection import evaluation
 from detection.detector import build_detector, count_macs, load_pretrained, to_original_size
 from detection.loaders import build_loaders
-from detection.pictures import draw_curves, draw_detections
+from detection.pictures import batch_sheet, draw_curves, draw_detections
 from engine import train_one_epoch
 from logger import DETAIL, FILE, clock, log_progress, start_logging, write_config
 from models import choose_layer_norm, inference
-from run import Task, build_guard, build_run, check_checkpoints, choose_for_evaluation
+from run import Task, build_guard, build_run, check_first, choose_for_evaluation
 
 TASK = Task(
     base_images=16,
@@ -50,7 +50,7 @@ def main(args):
     distributed.start_process_group(device, config.DIST.TIMEOUT_SECONDS)
     if guard is not None:
         distributed.from_rank_0(guard.claim.take)
-    distributed.from_rank_0(lambda: check_checkpoints(config))
+    distributed.from_rank_0(lambda: check_first(config))
     utils.seed_everything("model", config.SEED)
     if config.DETERMINISTIC:
         utils.be_deterministic()
@@ -100,6 +100,7 @@ def build_losses(run):
 
     def losses_of(images, targets, part):
         images, sizes = images
+        run.record.first_batch(lambda: batch_sheet(images, sizes, targets, run.model.classes))
         with updater.compute.autocast():
             return updater.model(images, sizes, targets)
 

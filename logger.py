@@ -1,22 +1,29 @@
-"""What a run leaves for people: log files, TensorBoard scalars, metrics per epoch, and a picture of them."""
+"""What a run leaves for people: log files, TensorBoard, metrics per epoch and their picture, trackers."""
 
 import contextlib
 import datetime
 import errno
+import importlib
+import io
 import json
 import logging
 import logging.handlers
 import math
 import os
+import re
 import shutil
 import sys
+import uuid
 
+import numpy as np
 from termcolor import colored
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from utils import UserError, replacing
 
 DRAWN = ("epoch", "train_loss", "val_loss", "acc1", "acc5", "lr")  # of the metrics of an epoch
+PROJECT = "msg-transformer"  # of tracked runs
 LONG = 60  # seconds from which an epoch or an evaluation shows its progress on the console
 
 # ``extra`` of lines that the console leaves out: always, or while training.
@@ -121,8 +128,12 @@ class RunRecord:
     Args:
         folder: the run's output folder.
         rank: of this process.
-        draw: draws the curves of a list of rows to a file.
+        draw: draws the curves of a list of rows to a file, called with both and the hyper-parameters.
         drawn: what it needs of every row.
+
+    Attributes:
+        hyperparameters: of the run, a flat dict, for TensorBoard and the tracker.
+        tracker: a :class:`Tracker`, or None.
     """
 
     def __init__(self, folder, rank, draw, drawn):
@@ -130,17 +141,37 @@ class RunRecord:
         self.path = os.path.join(folder, "metrics.jsonl")
         self.picture = os.path.join(folder, "curves.png")
         self.board, self.board_folder = None, os.path.join(folder, "tensorboard")
-        self.epochs, self.purge_step = [], 0
+        self.hyperparameters, self.tracker = {}, None
+        self.epochs, self.update, self.purge_step, self.batch_due = [], 0, 0, False
 
     def start(self, epoch, update):
         """Go on from an epoch and an update; what an interrupted run wrote beyond is dropped."""
-        if not self.silent:
-            self.epochs = [row for row in read_metrics(self.path, self.drawn) if row["epoch"] < epoch]
-            self.purge_step = update
+        if self.silent:
+            return
+        self.epochs = [row for row in read_metrics(self.path, self.drawn) if row["epoch"] < epoch]
+        self.update = self.purge_step = update
+        self.batch_due = not update
+        if self.tracker is not None:
+            self.tracker.start(update, self.hyperparameters)
 
     def scalars(self, update, **values):
         """Write TensorBoard scalars ``train/<name>`` of an update."""
         self._write_scalars("train", values, update)
+
+    def first_batch(self, draw):
+        """Write the first batch of a run from scratch as the TensorBoard image ``train/first_batch``.
+
+        Args:
+            draw: returns it as a PIL image; is called for the first batch only.
+        """
+        if self.batch_due:
+            self.batch_due = False
+            self.image("train/first_batch", draw())
+
+    def image(self, tag, picture):
+        """Write a PIL image for TensorBoard, at the last update that was written."""
+        pixels = np.asarray(picture)
+        self._write(lambda board: board.add_image(tag, pixels, self.update, dataformats="HWC"), pixels.nbytes)
 
     def end_epoch(self, update, **row):
         """Write the metrics of an epoch, which must include ``epoch``, and draw the curves again."""
@@ -151,29 +182,44 @@ class RunRecord:
             os.makedirs(os.path.dirname(self.path), exist_ok=True)
             with replacing(self.path) as temporary, open(temporary, "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(epoch) + "\n" for epoch in self.epochs)
-            self.draw(self.epochs, self.picture)
+            self.draw(self.epochs, self.picture, self.hyperparameters)
         self._write_scalars("epoch", row, update)
 
     def close(self):
-        """Finish the TensorBoard file."""
+        """Finish the TensorBoard file and the tracked run."""
         with self._told():
             if self.board is not None:
                 self.board.close()
+        if self.tracker is not None:
+            self.tracker.finish()
 
     def _write_scalars(self, group, values, update):
+        self.update = update
+        tags = {f"{group}/{name}": value for name, value in values.items()}
+
+        def write(board):
+            for tag, value in tags.items():
+                board.add_scalar(tag, value, update)
+
+        self._write(write)
+        if self.tracker is not None:
+            self.tracker.log(group, tags, update)
+
+    def _write(self, write, size=0):
+        """Have ``write`` write to the TensorBoard file, ``size`` bytes beside a few of its own."""
         if self.silent:
             return
         if not os.path.isdir(self.board_folder):
             self.board = None
         with self._told():
             # The writer's thread would end with a traceback.
-            if shutil.disk_usage(os.path.dirname(self.path)).free < 2**20:
+            if shutil.disk_usage(os.path.dirname(self.path)).free < 2**20 + size:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.board_folder)
             if self.board is None:
                 self.board = SummaryWriter(self.board_folder, purge_step=self.purge_step)
-                self.purge_step = update
-            for name, value in values.items():
-                self.board.add_scalar(f"{group}/{name}", value, update)
+                self.purge_step = self.update
+                write_hyperparameters(self.board, self.hyperparameters, self.drawn)
+            write(self.board)
             self.board.flush()
 
     @contextlib.contextmanager
@@ -182,6 +228,142 @@ class RunRecord:
             yield
         except OSError as error:
             logger.error(f"cannot write metrics: {error}; training goes on")
+
+
+def write_image(folder, tag, picture):
+    """Write a PIL image to a TensorBoard file of its own in ``folder``.
+
+    A second file beside that of a run would keep TensorBoard from reading on in the first.
+    """
+    with contextlib.closing(SummaryWriter(folder)) as board:
+        board.add_image(tag, np.asarray(picture), dataformats="HWC")
+
+
+def write_hyperparameters(board, values, drawn):
+    """Write hyper-parameters for TensorBoard, which sets them beside the last of the scalars ``drawn``."""
+    # Truth values would become 0 and 1.
+    plain = {key: value if type(value) in (int, float, str) else str(value) for key, value in values.items()}
+    scores = dict.fromkeys((f"epoch/{name}" for name in drawn if name not in ("epoch", "lr")), 0)
+    for summary in hparams(plain, scores):
+        board.file_writer.add_summary(summary)
+
+
+def require_tracker(name):
+    """Refuse a ``LOG.TRACKER`` whose package cannot be imported.
+
+    Raises:
+        UserError: which package to install.
+    """
+    if not name:
+        return
+    try:
+        # A folder of that name, which earlier runs may have left, can be imported too.
+        importlib.import_module(name).init  # noqa: B018
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"LOG.TRACKER {name}: the package cannot be imported ({error}): pip install {name}, or leave "
+            "LOG.TRACKER empty"
+        ) from error
+
+
+def build_tracker(config, rank):
+    """The :class:`Tracker` that ``LOG.TRACKER`` asks for; None for none, and on other ranks than 0."""
+    if rank or not config.LOG.TRACKER:
+        return None
+    return Tracker(config.LOG.TRACKER, config.OUTPUT, f"{config.MODEL.NAME}-{config.TAG}")
+
+
+class Tracker:
+    """Gives the scalars of a run to Weights & Biases or to trackio too, under their names in TensorBoard.
+
+    ``tracker.json`` in the run's folder keeps the name of the tracked run and the last updates that it was
+    given. A resumed run goes on with it and leaves out what it repeats; a run from scratch has one of its
+    own. The first failure ends the tracking with a warning.
+
+    Args:
+        package: wandb or trackio.
+        folder: the run's output folder.
+        name: what the name of the tracked run begins with.
+    """
+
+    def __init__(self, package, folder, name):
+        self.package, self.folder = package, folder
+        self.path = os.path.join(folder, "tracker.json")
+        self.name = re.sub(r"[^\w.-]", "-", name)[:80]  # wandb refuses some characters
+        self.run, self.state = None, {}
+
+    def start(self, update, hyperparameters):
+        """Go on with the tracked run, or at update 0 start another.
+
+        Args:
+            hyperparameters: a flat dict.
+        """
+        with self._told():
+            if update and os.path.exists(self.path):
+                with open(self.path, encoding="utf-8") as file:
+                    self.state = json.load(file)
+            if self.state.get("package") != self.package:
+                name = f"{self.name}-{uuid.uuid4().hex[:8]}"
+                self.state = dict(package=self.package, run=name, train=-1, epoch=-1)
+            arguments = dict(name=self.state["run"], config=hyperparameters, resume="allow")
+            self.run, where = getattr(self, f"_start_{self.package}")(arguments)
+            logger.info(f"tracked by {self.package} as {self.state['run']}: {where}")
+
+    def _start_wandb(self, arguments):
+        import wandb
+
+        mode = os.environ.get("WANDB_MODE") or "offline"
+        settings = dict(console="off", silent=True)
+        if mode == "online":
+            settings.update(finish_timeout=20)  # seconds; a run that is to stop has little time
+        arguments.update(id=arguments["name"], dir=self.folder, mode=mode, settings=settings)
+        run = wandb.init(project=os.environ.get("WANDB_PROJECT") or PROJECT, **arguments)
+        # wandb's own steps may never go back, not even from an epoch's figures to the next update's.
+        run.define_metric("*", step_metric="update")
+        where = f"wandb sync {os.path.join(self.folder, 'wandb', 'offline-run-*')} uploads it"
+        return run, where if mode == "offline" else mode
+
+    def _start_trackio(self, arguments):
+        import trackio
+
+        with contextlib.redirect_stdout(io.StringIO()):
+            run = trackio.init(PROJECT, **arguments)
+        return run, f"trackio show --project {PROJECT}"
+
+    def log(self, group, tags, update):
+        """Give it scalars of an update, unless it has some of this group and update, or of a later one.
+
+        Args:
+            group: train or epoch.
+            tags: a dict of the scalars by their tags.
+        """
+        if self.run is None or update <= self.state[group]:
+            return
+        with self._told():
+            if self.package == "wandb":
+                self.run.log(dict(tags, update=update))
+            else:
+                self.run.log(tags, step=update)
+            self.state[group] = update
+            with replacing(self.path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+                json.dump(self.state, file)
+
+    def finish(self):
+        """Finish the tracked run here; a resumed run goes on with it."""
+        if self.run is not None:
+            with self._told(), contextlib.redirect_stdout(io.StringIO()):
+                importlib.import_module(self.package).finish()
+        self.run = None
+
+    @contextlib.contextmanager
+    def _told(self):
+        try:
+            yield
+        # Whatever happens in another's package, training goes on.
+        except Exception as error:
+            self.run = None
+            reason = f"{type(error).__name__}: {error}".split("\n")[0]
+            logger.warning(f"{self.package} failed ({reason}): from here on the run is not tracked")
 
 
 def read_metrics(path, drawn=DRAWN):
@@ -208,44 +390,66 @@ def _is_number(value):
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def draw_curves(epochs, path):
+def smoothing_floor(smoothing, classes):
+    """The least training loss under label smoothing, the entropy of its targets; 0 for none.
+
+    A target has 1 - smoothing + smoothing / classes for its class, and smoothing / classes for the others.
+    """
+    shares = [1 - smoothing + smoothing / classes, *[smoothing / classes] * (classes - 1)]
+    return -sum(share * math.log(share) for share in shares if share > 0)
+
+
+def draw_curves(epochs, path, hyperparameters):
     """Draw loss, accuracy and learning rate over the epochs to a PNG file.
+
+    The training loss cannot fall below the floor of label smoothing, which is drawn. With five classes or
+    fewer top-5 is always 100%, and left out.
 
     Args:
         epochs: rows with epoch (from 0), train_loss, val_loss, acc1, acc5 (percent), lr; of an averaged
             model also ema_acc1.
+        hyperparameters: a flat dict; ``MODEL.NUM_CLASSES`` and ``MODEL.LABEL_SMOOTHING`` are used.
     """
     # pyplot is not used: it keeps global state and a figure for every call.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    x = [row["epoch"] + 1 for row in epochs]
+    x = [row["epoch"] for row in epochs]
+    classes = hyperparameters.get("MODEL.NUM_CLASSES", math.inf)
+    smoothing = hyperparameters.get("MODEL.LABEL_SMOOTHING", 0)
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     loss, accuracy, rate = figure.subplots(1, 3)
     marker = "o" if len(x) < 40 else ""
     loss.plot(x, [row["train_loss"] for row in epochs], marker=marker, ms=3, label="training (augmented)")
     loss.plot(x, [row["val_loss"] for row in epochs], marker=marker, ms=3, label="validation")
+    # A teacher's targets have another entropy.
+    if smoothing and math.isfinite(classes) and not hyperparameters.get("DISTILL.TEACHER"):
+        label = f"floor of label smoothing {smoothing:g}"
+        loss.axhline(smoothing_floor(smoothing, classes), color="C0", lw=0.9, ls="--", label=label)
     loss.set(title="Cross entropy", ylim=(0, None))
-    loss.legend()
+    loss.legend(fontsize=8)
     ema = [row.get("ema_acc1", math.nan) for row in epochs]
     scores = [row["acc1"] if math.isnan(average) else average for row, average in zip(epochs, ema)]
     best, best_epoch = max(scores), epochs[scores.index(max(scores))]["epoch"]
     accuracy.plot(x, [row["acc1"] for row in epochs], marker=marker, ms=3, label="top-1")
-    accuracy.plot(x, [row["acc5"] for row in epochs], marker=marker, ms=3, label="top-5")
+    if classes > 5:
+        accuracy.plot(x, [row["acc5"] for row in epochs], marker=marker, ms=3, label="top-5")
     if not all(map(math.isnan, ema)):
         accuracy.plot(x, ema, marker=marker, ms=3, label="top-1 of the average (EMA)")
     accuracy.axhline(best, color="grey", lw=0.8, ls=":")
-    title = f"Validation: best top-1 {best:.2f}% (epoch {best_epoch + 1})"
+    title = f"Validation: best top-1 {best:.2f}% (epoch {best_epoch})"
     accuracy.set(title=title, ylabel="%")
-    accuracy.legend(loc="lower right")
+    accuracy.legend(loc="lower right", fontsize=8)
     rate.plot(x, [row["lr"] for row in epochs], marker=marker, ms=3, color="tab:green")
     rate.set(title="Learning rate at the end of the epoch", ylim=(0, None))
     rate.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
     for axes in (loss, accuracy, rate):
-        axes.set_xlabel("epochs trained")
+        axes.set_xlabel("epoch, counted as in the names of checkpoints")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if len(x) < 3:  # no ticks between epochs, and none for epochs to come
+            axes.set(xticks=x, xlim=(x[0] - 0.5, x[-1] + 0.5))
         axes.grid(alpha=0.3)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")

@@ -23,8 +23,8 @@ from distillation import build_distillation
 from engine import train_one_epoch
 from logger import DETAIL, FILE, clock, log_progress, start_logging, write_config
 from models import build_model, choose_layer_norm, compile_model, count_macs, inference
-from report import OutcomeCollector, write_report
-from run import Task, build_guard, build_run, check_checkpoints, choose_for_evaluation
+from report import OutcomeCollector, batch_sheet, show_mistakes, write_report
+from run import Task, build_guard, build_run, check_first, choose_for_evaluation
 
 TASK = Task(base_images=512, score="acc1", score_name="accuracy")
 
@@ -42,7 +42,7 @@ def main(args):
     distributed.start_process_group(device, config.DIST.TIMEOUT_SECONDS)
     if guard is not None:
         distributed.from_rank_0(guard.claim.take)
-    distributed.from_rank_0(lambda: check_checkpoints(config))
+    distributed.from_rank_0(lambda: check_first(config))
     utils.seed_everything("model", config.SEED)
     torch.backends.cudnn.benchmark = True
     if config.DETERMINISTIC:
@@ -78,6 +78,7 @@ def main(args):
         compile_model(model)
     if mode != "train" and rank == 0:
         write_config(config.OUTPUT, f"config_{mode}.yaml", dump_config(config))
+    collector = OutcomeCollector()
     if mode == "throughput":
         if val_loader is not None:
             images = next(iter(val_loader))[0]
@@ -89,7 +90,6 @@ def main(args):
         path, weights = distributed.from_rank_0(lambda: choose_for_evaluation(config))
         ckpt.load_weights(model, weights, path)
         logger.info(f"evaluating {path}")
-        collector = OutcomeCollector()
         figures = evaluate(model, val_loader, compute, config.PRINT_FREQ, collector)
         if (outcomes := collector.gather(val_loader.indices_seen())) is not None:
             about = dict(checkpoint=path, data=config.DATA.DATA_PATH, **figures)
@@ -99,9 +99,11 @@ def main(args):
         losses_of = build_losses(config, run)
         for _epoch in run.epochs_left():
             means = train_one_epoch(run, train_loader, losses_of)
-            run.end_epoch(
-                means, run.figures_of(lambda module: evaluate(module, val_loader, compute, config.PRINT_FREQ))
+            figures = run.figures_of(
+                lambda module: evaluate(module, val_loader, compute, config.PRINT_FREQ, collector.start())
             )
+            run.end_epoch(means, figures)
+        show_mistakes(run.record, collector, val_loader, classes)
     distributed.stop_process_group()
 
 
@@ -115,6 +117,7 @@ def build_losses(config, run):
 
     def losses_of(images, targets, part):
         images, targets = augment(images, targets, run.progress.epoch, run.progress.images, part)
+        run.record.first_batch(lambda: batch_sheet(images, targets, run.model.classes))
         with compute.autocast():
             logits = updater.model(images)
         loss = criterion(logits.float(), targets)

@@ -18,7 +18,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.nn.functional import cross_entropy
 
 from distributed import gather_lists
-from logger import DETAIL
+from logger import DETAIL, write_image
 from utils import replacing
 
 BAR, INK, PAPER = "#9dc3ea", "#22262b", "#ffffff"
@@ -60,7 +60,12 @@ class OutcomeCollector:
     """Collects the :class:`Outcomes` of an evaluation while it runs, on every process those of its images."""
 
     def __init__(self):
-        self.rows, self.worst, self.count = [], [], 0
+        self.used, self.rows, self.worst, self.count = False, [], [], 0
+
+    def start(self):
+        """Begin an evaluation, and forget any before; returns itself."""
+        self.used, self.rows, self.worst, self.count = True, [], [], 0
+        return self
 
     def add(self, images, targets, logits):
         """Take a batch: images (B, C, H, W) as the model saw them, targets (B,), logits (B, classes)."""
@@ -70,9 +75,12 @@ class OutcomeCollector:
         losses = cross_entropy(logits.double(), targets, reduction="none")
         columns = targets.double(), predicted.double(), confidence, truth, losses
         self.rows.append(torch.stack(columns, 1).cpu().numpy())
-        wrong = (predicted != targets).nonzero()[:, 0].tolist()
-        for i in sorted(wrong, key=lambda i: -losses[i].item())[:MOST_MISTAKES]:
-            self.worst.append((losses[i].item(), self.count + i, shown(images[i])))
+        wrong = losses.masked_fill(predicted == targets, -1)
+        highest, places = wrong.topk(min(MOST_MISTAKES, len(targets)))
+        enough = self.worst[-1][0] if len(self.worst) == MOST_MISTAKES else -1
+        for loss, i in zip(highest.tolist(), places.tolist()):
+            if loss > enough:
+                self.worst.append((loss, self.count + i, shown(images[i])))
         self.worst = sorted(self.worst, key=lambda entry: -entry[0])[:MOST_MISTAKES]
         self.count += len(targets)
 
@@ -218,7 +226,10 @@ def write_report(folder, outcomes, names, paths, about):
             writer.writeheader()
             writer.writerows(rows)
         draw_confusions(outcomes, names, os.path.join(folder, FILES[2]))
-        draw_mistakes(outcomes, names, os.path.join(folder, FILES[3]))
+        sheet = mistakes_sheet(outcomes, names)
+        with replacing(os.path.join(folder, FILES[3])) as temporary:
+            sheet.save(temporary, format="PNG")
+        write_image(os.path.join(folder, "tensorboard", "eval"), "eval/mistakes", sheet)
     except OSError as problem:
         logger.error(f"cannot write the report of the evaluation to {folder}: {problem.strerror or problem}")
         return
@@ -342,30 +353,79 @@ def _short(name, most=26):
     return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
-def draw_mistakes(outcomes, names, path, columns=6):
-    """Draw the mistakes of the highest loss to a PNG file, as the model saw them, above both classes."""
-    tile, size = 208, 14
-    letters, line = font(size), int(1.4 * size)
-    rows = -(-len(outcomes.worst) // columns)
-    height = tile + 2 * line + 10
-    sheet = Image.new("RGB", (columns * (tile + 8) + 8, 2 * line + rows * height), PAPER)
-    draw = ImageDraw.Draw(sheet)
+def mistakes_sheet(outcomes, names):
+    """The mistakes of the highest loss as a PIL image, each as the model saw it, above both classes."""
     wrong = int((~outcomes.right()).sum())
     title = f"{len(outcomes.worst)} of {wrong:,} mistakes, by loss: predicted (red) and target (green)"
-    draw.text((8, line // 2), title if wrong else "no mistakes", fill=INK, font=letters)
-    for i, (place, pixels) in enumerate(outcomes.worst):
-        x, y = 8 + i % columns * (tile + 8), 2 * line + i // columns * height
-        image, _ = enlarged(Image.fromarray(pixels), tile)
-        image.thumbnail((tile, tile))
-        sheet.paste(image, (x + (tile - image.width) // 2, y + (tile - image.height) // 2))
-        for number, classes, scores, colour in (
-            (0, outcomes.predicted, outcomes.confidence, WRONG),
-            (1, outcomes.target, outcomes.truth, RIGHT),
-        ):
-            text = fitting(f"{scores[place]:.3f} {names[classes[place]]}", letters, tile)
-            draw.text((x, y + tile + 2 + number * line), text, fill=colour, font=letters)
-    with replacing(path) as temporary:
-        sheet.save(temporary, format="PNG")
+    tiles = []
+    for place, pixels in outcomes.worst:
+        said, meant = names[outcomes.predicted[place]], names[outcomes.target[place]]
+        below = (
+            (f"{outcomes.confidence[place]:.3f} {said}", WRONG),
+            (f"{outcomes.truth[place]:.3f} {meant}", RIGHT),
+        )
+        tiles.append((Image.fromarray(pixels), below))
+    return contact_sheet(tiles, title if wrong else "no mistakes")
+
+
+def show_mistakes(record, collector, loader, names):
+    """Write the worst mistakes of the last evaluation of a run for TensorBoard; all processes must call it.
+
+    Args:
+        record: the run's :class:`~logger.RunRecord`.
+        collector: was given that evaluation.
+        loader: gave its images.
+        names: of the classes.
+    """
+    outcomes = collector.gather(loader.indices_seen()) if collector.used else None
+    if outcomes is not None:
+        record.image("epoch/mistakes", mistakes_sheet(outcomes, names))
+        record.close()
+
+
+def batch_sheet(images, targets, names, most=48):
+    """The first images of a training batch as a PIL image, each above its classes.
+
+    Args:
+        images: (B, C, H, W) as the model sees them.
+        targets: (B,) classes, or (B, classes) their shares, as mixup makes them; the two largest are shown.
+        names: of the classes.
+    """
+    tiles = []
+    for image, target in zip(images[:most], targets[:most].cpu()):
+        if target.dim():
+            shares, classes = target.topk(min(2, len(target)))
+            pairs = zip(shares.tolist(), classes.tolist())
+            lines = [f"{share:.2f} {names[number]}" for share, number in pairs if share >= 0.05]
+        else:
+            lines = [names[target]]
+        tiles.append((Image.fromarray(shown(image)), [(line, INK) for line in lines]))
+    return contact_sheet(tiles, f"{len(tiles)} of the {len(images)} images of the first batch", 8)
+
+
+def contact_sheet(tiles, title, columns=6, side=208):
+    """PIL images in rows below a title, as one.
+
+    Args:
+        tiles: (PIL image, lines below it) each; a line is a text and its colour, and there are two at most.
+        side: of a tile, in pixels; images are made to fit.
+    """
+    size = 14
+    letters, line = font(size), int(1.4 * size)
+    rows = -(-len(tiles) // columns)
+    height = side + 2 * line + 10
+    sheet = Image.new("RGB", (columns * (side + 8) + 8, 2 * line + rows * height), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((8, line // 2), title, fill=INK, font=letters)
+    for i, (image, lines) in enumerate(tiles):
+        x, y = 8 + i % columns * (side + 8), 2 * line + i // columns * height
+        image, _ = enlarged(image, side)
+        image.thumbnail((side, side))
+        sheet.paste(image, (x + (side - image.width) // 2, y + (side - image.height) // 2))
+        for number, (text, colour) in enumerate(lines):
+            place = (x, y + side + 2 + number * line)
+            draw.text(place, fitting(text, letters, side), fill=colour, font=letters)
+    return sheet
 
 
 def font(size):

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 import checkpoint as ckpt
-from config import dump_config
+from config import dump_config, flat_config
 from distributed import (
     from_rank_0,
     gather_floats,
@@ -29,7 +29,16 @@ from distributed import (
     rank_and_world_size,
     sum_over_processes,
 )
-from logger import DETAIL, DRAWN, RunRecord, clock, draw_curves, write_config
+from logger import (
+    DETAIL,
+    DRAWN,
+    RunRecord,
+    build_tracker,
+    clock,
+    draw_curves,
+    require_tracker,
+    write_config,
+)
 from lr_scheduler import build_scheduler
 from optimizer import NonFiniteError, Updater, build_average, build_optimizer
 from utils import STOP_SIGNALS, UserError, lock_file
@@ -141,6 +150,7 @@ def build_run(config, model, sampler, compute, task, guard):
     updater = Updater(model, optimizer, compute, sampler.accumulation, train.CLIP_GRAD, train.MAX_NONFINITE)
     updater.average = build_average(config, model)
     record = RunRecord(config.OUTPUT, rank, task.draw, task.drawn)
+    record.hyperparameters, record.tracker = flat_config(config), build_tracker(config, rank)
     run = Run(build_settings(config, task), updater, scheduler, sampler, record, guard)
     run.restore()
     run.write_config()
@@ -152,14 +162,18 @@ def build_run(config, model, sampler, compute, task, guard):
     return run
 
 
-def check_checkpoints(config):
-    """Read the files of ``--resume`` and ``--pretrained`` once, before anything that takes long.
+def check_first(config):
+    """Refuse, before anything that takes long, a run that could not start: tracker and checkpoints.
 
-    Where the run continues from its own folder, it needs neither.
+    The files of ``--resume`` and ``--pretrained`` are read once; a run that continues from its own folder
+    needs neither.
 
     Raises:
         CheckpointError: no such file, or not a checkpoint.
+        UserError: the package of ``LOG.TRACKER`` is missing.
     """
+    if not config.EVAL_MODE and not config.THROUGHPUT_MODE:
+        require_tracker(config.LOG.TRACKER)
     if config.TRAIN.AUTO_RESUME and not config.EVAL_MODE and ckpt.in_order(config.OUTPUT):
         return
     if config.MODEL.RESUME:
@@ -458,8 +472,9 @@ class Run:
             The names of the files written, as :meth:`save` does.
         """
         epoch, task = self.progress.epoch, self.settings.task
-        updates = (epoch + 1) * self.sampler.updates_per_epoch
-        self.record.end_epoch(updates, epoch=epoch, **means, **figures)
+        # The epoch's own last update: a run that goes on after it drops TensorBoard's events from there on.
+        last = (epoch + 1) * self.sampler.updates_per_epoch - 1
+        self.record.end_epoch(last, epoch=epoch, **means, **figures)
         score = float(figures[self.score_name()])
         before, self.best = self.best, max(self.best, score)
         self.highest = max(self.highest, score)
@@ -478,7 +493,7 @@ class Run:
         scores = [f"{name} {percent(figures[key])}" for key, name in shown if key in figures]
         left = (time.time() - self.begin) / (done - self.first) * (epochs - done)
         logger.info(
-            f"epoch {done:{len(str(epochs))}} of {epochs}: loss {loss:.4f}, {', '.join(scores)} "
+            f"epoch {done - 1:{len(str(epochs))}} ({done} of {epochs}): loss {loss:.4f}, {', '.join(scores)} "
             f"(best {percent(self.highest)}), {clock(left)} left"
         )
 

@@ -8,7 +8,9 @@ import logging
 import os
 import re
 import stat
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torchvision
@@ -47,13 +49,39 @@ def decoding(path):
         raise DataError(f"{path} cannot be read as an image ({reason}): repair or remove it") from error
 
 
-def open_image(path, max_pixels=MAX_PIXELS, max_scans=MAX_SCANS):
+class Stored(NamedTuple):
+    """An image file, or what is one inside an archive.
+
+    Attributes:
+        size: bytes.
+        read: returns them.
+    """
+
+    size: int
+    read: Callable
+
+    @classmethod
+    def at(cls, path):
+        """The file at a path.
+
+        Raises:
+            DataError: it is no regular file.
+        """
+        status = os.stat(path)
+        # A pipe would wait forever, a device would never end.
+        if not stat.S_ISREG(status.st_mode):
+            raise DataError(f"{path} cannot be read as an image: it is not a file; remove it")
+        return cls(status.st_size, Path(path).read_bytes)
+
+
+def open_image(path, max_pixels=MAX_PIXELS, max_scans=MAX_SCANS, stored=None):
     """Read an image file, and decode its header.
 
     Args:
         max_pixels: what an image may have; a side counts as 16 pixels at least, because short rows cost as
             much. The file may have 8 bytes for each.
         max_scans: what a JPEG may have.
+        stored: what to read, a :class:`Stored`, where ``path`` is only a name for messages.
 
     Returns:
         The image, whose pixels Pillow decodes when they are asked for, and the bytes of the file.
@@ -69,14 +97,10 @@ def open_image(path, max_pixels=MAX_PIXELS, max_scans=MAX_SCANS):
         )
 
     with decoding(path):
-        status = os.stat(path)
-        # A pipe would wait forever, a device would never end.
-        if not stat.S_ISREG(status.st_mode):
-            raise DataError(f"{path} cannot be read as an image: it is not a file; remove it")
-        if status.st_size > 8 * max_pixels:
-            refuse(f"{status.st_size} bytes (8 for a pixel are allowed)", "DATA.MAX_PIXELS", max_pixels)
-        with open(path, "rb") as file:
-            content = file.read()
+        size, read = stored or Stored.at(path)
+        if size > 8 * max_pixels:
+            refuse(f"{size} bytes (8 for a pixel are allowed)", "DATA.MAX_PIXELS", max_pixels)
+        content = read()
         with without_pillows_limit():
             image = Image.open(io.BytesIO(content), formats=FORMATS)
         if max(16, image.width) * max(16, image.height) > max_pixels:
@@ -112,17 +136,17 @@ def _has_more_scans(image, content, most):
     return scans > most
 
 
-def load_image(path, max_pixels=MAX_PIXELS, max_scans=MAX_SCANS, mode="RGB"):
+def load_image(path, max_pixels=MAX_PIXELS, max_scans=MAX_SCANS, mode="RGB", stored=None):
     """Read an image file with PIL; of an animation the first frame, EXIF rotation ignored, as PIL does it.
 
     Args:
-        max_pixels, max_scans: see :func:`open_image`.
+        max_pixels, max_scans, stored: see :func:`open_image`.
         mode: PIL's, of the image returned: L, RGB or RGBA, whose alpha is 255 where the file has none.
 
     Raises:
         DataError: the file cannot be decoded, or only beyond the limits.
     """
-    with decoding(path), open_image(path, max_pixels, max_scans)[0] as image:
+    with decoding(path), open_image(path, max_pixels, max_scans, stored)[0] as image:
         return image.convert(mode)
 
 
@@ -150,17 +174,28 @@ class ImageFolder(torchvision.datasets.ImageFolder):
             for path in find_images(directory, name, self.ignored)
         ]
 
+    @property
+    def paths(self):
+        """The file of every index."""
+        return [path for path, _ in self.samples]
+
     def __getitem__(self, index):
         with without_pillows_limit():  # transforms crop, which Pillow limits too
             return super().__getitem__(index)
 
     def report(self):
         """Log what was found and what was ignored."""
-        found = f"{self.root}: {len(self.samples):,} images in {len(self.classes):,} classes"
-        most = [f"{what} {number:,}" for what, number in self.ignored.most_common(10)]
-        if len(self.ignored) > 10:
-            most.append("...")
-        logging.getLogger("msg_transformer").info(found + ("; ignored: " if most else "") + ", ".join(most))
+        report_found(
+            f"{self.root}: {len(self.samples):,} images in {len(self.classes):,} classes", self.ignored
+        )
+
+
+def report_found(found, ignored):
+    """Log what was found, and what a Counter says was ignored."""
+    most = [f"{what} {number:,}" for what, number in ignored.most_common(10)]
+    if len(ignored) > 10:
+        most.append("...")
+    logging.getLogger("msg_transformer").info(found + ("; ignored: " if most else "") + ", ".join(most))
 
 
 class TrainingSamples(Dataset):
@@ -347,6 +382,18 @@ def _with_parents(path):
     return [_identity(folder) for folder in (path, *path.parents)]
 
 
+def require_same_classes(here, classes, there, other_classes):
+    """Raise a DataError where two sets, named ``here`` and ``there``, have different lists of classes."""
+    if other_classes == classes:
+        return
+    difference = sorted(set(classes) ^ set(other_classes))
+    listed = f"only one of them has {', '.join(difference[:5])}{' ...' if len(difference) > 5 else ''}"
+    raise DataError(
+        f"{here} and {there} have different classes ({len(classes)} and {len(other_classes)}): "
+        + (listed if difference else "they are in another order")
+    )
+
+
 def build_dataset(root, split, transform, loader=load_image):
     """The images of ``root/split``: what ``transform`` makes of what ``loader`` makes of a path.
 
@@ -358,12 +405,7 @@ def build_dataset(root, split, transform, loader=load_image):
     classes = class_names(folder)
     other = os.path.join(root, "val" if split == "train" else "train")
     other_classes = class_names(other) if os.path.isdir(other) else classes
-    if other_classes != classes:
-        difference = sorted(set(classes) ^ set(other_classes))
-        raise DataError(
-            f"{folder} and {other} have different classes ({len(classes)} and {len(other_classes)}): "
-            f"only one of them has {', '.join(difference[:5])}{' ...' if len(difference) > 5 else ''}"
-        )
+    require_same_classes(folder, classes, other, other_classes)
     dataset = ImageFolder(folder, transform, loader)
     if not dataset.samples:
         raise DataError(f"{folder} has class folders but no images ({', '.join(IMG_EXTENSIONS)})")

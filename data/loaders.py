@@ -13,8 +13,9 @@ from config import ConfigError
 from distributed import from_rank_0, gather_lists
 from utils import STOP_SIGNALS
 
-from .datasets import DataError, EvaluationSamples, TrainingSamples, build_dataset, load_image
+from .datasets import DataError, EvaluationSamples, TrainingSamples, load_image, require_same_classes
 from .progressive import build_phases, place_of_phase
+from .readers import open_dataset
 from .samplers import TrainBatchSampler, evaluation_shard
 from .transforms import build_transform, image_mode
 
@@ -245,30 +246,31 @@ def build_loaders(config, rank=0, world_size=1, device="cpu"):
         DataError: what is wrong with the folder, and what to do.
     """
     device = torch.device(device)
-    root, skip = config.DATA.DATA_PATH, config.DATA.ON_ERROR == "skip"
+    kind, root, skip = config.DATA.DATASET, config.DATA.DATA_PATH, config.DATA.ON_ERROR == "skip"
     if not root:
         raise DataError(
             "no data: give --data-path, a folder with train/<class>/<image> and val/<class>/<image>"
         )
     to_device, options = ToDevice(device), dict(worker_options(config, device), collate_fn=collate)
     read, transform = build_reader(config, is_train=False)
-    val = build_dataset(root, "val", transform, read)
+    val = open_dataset(kind, root, "val", transform, read)
     shard = evaluation_shard(len(val), rank, world_size)
     loader = DataLoader(EvaluationSamples(val, skip), config.DATA.BATCH_SIZE, sampler=shard, **options)
-    val_loader = Loader(loader, [path for path, _ in val.samples], to_device)
+    val_loader = Loader(loader, val.paths, to_device)
     if config.EVAL_MODE or config.THROUGHPUT_MODE:
         return None, None, val_loader, val.classes
     read, transform = build_reader(config, is_train=True)
-    train = build_dataset(root, "train", transform, read)
+    train = open_dataset(kind, root, "train", transform, read)
+    require_same_classes(train.root, train.classes, val.root, val.classes)
     accumulation = max(1, config.TRAIN.ACCUMULATION_STEPS)
     sampler = TrainBatchSampler(
         len(train), config.DATA.BATCH_SIZE, accumulation, rank, world_size, config.SEED
     )
     sampler.repeats = config.AUG.REPEATED
-    require_an_update(sampler, f"{root}/train")
+    require_an_update(sampler, train.root)
     samples, phases = TrainingSamples(train, config.SEED, skip), build_phases(config)
     if phases:
         samples.set_phases(phases, [build_reader(config, True, phase)[1] for phase in phases])
     loader = DataLoader(samples, batch_sampler=sampler, **options)
-    train_loader = Loader(loader, [path for path, _ in train.samples], to_device)
+    train_loader = Loader(loader, train.paths, to_device)
     return train_loader, sampler, val_loader, val.classes

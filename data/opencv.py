@@ -33,7 +33,7 @@ class ImageFile:
     OpenCV decodes JPEGs that look sound, to the same pixels as Pillow; Pillow decodes everything else.
 
     Args:
-        max_pixels, max_scans: see :func:`~data.datasets.open_image`.
+        max_pixels, max_scans, stored: see :func:`~data.datasets.open_image`.
 
     Attributes:
         size: (width, height) in pixels; EXIF rotation is ignored, as it is with Pillow.
@@ -42,9 +42,9 @@ class ImageFile:
         DataError: the file cannot be decoded or exceeds the limits; :meth:`crop` may raise it as well.
     """
 
-    def __init__(self, path, max_pixels=MAX_PIXELS, max_scans=MAX_SCANS):
+    def __init__(self, path, max_pixels=MAX_PIXELS, max_scans=MAX_SCANS, stored=None):
         self.path = path
-        self.image, self.data = open_image(path, max_pixels, max_scans)
+        self.image, self.data = open_image(path, max_pixels, max_scans, stored)
         self.size = self.image.size
         is_jpeg = self.image.format == "JPEG" and self.image.mode in ("L", "RGB")
         self.is_sound = is_jpeg and self._ends_well()

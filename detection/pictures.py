@@ -8,12 +8,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from PIL import ImageDraw
+from PIL import Image, ImageDraw
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_segmentation_masks
 
 from data.datasets import load_image
-from report import enlarged, fitting, font
+from report import contact_sheet, enlarged, fitting, font, shown
 from utils import replacing
 
 _COLOURS = [f"C{i}" for i in range(10)]
@@ -44,6 +44,10 @@ def draw_detections(samples, names, path, smallest_score=0.5):
         _draw(right, image, {name: value[kept] for name, value in detection.items()}, names)
         left.set_title(f"{os.path.basename(file)}: ground truth", fontsize=8, parse_math=False)
         right.set_title(f"detections of score {smallest_score} and more", fontsize=8)
+        if not kept.any():
+            words = f"no detection of score {smallest_score} and more"
+            style = dict(transform=right.transAxes, ha="center", va="center", fontsize=7, color="white")
+            right.text(0.5, 0.5, words, bbox=dict(fc="black", alpha=0.6, ec="none"), **style)
     _save(figure, path)
 
 
@@ -59,9 +63,16 @@ def _draw(axes, image, objects, names):
     ):
         x1, y1, x2, y2 = box
         axes.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], color=colour, lw=1)
-        text = names[label - 1] + ("" if score != score else f" {score:.2f}")
+        name = names[label - 1]
+        text = (name if len(name) <= 24 else f"{name[:23]}…") + ("" if score != score else f" {score:.2f}")
         background = dict(fc=colour, ec="none", pad=0.8)
-        axes.text(x1, y1, text, fontsize=5, color="white", va="bottom", bbox=background, parse_math=False)
+        # Inside the image: to the left of its right half's corners, and below an edge at the top.
+        across = dict(x=x1, ha="left") if x1 < image.shape[2] / 2 else dict(x=x2, ha="right")
+        va = "bottom" if y1 > 0.08 * image.shape[1] else "top"
+        axes.text(
+            s=text,
+            **across, y=y1, fontsize=5, color="white", va=va, bbox=background, parse_math=False, clip_on=True,
+        )  # fmt: skip
     axes.set(xlim=(0, image.shape[2]), ylim=(image.shape[1], 0))
 
 
@@ -69,12 +80,14 @@ def annotate(image, detection, names):
     """A PIL image with the masks, boxes, names and scores of its detections, enlarged where it is small.
 
     Args:
-        detection: boxes (N, 4) and masks (N, H, W) in pixels of the image, labels (N,), scores (N,).
+        detection: boxes (N, 4) and masks (N, H, W) in pixels of the image, labels (N,), and scores (N,),
+            which the ground truth has not.
         names: of the categories; label 1 is the first.
     """
     image, factor = enlarged(image, 448)
-    if not len(detection["scores"]):
+    if not len(detection["labels"]):
         return image
+    scores = detection.get("scores", torch.ones(len(detection["labels"]))).tolist()
     kinds = [(label - 1) % len(_COLOURS) for label in detection["labels"].tolist()]
     colours = [tuple(int(255 * part) for part in to_rgb(_COLOURS[kind])) for kind in kinds]
     masks = detection["masks"].repeat_interleave(factor, 1).repeat_interleave(factor, 2)
@@ -84,9 +97,9 @@ def annotate(image, detection, names):
     letters, line = font(size), max(1, size // 6)
     boxes = (factor * detection["boxes"]).tolist()
     # The surest last, so that it is not covered.
-    for i in sorted(range(len(boxes)), key=lambda i: detection["scores"][i].item()):
+    for i in sorted(range(len(boxes)), key=scores.__getitem__):
         draw.rectangle(boxes[i], outline=colours[i], width=line)
-        text = f"{names[detection['labels'][i] - 1]} {detection['scores'][i]:.2f}"
+        text = names[detection["labels"][i] - 1] + (f" {scores[i]:.2f}" if "scores" in detection else "")
         text = fitting(text, letters, image.width - 2 * line)
         # Above the box where there is room, and inside the image.
         width, height = letters.getlength(text) + 2 * line, int(1.3 * size)
@@ -97,39 +110,76 @@ def annotate(image, detection, names):
     return picture
 
 
-def draw_curves(epochs, path):
+def batch_sheet(images, sizes, targets, names, most=12):
+    """The first images of a training batch with their objects, as one PIL image.
+
+    Args:
+        images: (B, 3, H, W), normalised.
+        sizes: (H, W) of each within its padding.
+        targets: of each a dict of boxes (N, 4), labels (N,) and masks (N, H, W).
+        names: of the categories; label 1 is the first.
+    """
+    tiles = []
+    for image, (height, width), target in zip(images[:most], sizes, targets):
+        picture = Image.fromarray(shown(image[:, :height, :width]))
+        objects = {name: target[name].cpu() for name in ("boxes", "labels", "masks")}
+        objects["masks"] = objects["masks"][:, :height, :width]
+        tiles.append((annotate(picture, objects, names), ()))
+    return contact_sheet(tiles, f"{len(tiles)} of the {len(images)} images of the first batch", 4, 400)
+
+
+def group_of_loss(name):
+    """The group that a part of the loss is drawn with: proposals, classes, boxes or masks."""
+    if name == "objectness" or name.startswith("rpn"):
+        return "proposals"
+    for word, group in (("mask", "masks"), ("box", "boxes")):
+        if word in name:
+            return group
+    return "classes"
+
+
+def draw_curves(epochs, path, hyperparameters=None):
     """Draw the losses and the average precision of a run over its epochs to a PNG file.
 
     Args:
         epochs: rows with epoch (from 0), train_loss, lr, box_AP, mask_AP (percent) and ``loss_<name>`` for
-            every part of the loss.
+            every part of the loss, which are drawn in the groups of :func:`group_of_loss`.
+        hyperparameters: not used.
     """
-    x = [row["epoch"] + 1 for row in epochs]
-    figure = Figure(figsize=(15, 3.8), layout="constrained")
+    x = [row["epoch"] for row in epochs]
+    figure = Figure(figsize=(15, 6.8), layout="constrained")
     FigureCanvasAgg(figure)
-    total, parts, precision, rate = figure.subplots(1, 4)
+    groups = ["proposals", "classes", "boxes", "masks"]
+    panels = figure.subplot_mosaic([["total", "precision", "precision", "rate"], groups])
+    total, precision, rate = (panels[name] for name in ("total", "precision", "rate"))
+    parts = {group: panels[group] for group in groups}
     marker = "o" if len(x) < 40 else ""
     total.plot(x, [row["train_loss"] for row in epochs], marker=marker, ms=3)
     total.set(title="Training loss", ylim=(0, None))
-    for i, name in enumerate(sorted({name for row in epochs for name in row if name.startswith("loss_")})):
+    for name in sorted({name for row in epochs for name in row if name.startswith("loss_")}):
         values = [row.get(name, float("nan")) for row in epochs]
-        style = "-" if i < 10 else "--"  # there are ten colours
-        parts.plot(x, values, style, marker=marker, ms=3, label=name.removeprefix("loss_"))
-    parts.set(title="Its parts", ylim=(0, None))
-    parts.legend(fontsize=6, ncols=2)
+        label = name.removeprefix("loss_")
+        parts[group_of_loss(label)].plot(x, values, marker=marker, ms=3, label=label)
+    for group, axes in parts.items():
+        axes.set(title=f"Its parts: {group}", ylim=(0, None))
+        if axes.lines:
+            axes.legend(fontsize=8)
     scores = [row.get("ema_box_AP", row["box_AP"]) for row in epochs]
     best, best_epoch = max(scores), epochs[scores.index(max(scores))]["epoch"]
     averaged = any("ema_box_AP" in row for row in epochs)
     for name in ("box_AP", "box_AP50", "mask_AP", "mask_AP50", *(["ema_box_AP", "ema_mask_AP"] * averaged)):
         values = [row.get(name, float("nan")) for row in epochs]
         precision.plot(x, values, marker=marker, ms=3, label=name.replace("_", " "))
-    precision.set(title=f"Best box AP {best:.1f}% (epoch {best_epoch + 1})", ylabel="%", ylim=(0, 100))
-    precision.legend(fontsize=7)
+    precision.set(title=f"Best box AP {best:.1f}% (epoch {best_epoch})", ylabel="%", ylim=(0, 100))
+    precision.legend(fontsize=8)
     rate.plot(x, [row["lr"] for row in epochs], marker=marker, ms=3, color="tab:green")
     rate.set(title="Learning rate at the end of the epoch", ylim=(0, None))
-    for axes in (total, parts, precision, rate):
-        axes.set_xlabel("epochs trained")
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
+    for axes in panels.values():
+        axes.set_xlabel("epoch, as in the names of checkpoints")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if len(x) < 3:
+            axes.set(xticks=x, xlim=(x[0] - 0.5, x[-1] + 0.5))
         axes.grid(alpha=0.3)
     _save(figure, path)
 

@@ -153,7 +153,7 @@ def test_the_log_names_the_phase_in_which_a_resumed_run_goes_on(folder):
         ([[0, 16, 1.5]], "strengths between 0 and 1"),
         ([[0, 16, -0.1]], "strengths between 0 and 1"),
         ([[0, 16, "weak"]], "strengths between 0 and 1"),
-        ([[0, 16, 1.0], [20, 32, 1.0]], "first epochs below TRAIN.EPOCHS, which is 20"),
+        ([[0, 16, 1.0], [20, 32, 1.0]], "a list whose first epochs are below TRAIN.EPOCHS, 20"),
     ],
 )
 def test_a_schedule_that_cannot_be_followed_is_refused_with_its_key(phases, words):

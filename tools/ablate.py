@@ -24,18 +24,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import yaml  # noqa: E402, below the path
-from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402, below the path
 from timm.layers import to_2tuple  # noqa: E402
 
-from config import dump_config, get_config  # noqa: E402
+from comparison import APART  # noqa: E402
+from config import flat_config, get_config  # noqa: E402
 from logger import clock, read_metrics  # noqa: E402
 from models import build_model, count_macs  # noqa: E402
 from run import REQUEUE_EXIT_CODE  # noqa: E402
 from utils import UserError  # noqa: E402
 
-# What changes no number of a run, or is set by the data.
-APART = ("OUTPUT", "TAG", "DEVICE", "DATA.NUM_WORKERS", "DATA.PIN_MEMORY", "MODEL.NUM_CLASSES", "PRINT_FREQ")
 # Two-sided 95% quantiles of Student's t for 1 to 30 degrees of freedom.
 STUDENT = (
     (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -164,15 +162,7 @@ def require_same_config(run):
 
 def flat(config):
     """Keys of a config with their dots, and their values; the folder of the data as an absolute path."""
-
-    def leaves(tree, prefix=""):
-        for key, value in tree.items():
-            if isinstance(value, dict):
-                yield from leaves(value, f"{prefix}{key}.")
-            else:
-                yield prefix + key, value
-
-    values = dict(leaves(yaml.safe_load(dump_config(config))))
+    values = flat_config(config)
     values["DATA.DATA_PATH"] = os.path.abspath(values["DATA.DATA_PATH"])
     return values
 

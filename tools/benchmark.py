@@ -152,11 +152,12 @@ def is_ours(name):
     return timm.is_model(name) and timm.model_entrypoint(name).__module__.startswith("models.")
 
 
-def build(name, sides=(224, 224), maps=False):
+def build(name, sides=(224, 224), maps=False, fused=True):
     """The model of a candidate, for images of ``sides``, (height, width).
 
     Args:
         maps: a model that gives the maps of its stages, rather than a classifier.
+        fused: timm's models take PyTorch's fused attention, which ONNX does not know.
 
     Raises:
         UserError: there is no such model.
@@ -167,7 +168,7 @@ def build(name, sides=(224, 224), maps=False):
         kwargs["attention"] = "eager" if variant == "plain" else variant
     if ours or "swin" in name:
         kwargs["img_size"] = sides
-    set_fused_attn(True, experimental=True)
+    set_fused_attn(fused, experimental=fused)
     try:
         model = timm.create_model(name, **kwargs)
     except (AssertionError, RuntimeError, ValueError) as error:
@@ -274,7 +275,7 @@ def write_onnx(name, setting):
     if variant_of(name) not in ("ort", "openvino") or os.path.exists(path):
         return
     print(f"  writing {os.path.basename(path)}", flush=True)
-    model = build(name, setting.sides).eval()
+    model = build(name, setting.sides, fused=False).eval()
     exportable = Exportable(model, {}, (3, *setting.sides), ("logits",), {}, rebuild=None)
     try:
         write_checked(exportable, FORMATS["onnx"], path, [exportable.images(1)])

@@ -34,7 +34,7 @@ import benchmarking
 
 import checkpoint as ckpt
 from config import dump_config
-from data.datasets import build_dataset
+from data.readers import open_dataset
 from data.transforms import build_transform, describe_evaluation
 from detection.detector import Pyramid
 from detection.ready import build_ready as build_detector
@@ -153,7 +153,8 @@ def build_images(args, config, classes):
     """
     if not args.data_path:
         return None
-    dataset = build_dataset(args.data_path, "val", build_transform(config, is_train=False))
+    transform = build_transform(config, is_train=False)
+    dataset = open_dataset(config.DATA.DATASET, args.data_path, "val", transform)
     if classes is None and len(dataset.classes) == config.MODEL.NUM_CLASSES:
         print(f"{args.checkpoint} does not name its classes: they are taken for those of {args.data_path}")
     elif difference := ckpt.class_difference(classes or [""] * config.MODEL.NUM_CLASSES, dataset.classes):

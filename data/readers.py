@@ -1,0 +1,423 @@
+"""The kinds of ``DATA.DATASET``: folders, tars, WebDataset shards, Hugging Face's and torchvision's datasets.
+
+timm's reader of WebDataset is a stream, which cannot go back to a place. Shards are plain tars, though: an
+index of their members, made at the start, gives every image a number, so that shards keep all that folders
+of images promise. timm's reader of tars reads every byte at the start and holds an object for each image; the
+same index replaces it, with the same classes.
+"""
+
+import collections
+import concurrent.futures
+import functools
+import io
+import os
+import re
+import tarfile
+from typing import NamedTuple
+
+import numpy as np
+from timm.data import create_dataset
+from torch.utils.data import Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from distributed import from_rank_0
+
+from .datasets import (
+    DataError,
+    Stored,
+    build_dataset,
+    decoding,
+    ending,
+    is_image,
+    load_image,
+    report_found,
+    without_pillows_limit,
+)
+
+# What files of a split may be called; the test set only where there is no other.
+NAMES = dict(train=("train", "training"), val=("val", "valid", "validation", "eval", "evaluation", "test"))
+MOST_CLASSES = 10**6  # as MODEL.NUM_CLASSES may have
+
+
+def open_dataset(kind, root, split, transform, loader=load_image):
+    """The images of a split: what ``transform`` makes of what ``loader`` makes of them.
+
+    In a process group, all processes must call it.
+
+    Args:
+        kind: ``DATA.DATASET``.
+        split: train or val.
+
+    Returns:
+        A dataset of (image, class index) that has ``root``, ``classes``, ``paths`` and ``report``.
+
+    Raises:
+        DataError: there are no images, or what is there cannot be used.
+    """
+    if kind == "imagenet":
+        return build_dataset(root, split, transform, loader)
+    if not os.path.isdir(root):
+        remote = "; images are read from local files only: copy them first" if "://" in root else ""
+        raise DataError(
+            f"{root} is not a folder: --data-path must hold what DATA.DATASET {kind} reads{remote}"
+        )
+    if kind in ("tar", "wds"):
+        archives = find_archives(root, split)
+        make = index_folders if kind == "tar" else functools.partial(index_samples, root=root)
+        source = Archives(*from_rank_0(lambda: make(archives)))
+    elif kind == "hfds":
+        source = SavedDataset(root, split)
+    else:
+        source = TorchvisionDataset(kind, root, split)
+    return StoredImages(source, transform, loader)
+
+
+class StoredImages(Dataset):
+    """Images that are not files of their own, used as an ImageFolder is.
+
+    Args:
+        source: has ``root``, what holds the images; ``classes``, their names; ``targets``, a class index for
+            each image; ``paths``, a name for each; ``ignored``, a Counter of what else is there; and
+            ``stored``, which returns the :class:`~data.datasets.Stored` of an index.
+    """
+
+    def __init__(self, source, transform, loader):
+        self.source, self.transform, self.loader = source, transform, loader
+        self.root, self.classes, self.paths = source.root, source.classes, source.paths
+        self.targets = np.asarray(source.targets)
+        if not len(self.targets):
+            raise DataError(f"{self.root} holds no images ({', '.join(IMG_EXTENSIONS)})")
+        wrong = np.flatnonzero((self.targets < 0) | (self.targets >= len(self.classes)))
+        if len(wrong):
+            raise DataError(
+                f"{self.paths[wrong[0]]} is of class {self.targets[wrong[0]]}, but there are "
+                f"{len(self.classes)} classes, from 0 ({len(wrong):,} images are of none): relabel or remove "
+                "it"
+            )
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, index):
+        path = self.paths[index]
+        with decoding(path):
+            stored = self.source.stored(index)
+        with without_pillows_limit():  # transforms crop, which Pillow limits too
+            return self.transform(self.loader(path, stored=stored)), int(self.targets[index])
+
+    def report(self):
+        """Log what was found and what was ignored."""
+        empty = len(self.classes) - len(np.unique(self.targets))
+        of_them = f", {empty:,} of them without images" if empty else ""
+        found = f"{self.root}: {len(self):,} images in {len(self.classes):,} classes{of_them}"
+        report_found(found, self.source.ignored)
+
+
+class Numbered:
+    """Names of images that have none: what holds them, and their place in it."""
+
+    def __init__(self, root, length):
+        self.root, self.length = root, length
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        return f"{self.root}, image {index}"
+
+
+class Archives(NamedTuple):
+    """Where the images are in some tars; see :class:`StoredImages`.
+
+    Attributes:
+        archives: paths of the tars.
+        places: (images, 3) number of the tar, first byte, bytes.
+    """
+
+    root: str
+    classes: list
+    targets: np.ndarray
+    paths: list
+    ignored: collections.Counter
+    archives: list
+    places: np.ndarray
+
+    def stored(self, index):
+        """The image of an index."""
+        archive, start, size = self.places[index].tolist()
+        return Stored(size, functools.partial(_read_part, self.archives[archive], start, size))
+
+
+def _read_part(path, start, size):
+    with open(path, "rb") as file:
+        file.seek(start)
+        content = file.read(size)
+    if len(content) < size:
+        raise DataError(f"{path} ends before byte {start + size}: it has changed since the run started")
+    return content
+
+
+def find_archives(root, split):
+    """Paths of the tars of a split: ``train.tar``, ``train/*.tar`` or ``*-train-*.tar``.
+
+    Raises:
+        DataError: there are none.
+    """
+
+    def tars_in(folder):
+        return sorted(entry.path for entry in os.scandir(folder) if entry.name.lower().endswith(".tar"))
+
+    for name in NAMES[split]:
+        whole, folder = os.path.join(root, f"{name}.tar"), os.path.join(root, name)
+        if os.path.isfile(whole):
+            return [whole]
+        if os.path.isdir(folder) and (found := tars_in(folder)):
+            return found
+    for name in NAMES[split]:
+        words = {path: re.findall("[a-z]+", os.path.basename(path).lower()) for path in tars_in(root)}
+        if found := [path for path in words if name in words[path]]:
+            return found
+    raise DataError(f"{root} holds no tars of {split}: {split}.tar, {split}/*.tar or *-{split}-*.tar")
+
+
+def _description(archives):
+    if len(archives) == 1:
+        return archives[0]
+    return f"{archives[0]} to {os.path.basename(archives[-1])} ({len(archives):,} tars)"
+
+
+def index_tars(archives, index):
+    """What ``index``, a function of a path, finds in each of some tars, in their order."""
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:  # network drives take their time to answer
+        return list(pool.map(index, archives))
+
+
+def members_of(path, nested=False):
+    """Yield the files in a tar as (tar, member, first byte of the file in ``path``).
+
+    Args:
+        nested: also the files of tars in it; their member names then begin with that of the tar.
+
+    Raises:
+        DataError: it is damaged or compressed.
+    """
+    try:
+        with tarfile.open(path, "r:") as tar:
+            yield from _members(tar, 0, nested)
+    # A damaged file can raise nearly anything.
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise DataError(
+            f"{path} cannot be read as an uncompressed tar ({reason}): repair or remove it"
+        ) from error
+
+
+def _members(tar, start, nested):
+    last = -1
+    while (member := tar.next()) is not None:
+        tar.members = []  # it would keep all of them
+        member.name = member.name.lstrip("/")
+        if member.offset <= last:  # of a false size, tarfile might go round in circles
+            raise tarfile.ReadError("a member begins before the one that precedes it")
+        last = member.offset
+        if not member.isfile() or member.issparse():
+            continue
+        if nested and member.name.lower().endswith(".tar"):
+            with tarfile.open(fileobj=tar.extractfile(member), mode="r:") as inner:
+                for inside in _members(inner, start + member.offset_data, nested=False):
+                    inside[1].name = os.path.join(member.name[: -len(".tar")], inside[1].name)
+                    yield inside
+        else:
+            yield tar, member, start + member.offset_data
+
+
+def index_folders(archives):
+    """The images of tars whose class folders are classes, in the order of an ImageFolder of the same images.
+
+    As in timm, the class of an image is the folder that holds it, or its tar where it is in no folder.
+
+    Returns:
+        The values of an :class:`Archives`.
+
+    Raises:
+        DataError: a tar cannot be read, or the only tar has an image outside of class folders.
+    """
+
+    def index(path):
+        found, ignored = {}, collections.Counter()
+        for _, member, start in members_of(path, nested=True):
+            name = os.path.normpath(member.name)
+            folder, base = os.path.split(name)
+            if not is_image(name) or base.startswith("._"):  # the Mac's notes on a file
+                ignored[ending(name)] += 1
+                continue
+            if not folder and len(archives) == 1:
+                raise DataError(f"{path} has {name} outside of the class folders: they must be in the tar")
+            of_tar = os.path.splitext(os.path.basename(path))[0]
+            found[folder, base] = (
+                os.path.basename(folder) or of_tar,
+                start,
+                member.size,
+            )  # the last one counts
+        return found, ignored
+
+    images, ignored = [], collections.Counter()
+    for number, (found, others) in enumerate(index_tars(archives, index)):
+        ignored.update(others)
+        images += [(name, folder, base, number, *place) for (folder, base), (name, *place) in found.items()]
+    images.sort()
+    names, folders, bases, numbers, starts, sizes = zip(*images) if images else [()] * 6
+    classes, targets = np.unique(np.array(names, dtype=object), return_inverse=True)
+    paths = [os.path.join(archives[n], f, b) for n, f, b in zip(numbers, folders, bases)]
+    places = np.array([numbers, starts, sizes], dtype=np.int64).T
+    return _description(archives), classes.tolist(), targets, paths, ignored, archives, places
+
+
+def index_samples(archives, root):
+    """The images of WebDataset shards, in their order.
+
+    Files of the same name up to its first dot are a sample: an image, and its class index in ``.cls``.
+    ``classnames.txt`` in ``root`` names the classes, one a line; without it their names are their numbers.
+
+    Returns:
+        The values of an :class:`Archives`.
+
+    Raises:
+        DataError: a shard cannot be read, or an image has no class.
+    """
+
+    def index(path):
+        images, labels, ignored = {}, {}, collections.Counter()
+        for tar, member, start in members_of(path):
+            match = re.fullmatch(r"(?:\./)?((?:.*/)?[^./]+)\.([^/]*)", member.name, re.DOTALL)
+            key, kind = match.groups() if match else (member.name, "")
+            if f".{kind.lower()}" in IMG_EXTENSIONS:
+                if key in images:
+                    raise DataError(f"{path} has two images of the name {key}: keep one")
+                images[key] = kind, start, member.size
+            elif kind == "cls":
+                tar.fileobj.seek(start)
+                labels[key] = _label(tar.fileobj.read(min(member.size, 20)), f"{path}/{key}.cls")
+            else:
+                ignored[ending(member.name)] += 1
+        if missing := next((key for key in images if key not in labels), None):
+            raise DataError(f"{path} has no {missing}.cls, which would hold the class index of its image")
+        return images, labels, ignored
+
+    paths, targets, places, ignored = [], [], [], collections.Counter()
+    for number, (images, labels, others) in enumerate(index_tars(archives, index)):
+        ignored.update(others)
+        for key, (kind, start, size) in images.items():
+            paths.append(os.path.join(archives[number], f"{key}.{kind}"))
+            targets.append(labels[key])
+            places.append((number, start, size))
+    classes = _names_of_classes(root) or list(map(str, range(max(targets, default=-1) + 1)))
+    places = np.array(places, dtype=np.int64).reshape(-1, 3)
+    return _description(archives), classes, np.array(targets), paths, ignored, archives, places
+
+
+def _label(content, where):
+    text = content.decode("latin-1").strip()
+    if not (text.isascii() and text.isdigit()) or int(text) >= MOST_CLASSES:
+        raise DataError(
+            f"{where} holds {text!r}, but must hold a class index, from 0 and below {MOST_CLASSES}"
+        )
+    return int(text)
+
+
+def _names_of_classes(root):
+    path = os.path.join(root, "classnames.txt")
+    try:
+        with open(path, encoding="utf-8") as file:
+            names = [line.strip() for line in file.read().splitlines()]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}): it must name the classes, one a line") from error
+    if "" in names or len(set(names)) < len(names):
+        raise DataError(f"{path} has an empty line or a name twice: it must name the classes, one a line")
+    return names
+
+
+class SavedDataset:
+    """A split of a Hugging Face dataset that ``save_to_disk`` wrote; see :class:`StoredImages`."""
+
+    def __init__(self, root, split):
+        try:
+            from datasets import ClassLabel, Image, disable_progress_bars, load_from_disk
+        except ImportError as error:
+            raise DataError(
+                f"DATA.DATASET hfds needs Hugging Face's package ({error}): pip install datasets"
+            ) from error
+        folders = [os.path.join(root, name) for name in NAMES[split]]
+        self.root = next((path for path in folders if os.path.isfile(os.path.join(path, "state.json"))), None)
+        if self.root is None:
+            raise DataError(f"{root} holds no {split} that save_to_disk of Hugging Face's datasets wrote")
+        disable_progress_bars()
+        try:
+            saved = load_from_disk(self.root).with_format(None)
+            image, label = _column(saved, Image, "image"), _column(saved, ClassLabel, "label")
+            targets = saved.select_columns([label])[:][label]
+            self.data = saved.select_columns([image]).cast_column(image, Image(decode=False))
+        except DataError:
+            raise
+        # A damaged dataset can raise nearly anything.
+        except Exception as error:
+            reason = str(error) or type(error).__name__
+            raise DataError(f"{self.root} cannot be read as a Hugging Face dataset ({reason})") from error
+        self.image, self.classes = image, list(saved.features[label].names)
+        self.targets = [-1 if target is None else target for target in targets]
+        self.paths, self.ignored = Numbered(self.root, len(self.targets)), collections.Counter()
+
+    def stored(self, index):
+        """The image of an index."""
+        image = self.data[index][self.image]
+        if image["bytes"] is None:
+            return Stored.at(image["path"])
+        return Stored(len(image["bytes"]), lambda: image["bytes"])
+
+
+def _column(saved, kind, name):
+    """The column of a kind, the one of that name where there are several."""
+    found = [column for column, feature in saved.features.items() if isinstance(feature, kind)]
+    if len(found) != 1 and name not in found:
+        listed = ", ".join(found) or f"only {', '.join(saved.features)}"
+        raise DataError(
+            f"a Hugging Face dataset must have one column of {kind.__name__}, or one that is called {name}, "
+            f"but it has {listed}: cast_column, rename_column and save_to_disk make one that has"
+        )
+    return name if name in found else found[0]
+
+
+class TorchvisionDataset:
+    """A split of a dataset that torchvision holds in memory, read by timm; see :class:`StoredImages`."""
+
+    def __init__(self, kind, root, split):
+        try:
+            self.data = create_dataset(kind, root, split, download=False)
+        # A damaged file can raise nearly anything.
+        except Exception as error:
+            reason = (str(error) or type(error).__name__).split(". You can use")[0]
+            raise DataError(
+                f"{root} does not hold the files of {kind} ({reason}): {_fetching(kind, root)}"
+            ) from error
+        self.root, self.classes = f"{root}, {split} of {kind}", list(self.data.classes)
+        targets = np.asarray(self.data.targets)
+        self.targets = targets.reshape(len(targets), -1)[:, 0]  # of QMNIST, the class and how it came about
+        if len(self.targets) != len(self.data):
+            raise DataError(f"{self.root} has {len(self.data)} images, but labels of {len(self.targets)}")
+        self.paths, self.ignored = Numbered(self.root, len(self.targets)), collections.Counter()
+
+    def stored(self, index):
+        """The image of an index, as a file that Pillow reads without a change."""
+        file = io.BytesIO()
+        self.data[index][0].save(file, "PPM")
+        content = file.getvalue()
+        return Stored(len(content), lambda: content)
+
+
+def _fetching(kind, root):
+    names = dict(mnist="MNIST", kmnist="KMNIST", fashion_mnist="FashionMNIST", qmnist="QMNIST")
+    name = kind.removeprefix("torch/")
+    make = f"{names.get(name, name.upper())}({root!r}, download=True)"
+    return f'python -c "from torchvision import datasets; datasets.{make}" fetches them'

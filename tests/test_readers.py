@@ -1,0 +1,411 @@
+"""DATA.DATASET: tars, WebDataset shards, Hugging Face's and torchvision's datasets, as good as folders."""
+
+import io
+import itertools
+import os
+import re
+import struct
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    Started,
+    assert_same_weights,
+    digits_config,
+    main_command,
+    run_folder,
+    run_main,
+    write_images,
+)
+from PIL import Image
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+
+from config import ConfigError
+from data import DataError, build_loaders
+from data.datasets import ImageFolder, build_dataset
+from data.readers import open_dataset
+
+RECIPE = ["AUG.AUTO_AUGMENT", "rand-m9-mstd0.5-inc1", "AUG.HFLIP", 0.5, "DATA.NUM_WORKERS", 0]
+
+
+def add(tar, name, content):
+    """Add a file to an open tar."""
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+def add_folder(tar, folder, prefix=""):
+    """Add all files below a folder to an open tar, in an order that is not theirs."""
+    for path in sorted(folder.rglob("*.*"), reverse=True):
+        add(tar, prefix + str(path.relative_to(folder)), path.read_bytes())
+
+
+def write_tars(source, target):
+    """An ImageFolder as train.tar and val.tar."""
+    target.mkdir(exist_ok=True)
+    for split in ("train", "val"):
+        with tarfile.open(target / f"{split}.tar", "w") as tar:
+            add(tar, "README", b"images")
+            add_folder(tar, source / split, "./")
+
+
+def write_shards(source, target, split_names=("train", "validation"), per_shard=20):
+    """An ImageFolder as WebDataset shards, and the names of its classes."""
+    target.mkdir(exist_ok=True)
+    for split, name in zip(("train", "val"), split_names):
+        images = build_dataset(str(source), split, None)
+        for shard in range(-(-len(images) // per_shard)):
+            with tarfile.open(target / f"set-{name}-{shard:04d}.tar", "w") as tar:
+                for number, (path, target_class) in list(enumerate(images.samples))[
+                    shard * per_shard : (shard + 1) * per_shard
+                ]:
+                    add(tar, f"{number:06d}.cls", str(target_class).encode())
+                    add(tar, f"{number:06d}.json", b"{}")
+                    add(tar, f"{number:06d}.png", Path(path).read_bytes())
+                    add(tar, f"{number:06d}.seg.png", b"a mask")
+    (target / "classnames.txt").write_text("\n".join(images.classes) + "\n")
+
+
+def import_datasets():
+    """Hugging Face's package, which cannot hash a table of PyArrow 26 to make its fingerprint."""
+    datasets = pytest.importorskip("datasets.arrow_dataset", exc_type=ImportError)
+    datasets.generate_fingerprint = lambda dataset: "0"
+    return __import__("datasets")
+
+
+def write_saved(source, target, val="validation"):
+    """An ImageFolder as Hugging Face's save_to_disk writes it."""
+    datasets = import_datasets()
+    splits = {}
+    for split, name in (("train", "train"), ("val", val)):
+        images = build_dataset(str(source), split, None)
+        columns = dict(
+            image=[dict(bytes=Path(path).read_bytes(), path=None) for path, _ in images.samples],
+            label=images.targets,
+        )
+        features = dict(image=datasets.Image(), label=datasets.ClassLabel(names=images.classes))
+        splits[name] = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    datasets.DatasetDict(splits).save_to_disk(str(target))
+
+
+WRITERS = dict(tar=write_tars, wds=write_shards, hfds=write_saved)
+
+
+def loaders(kind, root, *opts, rank=0, world_size=1, **flags):
+    opts = ["DATA.DATASET", kind, *RECIPE, *opts]
+    config = digits_config(*opts, data_path=str(root), **dict(dict(batch_size=8), **flags))
+    return build_loaders(config, rank, world_size)
+
+
+@pytest.mark.parametrize("backend", ["pil", "opencv"])
+@pytest.mark.parametrize("kind", WRITERS)
+def test_batches_are_those_of_a_folder_of_the_same_images(data, tmp_path, kind, backend):
+    WRITERS[kind](data, tmp_path / "set")
+    ours, wanted = (
+        loaders(name, root, "DATA.BACKEND", backend)
+        for name, root in ((kind, tmp_path / "set"), ("imagenet", data))
+    )
+    assert ours[3] == wanted[3] == ["a", "b", "c"]
+    for sampler in (ours[1], wanted[1]):
+        sampler.start(1)
+    for index, count in ((0, 9), (2, 2)):
+        batches = list(zip(ours[index], wanted[index], strict=True))
+        assert len(batches) == count
+        for (images, targets), (other_images, other_targets) in batches:
+            assert torch.equal(images, other_images) and torch.equal(targets, other_targets)
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_processes_evaluate_every_image_once(data, tmp_path, kind):
+    WRITERS[kind](data, tmp_path / "set")
+    seen = []
+    for rank in range(2):
+        loader = loaders(kind, tmp_path / "set", rank=rank, world_size=2, batch_size=2, eval=True)[2]
+        images = [image for batch, _ in loader for image in batch]
+        assert len(images) == len(loader.indices_seen())
+        seen += zip(loader.indices_seen(), images)
+    whole = build_dataset(str(data), "val", None)
+    seen.sort(key=lambda entry: entry[0])
+    assert [index for index, _ in seen] == list(range(len(whole)))
+    alone = torch.cat([images for images, _ in loaders("imagenet", data, eval=True)[2]])
+    assert torch.equal(torch.stack([image for _, image in seen]), alone)
+
+
+@pytest.mark.parametrize("layout", ["one", "by class", "nested", "mixed"])
+def test_tars_have_the_images_and_classes_that_timm_finds(tmp_path, layout):
+    write_images(tmp_path / "images", 3, ("a", "b", "c-d"), size=8)
+    train = tmp_path / "train"
+    train.mkdir()
+    if layout == "one":
+        train = tmp_path / "train.tar"
+        with tarfile.open(train, "w") as tar:
+            add_folder(tar, tmp_path / "images", "deep/er/")
+    elif layout == "mixed":
+        for number, name in enumerate(("a", "b", "c-d")):
+            with tarfile.open(train / f"{number}.tar", "w") as tar:
+                add_folder(tar, tmp_path / "images" / name, f"{name}/")
+    else:
+        for name in ("a", "b", "c-d"):
+            with tarfile.open(train / f"{name}.tar", "w") as tar:
+                add_folder(tar, tmp_path / "images" / name)
+    if layout == "nested":
+        with tarfile.open(tmp_path / "train.tar", "w") as tar:
+            for path in sorted(train.iterdir()):
+                tar.add(path, path.name)
+        train = tmp_path / "train.tar"
+    theirs = ReaderImageInTar(str(train), cache_tarinfo=False)
+    ours = open_dataset("tar", str(tmp_path), "train", lambda image: image.tobytes())
+    assert ours.classes == list(theirs.class_name_to_idx) == ["a", "b", "c-d"]
+    wanted = [(Image.open(theirs[i][0]).convert("RGB").tobytes(), theirs[i][1]) for i in range(len(theirs))]
+    assert len(ours) == 9 and sorted(ours[i] for i in range(9)) == sorted(wanted)
+    order = [image for image, _ in ImageFolder(str(tmp_path / "images"), lambda image: image.tobytes())]
+    assert [ours[i][0] for i in range(9)] == order
+
+
+def test_shards_are_what_webdataset_reads(data, tmp_path):
+    webdataset = pytest.importorskip("webdataset")
+    write_shards(data, tmp_path / "set")
+    ours = open_dataset("wds", str(tmp_path / "set"), "train", lambda image: image.tobytes())
+    urls = [str(tmp_path / "set" / f"set-train-{shard:04d}.tar") for shard in range(4)]
+    wanted = [
+        (Image.open(io.BytesIO(sample["png"])).convert("RGB").tobytes(), int(sample["cls"]))
+        for sample in webdataset.WebDataset(urls, shardshuffle=False)
+    ]
+    assert len(wanted) == 72 and [ours[i] for i in range(72)] == wanted
+
+
+def test_classes_of_shards_are_numbers_without_a_list_of_names(data, tmp_path):
+    write_shards(data, tmp_path / "set")
+    os.remove(tmp_path / "set" / "classnames.txt")
+    assert loaders("wds", tmp_path / "set")[3] == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_the_rest_of_an_epoch_is_what_it_would_have_been(data, tmp_path, kind):
+    WRITERS[kind](data, tmp_path / "set")
+    loader, sampler, _, _ = loaders(kind, tmp_path / "set")
+    sampler.start(3)
+    whole = list(loader)
+    loader, sampler, _, _ = loaders(kind, tmp_path / "set", "DATA.NUM_WORKERS", 1)
+    sampler.start(3, 40)
+    rest = list(loader)
+    assert len(whole) == 9 and len(rest) == 4
+    for (images, targets), (wanted, other_targets) in zip(rest, whole[5:]):
+        assert torch.equal(images, wanted) and torch.equal(targets, other_targets)
+
+
+def test_a_run_that_was_stopped_within_an_epoch_ends_with_the_same_bits(data, tmp_path):
+    write_shards(data, tmp_path / "set")
+    words = ["--cfg", "configs/digits.yaml", "--batch-size", 6, "--data-path", tmp_path / "set", "--opts"]
+    words += ["DATA.DATASET", "wds", "TRAIN.EPOCHS", 1, "TRAIN.WARMUP_EPOCHS", 0, "MODEL.DROP_RATE", 0.1]
+    words += ["AUG.MIXUP", 0.8, "PRINT_FREQ", 1, "MODEL.MSG.DEPTHS", "[1, 1, 1]", "OUTPUT"]
+    run_main(*words, tmp_path / "undisturbed")
+    run = Started(tmp_path, main_command(*words, tmp_path / "out"))
+    run.wait_for("Train: [0/1][3/12]")
+    run.process.terminate()
+    assert run.wait() == 75, run.text()
+    run_main(*words, tmp_path / "out")
+    log = (run_folder(tmp_path / "out") / "log_rank0.txt").read_text()
+    updates = [int(update) for update in re.findall(r"Train: \[0/1\]\[(\d+)/12\]", log)]
+    assert updates == list(range(12)) and log.count("72 images in 3 classes") == 2
+    assert_same_weights(tmp_path / "out", tmp_path / "undisturbed")
+
+
+def write_mnist(root, labels=(3, 1, 4, 1, 5, 9, 2, 6), folder="MNIST"):
+    """Files of MNIST with one image for each label; returns the images."""
+    (root / folder / "raw").mkdir(parents=True)
+    images = np.random.default_rng(0).integers(0, 256, (len(labels), 28, 28), dtype=np.uint8)
+    for name in ("train", "t10k"):
+        head = struct.pack(">IIII", 0x803, *images.shape)
+        (root / folder / "raw" / f"{name}-images-idx3-ubyte").write_bytes(head + images.tobytes())
+        head = struct.pack(">II", 0x801, len(labels))
+        (root / folder / "raw" / f"{name}-labels-idx1-ubyte").write_bytes(head + bytes(labels))
+    return images
+
+
+@pytest.mark.parametrize("name, folder", [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST")])
+def test_datasets_of_torchvision_are_read(tmp_path, name, folder):
+    images = write_mnist(tmp_path, folder=folder)
+    found = open_dataset(f"torch/{name}", str(tmp_path), "val", np.asarray)
+    for index, label in enumerate((3, 1, 4, 1, 5, 9, 2, 6)):
+        pixels, target = found[index]
+        assert target == label and (pixels == images[index][..., None]).all()
+    assert len(found.classes) == 10
+    train, _, val, classes = loaders(f"torch/{name}", tmp_path, "DATA.BACKEND", "opencv", batch_size=4)
+    assert next(iter(train))[0].shape == (4, 3, 32, 32) and classes == found.classes
+    assert next(iter(val))[1].tolist() == [3, 1, 4, 1, 5, 9, 2, 6][:4]
+
+
+def test_cifar_is_read(tmp_path, monkeypatch):
+    import pickle
+
+    from torchvision.datasets import CIFAR10
+
+    monkeypatch.setattr(CIFAR10, "train_list", [["data_batch_1", None]])
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", None]])
+    monkeypatch.setattr(CIFAR10, "meta", dict(filename="batches.meta", key="label_names", md5=None))
+    folder, pixels = tmp_path / CIFAR10.base_folder, np.random.default_rng(0).integers(0, 256, (4, 3, 32, 32))
+    folder.mkdir()
+    content = dict(data=pixels.reshape(4, -1).astype(np.uint8), labels=[0, 1, 1, 0])
+    for name in ("data_batch_1", "test_batch"):
+        (folder / name).write_bytes(pickle.dumps(content))
+    (folder / "batches.meta").write_bytes(pickle.dumps(dict(label_names=["cat", "dog"])))
+    found = open_dataset("torch/cifar10", str(tmp_path), "train", np.asarray)
+    assert found.classes == ["cat", "dog"] and found.targets.tolist() == [0, 1, 1, 0]
+    assert all((found[i][0] == pixels[i].transpose(1, 2, 0)).all() for i in range(4))
+
+
+def refusal(kind, root, *opts, **flags):
+    with pytest.raises(DataError) as error:
+        loaders(kind, root, *opts, **flags)
+    return str(error.value)
+
+
+def test_data_that_are_not_there_are_named(tmp_path):
+    for kind in ("tar", "wds", "hfds", "torch/cifar10"):
+        assert f"{tmp_path}/none is not a folder" in refusal(kind, tmp_path / "none")
+    assert "holds no tars of val" in refusal("tar", tmp_path)
+    assert "copy them first" in refusal("wds", "https://example.org/shards")
+    words = refusal("torch/cifar10", tmp_path)
+    assert "does not hold the files of torch/cifar10" in words and "CIFAR10(" in words
+    assert "torch/mnist" in refusal("torch/mnist", tmp_path)
+    with pytest.raises(ConfigError, match="did you mean 'torch/cifar10'"):
+        loaders("torch/cifar1", tmp_path)
+    with pytest.raises(
+        ConfigError, match="DATA.DATASET is 'tfds/mnist', but must be one of 'imagenet', 'tar'"
+    ):
+        loaders("tfds/mnist", tmp_path)
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    assert "pip install datasets" in refusal("hfds", tmp_path)
+
+
+def test_a_wrong_reader_ends_a_run_at_once_in_one_message(tmp_path):
+    done = run_main(
+        "--cfg", "configs/digits.yaml", "--data-path", tmp_path, "--opts", "DATA.DATASET", "tar", check=False
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.strip().startswith(f"error: {tmp_path} holds no tars of val")
+
+
+def tar_of(path, **files):
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            add(tar, name, content)
+    return path
+
+
+def png(size=8):
+    file = io.BytesIO()
+    Image.effect_noise((size, size), 90).convert("RGB").save(file, "PNG")
+    return file.getvalue()
+
+
+def test_tars_that_cannot_be_used_are_named(tmp_path):
+    path, words = tmp_path / "val.tar", f"{tmp_path}/val.tar cannot be read as an uncompressed tar"
+    tar_of(path)
+    assert "val.tar holds no images" in refusal("tar", tmp_path)
+    assert "val.tar holds no images" in refusal("wds", tmp_path)
+    tar_of(path, **{"a/1.png": png(), "2.png": png()})
+    assert "val.tar has 2.png outside of the class folders" in refusal("tar", tmp_path)
+    tar_of(path, **{"a/1.png": png(64), "a/2.png": png(64)})
+    whole = path.read_bytes()
+    for content in (b"", b"no tar" * 200, whole[:3000], whole[:13000], b"\x1f\x8b" + whole):
+        path.write_bytes(content)
+        assert words in refusal("tar", tmp_path) and words in refusal("wds", tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["tar", "wds"])
+def test_classes_that_differ_are_refused(tmp_path, kind):
+    for split, names in (("train", "ab"), ("val", "ac")):
+        of_tar = {f"{name}/{i}.png": png() for name, i in itertools.product(names, range(4))}
+        of_wds = {f"{i}.{end}": png() if end == "png" else str(i % (2 + (split == "val"))).encode()
+                  for i in range(8) for end in ("png", "cls")}  # fmt: skip
+        tar_of(tmp_path / f"{split}.tar", **(of_tar if kind == "tar" else of_wds))
+    words = refusal(kind, tmp_path)
+    assert "have different classes" in words and ("b, c" if kind == "tar" else "has 2") in words
+
+
+def test_shards_without_sound_labels_are_refused(tmp_path):
+    path = tmp_path / "val.tar"
+    for label in (b"cat", b"-1", b"1.5", b"", b"1" * 9, b"\xc2\xb2"):
+        tar_of(path, **{"x/1.jpg": png(), "x/1.cls": label})
+        assert "val.tar/x/1.cls holds" in refusal("wds", tmp_path)
+    tar_of(path, **{"1.jpg": png()})
+    assert "has no 1.cls" in refusal("wds", tmp_path)
+    tar_of(path, **{"1.jpg": png(), "1.cls": b"2"})
+    (tmp_path / "classnames.txt").write_text("a\nb\n")
+    assert "1.jpg is of class 2, but there are 2 classes" in refusal("wds", tmp_path)
+    (tmp_path / "classnames.txt").write_text("a\na\n")
+    assert "a name twice" in refusal("wds", tmp_path)
+
+
+def test_a_tar_that_leads_back_to_an_earlier_member_ends(tmp_path):
+    path = tar_of(tmp_path / "val.tar", **{f"a/{i}.png": png() for i in range(3)})
+    content = bytearray(path.read_bytes())
+    second, third = content.index(b"a/1.png"), content.index(b"a/2.png")
+    header = content[third : third + 512]
+    header[124:136] = (second - third - 512).to_bytes(12, "big", signed=True)  # the size
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    content[third : third + 512] = header
+    path.write_bytes(content)
+    assert "begins before the one that precedes it" in refusal("tar", tmp_path, eval=True)
+
+
+@pytest.mark.parametrize("backend", ["pil", "opencv"])
+def test_limits_hold_for_images_in_archives(tmp_path, backend):
+    tar_of(tmp_path / "val.tar", **{"a/1.png": png(64), "a/2.png": b"no image"})
+    tar_of(tmp_path / "train.tar", **{f"a/{i}.png": png() for i in range(8)})
+    words = {2000: "64x64 pixels, and DATA.MAX_PIXELS is 2000", 10: r"bytes \(8 for a pixel are allowed\)"}
+    for limit, what in words.items():
+        opts = ["DATA.MAX_PIXELS", limit, "DATA.BACKEND", backend]
+        with pytest.raises(DataError, match=f"val.tar/a/1.png cannot be read as an image: it has .*{what}"):
+            list(loaders("tar", tmp_path, *opts)[2])
+    with pytest.raises(DataError, match="val.tar/a/2.png cannot be read as an image"):
+        list(loaders("tar", tmp_path, "DATA.BACKEND", backend)[2])
+
+
+def test_broken_images_are_skipped_and_counted(tmp_path):
+    tar_of(tmp_path / "train.tar", **{f"a/{i:03d}.png": png() if i else b"broken" for i in range(120)})
+    tar_of(tmp_path / "val.tar", **{f"a/{i:03d}.png": png() if i else b"broken" for i in range(120)})
+    train, _, val, _ = loaders("tar", tmp_path, "DATA.ON_ERROR", "skip")
+    assert sum(len(targets) for _, targets in val) == 119 and val.indices_seen() == list(range(1, 120))
+    assert sum(len(targets) for _, targets in train) == 120 and train.failed == {0}
+
+
+def test_saved_datasets_that_cannot_be_used_are_named(data, tmp_path):
+    datasets = import_datasets()
+    assert "holds no val that save_to_disk" in refusal("hfds", tmp_path)
+
+    def save(features, **columns):
+        made = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+        made.save_to_disk(str(tmp_path / "val"))
+        return refusal("hfds", tmp_path, eval=True)
+
+    picture, number = datasets.Image(), datasets.Value("int64")
+    image = dict(bytes=png(), path=None)
+    assert "one column of ClassLabel" in save(dict(image=picture, label=number), image=[image], label=[0])
+    two = datasets.ClassLabel(names=["a", "b"])
+    features = dict(image=picture, fine=two, coarse=two)
+    assert "fine, coarse" in save(features, image=[image], fine=[0], coarse=[0])
+    assert "image 0 is of class -1" in save(dict(image=picture, label=two), image=[image], label=[None])
+    assert "cannot be read as" in save(dict(image=picture, label=two), image=[], label=[])
+    os.truncate(next((tmp_path / "val").glob("*.arrow")), 100)
+    assert "cannot be read as a Hugging Face dataset" in refusal("hfds", tmp_path, eval=True)
+
+
+def test_what_was_found_is_said(data, tmp_path, caplog):
+    write_shards(data, tmp_path / "set")
+    with caplog.at_level("INFO"):
+        loaders("wds", tmp_path / "set")[0].report()
+    found = re.escape(
+        f"{tmp_path}/set/set-train-0000.tar to set-train-0003.tar (4 tars): 72 images in 3 classes"
+    )
+    assert re.match(found + r"; ignored: (\.png 72, \.json 72|\.json 72, \.png 72)", caplog.messages[0])

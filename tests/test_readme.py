@@ -1,0 +1,137 @@
+"""What README.md and docs/ say: their commands parse, their paths exist, their figures are those measured."""
+
+import argparse
+import glob
+import importlib
+import json
+import re
+import shlex
+import sys
+
+import pytest
+from helpers import ROOT
+
+from config import get_config, parse_args
+
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "benchmarks/README.md",
+    *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
+]
+OURS = "msg_(tiny|small|base)_p4_win7_224"
+T, SWIN, CONVNEXT = "msg_tiny_p4_win7_224", "swin_tiny_patch4_window7_224", "convnext_tiny"
+
+
+def text(page):
+    return (ROOT / page).read_text()
+
+
+def commands(page):
+    """The words of each command that runs a Python file of ours, as the shell gives them."""
+    for block in re.findall(r"```bash\n(.*?)```", text(page), re.DOTALL):
+        for line in block.replace("\\\n", " ").replace("<config>", "configs/digits.yaml").split("\n"):
+            words = shlex.split(re.sub(r"<[^>]*>", "7", line), comments=True)
+            words = [found for word in words for found in sorted(glob.glob(word, root_dir=ROOT)) or [word]]
+            files = [place for place, word in enumerate(words) if re.fullmatch(r"(tools/)?\w+\.py", word)]
+            if files:
+                yield words[files[0] :]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [pytest.param(words, id=f"{page} {' '.join(words)}"[:90]) for page in PAGES for words in commands(page)],
+)
+def test_every_command_parses(words, monkeypatch):
+    file, *arguments = words
+    monkeypatch.chdir(ROOT)
+    if file in ("main.py", "detect.py"):
+        args = parse_args("", throughput=file == "main.py", argv=arguments)
+        assert get_config(args, "imagenet" if file == "main.py" else "coco")
+        return
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    monkeypatch.setattr(sys, "argv", [str(ROOT / file), *arguments])
+    assert isinstance(importlib.import_module(file[6:-3]).parse_args(), argparse.Namespace)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_path_exists(page):
+    folder = (ROOT / page).parent
+    links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text(page)) if "://" not in link]
+    assert [link for link in links if not (folder / link).exists()] == []
+    written_by_users = re.compile(r"```yaml.*?```", re.DOTALL)
+    kinds = "configs|tools|docs|models|data|detection|benchmarks|tests"
+    pattern = rf"(?<![\w/<>.*-])((?:{kinds})/[\w/.-]+?\.(?:py|yaml|md|png|json))\b"
+    named = re.findall(pattern, written_by_users.sub("", text(page)))
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def ratios(files, setting, model, compiled=False):
+    """Lowest and highest ratio of a model over settings of some results, both given as patterns, as text."""
+    found = [
+        row["ratio"]
+        for file in files.split()
+        for name, rows in json.loads((ROOT / "benchmarks" / f"{file}.json").read_text())["settings"].items()
+        for row in rows
+        if re.fullmatch(setting, name)
+        and re.fullmatch(model, row["model"])
+        and row.get("compiled", False) == compiled
+    ]
+    low, high = (f"{bound(found):.2f}" for bound in (min, max))
+    return low if low == high else f"{low} to {high}"
+
+
+INFERENCE = "inference_cpu inference_compiled_cpu inference_compiled_again_cpu"
+TRAINING = "training_cpu training_again_cpu"
+MODELS = [T, f"{T}:plain", f"{SWIN}:onednn", CONVNEXT]
+
+
+def cells(row):
+    """The cells of the row of a table in README.md that begins with ``row``."""
+    (line,) = [line for line in text("README.md").split("\n") if line.startswith(f"| {row} |")]
+    return [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+
+@pytest.mark.parametrize(
+    "row, files, setting",
+    [
+        ("inference at batch 1 and 16, float32", INFERENCE, "inference float32, batch (1|16)"),
+        ("training at batch 16, float32", TRAINING, "train float32, batch 16"),
+    ],
+)
+def test_speeds_are_those_measured(row, files, setting):
+    expected = [ratios(files, setting, model) for model in MODELS]
+    assert cells(row) == expected
+    of_bfloat16 = [ratios(files, setting.replace("float32", "bfloat16"), model) for model in MODELS]
+    rows = text("README.md").split(f"| {row} |")[1]
+    (next_same,) = re.findall(r"^\| the same, bfloat16 \|(.*)\|$", rows.split("\n\n")[0], re.MULTILINE)[:1]
+    assert [cell.strip() for cell in next_same.split("|")] == of_bfloat16
+
+
+def test_speeds_at_other_sizes_are_those_measured():
+    def both(files, setting, model=T, compiled=False):
+        return [ratios(files, setting.format(dtype), model, compiled) for dtype in ("float32", "bfloat16")]
+
+    compiled = both("inference_compiled_cpu inference_compiled_again_cpu", "inference {}, batch 1", T, True)
+    assert cells("batch 1, both compiled, float32 / bfloat16")[0] == " / ".join(compiled)
+    assert cells("feature maps of 224 to 896 px, float32")[0] == ratios("sizes_cpu", ".*", T)
+    assert cells("classifier at 224, 256, 384 px") == both("inference_sizes_cpu", ".*inference {}, batch 1")
+    maps = both("maps_cpu", ".*maps, inference {}, batch 1")
+    assert cells("feature maps at 800x1280, 512x512, 640x480 px") == maps
+    assert cells("whole Cascade Mask R-CNN at 800x1280")[0] == ratios("detector_cpu", ".*", "MSG-Transformer")
+    gpu = ratios("inference_gpu", ".*batch 256", T)
+    assert f"a batch of 256 takes {gpu} of Swin-T's time" in " ".join(text("README.md").split())
+
+
+def rows_of_two_types():
+    """Files and result of each row of benchmarks/README.md that gives a figure in float32 and in bfloat16."""
+    figure = r"\d\.\d\d(?: to \d\.\d\d)?"
+    pattern = rf"^\| (`[^|]*`) \|[^|]*\|[^|]*\| ({figure} in float32, {figure} in bfloat16) \|$"
+    return re.findall(pattern, text("benchmarks/README.md"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("files, result", rows_of_two_types())
+def test_results_in_the_table_of_benchmarks_are_those_measured(files, result):
+    names = " ".join(re.findall(r"`(\w+)`", files))
+    found = [ratios(names, f".*{dtype}.*", OURS) for dtype in ("float32", "bfloat16")]
+    assert result == "{} in float32, {} in bfloat16".format(*found)

@@ -1,0 +1,349 @@
+"""What TensorBoard and the trackers are given: read back, and compared with the metrics of the run."""
+
+import io
+import json
+import struct
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_same_weights, digits_config, logged, run_folder, run_main
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+import report
+from config import flat_config
+from data import build_loaders
+from data.mixup import build_augmentation
+from logger import DRAWN, RunRecord, Tracker, draw_curves, read_metrics, require_tracker
+from utils import UserError, seeded
+
+ARGUMENTS = ["--cfg", "configs/digits.yaml", "--batch-size", 8, "--opts", "DATA.NUM_WORKERS", 0]
+ARGUMENTS += ["PRINT_FREQ", 2, "SAVE_FREQ", 1, "TRAIN.WARMUP_EPOCHS", 0, "TRAIN.EPOCHS"]
+
+# A package that writes down what it is given, and fails where the test says so.
+STAND_IN = """
+import json, os
+
+class Run:
+    def write(self, *words):
+        with open(os.environ["TRACKED"], "a") as file:
+            file.write(json.dumps(words) + "\\n")
+
+    def define_metric(self, *args, **kwargs):
+        self.write("define_metric", args, kwargs)
+
+    def log(self, values, step=None):
+        self.write("log", values, step)
+        if values.get("epoch/epoch") == int(os.environ.get("FAIL_AT", -1)):
+            raise ConnectionError("the line is cut")
+
+def init(*args, **kwargs):
+    print("chatter")
+    Run().write("init", args, kwargs)
+    return Run()
+
+def finish():
+    Run().write("finish")
+"""
+
+
+def events(folder):
+    """TensorBoard's own reader of a folder of events."""
+    accumulator = EventAccumulator(str(folder), size_guidance=dict(images=0, scalars=0))
+    return accumulator.Reload()
+
+
+def scalars(folder):
+    """All scalars of a folder of events, as {(tag, update): value}."""
+    found = events(folder)
+    return {(tag, event.step): event.value for tag in found.Tags()["scalars"] for event in found.Scalars(tag)}
+
+
+def image(folder, tag):
+    """(update, pixels) of the only image of a tag."""
+    (event,) = events(folder).Images(tag)
+    return event.step, np.asarray(Image.open(io.BytesIO(event.encoded_image_string)))
+
+
+def calls(path):
+    """What a stand-in was given, in order, as (function, arguments ...)."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def given(path):
+    """The scalars that a stand-in was given, as {(tag, update): value}; none of them twice."""
+    found = {}
+    for name, *arguments in calls(path):
+        if name == "log":
+            values, step = arguments
+            step = values.pop("update") if step is None else step
+            for tag, value in values.items():
+                assert (tag, step) not in found
+                found[tag, step] = value
+    return found
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """Puts a package of a name in place of the real one, also for runs of main.py; returns its notes."""
+
+    def put(name):
+        folder, notes = tmp_path / "packages", tmp_path / "notes"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{name}.py").write_text(STAND_IN)
+        monkeypatch.setenv("PYTHONPATH", str(folder))
+        monkeypatch.setenv("TRACKED", str(notes))
+        monkeypatch.delenv("WANDB_MODE", raising=False)
+        monkeypatch.delenv("WANDB_PROJECT", raising=False)
+        monkeypatch.syspath_prepend(folder)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        return notes
+
+    yield put
+    for name in ("wandb", "trackio"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    """The output folder of a run of two epochs without a tracker."""
+    output = tmp_path_factory.mktemp("output")
+    run_main(*ARGUMENTS, 2, "AUG.MIXUP", 0.8, "--data-path", data, "--output", output)
+    return output
+
+
+def test_tensorboard_has_the_metrics_of_every_epoch(trained):
+    rows, found = (
+        read_metrics(run_folder(trained) / "metrics.jsonl"),
+        scalars(run_folder(trained) / "tensorboard"),
+    )
+    for row in rows:
+        for name, value in row.items():
+            assert found[f"epoch/{name}", 9 * row["epoch"] + 8] == pytest.approx(value, rel=1e-6)
+    assert sorted(step for tag, step in found if tag == "train/loss") == [0, 2, 4, 6, 8, 9, 11, 13, 15, 17]
+
+
+def test_tensorboard_has_the_hyperparameters_beside_the_scores(trained):
+    metadata = events(run_folder(trained) / "tensorboard").summary_metadata
+    values = HParamsPluginData.FromString(metadata["_hparams_/session_start_info"].plugin_data.content)
+    values = values.session_start_info.hparams
+    assert values["AUG.MIXUP"].number_value == 0.8 and values["MODEL.NAME"].string_value == "digits"
+    assert (
+        values["MODEL.MSG.SHUF_SIZE"].string_value == "[4, 2, 1]"
+        and values["TEST.CROP"].string_value == "True"
+    )
+    experiment = HParamsPluginData.FromString(metadata["_hparams_/experiment"].plugin_data.content).experiment
+    tags = [info.name.tag for info in experiment.metric_infos]
+    assert sorted(tags) == ["epoch/acc1", "epoch/acc5", "epoch/train_loss", "epoch/val_loss"]
+
+
+def test_tensorboard_shows_the_first_batch_as_the_model_saw_it(trained, data):
+    """Built again here, from the seed: augmented, mixed, its colours as they are in the files."""
+    opts = ["DATA.NUM_WORKERS", 0, "AUG.MIXUP", 0.8, "MODEL.NUM_CLASSES", 3, "TRAIN.EPOCHS", 2]
+    config = digits_config(*opts, data_path=str(data), batch_size=8)
+    images, targets = next(iter(build_loaders(config)[0]))
+    images, targets = build_augmentation(config, 0, images.device)(images, targets, 0, 0, 0)
+    step, found = image(run_folder(trained) / "tensorboard", "train/first_batch")
+    expected = np.asarray(report.batch_sheet(images, targets, ["a", "b", "c"]))
+    assert step == 0 and (found == expected).all()
+    pixels = report.shown(images[0]).repeat(6, 0).repeat(6, 1)  # 32 px become 192, in the tile's middle
+    assert (found[46:238, 16:208] == pixels).all()
+
+
+def test_the_first_batch_is_drawn_once_and_not_again_by_a_resumed_run(tmp_path):
+    drawn = []
+
+    def draw():
+        drawn.append(1)
+        return Image.new("RGB", (4, 4))
+
+    for update in (0, 5):
+        record = RunRecord(str(tmp_path), 0, draw_curves, DRAWN)
+        record.start(0, update)
+        for _ in range(2):
+            record.first_batch(draw)
+        record.scalars(update + 1, loss=1.0)
+        record.close()
+    record = RunRecord(str(tmp_path / "other"), 1, draw_curves, DRAWN)
+    record.start(0, 0)
+    record.first_batch(draw)
+    assert len(drawn) == 1 and not (tmp_path / "other").exists()
+    assert image(tmp_path / "tensorboard", "train/first_batch")[0] == 0
+
+
+def test_tensorboard_shows_the_worst_mistakes_of_the_last_evaluation_and_of_eval(trained, data):
+    folder = run_folder(trained)
+    step, found = image(folder / "tensorboard", "epoch/mistakes")
+    run_main(*ARGUMENTS[:4], "--eval", "--data-path", data, "--output", trained)
+    with Image.open(folder / "eval_mistakes.png") as sheet:
+        expected = np.asarray(sheet)
+    assert step == 17 and expected.any() and (found == expected).all()
+    assert (image(folder / "tensorboard" / "eval", "eval/mistakes")[1] == expected).all()
+
+
+def test_drawing_the_first_batch_draws_no_random_number_and_changes_no_image():
+    images, targets = torch.randn(4, 3, 32, 32), torch.rand(4, 3)
+    before, kept = torch.get_rng_state(), images.clone()
+    with seeded("a test", 0, restore=False):
+        report.batch_sheet(images, targets, list("abc"))
+        state = torch.get_rng_state()
+    with seeded("a test", 0):
+        assert torch.equal(torch.get_rng_state(), state)
+    torch.set_rng_state(before)
+    assert torch.equal(images, kept)
+
+
+def test_a_tracker_gets_what_tensorboard_gets_once_and_changes_no_bit(stand_in, trained, data, tmp_path):
+    """The run goes back to the checkpoint of its first epoch, and repeats the second."""
+    notes, folder = stand_in("wandb"), run_folder(tmp_path)
+    arguments = [*ARGUMENTS, 2, "AUG.MIXUP", 0.8, "LOG.TRACKER", "wandb"]
+    arguments += ["--data-path", data, "--output", tmp_path]
+    run_main(*arguments)
+    (folder / "ckpt_epoch_1.pth").unlink()
+    assert "epoch 1, image 0" in run_main(*arguments).stdout
+    found, board = given(notes), scalars(folder / "tensorboard")
+    assert found.keys() == board.keys()
+    measured = ("images_per_second", "seconds")  # the second attempt took another time
+    for (tag, step), value in board.items():
+        assert tag.endswith(measured) or found[tag, step] == pytest.approx(value, rel=1e-6)
+    first, second = (arguments for name, *arguments in calls(notes) if name == "init")
+    assert first[1]["name"] == second[1]["name"] and first[1]["name"].startswith("digits-default-")
+    assert first[1]["resume"] == second[1]["resume"] == "allow"
+    assert first[1]["config"]["AUG.MIXUP"] == 0.8
+    assert calls(notes)[-1] == ["finish"]
+    assert first[1]["mode"] == "offline" and first[1]["id"] == first[1]["name"]
+    assert first[1]["dir"] == str(folder) and first[1]["project"] == "msg-transformer"
+    assert_same_weights(tmp_path, trained)
+
+
+def test_a_resumed_run_repeats_nothing_in_trackio_and_one_from_scratch_is_another(stand_in, tmp_path, capsys):
+    notes = stand_in("trackio")
+    for start, updates in ((0, (0, 2, 4)), (2, (2, 4, 6)), (0, (0,))):
+        tracker = Tracker("trackio", str(tmp_path), "digits/a b")
+        tracker.start(start, dict(SEED=0))
+        for update in updates:
+            tracker.log("train", {"train/loss": 1.0}, update)
+        tracker.log("epoch", {"epoch/acc1": 2.0}, updates[-1])
+        tracker.finish()
+    names = [arguments[1]["name"] for name, *arguments in calls(notes) if name == "init"]
+    assert names[0] == names[1] != names[2] and all(name.startswith("digits-a-b-") for name in names)
+    logs = [(next(iter(call[1])), call[2]) for call in calls(notes) if call[0] == "log"]
+    of_first = [("train/loss", 0), ("train/loss", 2), ("train/loss", 4), ("epoch/acc1", 4), ("train/loss", 6)]
+    assert logs == [*of_first, ("epoch/acc1", 6), ("train/loss", 0), ("epoch/acc1", 0)]
+    assert calls(notes).count(["finish"]) == 3 and capsys.readouterr().out == ""
+
+
+def test_a_tracker_that_fails_is_one_warning_and_training_goes_on(
+    stand_in, trained, data, tmp_path, monkeypatch
+):
+    notes = stand_in("wandb")
+    monkeypatch.setenv("FAIL_AT", "0")
+    arguments = [*ARGUMENTS, 2, "AUG.MIXUP", 0.8, "LOG.TRACKER", "wandb"]
+    printed = run_main(*arguments, "--data-path", data, "--output", tmp_path).stdout
+    assert printed.count("wandb failed (ConnectionError: the line is cut)") == 1
+    assert [call[0] for call in calls(notes)].count("log") == 6
+    assert_same_weights(tmp_path, trained)
+
+
+def test_a_missing_package_is_told_before_anything_else(data, tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['wandb'] = None\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    arguments = [*ARGUMENTS, 1, "LOG.TRACKER", "wandb", "--data-path", data, "--output", tmp_path / "out"]
+    done = run_main(*arguments, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: LOG.TRACKER wandb: ") and "pip install wandb" in done.stderr
+    assert not list((tmp_path / "out").rglob("log_rank*"))
+
+
+def test_a_folder_that_wandb_left_is_no_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))
+    with pytest.raises(UserError, match="pip install wandb"):
+        require_tracker("wandb")
+
+
+def test_other_names_are_refused():
+    with pytest.raises(UserError, match="did you mean 'wandb'"):
+        digits_config("LOG.TRACKER", "wandv")
+    assert flat_config(digits_config())["LOG.TRACKER"] == ""
+
+
+def test_trackio_holds_what_tensorboard_holds(data, tmp_path, monkeypatch):
+    """Asked in trackio's own words, after a resume that repeats an epoch."""
+    pytest.importorskip("trackio")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    folder = run_folder(tmp_path)
+    arguments = [*ARGUMENTS, 2, "LOG.TRACKER", "trackio", "--data-path", data, "--output", tmp_path]
+    run_main(*arguments)
+    (folder / "ckpt_epoch_1.pth").unlink()
+    run_main(*arguments)
+    code = "import json; from trackio.sqlite_storage import SQLiteStorage as Storage; "
+    code += "print(json.dumps([Storage.get_logs(project, run) for project in ['msg-transformer'] "
+    code += "for run in Storage.get_runs(project)]))"
+    command = [sys.executable, "-c", code]
+    (rows,) = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    found = {
+        (tag, row["step"]): value
+        for row in rows
+        for tag, value in row.items()
+        if tag[:6] in ("train/", "epoch/")
+    }
+    assert found.keys() == scalars(folder / "tensorboard").keys()
+    assert len(rows) == 12
+    for row in read_metrics(folder / "metrics.jsonl"):
+        assert found["epoch/acc1", 9 * row["epoch"] + 8] == pytest.approx(row["acc1"])
+
+
+def records_of(path):
+    """The records of a file of wandb, which has the log format of LevelDB below a header of 7 bytes."""
+    content, place, parts = path.read_bytes(), 7, []
+    while place + 7 <= len(content):
+        if (left := 32768 - place % 32768) < 7:
+            place += left
+            continue
+        _, length, kind = struct.unpack("<IHB", content[place : place + 7])
+        parts.append(content[place + 7 : place + 7 + length])
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield b"".join(parts)
+            parts = []
+
+
+def test_wandb_holds_what_tensorboard_holds(data, tmp_path, monkeypatch):
+    """Read from the files of its offline runs, of which a resume adds one with the same id."""
+    internal = pytest.importorskip("wandb.proto.wandb_internal_pb2")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    folder = run_folder(tmp_path)
+    arguments = [*ARGUMENTS, 2, "LOG.TRACKER", "wandb", "--data-path", data, "--output", tmp_path]
+    run_main(*arguments)
+    (folder / "ckpt_epoch_1.pth").unlink()
+    run_main(*arguments)
+    found, ids = {}, set()
+    for path in folder.glob("wandb/offline-run-*/*.wandb"):
+        for content in records_of(path):
+            record = internal.Record.FromString(content)
+            ids |= {record.run.run_id} - {""}
+            items = record.history.item
+            values = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in items}
+            tags = [tag for tag in values if tag.startswith(("train/", "epoch/"))]
+            assert not any((tag, values["update"]) in found for tag in tags)
+            found.update({(tag, values["update"]): values[tag] for tag in tags})
+    board = scalars(folder / "tensorboard")
+    assert found.keys() == board.keys() and len(ids) == 1
+    for (tag, step), value in board.items():
+        assert "second" in tag or found[tag, step] == pytest.approx(value, rel=1e-6)
+
+
+def test_a_tracker_state_that_cannot_be_read_is_one_warning(stand_in, tmp_path):
+    stand_in("trackio")
+    (tmp_path / "tracker.json").write_text("{")
+    tracker = Tracker("trackio", str(tmp_path), "digits")
+    with logged() as lines:
+        tracker.start(5, {})
+        tracker.log("train", {"train/loss": 1.0}, 6)
+        tracker.finish()
+    assert len(lines) == 1 and "from here on the run is not tracked" in lines[0]
