@@ -1,6 +1,7 @@
 """What models/messengers.py computes, against loops, plain runs and autograd."""
 
 import itertools
+import json
 import os
 import sys
 
@@ -16,6 +17,7 @@ from models import build_model
 from models.attention import BACKENDS
 from models.exchange import OTHER_EXCHANGES
 from models.geometry import CHOICES
+from models.messenger_curves import ORDERS, curve, markdown, measure, summarize, switch_off
 from models.messengers import (
     ablate,
     ablate_each,
@@ -367,3 +369,85 @@ def test_detectors_are_refused(tmp_path, show):
     )
     with pytest.raises(UserError, match="is of a detector"):
         show(tmp_path / "best.pth", "any.png")
+
+
+@pytest.mark.parametrize("size", [(32, 32), (27, 44)], ids=str)
+def test_curves_silence_messengers_in_order(size):
+    model, image = micro().double(), image_of(size)
+    grid = grids(model, size)[1]
+    count = grid.shown[0] * grid.shown[1]
+    order = list(range(count))[::-1]
+    deletion, insertion = curve(model, image, 1, 4, order)
+    assert len(deletion) == len(insertion) == count + 1
+    for number in range(count + 1):
+        masks = torch.zeros(2, grid.rows, grid.columns, dtype=torch.bool)
+        for rank, window in enumerate(order):
+            masks[int(rank >= number), window // grid.shown[1], window % grid.shown[1]] = True
+        wanted = ablate(model, image, 1, masks)[:, 4]
+        assert [deletion[number], insertion[number]] == pytest.approx(wanted.tolist(), abs=1e-10)
+    score = class_scores(model, image[None])[0, 4].item()
+    assert [deletion[0], insertion[-1]] == pytest.approx([score, score], abs=1e-10)
+
+
+def test_measured_orders_are_those_of_the_maps():
+    model, image = micro().double(), image_of((32, 32))
+    measured = measure(model, image)
+    assert measured["curves"].keys() == {0, 1}  # the last stage has one window
+    with torch.no_grad():
+        scores = class_scores(model, image[None])[0]
+    target = int(scores.argmax())
+    drops = (scores[target] - ablate_each(model, image, 1)[..., target]).flatten()
+    means = {
+        "ablation": drops,
+        "attention": grids(model, (32, 32))[1].means(attention_map(model, image)).flatten(),
+        "gradient": grids(model, (32, 32))[1].means(gradient_map(model, image, target)).flatten(),
+    }
+    for name, values in means.items():
+        order = sorted(range(4), key=lambda window: -values[window])  # noqa: B023
+        wanted = curve(model, image, 1, target, order)
+        for found, of_order in zip(measured["curves"][1][name], wanted):
+            assert found == pytest.approx(of_order, abs=1e-10)
+    found = switch_off(model, image, target)
+    assert list(found)[-3:] == ["stage 1", "stage 2", "all"] and len(found) == 7
+    off = without_exchange(model, image[None], [(1, 0), (1, 1)], True)[0]
+    score, kept = found["stage 2"]["withheld"]
+    assert score == pytest.approx(off[target].item()) and kept == (off.argmax() == target)
+
+
+def test_summary_of_two_images():
+    def row(score, deletion, insertion, left, kept):
+        curves = {
+            0: {name: (torch.tensor(deletion).numpy(), torch.tensor(insertion).numpy()) for name in ORDERS}
+        }
+        curves[0]["random"] = curves[0]["random"][0] * 0 + torch.tensor([4.0, 2.0, 0.0]).numpy(), insertion
+        exchange = {"all": dict(off=(left, kept), withheld=(score, True))}
+        return dict(score=score, blank=1.0, curves=curves, exchange=exchange)
+
+    rows = [
+        row(4.0, [4.0, 0.0, 0.0], [0.0, 2.0, 4.0], 2.0, True),
+        row(4.0, [4.0, 1.0, 0.0], [0.0, 2.0, 4.0], 1.0, False),
+    ]
+    summary = summarize(rows)
+    entry = summary["curves"][0]["orders"]["attention"]
+    assert entry["deletion"]["curve"] == [4, 0.5, 0]
+    assert entry["deletion"]["area"] == pytest.approx((1 + 1.5) / 2 / 4)
+    assert entry["deletion"]["gain"] == pytest.approx(0.75)  # 2 - 1 and 2 - 1.5
+    assert entry["deletion"]["error"] == pytest.approx(0.25)
+    assert entry["insertion"]["area"] == pytest.approx(0.5) and entry["insertion"]["gain"] == 0
+    off = summary["exchange"]["all"]["off"]
+    assert off["share"] == pytest.approx(5 / 6) and off["kept"] == 0.5
+    assert off["drop"] == pytest.approx(2.5) and off["error"] == pytest.approx(0.5)
+    assert summary["exchange"]["all"]["withheld"]["share"] == 0
+    tables = markdown(summary)
+    assert "| attention | 0.31 | 0.75 ± 0.25 | 0.50 | 0.00 ± 0.00 |" in tables
+    assert "| all | 83.3% | 2.50 ± 0.50 | 50.0% | 0.0% | 0.00 ± 0.00 | 100.0% |" in tables
+
+
+def test_curves_of_a_folder(tmp_path, checkpoint, show, capsys):
+    write_images(tmp_path / "images", 4, ("a", "b"))
+    show(checkpoint(), "--curves", tmp_path / "images", "--most", 2, "--output", tmp_path / "out")
+    assert sorted(os.listdir(tmp_path / "out")) == ["curves.json", "curves.md", "curves.png"]
+    content = json.loads((tmp_path / "out" / "curves.json").read_text())
+    assert (content["images"], content["of"]) == (2, 8)
+    tables = capsys.readouterr().out.strip()
+    assert "### Stage 2" in tables and tables in (tmp_path / "out" / "curves.md").read_text()

@@ -1,13 +1,17 @@
-"""Show what the messengers of a classifier do on images: a sheet (PNG) for each.
+"""Show what the messengers of a classifier do on images: a sheet (PNG) for each, and figures over many.
 
 python tools/visualize.py <checkpoint> photo.jpg photos/ --output messengers/ --window 2,3
+python tools/visualize.py <checkpoint> --curves <dataset>/val --output messengers/
 
 A sheet has (a) what each messenger attends to, (b) where the content of one window has travelled after each
 block, (c) which windows send it which channels, and (d) which messengers the class score depends on.
-docs/messengers.md explains them.
+--curves writes curves.md, curves.json and curves.png: how well ablation, attention and gradients order the
+messengers, and how much of the score crosses windows. docs/messengers.md explains all of them.
 """
 
 import argparse
+import contextlib
+import json
 import logging
 import os
 import sys
@@ -18,6 +22,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize, TwoSlopeNorm, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -25,6 +30,7 @@ import distributed
 from data.datasets import load_image
 from data.sources import find_files, is_video
 from data.transforms import build_transform, image_mode
+from models.messenger_curves import markdown, measure, summarize
 from models.messengers import check_messengers, examine
 from models.ready import build_ready, read_described
 from report import shown
@@ -43,7 +49,7 @@ def parse_args():
     )
     add = parser.add_argument
     add("checkpoint", help="of a classifier; file or https address")
-    add("images", nargs="+", metavar="IMAGE", help="files, folders, patterns")
+    add("images", nargs="*", metavar="IMAGE", help="files, folders, patterns")
     add("--output", default="messengers", metavar="DIR", help="sheets go here; default: messengers")
     add(
         "--window",
@@ -52,9 +58,16 @@ def parse_args():
         help="of the first stage, from 0,0; default: the one whose messenger the score depends on most",
     )
     add("--size", type=pair, metavar="HEIGHT,WIDTH", help="pixels; default: DATA.IMG_SIZE of the config")
+    add("--curves", metavar="FOLDER", help="measure over the images of this folder, and those below")
+    add("--most", type=int, default=200, metavar="N", help="images to measure, evenly chosen; default: 200")
     add("--device", choices=["cuda", "cpu"], help="default: cuda where there is one, else cpu")
     add("--cfg", metavar="FILE", help="config of a checkpoint that holds none")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not args.images and not args.curves:
+        parser.error("name images, or a folder with --curves")
+    if args.most < 1:
+        parser.error(f"--most is {args.most}: at least 1")
+    return args
 
 
 def pair(text):
@@ -67,12 +80,36 @@ def main():
     """Look, draw and write."""
     args = parse_args()
     model, transform, names, mode = load(args)
-    for path, name in sheet_names(images_of(args.images)):
+    for path, name in sheet_names(images_of(args.images)) if args.images else ():
         image = transform(load_image(path, mode=mode)).to(next(model.parameters()))
         found = examine(model, image, args.window)
         target = os.path.join(args.output, name)
         draw_sheet(found, shown(image), title(found, path, names), target)
         print(f"{path}: {target}")
+    if args.curves:
+        write_curves(model.float(), transform, mode, args)
+
+
+def write_curves(model, transform, mode, args):
+    """Measure over a folder and write curves.md, curves.json and curves.png."""
+    paths = images_of([args.curves])
+    chosen = [
+        paths[i] for i in np.linspace(0, len(paths) - 1, min(args.most, len(paths))).round().astype(int)
+    ]
+    measured = []
+    for number, path in enumerate(tqdm(chosen, unit="image", disable=None)):
+        image = transform(load_image(path, mode=mode)).to(next(model.parameters()))
+        measured.append(measure(model, image, seed=number))
+    summary = summarize(measured)
+    tables = markdown(summary)
+    about = f"`{args.checkpoint}` on {len(chosen):,} of {len(paths):,} images of `{args.curves}`"
+    with writing(os.path.join(args.output, "curves.md")) as temporary:
+        Path(temporary).write_text(f"# What messengers carry\n\n{about}\n\n{tables}", encoding="utf-8")
+    with writing(os.path.join(args.output, "curves.json")) as temporary:
+        content = dict(checkpoint=args.checkpoint, folder=args.curves, of=len(paths), **summary)
+        Path(temporary).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    draw_curves(summary, about, os.path.join(args.output, "curves.png"))
+    print(tables)
 
 
 def load(args):
@@ -326,12 +363,59 @@ def bar(drawn, axes):
     some[0].figure.colorbar(drawn, ax=axes, fraction=0.046, pad=0.02, shrink=0.9).ax.tick_params(labelsize=8)
 
 
+LINES = {  # colours of Okabe and Ito
+    "ablation": dict(color=BLUE, marker="o"),
+    "attention": dict(color=ORANGE, marker="s"),
+    "gradient": dict(color="#009e73", marker="^"),
+    "random": dict(color="#7f7f7f", linestyle="--"),
+}
+
+
+def draw_curves(summary, about, path):
+    """Draw the curves and the shares of a summary to a PNG file."""
+    stages, exchange = summary["curves"], summary["exchange"]
+    columns = len(stages) + 1
+    figure = Figure(figsize=(4.2 * columns + 1, 8), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(about.replace("`", ""), fontsize=11, parse_math=False)
+    axes = figure.subplots(2, columns, squeeze=False)
+    for column, (stage, of_stage) in enumerate(stages.items()):
+        for row, kind in enumerate(("deletion", "insertion")):
+            ax = axes[row, column]
+            for name, kinds in of_stage["orders"].items():
+                curve = kinds[kind]["curve"]
+                label = f"{name}, area {kinds[kind]['area']:.2f}"
+                ax.plot(np.linspace(0, 1, len(curve)), curve, label=label, markersize=4, **LINES[name])
+            ax.set_title(f"stage {stage + 1}: {kind}", fontsize=10)
+            ax.set_xlabel(f"share of messengers {('silenced', 'left')[row]}", fontsize=9)
+            ax.set_ylabel("score of the predicted class", fontsize=9)
+            ax.legend(fontsize=8)
+    for row, (kind, words) in enumerate(
+        dict(off="every window keeps its messenger", withheld="others send a blank image's").items()
+    ):
+        ax, shares = axes[row, -1], [100 * kinds[kind]["share"] for kinds in exchange.values()]
+        ax.barh(range(len(shares)), shares, color=[ORANGE if "block" in name else BLUE for name in exchange])
+        ax.set_yticks(range(len(shares)), exchange, fontsize=8)
+        ax.invert_yaxis()
+        ax.axvline(0, color="black", lw=0.8)
+        ax.set_xlabel("share of the score lost (%)", fontsize=9)
+        ax.set_title(f"exchange off: {words}", fontsize=10)
+    save(figure, path)
+
+
 def save(figure, path):
     """Write a figure as PNG."""
+    with writing(path) as temporary:
+        figure.savefig(temporary, dpi=100, format="png")
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Context that yields the name of a file to write, which becomes ``path`` in the end."""
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with replacing(path) as temporary:
-            figure.savefig(temporary, dpi=100, format="png")
+            yield temporary
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
