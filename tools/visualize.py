@@ -1,6 +1,7 @@
 """Show what the messengers of a classifier do on images: a sheet (PNG) for each, and figures over many.
 
 python tools/visualize.py <checkpoint> photo.jpg photos/ --output messengers/ --window 2,3
+python tools/visualize.py <checkpoint> photo.jpg --html
 python tools/visualize.py <checkpoint> --curves <dataset>/val --output messengers/
 
 A sheet has (a) what each messenger attends to, (b) where the content of one window has travelled after each
@@ -10,7 +11,9 @@ messengers, and how much of the score crosses windows. docs/messengers.md explai
 """
 
 import argparse
+import base64
 import contextlib
+import io
 import json
 import logging
 import os
@@ -18,10 +21,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize, TwoSlopeNorm, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -31,7 +36,7 @@ from data.datasets import load_image
 from data.sources import find_files, is_video
 from data.transforms import build_transform, image_mode
 from models.messenger_curves import markdown, measure, summarize
-from models.messengers import check_messengers, examine
+from models.messengers import check_messengers, examine, grids, influence
 from models.ready import build_ready, read_described
 from report import shown
 from utils import UserError, build_compute, replacing
@@ -58,6 +63,7 @@ def parse_args():
         help="of the first stage, from 0,0; default: the one whose messenger the score depends on most",
     )
     add("--size", type=pair, metavar="HEIGHT,WIDTH", help="pixels; default: DATA.IMG_SIZE of the config")
+    add("--html", action="store_true", help="also write a page: point at a window, and see its reach")
     add("--curves", metavar="FOLDER", help="measure over the images of this folder, and those below")
     add("--most", type=int, default=200, metavar="N", help="images to measure, evenly chosen; default: 200")
     add("--device", choices=["cuda", "cpu"], help="default: cuda where there is one, else cpu")
@@ -86,6 +92,12 @@ def main():
         target = os.path.join(args.output, name)
         draw_sheet(found, shown(image), title(found, path, names), target)
         print(f"{path}: {target}")
+        if args.html:
+            target = str(Path(target).with_suffix(".html"))
+            page = page_data(model, image, found.window, title(found, path, names))
+            with writing(target) as temporary:
+                Path(temporary).write_text(build_page(page), encoding="utf-8")
+            print(f"{path}: {target}")
     if args.curves:
         write_curves(model.float(), transform, mode, args)
 
@@ -159,6 +171,61 @@ def title(found, path, names):
     row, column = found.window
     score = f"score {found.scores[found.target]:.2f} (logit less the mean logit), probability {share:.3f}"
     return f"{os.path.basename(path)}: {names[found.target]}, {score}. Chosen window: {row},{column} (black)"
+
+
+def page_data(model, image, window, head):
+    """What a page of an image shows: the influence of each window, see visualize.html.
+
+    Influence is kept in a byte: 0 for none, else 1 to 255, its logarithm from :data:`LEAST` to the largest.
+    """
+    places = grids(model, image.shape[1:])
+    rows, columns = places[0].shown
+    found = influence(model, image, [(i, j) for i in range(rows) for j in range(columns)])
+    values = np.concatenate(
+        [array(kind).reshape(rows * columns, -1) for kinds in found.values() for kind in kinds], 1
+    )
+    most = max(values.max(), 10 * LEAST)
+    steps = np.log(values.clip(LEAST) / LEAST) / np.log(most / LEAST)
+    levels = np.where(values > 0, 1 + np.round(254 * steps), 0).astype(np.uint8)
+    colours = (255 * colormaps["cividis"](np.linspace(0, 1, 255))[:, :3]).round().astype(np.uint8)
+    picture = io.BytesIO()
+    Image.fromarray(shown(image)).save(picture, format="PNG")
+    blocks = [
+        dict(
+            name=f"stage {stage + 1}, block {block + 1}",
+            tokens=places[stage].tokens,
+            grid=[places[stage].rows, places[stage].columns],
+            side=places[stage].side,
+            stride=places[stage].side // places[stage].window_size,
+            region=places[stage].region,
+        )
+        for stage, block in found
+    ]
+    return dict(
+        title=head.rpartition(". Chosen")[0],
+        size=list(image.shape[1:]),
+        windows=[rows, columns],
+        side=places[0].side,
+        chosen=window,
+        blocks=blocks,
+        least=LEAST,
+        most=float(most),
+        influence=base64_of(levels.tobytes()),
+        colours=base64_of(bytes(3) + colours.tobytes()),
+        picture=f"data:image/png;base64,{base64_of(picture.getvalue())}",
+    )
+
+
+def base64_of(content):
+    """Bytes as text."""
+    return base64.b64encode(content).decode("ascii")
+
+
+def build_page(data):
+    """A page that needs no other file."""
+    template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+    # No name of a file or class can end the script that holds the data.
+    return template.replace("@DATA@", json.dumps(data).replace("<", "\\u003c"))
 
 
 def draw_sheet(found, pixels, head, path):
