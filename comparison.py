@@ -79,7 +79,7 @@ class Group:
         return f"{' to '.join(map(str, sorted({done[0], done[-1]})))} of {epochs}"
 
     def curve(self, figure):
-        """A figure over the epochs trained: (epoch, mean, lowest, highest, runs) of those that have it.
+        """A figure over the epochs, counted from 0: (epoch, mean, lowest, highest, runs).
 
         The mean is of the runs that have come so far.
         """
@@ -88,7 +88,7 @@ class Group:
             for row in run.rows:
                 value = row.get(figure, math.nan)
                 if isinstance(value, (int, float)) and math.isfinite(value):
-                    values.setdefault(row["epoch"] + 1, []).append(value)
+                    values.setdefault(row["epoch"], []).append(value)
         return [(x, statistics.fmean(y), min(y), max(y), len(y)) for x, y in sorted(values.items())]
 
 
@@ -187,7 +187,7 @@ def draw_comparison(groups):
             axes.plot(x, mean, color=colour, ls=line, marker=marker, ms=3, label=label)
             axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
         axes.set_title(title, fontsize=11)
-        axes.set_xlabel("epochs trained")
+        axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)

@@ -128,7 +128,7 @@ class RunRecord:
     Args:
         folder: the run's output folder.
         rank: of this process.
-        draw: draws the curves of a list of rows to a file.
+        draw: draws the curves of a list of rows to a file, called with both and the hyper-parameters.
         drawn: what it needs of every row.
 
     Attributes:
@@ -182,7 +182,7 @@ class RunRecord:
             os.makedirs(os.path.dirname(self.path), exist_ok=True)
             with replacing(self.path) as temporary, open(temporary, "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(epoch) + "\n" for epoch in self.epochs)
-            self.draw(self.epochs, self.picture)
+            self.draw(self.epochs, self.picture, self.hyperparameters)
         self._write_scalars("epoch", row, update)
 
     def close(self):
@@ -390,44 +390,66 @@ def _is_number(value):
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def draw_curves(epochs, path):
+def smoothing_floor(smoothing, classes):
+    """The least training loss under label smoothing, the entropy of its targets; 0 for none.
+
+    A target has 1 - smoothing + smoothing / classes for its class, and smoothing / classes for the others.
+    """
+    shares = [1 - smoothing + smoothing / classes, *[smoothing / classes] * (classes - 1)]
+    return -sum(share * math.log(share) for share in shares if share > 0)
+
+
+def draw_curves(epochs, path, hyperparameters):
     """Draw loss, accuracy and learning rate over the epochs to a PNG file.
+
+    The training loss cannot fall below the floor of label smoothing, which is drawn. With five classes or
+    fewer top-5 is always 100%, and left out.
 
     Args:
         epochs: rows with epoch (from 0), train_loss, val_loss, acc1, acc5 (percent), lr; of an averaged
             model also ema_acc1.
+        hyperparameters: a flat dict; ``MODEL.NUM_CLASSES`` and ``MODEL.LABEL_SMOOTHING`` are used.
     """
     # pyplot is not used: it keeps global state and a figure for every call.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    x = [row["epoch"] + 1 for row in epochs]
+    x = [row["epoch"] for row in epochs]
+    classes = hyperparameters.get("MODEL.NUM_CLASSES", math.inf)
+    smoothing = hyperparameters.get("MODEL.LABEL_SMOOTHING", 0)
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     loss, accuracy, rate = figure.subplots(1, 3)
     marker = "o" if len(x) < 40 else ""
     loss.plot(x, [row["train_loss"] for row in epochs], marker=marker, ms=3, label="training (augmented)")
     loss.plot(x, [row["val_loss"] for row in epochs], marker=marker, ms=3, label="validation")
+    # A teacher's targets have another entropy.
+    if smoothing and math.isfinite(classes) and not hyperparameters.get("DISTILL.TEACHER"):
+        label = f"floor of label smoothing {smoothing:g}"
+        loss.axhline(smoothing_floor(smoothing, classes), color="C0", lw=0.9, ls="--", label=label)
     loss.set(title="Cross entropy", ylim=(0, None))
-    loss.legend()
+    loss.legend(fontsize=8)
     ema = [row.get("ema_acc1", math.nan) for row in epochs]
     scores = [row["acc1"] if math.isnan(average) else average for row, average in zip(epochs, ema)]
     best, best_epoch = max(scores), epochs[scores.index(max(scores))]["epoch"]
     accuracy.plot(x, [row["acc1"] for row in epochs], marker=marker, ms=3, label="top-1")
-    accuracy.plot(x, [row["acc5"] for row in epochs], marker=marker, ms=3, label="top-5")
+    if classes > 5:
+        accuracy.plot(x, [row["acc5"] for row in epochs], marker=marker, ms=3, label="top-5")
     if not all(map(math.isnan, ema)):
         accuracy.plot(x, ema, marker=marker, ms=3, label="top-1 of the average (EMA)")
     accuracy.axhline(best, color="grey", lw=0.8, ls=":")
-    title = f"Validation: best top-1 {best:.2f}% (epoch {best_epoch + 1})"
+    title = f"Validation: best top-1 {best:.2f}% (epoch {best_epoch})"
     accuracy.set(title=title, ylabel="%")
-    accuracy.legend(loc="lower right")
+    accuracy.legend(loc="lower right", fontsize=8)
     rate.plot(x, [row["lr"] for row in epochs], marker=marker, ms=3, color="tab:green")
     rate.set(title="Learning rate at the end of the epoch", ylim=(0, None))
     rate.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
     for axes in (loss, accuracy, rate):
-        axes.set_xlabel("epochs trained")
+        axes.set_xlabel("epoch, counted as in the names of checkpoints")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if len(x) < 3:  # no ticks between epochs, and none for epochs to come
+            axes.set(xticks=x, xlim=(x[0] - 0.5, x[-1] + 0.5))
         axes.grid(alpha=0.3)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")

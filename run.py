@@ -493,7 +493,7 @@ class Run:
         scores = [f"{name} {percent(figures[key])}" for key, name in shown if key in figures]
         left = (time.time() - self.begin) / (done - self.first) * (epochs - done)
         logger.info(
-            f"epoch {done:{len(str(epochs))}} of {epochs}: loss {loss:.4f}, {', '.join(scores)} "
+            f"epoch {done - 1:{len(str(epochs))}} ({done} of {epochs}): loss {loss:.4f}, {', '.join(scores)} "
             f"(best {percent(self.highest)}), {clock(left)} left"
         )
 

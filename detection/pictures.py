@@ -44,6 +44,10 @@ def draw_detections(samples, names, path, smallest_score=0.5):
         _draw(right, image, {name: value[kept] for name, value in detection.items()}, names)
         left.set_title(f"{os.path.basename(file)}: ground truth", fontsize=8, parse_math=False)
         right.set_title(f"detections of score {smallest_score} and more", fontsize=8)
+        if not kept.any():
+            words = f"no detection of score {smallest_score} and more"
+            style = dict(transform=right.transAxes, ha="center", va="center", fontsize=7, color="white")
+            right.text(0.5, 0.5, words, bbox=dict(fc="black", alpha=0.6, ec="none"), **style)
     _save(figure, path)
 
 
@@ -59,9 +63,16 @@ def _draw(axes, image, objects, names):
     ):
         x1, y1, x2, y2 = box
         axes.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], color=colour, lw=1)
-        text = names[label - 1] + ("" if score != score else f" {score:.2f}")
+        name = names[label - 1]
+        text = (name if len(name) <= 24 else f"{name[:23]}…") + ("" if score != score else f" {score:.2f}")
         background = dict(fc=colour, ec="none", pad=0.8)
-        axes.text(x1, y1, text, fontsize=5, color="white", va="bottom", bbox=background, parse_math=False)
+        # Inside the image: to the left of its right half's corners, and below an edge at the top.
+        across = dict(x=x1, ha="left") if x1 < image.shape[2] / 2 else dict(x=x2, ha="right")
+        va = "bottom" if y1 > 0.08 * image.shape[1] else "top"
+        axes.text(
+            s=text,
+            **across, y=y1, fontsize=5, color="white", va=va, bbox=background, parse_math=False, clip_on=True,
+        )  # fmt: skip
     axes.set(xlim=(0, image.shape[2]), ylim=(image.shape[1], 0))
 
 
@@ -117,39 +128,58 @@ def batch_sheet(images, sizes, targets, names, most=12):
     return contact_sheet(tiles, f"{len(tiles)} of the {len(images)} images of the first batch", 4, 400)
 
 
-def draw_curves(epochs, path):
+def group_of_loss(name):
+    """The group that a part of the loss is drawn with: proposals, classes, boxes or masks."""
+    if name == "objectness" or name.startswith("rpn"):
+        return "proposals"
+    for word, group in (("mask", "masks"), ("box", "boxes")):
+        if word in name:
+            return group
+    return "classes"
+
+
+def draw_curves(epochs, path, hyperparameters=None):
     """Draw the losses and the average precision of a run over its epochs to a PNG file.
 
     Args:
         epochs: rows with epoch (from 0), train_loss, lr, box_AP, mask_AP (percent) and ``loss_<name>`` for
-            every part of the loss.
+            every part of the loss, which are drawn in the groups of :func:`group_of_loss`.
+        hyperparameters: not used.
     """
-    x = [row["epoch"] + 1 for row in epochs]
-    figure = Figure(figsize=(15, 3.8), layout="constrained")
+    x = [row["epoch"] for row in epochs]
+    figure = Figure(figsize=(15, 6.8), layout="constrained")
     FigureCanvasAgg(figure)
-    total, parts, precision, rate = figure.subplots(1, 4)
+    groups = ["proposals", "classes", "boxes", "masks"]
+    panels = figure.subplot_mosaic([["total", "precision", "precision", "rate"], groups])
+    total, precision, rate = (panels[name] for name in ("total", "precision", "rate"))
+    parts = {group: panels[group] for group in groups}
     marker = "o" if len(x) < 40 else ""
     total.plot(x, [row["train_loss"] for row in epochs], marker=marker, ms=3)
     total.set(title="Training loss", ylim=(0, None))
-    for i, name in enumerate(sorted({name for row in epochs for name in row if name.startswith("loss_")})):
+    for name in sorted({name for row in epochs for name in row if name.startswith("loss_")}):
         values = [row.get(name, float("nan")) for row in epochs]
-        style = "-" if i < 10 else "--"  # there are ten colours
-        parts.plot(x, values, style, marker=marker, ms=3, label=name.removeprefix("loss_"))
-    parts.set(title="Its parts", ylim=(0, None))
-    parts.legend(fontsize=6, ncols=2)
+        label = name.removeprefix("loss_")
+        parts[group_of_loss(label)].plot(x, values, marker=marker, ms=3, label=label)
+    for group, axes in parts.items():
+        axes.set(title=f"Its parts: {group}", ylim=(0, None))
+        if axes.lines:
+            axes.legend(fontsize=8)
     scores = [row.get("ema_box_AP", row["box_AP"]) for row in epochs]
     best, best_epoch = max(scores), epochs[scores.index(max(scores))]["epoch"]
     averaged = any("ema_box_AP" in row for row in epochs)
     for name in ("box_AP", "box_AP50", "mask_AP", "mask_AP50", *(["ema_box_AP", "ema_mask_AP"] * averaged)):
         values = [row.get(name, float("nan")) for row in epochs]
         precision.plot(x, values, marker=marker, ms=3, label=name.replace("_", " "))
-    precision.set(title=f"Best box AP {best:.1f}% (epoch {best_epoch + 1})", ylabel="%", ylim=(0, 100))
-    precision.legend(fontsize=7)
+    precision.set(title=f"Best box AP {best:.1f}% (epoch {best_epoch})", ylabel="%", ylim=(0, 100))
+    precision.legend(fontsize=8)
     rate.plot(x, [row["lr"] for row in epochs], marker=marker, ms=3, color="tab:green")
     rate.set(title="Learning rate at the end of the epoch", ylim=(0, None))
-    for axes in (total, parts, precision, rate):
-        axes.set_xlabel("epochs trained")
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
+    for axes in panels.values():
+        axes.set_xlabel("epoch, as in the names of checkpoints")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if len(x) < 3:
+            axes.set(xticks=x, xlim=(x[0] - 0.5, x[-1] + 0.5))
         axes.grid(alpha=0.3)
     _save(figure, path)
 

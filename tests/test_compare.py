@@ -57,9 +57,9 @@ def test_curves_are_the_mean_and_range_of_the_runs_that_have_the_epoch(tmp_path)
     runs = [write_run(tmp_path / "a", [10.0, 20.0, 60.0]), write_run(tmp_path / "b", [30.0, 50.0], "SEED", 1)]
     (group,) = group_runs(map(read_run, runs))
     assert group.curve("score") == [
-        (1, 20.0, 10.0, 30.0, 2),
-        (2, 35.0, 20.0, 50.0, 2),
-        (3, 60.0, 60.0, 60.0, 1),
+        (0, 20.0, 10.0, 30.0, 2),
+        (1, 35.0, 20.0, 50.0, 2),
+        (2, 60.0, 60.0, 60.0, 1),
     ]
     assert group.best() == [60.0, 50.0] and group.last() == [60.0, 50.0]
     assert group.state() == "2 to 3 of 3"

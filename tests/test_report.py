@@ -1,11 +1,13 @@
 """What an evaluation leaves: calibration, classes, confusions, mistakes."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers import digits_config, fill_weights, logged, write_images
+from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.metrics import confusion_matrix, precision_score, recall_score
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -14,6 +16,7 @@ from torchvision.transforms.functional import normalize, to_tensor
 
 import report
 from data import build_loaders, loaders
+from logger import draw_curves, smoothing_floor
 from main import evaluate
 from models import build_model
 from utils import Compute
@@ -173,3 +176,39 @@ def test_images_that_cannot_be_read_are_left_out_and_the_others_keep_their_files
     assert outcomes.target.tolist() == [0, 0, 0, 1, 1, 2, 2, 2]
     assert outcomes.loss.mean() == pytest.approx(figures["val_loss"], rel=1e-9)
     assert 100 * outcomes.right().mean() == pytest.approx(figures["acc1"])
+
+
+@pytest.mark.parametrize("smoothing, classes", [(0.1, 10), (0.1, 1000), (0.3, 2)])
+def test_the_floor_of_label_smoothing_is_the_least_cross_entropy(smoothing, classes):
+    """Reached by the logits whose softmax is the smoothed target."""
+    shares = torch.full((1, classes), smoothing / classes, dtype=torch.float64)
+    shares[0, 0] += 1 - smoothing
+    least = cross_entropy(shares.log(), torch.tensor([0]), label_smoothing=smoothing).item()
+    assert smoothing_floor(smoothing, classes) == pytest.approx(least) and smoothing_floor(0, classes) == 0
+
+
+@pytest.mark.parametrize("epochs, classes, smoothing", [(1, 5, 0.1), (2, 6, 0.0), (3, 6, 0.1)])
+def test_curves_count_epochs_as_checkpoints_do_and_leave_out_what_says_nothing(
+    epochs, classes, smoothing, tmp_path, monkeypatch
+):
+    figures = []
+
+    def save(figure, path, **_):
+        figures.append(figure)
+        Path(path).touch()
+
+    monkeypatch.setattr(Figure, "savefig", save)
+    rows = [
+        dict(epoch=i, train_loss=2.0, val_loss=1.0, acc1=50.0 + i, acc5=99.0, lr=1.0) for i in range(epochs)
+    ]
+    about = {"MODEL.NUM_CLASSES": classes, "MODEL.LABEL_SMOOTHING": smoothing}
+    draw_curves(rows, str(tmp_path / "curves.png"), about)
+    loss, accuracy, _ = figures[0].axes
+    assert [line.get_label() for line in accuracy.lines[:2]] == ["top-1", "top-5"] or classes == 5
+    assert any(line.get_label() == "top-5" for line in accuracy.lines) == (classes > 5)
+    assert list(accuracy.lines[0].get_xdata()) == list(range(epochs))
+    assert accuracy.get_title().endswith(f"(epoch {epochs - 1})")
+    floors = [line.get_ydata()[0] for line in loss.lines if "floor" in line.get_label()]
+    assert floors == ([smoothing_floor(smoothing, classes)] if smoothing else [])
+    low, high = accuracy.get_xlim()
+    assert [tick for tick in accuracy.get_xticks() if low <= tick <= high] == list(range(epochs))

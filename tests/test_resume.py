@@ -440,7 +440,7 @@ def test_a_disk_that_is_full_from_the_start_ends_in_one_message(tmp_path, data):
         (disk / "other").unlink()
     finally:
         subprocess.run(["umount", str(disk)], check=True)
-    assert done.returncode == 1 and "epoch 1 of 1: loss " in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 1 and "epoch 0 (1 of 1): loss " in done.stdout, done.stdout + done.stderr
     assert "cannot write a checkpoint to" in done.stdout and "cannot write metrics" in done.stdout
     assert done.stderr.count("log_rank0.txt: [Errno 28] No space left on device; going on") == 1
     assert "the last checkpoint could not be written" in done.stderr and "Traceback" not in done.stderr

@@ -81,7 +81,7 @@ def test_a_short_run_prints_what_it_trains_a_line_an_epoch_and_the_result(traine
     folder, printed = trained
     best = max(row["acc1"] for row in read_metrics(folder / "metrics.jsonl"))
     start, first, second, result = re.fullmatch(
-        r"(.*?)(epoch 1 of 2.*?)\n(epoch 2 of 2.*?)\n(trained epochs.*)", printed, re.DOTALL
+        r"(.*?)(epoch 0 \(1 of 2\).*?)\n(epoch 1 \(2 of 2\).*?)\n(trained epochs.*)", printed, re.DOTALL
     ).groups()
     model = build_model(digits_config("MODEL.NUM_CLASSES", 3))
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -94,7 +94,7 @@ def test_a_short_run_prints_what_it_trains_a_line_an_epoch_and_the_result(traine
         assert words in start
     for line in (first, second):
         assert re.fullmatch(
-            r"epoch \d of 2: loss \d\.\d{4}, top-1 [\d.]+% \(best [\d.]+%\), 0:\d\d:\d\d left", line
+            r"epoch \d \(\d of 2\): loss \d\.\d{4}, top-1 [\d.]+% \(best [\d.]+%\), 0:\d\d:\d\d left", line
         )
     assert f"{best:.2f}%" in result
     assert f"best checkpoint: {folder}/best.pth\n" in result

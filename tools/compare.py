@@ -51,7 +51,7 @@ for (const panel of DATA) {
   document.getElementById("panels").appendChild(box);
   const svg = make(box, "svg", {viewBox: `0 0 ${W} ${H}`, width: W, height: H});
   const points = panel.curves.flatMap(c => c.points);
-  const x0 = 1, x1 = Math.max(2, ...points.map(p => p[0]));
+  const x0 = 0, x1 = Math.max(1, ...points.map(p => p[0]));
   let y0 = Math.min(...points.map(p => p[2])), y1 = Math.max(...points.map(p => p[3]));
   const pad = (y1 - y0 || Math.abs(y1) || 1) * 0.05;
   y0 -= pad; y1 += pad;
@@ -62,7 +62,7 @@ for (const panel of DATA) {
   }
   for (const v of ticks(x0, x1, 6).filter(Number.isInteger))
     make(svg, "text", {x: X(v), y: H - B + 16, "text-anchor": "middle"}, v);
-  make(svg, "text", {x: (L + W - R) / 2, y: H - 4, "text-anchor": "middle"}, "epochs trained");
+  make(svg, "text", {x: (L + W - R) / 2, y: H - 4, "text-anchor": "middle"}, "epoch");
   for (const c of panel.curves) {
     const high = c.points.map(p => `${X(p[0])},${Y(p[3])}`), low = c.points.map(p => `${X(p[0])},${Y(p[2])}`);
     make(svg, "polygon", {points: [...high, ...low.reverse()].join(" "), fill: c.colour, opacity: 0.15});
@@ -76,7 +76,7 @@ for (const panel of DATA) {
     const area = svg.getBoundingClientRect(), at = (event.clientX - area.left) / area.width * W;
     const x = Math.min(x1, Math.max(x0, Math.round(x0 + (at - L) / (W - L - R) * (x1 - x0))));
     rule.setAttribute("x1", X(x)); rule.setAttribute("x2", X(x)); rule.setAttribute("visibility", "visible");
-    tip.replaceChildren(document.createTextNode(`after epoch ${x}`));
+    tip.replaceChildren(document.createTextNode(`epoch ${x}`));
     for (const c of panel.curves) {
       const p = c.points.find(p => p[0] === x), line = document.createElement("div");
       const dot = document.createElement("span");
