@@ -301,6 +301,13 @@ def test_averaged_weights_go_on_bit_for_bit_after_kills(tmp_path, data, count):
     assert last["score"] == rows[1]["ema_acc1"]
 
 
+@pytest.mark.slow
+def test_distillation_goes_on_bit_for_bit_after_kills(tmp_path, data, count):
+    run_main(*ARGUMENTS, "TRAIN.EPOCHS", 1, "--data-path", data, "--output", tmp_path / "teacher")
+    teacher = run_folder(tmp_path / "teacher") / "best.pth"
+    disturbed_run(tmp_path, data, count, 1, 2, ["DISTILL.TEACHER", teacher])
+
+
 def test_averaging_may_begin_and_end_with_a_resume_and_the_log_says_so(tmp_path):
     def run_of(average):
         run = small_run(tmp_path)
