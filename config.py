@@ -24,6 +24,7 @@ from utils import UserError
 
 # What a config and the BASE files below it may come to: a few lines of a stranger's could unfold to hours.
 MOST_FILES, MOST_BYTES = 100, 100_000
+# Datasets of torchvision that DATA.DATASET takes as torch/<name>.
 TORCHVISION = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")
 # What changes no number of a run, or is set by the data.
 APART = ("OUTPUT", "TAG", "DEVICE", "DATA.NUM_WORKERS", "DATA.PIN_MEMORY", "MODEL.NUM_CLASSES", "PRINT_FREQ")
