@@ -251,8 +251,7 @@ def weights_and_classes(checkpoint, path):
     """
     if checkpoint.get("model_ema") is not None:
         logger.info(f"{path}: taking its averaged weights (EMA)")
-    config = checkpoint.get("config")
-    config = config if isinstance(config, str) else None
+    config = _config_of(checkpoint)
     return dict(model=weights_of(checkpoint, path), classes=_classes_of(checkpoint, path), config=config)
 
 
@@ -282,7 +281,7 @@ def read_run(path):
         averaged = _checked(checkpoint.get("model_ema"), DICT, "model_ema", path)
         run["model_ema"] = weights_of(dict(model_ema=averaged), path)
     weights = weights_of(dict(model=checkpoint["model"]), path)
-    return dict(run, model=weights, classes=_classes_of(checkpoint, path))
+    return dict(run, model=weights, classes=_classes_of(checkpoint, path), config=_config_of(checkpoint))
 
 
 def _whole(least, most=2**31 - 1):
@@ -416,6 +415,12 @@ def _plain(tensors, name, path):
         )
     whole = {key: x.nbytes == x.untyped_storage().nbytes() for key, x in tensors.items()}
     return {key: x.detach() if whole[key] else x.detach().clone() for key, x in tensors.items()}
+
+
+def _config_of(checkpoint):
+    """YAML text, or None: official checkpoints hold an object."""
+    config = checkpoint.get("config")
+    return config if isinstance(config, str) else None
 
 
 def _classes_of(checkpoint, path):

@@ -9,13 +9,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from config import flat_text
+from config import APART, flat_text
 from logger import read_metrics
 from utils import UserError
 
-# What changes no number of a run, or is set by the data.
-APART = ("OUTPUT", "TAG", "DEVICE", "DATA.NUM_WORKERS", "DATA.PIN_MEMORY", "MODEL.NUM_CLASSES", "PRINT_FREQ")
-APART += ("LOG.TRACKER",)
 # Of Okabe and Ito, told apart by colour-blind people too; the dashes tell more groups apart.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 DASHES = ("", "6 3", "2 2", "8 2 2 2")

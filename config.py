@@ -25,6 +25,9 @@ from utils import UserError
 # What a config and the BASE files below it may come to: a few lines of a stranger's could unfold to hours.
 MOST_FILES, MOST_BYTES = 100, 100_000
 TORCHVISION = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")
+# What changes no number of a run, or is set by the data.
+APART = ("OUTPUT", "TAG", "DEVICE", "DATA.NUM_WORKERS", "DATA.PIN_MEMORY", "MODEL.NUM_CLASSES", "PRINT_FREQ")
+APART += ("LOG.TRACKER",)
 LARGEST = 2**31 - 1  # of any number but the seed
 LARGEST_SEED = 2**63 - 1
 MOST_ENTRIES, MOST_CHARACTERS = 1000, 4096  # of a list, of a text

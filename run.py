@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 import checkpoint as ckpt
-from config import dump_config, flat_config
+from config import APART, ConfigError, dump_config, flat_config, flat_text
 from distributed import (
     from_rank_0,
     gather_floats,
@@ -614,6 +614,8 @@ class Run:
             self._agree_with_best(path, checkpoint)
             where = f"epoch {self.progress.epoch}, image {self.progress.images}"
             logger.info(f"resuming from {path}: {where}, max {task.score_name} {percent(self.best)}")
+            if checkpoint["config"]:
+                self._tell_changed_options(checkpoint["config"], path)
         elif settings.pretrained:
             weights = from_rank_0(lambda: ckpt.read_weights(settings.pretrained))
             task.load_pretrained(self.model, weights, settings.pretrained)
@@ -645,6 +647,15 @@ class Run:
                     "with the same data, or start from the weights alone with --pretrained"
                 )
             self._continue_epoch(checkpoint["progress"])
+
+    def _tell_changed_options(self, before, path):
+        """Log which options of the run differ from those in a checkpoint, given as YAML text."""
+        with contextlib.suppress(ConfigError):  # options of a stranger's, or of another release
+            before, now = flat_text(before, path), flat_text(self.settings.config, "the config")
+            keys = [key for key in now if before.get(key) != now[key] and key not in (*APART, "MODEL.RESUME")]
+            changed = [f"{key} {before.get(key)} -> {now[key]}" for key in keys]
+            if changed:
+                logger.warning(f"options that the checkpoint was not trained with: {', '.join(changed)}")
 
     def _load_average(self, path, checkpoint):
         average, saved = self.updater.average, "ema" in checkpoint

@@ -66,22 +66,30 @@ def test_every_path_exists(page):
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
-def ratios(files, setting, model, compiled=False):
-    """Lowest and highest ratio of a model over settings of some results, both given as patterns, as text."""
-    found = [
+def found(files, setting, model, compiled=False):
+    """Ratios of a model over settings of some results, both given as patterns."""
+    return [
         row["ratio"]
         for file in files.split()
         for name, rows in json.loads((ROOT / "benchmarks" / f"{file}.json").read_text())["settings"].items()
         for row in rows
-        if re.fullmatch(setting, name)
-        and re.fullmatch(model, row["model"])
-        and row.get("compiled", False) == compiled
+        if re.fullmatch(setting, name) and re.fullmatch(model, row["model"])
+        if row.get("compiled", False) == compiled
     ]
-    low, high = (f"{bound(found):.2f}" for bound in (min, max))
+
+
+def span(values):
+    """Lowest and highest of some values, as text; a dash for none."""
+    low, high = (f"{bound(values):.2f}" if values else "-" for bound in (min, max))
     return low if low == high else f"{low} to {high}"
 
 
-INFERENCE = "inference_cpu inference_compiled_cpu inference_compiled_again_cpu"
+def ratios(*arguments):
+    """The span of what :func:`found` finds."""
+    return span(found(*arguments))
+
+
+INFERENCE = "inference_cpu inference_compiled_cpu inference_compiled_again_cpu runtimes_cpu"
 TRAINING = "training_cpu training_again_cpu"
 MODELS = [T, f"{T}:plain", f"{SWIN}:onednn", CONVNEXT]
 
@@ -108,12 +116,33 @@ def test_speeds_are_those_measured(row, files, setting):
     assert [cell.strip() for cell in next_same.split("|")] == of_bfloat16
 
 
-def test_speeds_at_other_sizes_are_those_measured():
-    def both(files, setting, model=T, compiled=False):
-        return [ratios(files, setting.format(dtype), model, compiled) for dtype in ("float32", "bfloat16")]
+def compiled_to_compiled(setting):
+    """Ratios of T to Swin-T, both under torch.compile."""
+    in_pairs = found("inference_compiled_cpu inference_compiled_again_cpu", setting, T, True)
+    ours, theirs = (found("runtimes_cpu", setting, f"{model}:compile") for model in (T, SWIN))
+    return in_pairs + [a / b for a, b in zip(ours, theirs, strict=True)]
 
-    compiled = both("inference_compiled_cpu inference_compiled_again_cpu", "inference {}, batch 1", T, True)
-    assert cells("batch 1, both compiled, float32 / bfloat16")[0] == " / ".join(compiled)
+
+def test_the_first_claim_spans_all_recorded_runs():
+    claim = " ".join(text("README.md").split())
+    files = f"{INFERENCE} sizes_cpu inference_sizes_cpu maps_cpu"
+    for dtype, words in (
+        ("float32", "{} of Swin-T's time for float32 inf"),
+        ("bfloat16", "in bfloat16, {} for inf"),
+    ):
+        all_of = found(files, f".*{dtype}.*", T) + compiled_to_compiled(f"inference {dtype}, batch 1")
+        assert words.format(span(all_of)) in claim
+    training = [ratios(TRAINING, f"train {dtype}.*", T) for dtype in ("float32", "bfloat16")]
+    assert f"{training[0]} for float32 training" in claim and f"and {training[1]} for training" in claim
+
+
+def test_speeds_at_other_sizes_are_those_measured():
+    def both(files, setting):
+        return [ratios(files, setting.format(dtype), T) for dtype in ("float32", "bfloat16")]
+
+    assert cells("batch 1, both compiled, float32 / bfloat16")[0] == " / ".join(
+        span(compiled_to_compiled(f"inference {dtype}, batch 1")) for dtype in ("float32", "bfloat16")
+    )
     assert cells("feature maps of 224 to 896 px, float32")[0] == ratios("sizes_cpu", ".*", T)
     assert cells("classifier at 224, 256, 384 px") == both("inference_sizes_cpu", ".*inference {}, batch 1")
     maps = both("maps_cpu", ".*maps, inference {}, batch 1")
@@ -135,3 +164,16 @@ def test_results_in_the_table_of_benchmarks_are_those_measured(files, result):
     names = " ".join(re.findall(r"`(\w+)`", files))
     found = [ratios(names, f".*{dtype}.*", OURS) for dtype in ("float32", "bfloat16")]
     assert result == "{} in float32, {} in bfloat16".format(*found)
+
+
+def test_advice_for_cpus_quotes_what_was_measured():
+    page = text("docs/deploy.md")
+    for name, way in {"PyTorch, as it is": "", "PyTorch, `torch.compile`": ":compile", "ONNX Runtime": ":ort",
+                      "OpenVINO": ":openvino", "PyTorch, int8 by torchao": ":int8"}.items():  # fmt: skip
+        (row,) = re.findall(rf"^\| {re.escape(name)} \|(.*)\|$", page, re.MULTILINE)
+        expected = [
+            ratios("runtimes_cpu", f"inference {dtype}.*", model + way)
+            for dtype in ("float32", "bfloat16")
+            for model in (T, SWIN, CONVNEXT)
+        ]
+        assert [cell.strip() for cell in row.split("|")] == expected

@@ -32,6 +32,7 @@ from helpers import (
 )
 
 import checkpoint as ckpt
+from config import dump_config
 from data.samplers import TrainBatchSampler
 from logger import read_metrics
 from lr_scheduler import build_scheduler
@@ -326,6 +327,20 @@ def test_averaging_may_begin_and_end_with_a_resume_and_the_log_says_so(tmp_path)
     plain, told = run_of(average=False)
     assert plain.updater.average is None and "averaged weights, which are dropped" in told
     assert torch.equal(next(plain.model.parameters()), next(first.model.parameters()))
+
+
+def test_options_that_changed_since_the_checkpoint_are_told(tmp_path):
+    def told(*opts):
+        run = small_run(tmp_path, config=dump_config(digits_config(*opts)))
+        with logged() as lines:
+            run.restore()
+        return run, " ".join(lines)
+
+    first, _ = told()
+    end_epoch(first, 50.0)
+    assert "not trained with" not in told("DATA.NUM_WORKERS", 3, "PRINT_FREQ", 7)[1]
+    changed = told("SEED", 3, "AUG.REPEATED", 2)[1]
+    assert "options that the checkpoint was not trained with: AUG.REPEATED 1 -> 2, SEED 0 -> 3" in changed
 
 
 def test_a_new_run_averages_from_the_weights_it_starts_with(tmp_path):

@@ -27,8 +27,7 @@ sys.path.insert(0, str(ROOT))
 from matplotlib.figure import Figure  # noqa: E402, below the path
 from timm.layers import to_2tuple  # noqa: E402
 
-from comparison import APART  # noqa: E402
-from config import flat_config, get_config  # noqa: E402
+from config import APART, flat_config, get_config  # noqa: E402
 from logger import clock, read_metrics  # noqa: E402
 from models import build_model, count_macs  # noqa: E402
 from run import REQUEUE_EXIT_CODE  # noqa: E402
