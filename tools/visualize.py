@@ -16,6 +16,7 @@ import contextlib
 import io
 import json
 import logging
+import math
 import os
 import sys
 from pathlib import Path
@@ -71,6 +72,8 @@ def parse_args():
     args = parser.parse_args()
     if not args.images and not args.curves:
         parser.error("name images, or a folder with --curves")
+    if args.size and min(args.size) < 1:
+        parser.error(f"--size is {args.size[0]},{args.size[1]}: at least 1,1, in pixels")
     if args.most < 1:
         parser.error(f"--most is {args.most}: at least 1")
     return args
@@ -398,6 +401,7 @@ def draw_ablation(found, pixels, axes):
     """Panels (d)."""
     most = max(float(drops.abs().max()) for drops in found.drops) or 1.0
     height, width = found.attention_map.shape
+    decimals = max(2, 1 - math.floor(math.log10(most)))
     for stage, drops in enumerate(found.drops):
         ax, grid, drops = axes[stage], found.grids[stage], array(drops)
         frame(ax, found, stage, f"stage {stage + 1}: messengers silenced")
@@ -409,7 +413,15 @@ def draw_ablation(found, pixels, axes):
             if max(drops.shape) <= 8:
                 size = 9 if max(drops.shape) <= 4 else 6
                 box = dict(facecolor="white", alpha=0.7, pad=0.6, edgecolor="none")
-                ax.text(*where, f"{drop:.2f}", ha="center", va="center", fontsize=size, bbox=box, zorder=7)
+                ax.text(
+                    *where,
+                    f"{round(drop, decimals) + 0.0:.{decimals}f}",
+                    ha="center",
+                    va="center",
+                    fontsize=size,
+                    bbox=box,
+                    zorder=7,
+                )
     bar(drawn, axes[: len(found.drops)])
     ax = axes[len(found.drops)]
     frame(ax, found, 0, "attention, last block")
