@@ -220,14 +220,14 @@ def test_a_teacher_takes_every_size_or_is_refused(tmp_path):
 
 
 def test_a_compiled_model_takes_more_sizes_than_pytorch_would_compile_by_itself(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)  # 8 by default
     compiled = partialmethod(torch.nn.Module.compile, backend="eager")
     monkeypatch.setattr(torch.nn.Module, "compile", compiled)
     model = micro(depths=(1,), num_heads=(3,), shuffle_size=(2,))
     images = [torch.randn(1, 3, 16, side) for side in (8, 16, 24, 32)]
     expected = [model(x) for x in images]
-    compile_model(model)
-    assert all(map(torch.equal, [model(x) for x in images], expected))
+    with torch._dynamo.config.patch(recompile_limit=2):  # 8 by default
+        compile_model(model)
+        assert all(map(torch.equal, [model(x) for x in images], expected))
 
 
 def command_of(folder, workers):
