@@ -201,6 +201,15 @@ class Annotations:
             masks=masks,
         )
 
+    def crowd_of(self, record):
+        """Where an image record has crowds: (height, width), 0 and 1, uint8."""
+        size = record["height"], record["width"]
+        crowd = np.zeros(size, dtype=np.uint8)
+        for item in json.loads(self._by_image[record["id"]]):
+            if item.get("iscrowd"):
+                crowd |= self.mask_of(item, size)
+        return crowd
+
     def report(self):
         """Log what was found, what was left out, and how much."""
         logger = logging.getLogger("msg_transformer")

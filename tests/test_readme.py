@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 import shlex
+import statistics
 import sys
 
 import pytest
@@ -177,3 +178,12 @@ def test_advice_for_cpus_quotes_what_was_measured():
             for model in (T, SWIN, CONVNEXT)
         ]
         assert [cell.strip() for cell in row.split("|")] == expected
+
+
+def test_the_ablation_is_quoted_as_it_was_measured():
+    rows = json.loads((ROOT / "benchmarks" / "ablation_digits" / "ablation.json").read_text())["rows"]
+    best = {row["name"]: statistics.mean(row["best"]["by_seed"].values()) for row in rows}
+    words = (
+        "shuffled {shuffled:.2f}, not exchanged {not_exchanged:.2f}, without messengers {no_messengers:.2f}, "
+    )
+    assert (words + "Swin {swin:.2f} (").format(**best) in " ".join(text("README.md").split())
