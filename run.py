@@ -653,7 +653,7 @@ class Run:
         with contextlib.suppress(ConfigError):  # options of a stranger's, or of another release
             before, now = flat_text(before, path), flat_text(self.settings.config, "the config")
             keys = [key for key in now if before.get(key) != now[key] and key not in (*APART, "MODEL.RESUME")]
-            changed = [f"{key} {before.get(key)} -> {now[key]}" for key in keys]
+            changed = [f"{key} {before.get(key)!r:.60} -> {now[key]!r:.60}" for key in keys]
             if changed:
                 logger.warning(f"options that the checkpoint was not trained with: {', '.join(changed)}")
 

@@ -306,6 +306,8 @@ def test_distillation_goes_on_bit_for_bit_after_kills(tmp_path, data, count):
     run_main(*ARGUMENTS, "TRAIN.EPOCHS", 1, "--data-path", data, "--output", tmp_path / "teacher")
     teacher = run_folder(tmp_path / "teacher") / "best.pth"
     disturbed_run(tmp_path, data, count, 1, 2, ["DISTILL.TEACHER", teacher])
+    log = (run_folder(tmp_path / "disturbed") / "log_rank0.txt").read_text()
+    assert log.count("distillation (soft") >= 2  # a kill may come before it is logged
 
 
 def test_averaging_may_begin_and_end_with_a_resume_and_the_log_says_so(tmp_path):
@@ -348,6 +350,9 @@ def test_options_that_changed_since_the_checkpoint_are_told(tmp_path):
     assert "not trained with" not in told("DATA.NUM_WORKERS", 3, "PRINT_FREQ", 7)[1]
     changed = told("SEED", 3, "AUG.REPEATED", 2)[1]
     assert "options that the checkpoint was not trained with: AUG.REPEATED 1 -> 2, SEED 0 -> 3" in changed
+    stranger = dict(ckpt.read_checkpoint(str(tmp_path / "ckpt_epoch_0.pth")), config='TAG: a\nSEED: "\\e[2J"')
+    torch.save(stranger, tmp_path / "ckpt_epoch_0.pth")
+    assert "SEED '\\x1b[2J' -> 0" in told()[1]
 
 
 def test_a_new_run_averages_from_the_weights_it_starts_with(tmp_path):
