@@ -544,4 +544,4 @@ def test_pointing_at_a_window_draws_its_reach(page, tmp_path):
         patches = [colour != "#d9d9d9" for colour, *_ in drawn[1 : 1 + len(wanted[0])]]
         squares = [colour != "#d9d9d9" for colour, *_ in drawn[-2 * len(wanted[1]) :][1::2]]
         assert patches == wanted[0].tolist() and squares == wanted[1].tolist()
-        assert max(width, height) == pytest.approx(220)
+        assert max(width, height) == pytest.approx(600)
