@@ -17,7 +17,9 @@ from helpers import ROOT
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from PIL import Image
+from test_coco_data import write_set
 
+from detection.transforms import resized
 from utils import UserError
 
 
@@ -218,6 +220,38 @@ def test_input_pipelines_are_compared_with_timms(tmp_path):
         assert all(row["quartiles"][0] <= row["ratio"] <= row["quartiles"][1] for row in ours)
     assert "| training | opencv |" in path.with_suffix(".md").read_text()
     assert Image.open(path.with_suffix(".png")).width > 800
+
+
+def test_pipelines_of_detection_read_the_same_images_as_torchvisions(tool, tmp_path, monkeypatch):
+    content = write_set(tmp_path, [(40, 60, "object"), (60, 40, "both"), (40, 50, ""), (50, 50, "object")])
+    content["annotations"] = [dict(item, id=i) for i, item in enumerate(content["annotations"])]
+    for split in ("train", "val"):
+        (tmp_path / split).rename(tmp_path / f"{split}2017")
+        path = tmp_path / "annotations" / f"instances_{split}2017.json"
+        path.write_text(json.dumps(content))
+    tool = tool("benchmark_data")
+    seen = []
+
+    class Watched(tool.GeneralizedRCNNTransform):
+        def normalize(self, image):
+            assert image.dtype == torch.float32 and image.min() >= 0 and image.max() <= 1
+            seen.append(tuple(image.shape[1:]))
+            return super().normalize(image)
+
+    monkeypatch.setattr(tool, "GeneralizedRCNNTransform", Watched)
+    settings = tool.coco_candidates(str(tmp_path), 9, 2)
+    assert list(settings) == ["detection, training", "detection, evaluation"]
+    for (setting, functions), count in zip(settings.items(), (3, 4)):  # one has no objects
+        assert list(functions) == ["torchvision", "torchvision, tensors", "pil", "opencv"]
+        for name, function in functions.items():
+            seen.clear()
+            assert sum(function()) == count, (setting, name)
+            assert "torchvision" not in name or len(seen) == count
+            if setting == "detection, evaluation" and seen:
+                expected = [
+                    resized((image["height"], image["width"]), 800, 1333) for image in content["images"]
+                ]
+                assert seen == expected
 
 
 @pytest.mark.parametrize("folder", ["none", "empty"])

@@ -1,15 +1,22 @@
-"""Time the input pipelines against timm's: images/s of one core, from JPEG files to normalised batches.
+"""Time the input pipelines against timm's or torchvision's, from JPEG files to normalised batches.
 
 python tools/benchmark_data.py <folder>                      any folder with JPEG images, at any depth
+python tools/benchmark_data.py --coco <folder>               detection, a folder as detect.py takes it
 python tools/benchmark_data.py --draw benchmarks/data.json   table and picture of an earlier result again
 
-What is timed is a loader with one worker process. The ratios compare with timm's create_transform, which uses
-Pillow; ours runs with each DATA.BACKEND. What opencv leaves to the device, normalising and erasing, the main
-process does meanwhile; "opencv for a GPU" stops at the batches that a GPU would receive. In every round each
-pipeline reads the same images once; a figure is the median of the rounds.
+What is timed is a loader with one worker process, in images/s of one core. The ratios compare with timm's
+create_transform, which uses Pillow; ours runs with each DATA.BACKEND. What opencv leaves to the device,
+normalising and erasing, the main process does meanwhile; "opencv for a GPU" stops at the batches that a GPU
+would receive. In every round each pipeline reads the same images once; a figure is the median of the rounds.
+
+Detection compares with the transforms of torchvision's references/detection (multiscale, --use-v2) on its
+CocoDetection, with images of Pillow, as by default, or tensors; its model's normalising and padding are done
+by the main process, as ours are. Ours leaves out the crops, DET.CROP_SIZES, which torchvision does not make.
 """
 
 import argparse
+import contextlib
+import io
 import sys
 from pathlib import Path
 
@@ -17,8 +24,11 @@ import cv2
 import PIL
 import torch
 from PIL import Image
-from timm.data import create_transform
-from torch.utils.data import DataLoader, Dataset
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -30,11 +40,15 @@ from data.loaders import Loader, ToDevice, build_reader, collate, start_worker
 from data.mixup import build_augmentation
 from data.opencv import ImageFile
 from data.transforms import augment_operations, posterize_from_0_bits
+from detection.loaders import build_loaders as build_detection_loaders
+from detection.loaders import collate as collate_detection
 from models.roofline import machine
 from utils import UserError
 
-CONFIG = Path(__file__).parents[1] / "configs" / "msg_tiny_p4_win7_224.yaml"
-PEER = "timm"
+CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIG = CONFIGS / "msg_tiny_p4_win7_224.yaml"
+COCO_CONFIG = CONFIGS / "coco" / "cascade_mask_rcnn_msg_tiny_3x.yaml"
+PEER, COCO_PEER, COCO_PEER_OF_TENSORS = "timm", "torchvision", "torchvision, tensors"
 
 
 def parse_args():
@@ -44,13 +58,15 @@ def parse_args():
     )
     add = parser.add_argument
     add("folder", nargs="?", help="folder with JPEG images, at any depth")
-    add("--images", type=int, default=200, help="read the first so many, in the order of their paths")
-    add("--batch-size", type=int, default=32)
+    add("--coco", metavar="FOLDER", help="detection, on data in COCO format")
+    add("--images", type=int, default=200, help="read the first so many, in the order of paths or records")
+    add("--batch-size", type=int, help="default: 32, and 2 for detection")
     add("--rounds", type=int, default=9)
     benchmarking.add_arguments(parser, "output/benchmark_data")
     args = parser.parse_args()
-    if not args.folder and not args.draw:
-        parser.error("give a folder with JPEG images")
+    if not args.draw and bool(args.folder) == bool(args.coco):
+        parser.error("give a folder with JPEG images, or --coco and a folder with data in COCO format")
+    args.batch_size = args.batch_size or (2 if args.coco else 32)
     return args
 
 
@@ -143,10 +159,72 @@ def candidates(paths, batch_size):
     }
 
 
+def coco_config(folder, backend):
+    """The config of detection without crops, which torchvision does not make."""
+    options = ["DATA.DATA_PATH", folder, "DATA.BACKEND", backend, "DET.CROP_MIN_SIZES", "[]"]
+    return get_config(argparse.Namespace(cfg=str(COCO_CONFIG), opts=[*options, "DATA.NUM_WORKERS", "1"]))
+
+
+def coco_pipeline(backend, is_train, folder, images, batch_size):
+    """A function that makes our batches of the first ``images`` once."""
+    train, _, val, _ = build_detection_loaders(coco_config(folder, backend))
+    samples = (train if is_train else val).loader.dataset
+    count = min(images, len(samples))
+    order = [(0, index) for index in range(count)] if is_train else range(count)
+    options = dict(collate_fn=collate_detection, worker_init_fn=start_worker, persistent_workers=True)
+    loader = DataLoader(samples, batch_size, sampler=order, num_workers=1, **options)
+    loader = Loader(loader, samples.dataset.paths, train.to_device)
+    return lambda: [len(sizes) for (_, sizes), _ in loader]
+
+
+def coco_peer(name, is_train, folder, images, batch_size):
+    """The same of torchvision's reference, which draws its transforms from v2."""
+    config = coco_config(folder, "pil")
+    det, root, split = config.DET, Path(folder), "TRAIN" if is_train else "VAL"
+    sides = det.MIN_SIZES if is_train else [det.TEST_SIZE]
+    steps = [v2.RandomShortestSize(sides, det.MAX_SIZE)]
+    if is_train:
+        steps.append(v2.RandomHorizontalFlip(config.AUG.HFLIP))
+    steps.insert(0 if name == COCO_PEER_OF_TENSORS else len(steps), v2.ToImage())
+    steps.append(v2.ToDtype(torch.float32, scale=True))
+    if is_train:
+        steps += [v2.ConvertBoundingBoxFormat("XYXY"), v2.SanitizeBoundingBoxes()]
+    steps.append(v2.ToPureTensor())
+    with contextlib.redirect_stdout(io.StringIO()):
+        files = CocoDetection(
+            root / det[f"{split}_IMAGES"], root / det[f"{split}_JSON"], transforms=v2.Compose(steps)
+        )
+    train, _, val, _ = build_detection_loaders(config)  # the same images, in the same order
+    files.ids = [record["id"] for record in (train if is_train else val).loader.dataset.dataset.records]
+    keys = ["boxes", "labels", "masks", "image_id"] if is_train else ["image_id"]
+    files = wrap_dataset_for_transforms_v2(files, target_keys=keys)
+    files = Subset(files, range(min(images, len(files))))
+    loader = DataLoader(files, batch_size, collate_fn=as_lists, num_workers=1, persistent_workers=True)
+    model = GeneralizedRCNNTransform(det.TEST_SIZE, det.MAX_SIZE, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    return lambda: [len(model.batch_images([*map(model.normalize, batch)])) for batch, _ in loader]
+
+
+def as_lists(samples):
+    """Samples (image, target) as (images, targets)."""
+    return tuple(zip(*samples))
+
+
+def coco_candidates(folder, images, batch_size):
+    """What to time of detection: setting to name to function."""
+    makers = {COCO_PEER: coco_peer, COCO_PEER_OF_TENSORS: coco_peer}
+    makers.update(pil=coco_pipeline, opencv=coco_pipeline)
+    return {
+        f"detection, {setting}": {
+            name: make(name, is_train, folder, images, batch_size) for name, make in makers.items()
+        }
+        for setting, is_train in (("training", True), ("evaluation", False))
+    }
+
+
 def compare(functions, rounds):
-    """Time functions in turn: rows of name, and median and quartiles of the speed over the peer's median."""
+    """Time functions in turn: rows of name, and median and quartiles of the speed over the first's median."""
     times = dict(zip(functions, benchmarking.time_in_turn(list(functions.values()), rounds)))
-    _, peer, _ = times[PEER]
+    _, peer, _ = next(iter(times.values()))
     return [
         dict(name=name, ratio=peer / median, quartiles=[peer / high, peer / low])
         for name, (low, median, high) in times.items()
@@ -155,33 +233,41 @@ def compare(functions, rounds):
 
 def report(result):
     """The table of a result in Markdown, and its figure."""
-    rows, panels = [], {}
+    rows, panels, peer = [], {}, result.get("peer", "timm + Pillow")
     for setting, found in result["settings"].items():
         for row in found:
             low, high = row["quartiles"]
             rows.append([setting, row["name"], f"{row['ratio']:.2f}", f"{low:.2f} to {high:.2f}"])
-            bar = benchmarking.Bar(row["name"], row["name"] != PEER, row["ratio"], row["quartiles"])
+            is_ours = row["name"] not in (PEER, COCO_PEER, COCO_PEER_OF_TENSORS)
+            bar = benchmarking.Bar(row["name"], is_ours, row["ratio"], row["quartiles"])
             panels.setdefault(setting, []).append(bar)
     notes = [f"{result['images']} images, medians of {result['rounds']} alternating rounds."]
-    columns = ["setting", "pipeline", "images/s, timm + Pillow = 1", "quartiles"]
-    label = "images/s of one worker, timm + Pillow = 1 (more is faster)"
+    columns = ["setting", "pipeline", f"images/s, {peer} = 1", "quartiles"]
+    label = f"images/s of one worker, {peer} = 1 (more is faster)"
     table = benchmarking.markdown(result, notes, columns, rows)
     return table, {"": benchmarking.draw_bars(panels, label)}
 
 
 def run(args):
     """Time the pipelines and print the ratios; returns the result."""
-    paths = find_images(args.folder, args.images)
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     result = dict(machine=f"{machine('cpu')}, Pillow {PIL.__version__}, OpenCV {cv2.__version__}")
-    result.update(images=len(paths), rounds=args.rounds, settings={})
-    print(f"{result['machine']}\n{len(paths)} images of {args.folder}")
-    for setting, functions in candidates(paths, args.batch_size).items():
+    if args.coco:
+        settings = coco_candidates(args.coco, args.images, args.batch_size)
+        train, *_ = build_detection_loaders(coco_config(args.coco, "pil"))
+        images = min(args.images, len(train.paths))
+        result.update(peer=COCO_PEER)
+    else:
+        paths = find_images(args.folder, args.images)
+        settings, images = candidates(paths, args.batch_size), len(paths)
+    result.update(images=images, rounds=args.rounds, settings={})
+    print(f"{result['machine']}\n{images} images of {args.folder or args.coco}")
+    for setting, functions in settings.items():
         print(setting, flush=True)
         rows = result["settings"][setting] = compare(functions, args.rounds)
         for row in rows:
-            print(f"  {row['name']:15} {row['ratio']:.2f}")
+            print(f"  {row['name']:20} {row['ratio']:.2f}")
     return result
 
 
