@@ -25,8 +25,9 @@ from safetensors import safe_open
 from safetensors.torch import save
 from timm.models import clean_state_dict
 
+from memory import memory_limit
 from models.loading import fit_weights
-from utils import UserError, memory_limit, replacing, sync_folder
+from utils import UserError, replacing, sync_folder
 
 BEST = "best.pth"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)

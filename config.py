@@ -61,8 +61,8 @@ def default_config():
     config.DATA.BATCH_SIZE = 128
     # Folder that holds train/<class>/<image> and val/<class>/<image>, or what DATASET says.
     config.DATA.DATA_PATH = ""
-    # What reads and augments images: pil, or opencv, which is about twice as fast: the same random choices,
-    # pixels that differ by rounding. Random erasing draws other numbers.
+    # What reads and augments images: pil, or opencv, which is faster (about twice in classification): the
+    # same random choices, pixels that differ by rounding. Random erasing draws other numbers.
     config.DATA.BACKEND = "pil"
     # What DATA_PATH holds: imagenet, which means any ImageFolder of that layout; tar (train.tar and val.tar,
     # or folders of tars); wds (WebDataset shards); hfds (what Hugging Face's save_to_disk writes);

@@ -23,6 +23,7 @@ from detection.loaders import build_loaders
 from detection.pictures import batch_sheet, draw_curves, draw_detections
 from engine import train_one_epoch
 from logger import DETAIL, FILE, clock, log_progress, start_logging, write_config
+from memory import peak_memory_mb
 from models import choose_layer_norm, inference
 from run import Task, build_guard, build_run, check_first, choose_for_evaluation
 
@@ -73,8 +74,8 @@ def main(args):
     logger.info(f"{config.MODEL.NAME}: {parameters:,} parameters, {macs:.1f} GMACs per image of 1280x800")
     if config.AMP.FUSED_LAYERNORM:
         logger.info(choose_layer_norm(config)[1])
-    if config.COMPILE or config.DATA.BACKEND != "pil":
-        logger.warning("COMPILE and DATA.BACKEND are for classification: detection uses neither")
+    if config.COMPILE:
+        logger.warning("COMPILE is for classification: detection does not use it")
 
     if mode == "eval":
         if rank == 0:
@@ -148,7 +149,7 @@ def evaluate(model, loader, dataset, compute, config):
                 left = clock((len(loader) - step - 1) * mean_time)
                 log_progress(
                     f"Test: [{step}/{len(loader)}]\teta {left}\tTime {mean_time:.3f}\t"
-                    f"Mem {utils.peak_memory_mb(compute.device):.0f}MB",
+                    f"Mem {peak_memory_mb(compute.device):.0f}MB",
                     len(loader) * mean_time,
                 )
     loader.check_failures()

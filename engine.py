@@ -6,8 +6,9 @@ import logging
 import time
 
 from logger import DETAIL, clock, log_progress
+from memory import peak_memory_mb
 from optimizer import NonFiniteError
-from utils import peak_memory_mb, seed_everything
+from utils import seed_everything
 
 logger = logging.getLogger("msg_transformer")
 

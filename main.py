@@ -22,6 +22,7 @@ from data.mixup import build_augmentation
 from distillation import build_distillation
 from engine import train_one_epoch
 from logger import DETAIL, FILE, clock, log_progress, start_logging, write_config
+from memory import peak_memory_mb
 from models import build_model, build_runtime, choose_layer_norm, compile_model, count_macs, inference
 from report import OutcomeCollector, batch_sheet, show_mistakes, write_report
 from run import Task, build_guard, build_run, check_first, choose_for_evaluation
@@ -165,7 +166,7 @@ def evaluate(model, loader, compute, print_freq, collector=None):
                     f"Test: [{step}/{len(loader)}]\teta {clock((len(loader) - step - 1) * mean_time)}\t"
                     f"Time {mean_time:.3f}\tLoss {loss_mean:.4f}\t"
                     f"Acc@1 {100 * acc1:.3f}\tAcc@5 {100 * acc5:.3f}\t"
-                    f"Mem {utils.peak_memory_mb(compute.device):.0f}MB",
+                    f"Mem {peak_memory_mb(compute.device):.0f}MB",
                     len(loader) * mean_time,
                 )
     loader.check_failures()
@@ -188,9 +189,8 @@ def throughput(model, images, compute):
                     logger.info(f"{runs} {what} runs, about {clock((time.time() - begin) / 5 * runs)}")
             if device.type != "cpu":
                 torch.accelerator.synchronize()
-            seconds = time.time() - begin
+            speed = runs * len(images) / (time.time() - begin)
     precision = str(compute.dtype or torch.float32).removeprefix("torch.")
-    speed = 30 * len(images) / seconds
     logger.info(f"batch_size {len(images)} throughput {speed:.2f} images/s in {precision}")
 
 

@@ -1,15 +1,13 @@
-"""Devices, precision, seeds, worker processes, memory, files that are whole.
+"""Devices, precision, seeds, worker processes, files that are whole.
 
 Whatever differs between Linux, macOS and Windows is here.
 """
 
 import contextlib
-import math
 import multiprocessing
 import os
 import random
 import signal
-import sys
 import uuid
 import zlib
 from dataclasses import dataclass
@@ -17,13 +15,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from memory import keep_freed_memory
+
 try:
     import fcntl
-    import resource
 except ImportError:  # on Windows
     import msvcrt
 
-    fcntl = resource = None
+    fcntl = None
 
 # What asks a run to stop: schedulers, Ctrl-C. Windows has no SIGUSR1.
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
@@ -58,6 +57,7 @@ def build_compute(config):
     kind = config.DEVICE or ("cuda" if torch.cuda.is_available() else "cpu")
     mixed = config.AMP_OPT_LEVEL != "O0"
     if kind == "cpu":
+        keep_freed_memory()
         return Compute(torch.device(kind), torch.bfloat16 if mixed else None)
     number = config.LOCAL_RANK
     count = torch.cuda.device_count() if kind == "cuda" else int(torch.backends.mps.is_available())
@@ -116,31 +116,6 @@ def seeded(purpose, *numbers, restore=True):
 
 def _seed_of(purpose, numbers):
     return int(np.random.SeedSequence([zlib.crc32(purpose.encode()), *numbers]).generate_state(1)[0])
-
-
-@contextlib.contextmanager
-def memory_limit(extra):
-    """Let this process take no more than ``extra`` bytes beyond those it has; on Linux only."""
-    if resource is None or not os.path.exists("/proc/self/statm"):
-        yield
-        return
-    with open("/proc/self/statm", encoding="ascii") as file:
-        limit = int(file.read().split()[0]) * resource.getpagesize() + extra
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    if soft == resource.RLIM_INFINITY or limit < soft:
-        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-
-def peak_memory_mb(device):
-    """Peak memory so far, in MiB: allocated by CUDA, or else resident in this process; nan on Windows."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else math.nan
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 @contextlib.contextmanager

@@ -47,6 +47,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import benchmarking
 
+from memory import keep_freed_memory
 from models import inference, use_onednn
 from models.attention import BACKENDS
 from models.attention_triton import triton_missing
@@ -281,6 +282,7 @@ def write_onnx(name, setting):
 @contextlib.contextmanager
 def ready(name, setting, compiled, threads):
     """A :class:`Candidate`, whose weights are fixed for inference."""
+    keep_freed_memory()  # as main.py does, for the peers too
     if threads:
         torch.set_num_threads(threads)
     candidate = Candidate(name, setting, compiled)
