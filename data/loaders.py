@@ -1,5 +1,6 @@
 """Loaders: datasets, transforms and samplers put together."""
 
+import contextlib
 import functools
 import logging
 import signal
@@ -202,6 +203,18 @@ def worker_options(config, device):
     )
 
 
+@contextlib.contextmanager
+def needing_opencv():
+    """Context that reports a failing import of OpenCV as a ConfigError."""
+    try:
+        yield
+    except ImportError as error:
+        raise ConfigError(
+            f"DATA.BACKEND opencv: OpenCV cannot be imported ({error}): pip install opencv-python, or "
+            "opencv-python-headless where there is no display"
+        ) from error
+
+
 def build_reader(config, is_train, phase=None):
     """How ``DATA.BACKEND`` reads an image file, in training for a :class:`~data.progressive.Phase`.
 
@@ -215,14 +228,9 @@ def build_reader(config, is_train, phase=None):
     if config.DATA.BACKEND == "pil":
         limits.update(mode=image_mode(config.MODEL.MSG.IN_CHANS))
         return functools.partial(load_image, **limits), build_transform(config, is_train, phase)
-    try:
+    with needing_opencv():
         from .opencv import ImageFile
         from .opencv import build_transform as build_for_opencv
-    except ImportError as error:
-        raise ConfigError(
-            f"DATA.BACKEND opencv: OpenCV cannot be imported ({error}): pip install opencv-python, or "
-            "opencv-python-headless where there is no display"
-        ) from error
     return functools.partial(ImageFile, **limits), build_for_opencv(config, is_train, phase)
 
 

@@ -9,8 +9,6 @@ import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 from torch.utils.data import Dataset
-from torchvision import tv_tensors
-from torchvision.transforms.v2 import functional
 
 from data.datasets import DataError, load_image
 
@@ -30,10 +28,10 @@ class CocoDataset(Dataset):
     Args:
         images: folder of the image files.
         annotations: a :class:`Annotations`.
-        transform: takes and returns image and target.
+        transform: a :class:`~detection.transforms.Transform`.
         is_train: leave out images without objects or with a side below 32 pixels, as mmdet does.
         with_objects: whether items have boxes, labels and masks.
-        read: makes an RGB image of Pillow of a path.
+        read: makes of a path what ``transform`` takes, and its ``size`` is (width, height).
 
     Attributes:
         records, paths: the image record of each item, and its file.
@@ -60,15 +58,10 @@ class CocoDataset(Dataset):
         image = self.read(path)
         if image.size != size[::-1]:
             raise DataError(
-                f"{path} is {image.width}x{image.height}, but {self.annotations.path} says "
+                f"{path} is {image.size[0]}x{image.size[1]}, but {self.annotations.path} says "
                 f"{size[1]}x{size[0]}: correct its width and height"
             )
-        target = {}
-        if self.with_objects:
-            target = self.annotations.truth_of(record)
-            target["boxes"] = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=size)
-            target["masks"] = tv_tensors.Mask(target["masks"])
-        image, target = self.transform(tv_tensors.Image(functional.pil_to_tensor(image)), target)
+        image, target = self.transform(image, self.annotations.coded(record) if self.with_objects else {})
         return image, dict(target, image_id=record["id"], original_size=size)
 
     def report(self):
@@ -169,37 +162,42 @@ class Annotations:
         """The annotations of an image that are single objects."""
         return [item for item in json.loads(self._by_image[image_id]) if not item.get("iscrowd")]
 
-    def mask_of(self, item, size):
-        """The mask of an annotation: (height, width), 0 and 1, uint8."""
+    def code_of(self, item, size):
+        """The mask of an annotation, for an image of (height, width), in pycocotools' run lengths."""
         shape, (height, width) = item["segmentation"], size
         try:
             if isinstance(shape, list):
                 shape = coco_mask.merge(coco_mask.frPyObjects(shape, height, width))
             elif isinstance(shape["counts"], list):
                 shape = coco_mask.frPyObjects(shape, height, width)
-            return coco_mask.decode(shape)
         except (TypeError, ValueError) as error:
             raise DataError(
                 f"{self.path}: annotation {item.get('id')} has no valid mask ({error})"
             ) from error
+        return shape
 
-    def truth_of(self, record, most=None):
+    def coded(self, record, most=None):
         """The objects of an image record, or the first ``most``, in its own pixels.
 
         Returns:
-            dict of boxes (M, 4), labels (M,) and masks (M, H, W).
+            dict of boxes (M, 4), labels (M,) and masks, a list of pycocotools' run lengths.
         """
         size, objects = (record["height"], record["width"]), self.objects_of(record["id"])[:most]
-        masks = torch.zeros(len(objects), *size, dtype=torch.uint8)
-        for place, item in zip(masks, objects):
-            place.copy_(torch.from_numpy(self.mask_of(item, size)))
         return dict(
             boxes=torch.tensor(
                 [clipped(item["bbox"], size) for item in objects], dtype=torch.float32
             ).reshape(-1, 4),
             labels=torch.tensor([self.labels[item["category_id"]] for item in objects], dtype=torch.int64),
-            masks=masks,
+            masks=[self.code_of(item, size) for item in objects],
         )
+
+    def truth_of(self, record, most=None):
+        """:meth:`coded` with masks (M, H, W), uint8, 0 and 1."""
+        truth = self.coded(record, most)
+        masks = torch.zeros(len(truth["masks"]), record["height"], record["width"], dtype=torch.uint8)
+        for place, code in zip(masks, truth["masks"]):
+            place.copy_(torch.from_numpy(coco_mask.decode(code)))
+        return dict(truth, masks=masks)
 
     def crowd_of(self, record):
         """Where an image record has crowds: (height, width), 0 and 1, uint8."""
@@ -207,7 +205,7 @@ class Annotations:
         crowd = np.zeros(size, dtype=np.uint8)
         for item in json.loads(self._by_image[record["id"]]):
             if item.get("iscrowd"):
-                crowd |= self.mask_of(item, size)
+                crowd |= coco_mask.decode(self.code_of(item, size))
         return crowd
 
     def report(self):

@@ -6,11 +6,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from data.datasets import DataError, EvaluationSamples, TrainingSamples, load_image
-from data.loaders import Loader, ToDevice, require_an_update, worker_options
+from data.loaders import Loader, ToDevice, needing_opencv, require_an_update, worker_options
 from data.samplers import TrainBatchSampler, evaluation_shard
 
 from .dataset import build_dataset
-from .transforms import build_transform
+from .transforms import build_transform, change_pillow
 
 
 def collate(samples):
@@ -26,15 +26,7 @@ def collate(samples):
     images = torch.zeros(len(read), 3, height, width, dtype=torch.uint8)
     for place, (image, _), size in zip(images, read, sizes):
         place[:, : size[0], : size[1]] = image
-    # Plain tensors: the classes of boxes and masks would slow down every operation on them.
-    targets = [
-        {
-            name: torch.as_tensor(value.data) if torch.is_tensor(value) else value
-            for name, value in target.items()
-        }
-        for _, target in read
-    ]
-    return (images, sizes), targets, failed
+    return (images, sizes), [target for _, target in read], failed
 
 
 class BatchToDevice(ToDevice):
@@ -54,6 +46,26 @@ class BatchToDevice(ToDevice):
         return (images, sizes), targets
 
 
+def build_reader(config):
+    """How ``DATA.BACKEND`` reads an image file.
+
+    Returns:
+        The function that opens a file, and the one that changes its pixels; see
+        :class:`~detection.transforms.Transform`.
+
+    Raises:
+        ConfigError: OpenCV cannot be imported.
+    """
+    limits = dict(max_pixels=config.DATA.MAX_PIXELS, max_scans=config.DATA.MAX_SCANS)
+    if config.DATA.BACKEND == "pil":
+        return functools.partial(load_image, **limits), change_pillow
+    with needing_opencv():
+        from data.opencv import ImageFile
+
+        from .opencv import change_file
+    return functools.partial(ImageFile, **limits), change_file
+
+
 def build_loaders(config, rank=0, world_size=1, device="cpu"):
     """Loaders over the COCO data of ``DATA.DATA_PATH``, whose batches are on ``device``.
 
@@ -70,9 +82,8 @@ def build_loaders(config, rank=0, world_size=1, device="cpu"):
         raise DataError("no data: give --data-path, a folder with images and annotations in COCO format")
     options = dict(worker_options(config, device), collate_fn=collate)
     to_device = BatchToDevice(device)
-    limits = dict(max_pixels=config.DATA.MAX_PIXELS, max_scans=config.DATA.MAX_SCANS)
-    read = functools.partial(load_image, **limits)
-    transform = build_transform(config, False)
+    read, change_pixels = build_reader(config)
+    transform = build_transform(config, False, change_pixels)
     # Evaluation takes the objects from the annotations, in the pixels of the file.
     val = build_dataset(root, det.VAL_IMAGES, det.VAL_JSON, transform, skip, with_objects=False, read=read)
     shard = evaluation_shard(len(val), rank, world_size)
@@ -81,7 +92,7 @@ def build_loaders(config, rank=0, world_size=1, device="cpu"):
     val_loader = Loader(loader, val.paths, to_device)
     if config.EVAL_MODE:
         return None, None, val_loader, val
-    transform = build_transform(config, True)
+    transform = build_transform(config, True, change_pixels)
     train = build_dataset(root, det.TRAIN_IMAGES, det.TRAIN_JSON, transform, skip, is_train=True, read=read)
     named = [{(c["id"], c["name"]) for c in part.annotations.categories} for part in (train, val)]
     if named[0] != named[1]:

@@ -3,7 +3,6 @@
 import os
 
 import torch
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 import checkpoint as ckpt
 from models.ready import Ready, read_described
@@ -17,16 +16,16 @@ class ImageToBatch:
     """A PIL image as evaluation shows it to a detector.
 
     Args:
-        resize: of an image (3, H, W) and its target, which is empty here.
+        transform: a :class:`~detection.transforms.Transform`.
     """
 
-    def __init__(self, resize):
-        self.resize = resize
+    def __init__(self, transform):
+        self.transform = transform
         self.to_device = BatchToDevice(torch.device("cpu"))
 
     def __call__(self, image):
         """Returns (1, 3, H, W), resized and normalised, and a list of its (H, W)."""
-        resized, _ = self.resize(pil_to_tensor(image), {})
+        resized, _ = self.transform(image, {})
         batch, targets, _ = collate([(resized, {}, [])])
         return self.to_device.move((batch, targets))[0]
 

@@ -1,81 +1,179 @@
-"""The augmentation recipe of detection, on torchvision's v2 transforms."""
+"""The augmentation recipe of detection: steps are drawn first, then done to pixels, boxes and masks."""
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torch import nn
 from torchvision import tv_tensors
-from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional
+
+from .masks import take_masks
 
 
-class ResizeShortSide(nn.Module):
-    """Resize so that the short side is one of ``sides``, at random, and the long side at most ``longest``.
+class Flip(NamedTuple):
+    """Exchange left and right of an image of ``size``, (height, width)."""
+
+    size: tuple
+
+    def change(self, value):
+        """An image (3, H, W), or tv_tensors.BoundingBoxes."""
+        return functional.horizontal_flip(value)
+
+    def places(self, rows, columns):
+        """Where the pixels of the result come from, given where those of the image came from."""
+        return rows, columns[::-1]
+
+
+class Resize(NamedTuple):
+    """Resize to ``size``, (height, width): bilinear with antialiasing, masks by nearest neighbour."""
+
+    size: tuple
+
+    def change(self, value):
+        """An image (3, H, W), or tv_tensors.BoundingBoxes."""
+        return functional.resize(value, list(self.size))
+
+    def places(self, rows, columns):
+        """Where the pixels of the result come from: pixel i is the old pixel floor(i * old / new).
+
+        torch's takes the one before where the quotient is whole and its 32-bit factor rounded down.
+        """
+        return tuple(old[np.arange(new) * len(old) // new] for old, new in zip((rows, columns), self.size))
+
+
+class Crop(NamedTuple):
+    """Cut out ``size``, (height, width), from ``top`` and ``left`` on."""
+
+    top: int
+    left: int
+    size: tuple
+
+    def change(self, value):
+        """An image (3, H, W), or tv_tensors.BoundingBoxes."""
+        return functional.crop(value, self.top, self.left, *self.size)
+
+    def places(self, rows, columns):
+        """Where the pixels of the result come from."""
+        height, width = self.size
+        return rows[self.top : self.top + height], columns[self.left : self.left + width]
+
+
+class RandomShortSide(NamedTuple):
+    """A resize whose short side is one of ``sides``, at random, and whose long side is at most ``longest``.
 
     Sides, in pixels, are rounded to the nearest, as by mmcv, and are never 0.
     """
 
-    def __init__(self, sides, longest):
-        super().__init__()
-        self.sides, self.longest = sides, longest
+    sides: list
+    longest: int
 
-    def forward(self, image, target):
-        """Resize an image (3, H, W), and the boxes and masks of its target, where it has some."""
-        side = self.sides[_random(0, len(self.sides) - 1)]
-        size = resized(image.shape[-2:], side, self.longest)
-        target = dict(target)
-        if "boxes" in target:
-            target["boxes"] = v2.functional.resize(target["boxes"], size)
-        if "masks" in target:
-            target["masks"] = tv_tensors.Mask(_nearest(target["masks"], size))
-        return v2.functional.resize(image, size), target
+    def draw(self, size):
+        """A :class:`Resize` of an image of ``size``, (height, width)."""
+        return Resize(resized(size, self.sides[_random(0, len(self.sides) - 1)], self.longest))
 
 
 def resized(size, shortest, longest):
     """(height, width) with a short side of ``shortest``, or less where the long side would be too long."""
     scale = min(shortest / min(size), longest / max(size))
-    return [max(1, int(side * scale + 0.5)) for side in size]
+    return tuple(max(1, int(side * scale + 0.5)) for side in size)
 
 
-def _nearest(masks, size):
-    """Masks (M, H, W) by nearest neighbour: pixel i is the old pixel floor(i * old / new).
+class RandomCrop(NamedTuple):
+    """A crop to random sides between ``low`` and ``high`` pixels, or the whole side where that is shorter."""
 
-    torch's takes the one before where the quotient is whole and its 32-bit factor rounded down.
-    """
-    for axis, new in enumerate(size, 1):
-        masks = masks.index_select(axis, torch.arange(new) * masks.shape[axis] // new)
-    return masks
+    low: int
+    high: int
 
-
-class CropToRandomSize(nn.Module):
-    """Crop to random sides between ``low`` and ``high`` pixels, or the whole side where that is shorter."""
-
-    def __init__(self, low, high):
-        super().__init__()
-        self.low, self.high = low, high
-
-    def forward(self, image, target):
-        """Crop an image (3, H, W), and the boxes and masks of its target."""
+    def draw(self, size):
+        """A :class:`Crop` of an image of ``size``, (height, width)."""
         box = []
-        for side in image.shape[-2:]:
+        for side in size:
             length = _random(min(self.low, side), min(self.high, side))
             box.append((_random(0, side - length), length))
         (top, height), (left, width) = box
-        target = dict(target)
-        for name in ("boxes", "masks"):
-            target[name] = v2.functional.crop(target[name], top, left, height, width)
-        return v2.functional.crop(image, top, left, height, width), target
-
-
-class DropUnseen(nn.Module):
-    """Drop the objects whose mask has no pixel left."""
-
-    def forward(self, image, target):
-        """An image and its target, without these objects."""
-        seen = target["masks"].flatten(1).any(1).bool()
-        return image, dict(target, **{name: target[name][seen] for name in ("boxes", "labels", "masks")})
+        return Crop(top, left, (height, width))
 
 
 def _random(low, high):
     return int(torch.randint(low, high + 1, ()))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is drawn for an image: a flip, half of the time a resize and a crop, a resize.
+
+    Args:
+        resize: a :class:`RandomShortSide`.
+        flip: probability.
+        crop: a :class:`RandomShortSide` and a :class:`RandomCrop`, or nothing.
+    """
+
+    resize: RandomShortSide
+    flip: float | None = None
+    crop: tuple = ()
+
+    def draw(self, size):
+        """Steps for an image of ``size``, (height, width), in order."""
+        steps, wanted = [], [self.resize]
+        if self.flip is not None and torch.rand(1) < self.flip:
+            steps.append(Flip(size))
+        if self.crop and torch.rand(1) < 0.5:
+            wanted = [*self.crop, self.resize]
+        for kind in wanted:
+            steps.append(kind.draw(size))
+            size = steps[-1].size
+        return steps
+
+
+class Transform:
+    """Draws steps, and does them to an image and to its objects.
+
+    Args:
+        draw: makes the steps for an image of (height, width), as :class:`Recipe` does.
+        change_pixels: makes of an image as it was read, and of steps, a tensor (3, H, W), uint8.
+    """
+
+    def __init__(self, draw, change_pixels):
+        self.draw, self.change_pixels = draw, change_pixels
+
+    def __call__(self, image, target):
+        """An image (3, H, W), uint8, and its target.
+
+        Args:
+            target: boxes (M, 4), labels (M,), and masks as pycocotools' run lengths, a list; or none of them.
+
+        Returns:
+            The image, and the target with masks (M, H, W), uint8, without the objects of whose box less
+            than a pixel is left, or of whose mask none.
+        """
+        steps = self.draw(image.size[::-1])
+        if "boxes" in target:
+            target = change_objects(target, image.size[::-1], steps)
+        return self.change_pixels(image, steps), target
+
+
+def change_pillow(image, steps):
+    """The steps done to an image of Pillow: (3, H, W), uint8."""
+    image = functional.pil_to_tensor(image)
+    for step in steps:
+        image = step.change(image)
+    return image
+
+
+def change_objects(target, size, steps):
+    """The objects of an image of ``size``, (height, width), after steps; see :class:`Transform`."""
+    boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=size)
+    places = tuple(map(np.arange, size))
+    for step in steps:
+        boxes, places = step.change(boxes), step.places(*places)
+    boxes, large = functional.sanitize_bounding_boxes(functional.clamp_bounding_boxes(boxes), min_size=1)
+    large = large.nonzero()[:, 0]
+    masks, seen = take_masks([target["masks"][i] for i in large], *places)
+    # A plain tensor: the class of boxes would slow down every operation on them.
+    boxes = boxes.as_subclass(torch.Tensor)[seen]
+    return dict(target, boxes=boxes, labels=target["labels"][large[seen]], masks=masks)
 
 
 def describe_evaluation(config):
@@ -93,19 +191,19 @@ def describe_evaluation(config):
     )
 
 
-def build_transform(config, is_train):
-    """Image (3, H, W) uint8 and its target to the resized and, in training, augmented image and target.
+def build_transform(config, is_train, change_pixels=change_pillow):
+    """The :class:`Transform` of training or evaluation.
 
-    Training: flip; resize to a random short side; half of the time resize and crop before that. Objects of
-    which less than a pixel is left are dropped.
+    Training: flip; resize to a random short side; half of the time resize and crop before that.
+
+    Args:
+        change_pixels: how images change, see :class:`Transform`.
     """
     det = config.DET
     if not is_train:
-        return ResizeShortSide([det.TEST_SIZE], det.MAX_SIZE)
-    resize = ResizeShortSide(det.MIN_SIZES, det.MAX_SIZE)
-    clean = [v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1), DropUnseen()]
-    steps = [v2.RandomHorizontalFlip(config.AUG.HFLIP)]
+        return Transform(Recipe(RandomShortSide([det.TEST_SIZE], det.MAX_SIZE)).draw, change_pixels)
+    crop = ()
     if det.CROP_MIN_SIZES and det.CROP_SIZES:
-        crop = [ResizeShortSide(det.CROP_MIN_SIZES, det.MAX_SIZE), CropToRandomSize(*det.CROP_SIZES)]
-        steps.append(v2.RandomApply(crop, 0.5))
-    return v2.Compose([*steps, resize, *clean])
+        crop = RandomShortSide(det.CROP_MIN_SIZES, det.MAX_SIZE), RandomCrop(*det.CROP_SIZES)
+    recipe = Recipe(RandomShortSide(det.MIN_SIZES, det.MAX_SIZE), config.AUG.HFLIP, crop)
+    return Transform(recipe.draw, change_pixels)

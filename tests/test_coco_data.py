@@ -19,14 +19,14 @@ from pycocotools.cocoeval import COCOeval
 from test_coco import detections_of, keep, small_content, used, write_json
 from test_detection import config
 from torch import nn
-from torchvision import tv_tensors
 
 import detect
 from data import DataError
 from detection.dataset import Annotations, build_dataset
 from detection.evaluation import Evaluation, average_precision, to_results
-from detection.loaders import build_loaders
-from detection.transforms import CropToRandomSize, build_transform
+from detection.loaders import build_loaders, build_reader
+from detection.masks import take_masks
+from detection.transforms import RandomCrop, build_transform
 from utils import Compute, seeded
 
 
@@ -209,7 +209,7 @@ def pick(low, high):
 
 
 def expected_resize(image, masks, boxes, sides, longest):
-    """ResizeShortSide on arrays (3, H, W) and (M, H, W) and a list of boxes, with a loop over each axis."""
+    """RandomShortSide on arrays (3, H, W) and (M, H, W) and a list of boxes, with a loop over each axis."""
     size = image.shape[1:]
     short = sides[pick(0, len(sides) - 1)]
     scale = min(short / min(size), longest / max(size))
@@ -231,7 +231,7 @@ def expected_resize(image, masks, boxes, sides, longest):
 
 
 def expected_crop(image, masks, boxes, low, high):
-    """CropToRandomSize, likewise."""
+    """RandomCrop, likewise."""
     (top, height), (left, width) = [
         (pick(0, side - length), length)
         for side in image.shape[1:]
@@ -268,10 +268,18 @@ def expected_augmentation(image, masks, boxes):
     return image, masks[left], [boxes[i] for i in left], left
 
 
+def codes_of(masks):
+    """Run lengths of masks (M, H, W)."""
+    return [coco_mask.encode(np.asfortranarray(mask)) for mask in masks]
+
+
+@pytest.mark.parametrize("backend", ["pil", "opencv"])
 @pytest.mark.parametrize("size", SIZES)
-def test_augmentation_is_that_of_a_loop_over_pixels(size):
+def test_augmentation_is_that_of_a_loop_over_pixels(size, backend, tmp_path):
     opts = [word for key, value in RECIPE.items() for word in (f"DET.{key}", str(value))]
-    transform = build_transform(config("shapes", *opts), is_train=True)
+    settings = config("shapes", *opts, "DATA.BACKEND", backend)
+    read, change_pixels = build_reader(settings)
+    transform = build_transform(settings, True, change_pixels)
     rng = np.random.default_rng(size)
     height, width = size
     dropped = 0
@@ -284,13 +292,10 @@ def test_augmentation_is_that_of_a_loop_over_pixels(size):
             boxes.append([x1, y1, x2, y2] if i < 4 else [x1, y1, x1 + 0.4, y1 + 0.4])
             part = masks[i, int(y1) : math.ceil(y2), int(x1) : math.ceil(x2)]
             part[:] = rng.random(part.shape) < (0.7 if i != 3 else 0.002)
-        target = dict(
-            boxes=tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size, dtype=torch.float32),
-            labels=torch.arange(1, 7),
-            masks=tv_tensors.Mask(torch.from_numpy(masks)),
-        )
+        Image.fromarray(image.transpose(1, 2, 0)).save(tmp_path / "image.png")
+        target = dict(boxes=torch.tensor(boxes), labels=torch.arange(1, 7), masks=codes_of(masks))
         with seeded("test", seed):
-            ours, target = transform(tv_tensors.Image(torch.from_numpy(image)), target)
+            ours, target = transform(read(str(tmp_path / "image.png")), target)
         with seeded("test", seed):
             expected, masks, boxes, left = expected_augmentation(image, masks, boxes)
         assert ours.dtype == torch.uint8 and ours.shape == expected.shape
@@ -303,17 +308,35 @@ def test_augmentation_is_that_of_a_loop_over_pixels(size):
     assert dropped
 
 
+def test_masks_are_taken_whatever_their_runs():
+    """Also of objects at the edges, of none, and of runs without length, whose rectangles are too large."""
+    rng = np.random.default_rng(0)
+    masks = [np.zeros((9, 14), np.uint8, order="F") for _ in range(8)]
+    masks[0][:], masks[1][3:5, 6:8], masks[2][8, 13], masks[3][0, 0] = 1, 1, 1, 1
+    masks[4][7:, 2] = masks[4][:2, 3] = 1  # a run over the end of a column
+    masks[5][:] = rng.random(masks[5].shape) < 0.1
+    codes = codes_of(masks)
+    # Runs of 0 pixels at the start, within and at the end; masks 6 and 7 are empty.
+    for place, counts in ((3, [0, 1, 0, 0, 125, 0]), (4, [25, 2, 0, 2, 97, 0, 0]), (7, [126, 0])):
+        codes[place] = coco_mask.frPyObjects(dict(size=[9, 14], counts=counts), 9, 14)
+    for _ in range(20):
+        rows, columns = (np.sort(rng.integers(side, size=rng.integers(1, 30))) for side in (9, 14))
+        columns = columns[:: rng.choice([-1, 1])]
+        found, seen = take_masks(codes, rows, columns)
+        expected = np.stack(masks)[:, rows][:, :, columns]
+        assert seen.tolist() == expected.any((1, 2)).tolist() and found.dtype == torch.uint8
+        np.testing.assert_array_equal(found.numpy(), expected[seen.numpy()])
+    assert take_masks([], rows, columns)[0].shape == (0, len(rows), len(columns))
+
+
 def test_crops_are_uniform_in_size_and_place():
     """Over every length from the lower to the upper bound, and every place a crop fits."""
-    image = torch.arange(12, dtype=torch.uint8).expand(3, 5, 12)
-    empty = dict(boxes=tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=(5, 12)))
-    empty["masks"] = tv_tensors.Mask(torch.zeros(0, 5, 12))
     counts = {}
     with seeded("test", 0):
         for _ in range(1800):
-            cut, _ = CropToRandomSize(7, 9)(tv_tensors.Image(image), empty)
-            assert cut.shape[1] == 5
-            counts.setdefault(cut.shape[2], []).append(int(cut[0, 0, 0]))
+            crop = RandomCrop(7, 9).draw((5, 12))
+            assert (crop.top, crop.size[0]) == (0, 5)
+            counts.setdefault(crop.size[1], []).append(crop.left)
     assert sorted(counts) == [7, 8, 9] and min(map(len, counts.values())) > 500
     for length, places in counts.items():
         expected = len(places) / (13 - length)
