@@ -5,10 +5,10 @@ python tools/benchmark_data.py --draw benchmarks/data.json   table and picture o
 
 What is timed is a loader with one worker process. The ratios compare with timm's create_transform, which uses
 Pillow; ours runs with each DATA.BACKEND. What opencv leaves to the device, normalising and erasing, the main
-process does meanwhile; "opencv for a GPU" stops at the batches that a GPU would receive. Decoding alone says what
-no pipeline can beat, and decoding to an eighth of the sides what the Huffman code takes of that, which a part of
-an image needs as well, down to its last row. In every round each pipeline reads the same images once; a figure is
-the median of the rounds.
+process does meanwhile; "opencv for a GPU" stops at the batches that a GPU would receive. Decoding alone says
+what no pipeline can beat, and decoding to an eighth of the sides what the Huffman code takes of that, which a
+part of an image needs as well, down to its last row. In every round each pipeline reads the same images once;
+a figure is the median of the rounds.
 """
 
 import argparse
