@@ -252,7 +252,8 @@ def test_input_pipelines_are_compared_with_timms(tmp_path):
     for peer, *ours in result["settings"].values():
         assert peer["ratio"] == 1 and ours
         assert all(row["quartiles"][0] <= row["ratio"] <= row["quartiles"][1] for row in ours)
-    assert "| training | opencv |" in path.with_suffix(".md").read_text()
+    table = path.with_suffix(".md").read_text()
+    assert "| training | opencv |" in table and "| decoding alone | opencv to an eighth |" in table
     assert Image.open(path.with_suffix(".png")).width > 800
 
 
@@ -275,6 +276,16 @@ def tool(monkeypatch):
 
     monkeypatch.syspath_prepend(ROOT / "tools")
     return load
+
+
+def test_decoding_to_an_eighth_leaves_an_eighth_of_the_sides(tmp_path, tool):
+    path, benchmark_data = tmp_path / "1.jpg", tool("benchmark_data")
+    Image.effect_noise((320, 240), 60).convert("RGB").save(path)
+    calls = benchmark_data.candidates([str(path)], batch_size=1)["decoding alone"]
+    assert {name: calls[name]()[0].shape[:2] for name in calls if name != "timm"} == {
+        "opencv": (240, 320),
+        "opencv to an eighth": (30, 40),
+    }
 
 
 def test_functions_are_timed_in_turn_after_a_warm_up(tool, monkeypatch):
