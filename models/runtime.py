@@ -18,7 +18,6 @@ from .deploy import (
     RUNTIMES,
     Exportable,
     InPyTorch,
-    attempt,
     largest_error,
     outputs_of,
     require_near,
@@ -51,22 +50,25 @@ def build_runtime(config, model, compute):
 
 
 def choose_runtime(name, compute):
-    """What ``RUNTIME`` names, or what ``auto`` stands for; and why that, "" where it is named.
+    """What ``RUNTIME`` names, or what ``auto`` stands for, and why.
 
     Raises:
         UserError: it is not installed, or not for the device or the precision of ``compute``.
     """
     if name not in ("pytorch", "auto", *RUNTIMES):
         raise UserError(f"RUNTIME {name!r} is none of pytorch, auto, {', '.join(RUNTIMES)}")
+    if name == "pytorch":
+        return name, "RUNTIME says so"
+    wanted = "openvino" if name == "auto" else name
+    problem = _obstacle(wanted, compute)
     if name == "auto":
-        problem = _obstacle("openvino", compute)
-        if not problem and compute.dtype is not None:
-            problem = "evaluation is in bfloat16, see AMP_OPT_LEVEL (--disable-amp)"
-        found = "it is installed, and evaluation is in float32 on the CPU"
-        return ("pytorch", problem) if problem else ("openvino", found)
-    if name != "pytorch" and (problem := _obstacle(name, compute)):
+        if compute.dtype is not None:
+            problem = "it is for float32, see AMP_OPT_LEVEL"
+        found = "OpenVINO is installed, and evaluation is in float32 on the CPU"
+        return ("pytorch", problem) if problem else (wanted, found)
+    if problem:
         raise UserError(f"RUNTIME {problem}")
-    return name, ""
+    return name, "RUNTIME says so"
 
 
 def _obstacle(name, compute):
@@ -142,8 +144,7 @@ class HandedOver(nn.Module):
         try:
             with torch.autocast("cpu", enabled=False):
                 expected = outputs_of(InPyTorch(self.model), batches)
-            found = attempt("be run", outputs_of, self.run, batches)
-            expected, found = _joined(expected), _joined(found)
+            expected, found = map(_joined, (expected, outputs_of(self.run, batches)))
             if self.dtype == torch.float32:
                 error = f"{largest_error(title, found, expected, CLOSE):.1g}"
             else:
