@@ -136,19 +136,19 @@ def write_checked(exportable, kind, path, batches):
     expected = outputs_of(InPyTorch(exportable.model), batches)
     source = exportable
     if kind.prepare:
-        source = replace(source, model=_attempt("be prepared", kind.prepare, exportable.model))
+        source = replace(source, model=attempt("be prepared", kind.prepare, exportable.model))
     folder, name = os.path.split(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
     kept = Kept(path)
     # In the same folder, so that it can be renamed; by its name, because PyTorch reads the ending.
     with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as unchecked:
         file = os.path.join(unchecked, name)
-        _attempt("be written", kind.write, source, file)
+        attempt("be written", kind.write, source, file)
         for runner, load in kind.runners.items():
             if runner in kind.optional and importlib.util.find_spec(runner) is None:
                 continue
-            run = _attempt(f"be loaded by {runner}", load, file, exportable)
-            found = _attempt(f"be run by {runner}", outputs_of, run, batches)
+            run = attempt(f"be loaded by {runner}", load, file, exportable)
+            found = attempt(f"be run by {runner}", outputs_of, run, batches)
             try:
                 if kind.prepare:
                     own = outputs_of(InPyTorch(source.model), batches)
@@ -190,7 +190,7 @@ def outputs_of(run, batches):
         return [run(images) for images in batches]
 
 
-def _attempt(what, function, *arguments):
+def attempt(what, function, *arguments):
     """Call what compilers and runtimes are behind, which raise nearly anything."""
     try:
         with warnings.catch_warnings():

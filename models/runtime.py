@@ -18,6 +18,7 @@ from .deploy import (
     RUNTIMES,
     Exportable,
     InPyTorch,
+    attempt,
     largest_error,
     outputs_of,
     require_near,
@@ -50,25 +51,22 @@ def build_runtime(config, model, compute):
 
 
 def choose_runtime(name, compute):
-    """What ``RUNTIME`` names, or what ``auto`` stands for, and why.
+    """What ``RUNTIME`` names, or what ``auto`` stands for; and why that, "" where it is named.
 
     Raises:
         UserError: it is not installed, or not for the device or the precision of ``compute``.
     """
     if name not in ("pytorch", "auto", *RUNTIMES):
         raise UserError(f"RUNTIME {name!r} is none of pytorch, auto, {', '.join(RUNTIMES)}")
-    if name == "pytorch":
-        return name, "RUNTIME says so"
-    wanted = "openvino" if name == "auto" else name
-    problem = _obstacle(wanted, compute)
     if name == "auto":
-        if compute.dtype is not None:
-            problem = "it is for float32, see AMP_OPT_LEVEL"
-        found = "OpenVINO is installed, and evaluation is in float32 on the CPU"
-        return ("pytorch", problem) if problem else (wanted, found)
-    if problem:
+        problem = _obstacle("openvino", compute)
+        if not problem and compute.dtype is not None:
+            problem = "evaluation is in bfloat16, see AMP_OPT_LEVEL (--disable-amp)"
+        found = "it is installed, and evaluation is in float32 on the CPU"
+        return ("pytorch", problem) if problem else ("openvino", found)
+    if name != "pytorch" and (problem := _obstacle(name, compute)):
         raise UserError(f"RUNTIME {problem}")
-    return name, "RUNTIME says so"
+    return name, ""
 
 
 def _obstacle(name, compute):
@@ -144,7 +142,8 @@ class HandedOver(nn.Module):
         try:
             with torch.autocast("cpu", enabled=False):
                 expected = outputs_of(InPyTorch(self.model), batches)
-            expected, found = map(_joined, (expected, outputs_of(self.run, batches)))
+            found = attempt("be run", outputs_of, self.run, batches)
+            expected, found = _joined(expected), _joined(found)
             if self.dtype == torch.float32:
                 error = f"{largest_error(title, found, expected, CLOSE):.1g}"
             else:

@@ -94,6 +94,9 @@ def test_a_runtime_that_fails_at_a_single_image_is_refused(handed_over):
     runtime.run = lambda x: run(x) if len(x) > 1 else (torch.zeros(1, 3),)
     with pytest.raises(UserError, match="off PyTorch"), models.inference(runtime):
         runtime(images(3))
+    runtime.run = lambda x: run(x[:, :, :16])
+    with pytest.raises(UserError, match="^RUNTIME onnxruntime: it cannot be run: .*: set RUNTIME pytorch$"):
+        runtime(images(3))
 
 
 def test_openvino_computes_in_bfloat16_to_within_its_rounding(handed_over):
@@ -189,13 +192,13 @@ def test_a_runtime_that_cannot_be_used_is_refused(installed, name, compute, word
 
 def test_auto_is_openvino_in_float32_on_the_cpu_where_it_is_installed(installed):
     installed("onnx", "onnxscript", "openvino")
-    assert choose_runtime("auto", CPU) == (
-        "openvino",
-        "OpenVINO is installed, and evaluation is in float32 on the CPU",
-    )
+    found = "openvino", "it is installed, and evaluation is in float32 on the CPU"
+    assert choose_runtime("auto", CPU) == found
     assert choose_runtime("openvino", ROUNDED)[0] == "openvino"
-    assert choose_runtime("auto", ROUNDED)[0] == "pytorch"
-    assert choose_runtime("auto", Compute(torch.device("cuda")))[0] == "pytorch"
+    mixed = "evaluation is in bfloat16, see AMP_OPT_LEVEL (--disable-amp)"
+    assert choose_runtime("auto", ROUNDED) == ("pytorch", mixed)
+    on_gpu = "openvino computes on the CPU: add --device cpu"
+    assert choose_runtime("auto", Compute(torch.device("cuda"), torch.float16)) == ("pytorch", on_gpu)
     installed("onnx", "onnxscript")
     model, config = small(), digits_config(*SMALL, "RUNTIME", "auto")
     with logged() as lines:

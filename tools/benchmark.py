@@ -16,6 +16,9 @@ rounds. Our models run as main.py runs them. A name may choose another way:
   <name>:plain                as timm builds it, ours with eager attention
   <name>:onednn               with the linear layers that ours use on the CPU
   <name>:compile              under torch.compile; --compile adds this for every model
+  <name>:frozen, :tuned       as timm builds it, under torch.compile with the weights as constants; tuned:
+                              with the kernels that it times the fastest too (inference, CPU; the first round
+                              may take minutes, and says how long the compiler took)
   <name>:int8                 int8 linear layers by torchao, float32 between them (inference, CPU)
   <name>:ort, :openvino       its ONNX file in ONNX Runtime or OpenVINO, once it gives what PyTorch gives
                               (inference, CPU; ONNX Runtime in float32 alone)
@@ -29,6 +32,7 @@ a large copy reach are noted too, because machines of one name differ.
 import argparse
 import contextlib
 import itertools
+import logging
 import os
 import re
 import sys
@@ -48,7 +52,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import benchmarking
 
 from memory import keep_freed_memory
-from models import inference, use_onednn
+from models import compile_model, inference, use_onednn
 from models.attention import BACKENDS
 from models.attention_triton import triton_missing
 from models.deploy import FORMATS, RUNTIMES, Exportable, require_packages, write_checked
@@ -59,6 +63,7 @@ DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.floa
 CLASSES = 1000
 # Ways for any model: of computing with it, and of running a file made from it; dtypes for those with limits.
 WAYS = ("plain", "onednn", "compile")
+FROZEN = dict(frozen=dict(freezing=True), tuned=dict(freezing=True, max_autotune=True))  # the compiler's keys
 FILES = dict(int8=("float32",), ort=("float32",), openvino=("float32", "bfloat16"))
 ONNX = dict(ort="onnxruntime", openvino="openvino")
 
@@ -104,7 +109,7 @@ def parse_args():
         parser.error(f"--peer {args.peer} is not among --models")
     for name in args.models:
         base, _, variant = name.partition(":")
-        ways = (*WAYS, *FILES, *(BACKENDS if is_ours(base) else ()))
+        ways = (*WAYS, *FROZEN, *FILES, *(BACKENDS if is_ours(base) else ()))
         if not timm.is_model(base) or variant not in ("", *ways):
             known = " or ".join(f":{way}" for way in ways)
             parser.error(f"{name}: a timm model name, or that and {known}")
@@ -112,6 +117,8 @@ def parse_args():
             parser.error(f"{name}: {triton_missing()}")
         if variant in FILES and (args.maps or args.device != "cpu" or args.modes != ["inference"]):
             parser.error(f"{name}: for the inference of classifiers on the CPU")
+        if variant in FROZEN and (args.device != "cpu" or args.modes != ["inference"]):
+            parser.error(f"{name}: for inference on the CPU")
     try:
         require_runtimes(args.models)
     except UserError as error:
@@ -173,7 +180,8 @@ def build(name, sides=(224, 224), maps=False, fused=True):
     except (AssertionError, RuntimeError, ValueError) as error:
         what = f"{name} for {'maps' if maps else 'classes'} of {sides[0]}x{sides[1]} px"
         raise UserError(f"cannot build {what}: {error}") from error
-    if (ours and variant != "plain") or variant == "onednn":
+    # The compiler would leave our linear layers as they are: it can choose kernels for PyTorch's.
+    if (ours and variant not in ("plain", *FROZEN)) or variant == "onednn":
         use_onednn(model)
     return model
 
@@ -218,6 +226,8 @@ class Candidate:
             self.images = self.images.to(setting.dtype)
         if compiled or variant_of(name) == "compile":
             self.model.compile(dynamic=False)
+        elif variant_of(name) in FROZEN:
+            compile_model(self.model)
 
     def step(self):
         """One inference or one training step, until the device has done it."""
@@ -286,9 +296,26 @@ def ready(name, setting, compiled, threads):
     if threads:
         torch.set_num_threads(threads)
     candidate = Candidate(name, setting, compiled)
-    fixed = setting.mode == "inference" and variant_of(name) not in ("plain", *FILES)
-    with inference(candidate.model) if fixed else contextlib.nullcontext():
+    if variant_of(name) in FROZEN:
+        context = freezing(name)
+    elif setting.mode == "inference" and variant_of(name) not in ("plain", *FILES):
+        context = inference(candidate.model)
+    else:
+        context = contextlib.nullcontext()
+    with context:
         yield candidate
+
+
+@contextlib.contextmanager
+def freezing(name):
+    """Context in which torch.compile takes weights for constants, as the name chooses, and tells its time."""
+    from torch._inductor import config as inductor
+
+    logging.basicConfig(format=f"  {name}: %(message)s")
+    logging.getLogger("msg_transformer").setLevel(logging.INFO)
+    silent = dict(autotune_num_choices_displayed=0, max_autotune_report_choices_stats=False)
+    with inductor.patch(**FROZEN[variant_of(name)], **silent):
+        yield
 
 
 def compare(choices, args):
@@ -468,7 +495,8 @@ def measure(args, setting):
         write_onnx(name, setting)
     choices = [(name, setting, False) for name in names]
     if args.compile:
-        choices += [(name, setting, True) for name in names if variant_of(name) not in ("compile", *FILES)]
+        others = [name for name in names if variant_of(name) not in ("compile", *FROZEN, *FILES)]
+        choices += [(name, setting, True) for name in others]
     return compare(choices, args)
 
 
