@@ -204,6 +204,7 @@ def test_the_weights_are_described_as_they_were_measured():
     assert [row["epoch"] for row in rows] == list(range(40))
     times = re.findall(r"^\[([\d :-]+)\]", (folder / "log_rank0.txt").read_text(), re.MULTILINE)
     begin, end = map(datetime.datetime.fromisoformat, (times[0], times[-1]))
+    right = {row["class"]: f"{100 * row['accuracy']:.1f}%" for row in found["classes"]}
     last, plain = (f"{rows[-1][name]:.2f}" for name in ("ema_acc1", "acc1"))
     top1, minutes = f"{found['acc1']:.2f}", f"{(end - begin).total_seconds() / 60:.0f} minutes"
     seconds = [f"{bound(row['seconds'] for row in rows):.0f}" for bound in (min, max)]
@@ -225,6 +226,9 @@ def test_the_weights_are_described_as_they_were_measured():
         "weights/msg_cifar10/README.md": (
             f"top-1 {top1}, top-5 {found['acc5']:.2f} on the 10,000 test images",
             f"40 epochs in {minutes}",
+            f"cats ({right['cat']} of them right",
+            f"dogs ({right['dog']}",
+            f"birds ({right['bird']}",
             f"(EMA) of epoch {best},",
             f"after the last epoch it was {last} averaged, and {plain} not averaged",
             "epochs took from {} to {} seconds".format(*seconds),
