@@ -28,7 +28,7 @@ MOST_FILES, MOST_BYTES = 100, 100_000
 TORCHVISION = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")
 # What changes no number of a run, or is set by the data.
 APART = ("OUTPUT", "TAG", "DEVICE", "DATA.NUM_WORKERS", "DATA.PIN_MEMORY", "MODEL.NUM_CLASSES", "PRINT_FREQ")
-APART += ("LOG.TRACKER",)
+APART += ("LOG.TRACKER", "RUNTIME")
 LARGEST = 2**31 - 1  # of any number but the seed
 LARGEST_SEED = 2**63 - 1
 MOST_ENTRIES, MOST_CHARACTERS = 1000, 4096  # of a list, of a text
@@ -317,8 +317,8 @@ def default_config():
 
     # cuda, mps (the GPU of a Mac, one process only) or cpu; empty takes cuda where there is one, else cpu.
     config.DEVICE = ""
-    # O0 is float32; O1 is mixed precision; O2 existed only in apex and runs as O1. --throughput measures
-    # float32 unless this key or AMP_DTYPE is set.
+    # O0 is float32; O1 is mixed precision; O2 existed only in apex and runs as O1. --throughput, and --eval
+    # with RUNTIME onnxruntime or openvino, compute in float32 unless this key or AMP_DTYPE is set.
     config.AMP_OPT_LEVEL = "O1"
     # Mixed-precision type on GPUs: float16 (with gradient scaling) or bfloat16. The CPU always uses bfloat16.
     config.AMP_DTYPE = "float16"
@@ -327,6 +327,10 @@ def default_config():
     config.AMP.FUSED_LAYERNORM = False
     # torch.compile for training and evaluation: minutes at the start, faster afterwards.
     config.COMPILE = False
+    # What computes the classifier's logits with --eval and --throughput: pytorch; onnxruntime or openvino, on
+    # the CPU, where it is installed and agrees with PyTorch on the first images; auto, which is openvino in
+    # float32 on the CPU where it is installed, else pytorch. Training and its evaluations are PyTorch's.
+    config.RUNTIME = "pytorch"
     # The same bits in every run of the same config on the same machine; slower on CUDA.
     config.DETERMINISTIC = False
 
@@ -372,6 +376,7 @@ CHOICES = {
     "LOG.TRACKER": ("", "wandb", "trackio"),
     "AMP_OPT_LEVEL": ("O0", "O1", "O2"),
     "AMP_DTYPE": ("float16", "bfloat16"),
+    "RUNTIME": ("pytorch", "onnxruntime", "openvino", "auto"),
 }
 
 
@@ -663,16 +668,17 @@ def get_config(args, dataset=None):
     _check_dataset(config, sources, dataset)
     _check(config, sources)
     _check_version(config, sources)
-    timed = config.THROUGHPUT_MODE and not config.EVAL_MODE
-    if timed and not {"AMP_OPT_LEVEL", "AMP_DTYPE"} & sources.keys():
-        config.AMP_OPT_LEVEL = "O0"  # as the official code does
+    timed = config.THROUGHPUT_MODE and not config.EVAL_MODE  # in float32, as by the official code
+    handed_over = config.EVAL_MODE and config.RUNTIME in ("onnxruntime", "openvino")
+    if (timed or handed_over) and not {"AMP_OPT_LEVEL", "AMP_DTYPE"} & sources.keys():
+        config.AMP_OPT_LEVEL = "O0"
     config.OUTPUT = os.path.join(config.OUTPUT, config.MODEL.NAME, config.TAG)
     config.freeze()
     return config
 
 
 def parse_config(text, source):
-    """The config of a checkpoint, for use on this machine: ``DEVICE`` is left open again.
+    """The config of a checkpoint, for use on this machine: ``DEVICE`` and ``RUNTIME`` are as by default.
 
     Args:
         text: what :func:`dump_config` wrote; ``BASE`` files are not read.
@@ -692,7 +698,7 @@ def parse_config(text, source):
     for key, value in _leaves(tree):
         _assign(config, key, value, source, sources)
     _check(config, sources)
-    config.DEVICE, config.LOCAL_RANK = "", 0
+    config.DEVICE, config.RUNTIME, config.LOCAL_RANK = "", "pytorch", 0
     config.freeze()
     return config
 
@@ -1044,6 +1050,9 @@ def _check(config, sources):
         require("MODEL.TYPE", lambda value: value == "msg", "'msg' for detection")
         require("DISTILL.TEACHER", lambda value: not value, "empty for detection")
         require("DATA.PROGRESSIVE", lambda value: not value, "empty for detection, see DET.MIN_SIZES")
+        require("RUNTIME", lambda value: value == "pytorch", "'pytorch' for detection")
+    if config.RUNTIME != "pytorch" and (config.EVAL_MODE or config.THROUGHPUT_MODE):
+        require("COMPILE", lambda value: not value, f"False with RUNTIME {config.RUNTIME}")
     named = config.MODEL.TYPE == "timm"
     require("MODEL.TIMM_NAME", lambda value: bool(value) == named, "given where MODEL.TYPE is timm only")
     msg, det, aug = config.MODEL.MSG, config.DET, config.AUG

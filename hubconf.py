@@ -1,6 +1,7 @@
-"""The six models of the paper for torch.hub, from a clone of this repository.
+"""The six models of the paper, and one trained on CIFAR-10, for torch.hub, from a clone of this repository.
 
 model = torch.hub.load("<folder>", "msg_tiny_p4_win7_224", source="local", checkpoint="<file>")
+model = torch.hub.load("<folder>", "msg_cifar10", source="local", pretrained=True)
 """
 
 import timm
@@ -51,3 +52,8 @@ def msg_cvpr22_small_p4_win7_224(checkpoint=None, **arguments):
 def msg_cvpr22_base_p4_win7_224(checkpoint=None, **arguments):
     """MSG-Transformer-B of CVPR 2022; arguments as for T of v1."""
     return _create("msg_cvpr22_base_p4_win7_224", checkpoint, arguments)
+
+
+def msg_cifar10(checkpoint=None, **arguments):
+    """The small model of configs/cifar10_small.yaml; arguments as for T of v1, and ``pretrained``."""
+    return _create("msg_cifar10", checkpoint, arguments)

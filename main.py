@@ -23,7 +23,7 @@ from distillation import build_distillation
 from engine import train_one_epoch
 from logger import DETAIL, FILE, clock, log_progress, start_logging, write_config
 from memory import peak_memory_mb
-from models import build_model, choose_layer_norm, compile_model, count_macs, inference
+from models import build_model, build_runtime, choose_layer_norm, compile_model, count_macs, inference
 from report import OutcomeCollector, batch_sheet, show_mistakes, write_report
 from run import Task, build_guard, build_run, check_first, choose_for_evaluation
 
@@ -86,11 +86,12 @@ def main(args):
         else:
             logger.info("no --data-path: synthetic images")
             images = torch.randn(config.DATA.BATCH_SIZE, *shape, device=device)
-        throughput(model, images, compute)
+        throughput(build_runtime(config, model, compute), images, compute)
     elif mode == "eval":
         path, weights = distributed.from_rank_0(lambda: choose_for_evaluation(config))
         ckpt.load_weights(model, weights, path)
         logger.info(f"evaluating {path}")
+        model = build_runtime(config, model, compute)
         figures = evaluate(model, val_loader, compute, config.PRINT_FREQ, collector)
         if (outcomes := collector.gather(val_loader.indices_seen())) is not None:
             about = dict(checkpoint=path, data=config.DATA.DATA_PATH, **figures)
@@ -188,9 +189,8 @@ def throughput(model, images, compute):
                     logger.info(f"{runs} {what} runs, about {clock((time.time() - begin) / 5 * runs)}")
             if device.type != "cpu":
                 torch.accelerator.synchronize()
-            seconds = time.time() - begin
+            speed = runs * len(images) / (time.time() - begin)
     precision = str(compute.dtype or torch.float32).removeprefix("torch.")
-    speed = 30 * len(images) / seconds
     logger.info(f"batch_size {len(images)} throughput {speed:.2f} images/s in {precision}")
 
 

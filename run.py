@@ -40,8 +40,9 @@ from logger import (
     write_config,
 )
 from lr_scheduler import build_scheduler
+from models.runtime import choose_runtime
 from optimizer import NonFiniteError, Updater, build_average, build_optimizer
-from utils import STOP_SIGNALS, UserError, lock_file
+from utils import STOP_SIGNALS, UserError, build_compute, lock_file
 
 REQUEUE_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal, the same command goes on
 LAUNCHER_GONE = 1  # in place of a signal: the number of SIGHUP, which Windows has not
@@ -163,16 +164,19 @@ def build_run(config, model, sampler, compute, task, guard):
 
 
 def check_first(config):
-    """Refuse, before anything that takes long, a run that could not start: tracker and checkpoints.
+    """Refuse, before anything that takes long, a run that could not start: tracker, runtime, checkpoints.
 
     The files of ``--resume`` and ``--pretrained`` are read once; a run that continues from its own folder
     needs neither.
 
     Raises:
         CheckpointError: no such file, or not a checkpoint.
-        UserError: the package of ``LOG.TRACKER`` is missing.
+        UserError: a package is missing for ``LOG.TRACKER`` or ``RUNTIME``, or that is not for this device or
+            precision.
     """
-    if not config.EVAL_MODE and not config.THROUGHPUT_MODE:
+    if config.EVAL_MODE or config.THROUGHPUT_MODE:
+        choose_runtime(config.RUNTIME, build_compute(config))
+    else:
         require_tracker(config.LOG.TRACKER)
     if config.TRAIN.AUTO_RESUME and not config.EVAL_MODE and ckpt.in_order(config.OUTPUT):
         return

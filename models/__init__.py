@@ -1,6 +1,6 @@
 """The architecture (``msg_transformer.py``), how a config (``build.py``) or a timm name (``timm_names.py``)
-builds it, how it comes back from a checkpoint (``ready.py``), and what makes it fast or says how fast it
-could be."""
+builds it, how it comes back from a checkpoint (``ready.py``), and what makes it fast, computes in its place
+(``runtime.py``) or says how fast it could be."""
 
 from . import timm_names
 from .apex import choose_layer_norm
@@ -10,9 +10,11 @@ from .cpu import use_onednn
 from .fixed_weights import inference
 from .macs import count_macs
 from .ready import load
+from .runtime import build_runtime
 
 __all__ = [
     "build_model",
+    "build_runtime",
     "choose_layer_norm",
     "compile_model",
     "count_macs",

@@ -73,6 +73,23 @@ class Format:
     prepare: Callable | None = None
 
 
+@dataclass(frozen=True)
+class Runtime:
+    """What computes ONNX files on the CPU, on as many threads as PyTorch.
+
+    Args:
+        title: its name for people.
+        load: makes of a path and a dtype a function of float32 images.
+        dtypes: that it computes in.
+        packages: what ``pip install`` is asked for to write a file and run it; the module names are the same.
+    """
+
+    title: str
+    load: Callable
+    dtypes: tuple
+    packages: tuple
+
+
 @dataclass
 class Kept:
     """A file that agrees with PyTorch.
@@ -88,12 +105,13 @@ class Kept:
 
 
 def require_packages(names):
-    """Refuse formats whose packages are missing.
+    """Refuse formats and runtimes whose packages are missing.
 
     Raises:
         UserError: with the command that installs all of them.
     """
-    wanted = {package: name for name in names for package in FORMATS[name].packages}
+    kinds = FORMATS | RUNTIMES
+    wanted = {package: name for name in names for package in kinds[name].packages}
     missing = [package for package in wanted if importlib.util.find_spec(package) is None]
     if missing:
         needy = dict.fromkeys(wanted[package] for package in missing)
@@ -118,24 +136,27 @@ def write_checked(exportable, kind, path, batches):
     expected = outputs_of(InPyTorch(exportable.model), batches)
     source = exportable
     if kind.prepare:
-        source = replace(source, model=_attempt("be prepared", kind.prepare, exportable.model))
+        source = replace(source, model=attempt("be prepared", kind.prepare, exportable.model))
     folder, name = os.path.split(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
     kept = Kept(path)
     # In the same folder, so that it can be renamed; by its name, because PyTorch reads the ending.
     with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as unchecked:
         file = os.path.join(unchecked, name)
-        _attempt("be written", kind.write, source, file)
+        attempt("be written", kind.write, source, file)
         for runner, load in kind.runners.items():
             if runner in kind.optional and importlib.util.find_spec(runner) is None:
                 continue
-            run = _attempt(f"be loaded by {runner}", load, file, exportable)
-            found = _attempt(f"be run by {runner}", outputs_of, run, batches)
-            if kind.prepare:
-                own = outputs_of(InPyTorch(source.model), batches)
-                _require_near(runner, found, own, SAME_QUANTISED)
-                _require_near(runner, found, expected, QUANTISED)
-            kept.errors[runner] = _largest_error(runner, found, expected, None if kind.prepare else CLOSE)
+            run = attempt(f"be loaded by {runner}", load, file, exportable)
+            found = attempt(f"be run by {runner}", outputs_of, run, batches)
+            try:
+                if kind.prepare:
+                    own = outputs_of(InPyTorch(source.model), batches)
+                    require_near(runner, found, own, SAME_QUANTISED)
+                    require_near(runner, found, expected, QUANTISED)
+                kept.errors[runner] = largest_error(runner, found, expected, None if kind.prepare else CLOSE)
+            except UserError as error:
+                raise UserError(f"{error}: the file is not kept") from error
             kept.runs[runner] = run
         os.replace(file, path)
         sync_folder(path)
@@ -169,7 +190,7 @@ def outputs_of(run, batches):
         return [run(images) for images in batches]
 
 
-def _attempt(what, function, *arguments):
+def attempt(what, function, *arguments):
     """Call what compilers and runtimes are behind, which raise nearly anything."""
     try:
         with warnings.catch_warnings():
@@ -191,40 +212,50 @@ def _pairs(runner, found, expected):
     for there, here in zip(found, expected):
         shapes = [tuple(x.shape) for x in there], [tuple(x.shape) for x in here]
         if shapes[0] != shapes[1]:
-            raise UserError(
-                f"{runner} gives shapes {shapes[0]} and PyTorch {shapes[1]}: the file is not kept"
-            )
+            raise UserError(f"{runner} gives shapes {shapes[0]} and PyTorch {shapes[1]}")
         for x, y in zip(there, here):
             if not (x.isfinite().all() and y.isfinite().all()):
-                raise UserError(
-                    f"{runner} or PyTorch gives numbers that are not finite: the file is not kept"
-                )
+                raise UserError(f"{runner} or PyTorch gives numbers that are not finite")
             yield x.double(), y.double()
 
 
-def _largest_error(runner, found, expected, limit):
-    """The largest error, which may be ``limit`` at most, times the largest output where that is above 1."""
+def largest_error(runner, found, expected, limit):
+    """The largest error of outputs, as :func:`outputs_of` gives them.
+
+    Args:
+        runner: what messages call it.
+        found, expected: its outputs, and those of PyTorch.
+        limit: of the error, times the largest output where that is above 1; None for none.
+
+    Raises:
+        UserError: it is larger, or the outputs cannot be compared.
+    """
     worst = 0.0
     for x, y in _pairs(runner, found, expected):
         error = (x - y).abs().max().item()
         allowed = limit and limit * max(1.0, y.abs().max().item())
         if limit and error > allowed:
-            raise UserError(
-                f"{runner} is up to {error:.2g} off PyTorch, more than {allowed:.2g}: the file is not kept"
-            )
+            raise UserError(f"{runner} is up to {error:.2g} off PyTorch, more than {allowed:.2g}")
         worst = max(worst, error)
     return worst
 
 
-def _require_near(runner, found, expected, limit):
-    """Refuse a root mean square error above ``limit`` of the spread of the outputs."""
+def require_near(runner, found, expected, limit):
+    """The largest root mean square error as a share of the spread of the outputs; arguments as above.
+
+    Raises:
+        UserError: it is above ``limit``, or the outputs cannot be compared.
+    """
+    worst = 0.0
     for x, y in _pairs(runner, found, expected):
         error = ((x - y).square().mean().sqrt() / y.std(correction=0).clamp(min=1e-12)).item()
         if error > limit:
             raise UserError(
                 f"{runner} differs from PyTorch by {error:.1%} of the spread of the outputs, more than "
-                f"{limit:.0%}: the file is not kept"
+                f"{limit:.0%}"
             )
+        worst = max(worst, error)
+    return worst
 
 
 def _as_tuple(outputs):
@@ -283,7 +314,12 @@ def _write_onnx(exportable, path):
     program.save(path, external_data=False)
 
 
-def _run_onnx(path, exportable):
+def run_onnxruntime(path, dtype=torch.float32):
+    """A function of images float32 that ONNX Runtime computes on the CPU from an ONNX file.
+
+    Args:
+        dtype: it has float32 alone.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -294,15 +330,20 @@ def _run_onnx(path, exportable):
     return lambda images: tuple(map(torch.from_numpy, session.run(None, {"images": images.numpy()})))
 
 
-def run_openvino(path, precision="f32"):
+def run_openvino(path, dtype=torch.float32):
     """A function of images float32 that OpenVINO computes on the CPU from an ONNX file.
 
     Args:
-        precision: f32 or bf16; its own choice is bf16 where the processor has that.
+        dtype: float32 or bfloat16; its own choice is bfloat16 where the processor has that.
     """
     import openvino
 
-    settings = dict(INFERENCE_PRECISION_HINT=precision, INFERENCE_NUM_THREADS=torch.get_num_threads())
+    settings = dict(
+        INFERENCE_PRECISION_HINT="bf16" if dtype == torch.bfloat16 else "f32",
+        INFERENCE_NUM_THREADS=torch.get_num_threads(),
+        # Several processes would all tie themselves to the first cores.
+        ENABLE_CPU_PINNING=False,
+    )
     model = openvino.Core().compile_model(path, "CPU", settings)
     return lambda images: tuple(torch.from_numpy(x.copy()) for x in model(images.numpy()).values())
 
@@ -324,11 +365,19 @@ def _quantise(model):
     return model
 
 
+RUNTIMES = dict(
+    onnxruntime=Runtime(
+        "ONNX Runtime", run_onnxruntime, (torch.float32,), ("onnx", "onnxscript", "onnxruntime")
+    ),
+    openvino=Runtime(
+        "OpenVINO", run_openvino, (torch.float32, torch.bfloat16), ("onnx", "onnxscript", "openvino")
+    ),
+)
 FORMATS = dict(
     onnx=Format(
         ".onnx",
         _write_onnx,
-        dict(onnxruntime=_run_onnx, openvino=lambda path, _: run_openvino(path)),
+        dict(onnxruntime=lambda path, _: run_onnxruntime(path), openvino=lambda path, _: run_openvino(path)),
         optional=("openvino",),
         packages=("onnx", "onnxscript", "onnxruntime"),
     ),

@@ -5,11 +5,14 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 import checkpoint as ckpt
+from utils import Compute
 
 from .build import build_model
+from .runtime import build_runtime
 
 
 class Ready(NamedTuple):
@@ -26,7 +29,7 @@ class Ready(NamedTuple):
     class_names: list | None
 
 
-def load(path, cfg=None):
+def load(path, cfg=None, runtime="pytorch"):
     """The classifier of a checkpoint, its evaluation transform, and the names of its classes.
 
     ``model(transform(image)[None])`` gives the logits (1, classes) that ``main.py --eval`` gives in float32
@@ -36,6 +39,7 @@ def load(path, cfg=None):
     Args:
         path: a checkpoint of this code; a file, or an https address. Nothing in it is run.
         cfg: YAML config of the model, for checkpoints that hold none, as those of the official release.
+        runtime: what computes, a value of ``RUNTIME`` in config.py.
 
     Returns:
         A :class:`Ready`: model, transform (to a float tensor (C, H, W) of the config's size, normalised) and
@@ -44,8 +48,13 @@ def load(path, cfg=None):
     Raises:
         CheckpointError: no such file, damaged, without a config, or of a detector.
         ConfigError: its config cannot be used.
+        UserError: ``runtime`` is not installed, or cannot compute this model.
     """
-    return build_ready(*read_described(path, cfg), path)
+    config, checkpoint = read_described(path, cfg)
+    ready = build_ready(config, checkpoint, path)
+    config.defrost()
+    config.RUNTIME = runtime
+    return ready._replace(model=build_runtime(config, ready.model, Compute(torch.device("cpu"))))
 
 
 def build_ready(config, checkpoint, path):

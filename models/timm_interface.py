@@ -3,6 +3,8 @@
 from timm.layers import gen_relative_position_index, resample_abs_pos_embed, trunc_normal_
 from torch import nn
 
+import checkpoint as ckpt
+
 from .geometry import known_pool, known_sides, known_window, patch_grid
 from .loading import resize_table
 from .macs import classifier_macs
@@ -53,6 +55,26 @@ class TimmInterface:
         self._traits = dict(getattr(self, "_traits", {}), img_size=sides)
         built = dict(getattr(self, "_model_args", {}), img_size=sides, window_size=window_size)
         self._model_args = built
+
+    def load_pretrained(self, path, prefix=""):
+        """Load the weights of a file, checked and fitted as those of ``--pretrained`` (timm's interface).
+
+        timm calls it for a ``pretrained_cfg`` with a ``file`` and ``custom_load``.
+
+        Args:
+            path: a file, or an https address.
+            prefix: accepted for timm; names have none.
+
+        Raises:
+            CheckpointError: no such file, damaged, or of another model.
+        """
+        try:
+            ckpt.load_weights(self, ckpt.read_weights(path), path, new_head=True)
+        except ckpt.CheckpointError as error:
+            raise ckpt.CheckpointError(
+                f"pretrained weights: {error}. Take the file from the repository again (git checkout), or "
+                "create the model with pretrained=False"
+            ) from error
 
     def forward_intermediates(
         self,

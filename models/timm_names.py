@@ -1,15 +1,16 @@
-"""The names under which ``timm.create_model`` knows the six models of the paper.
+"""The names under which ``timm.create_model`` knows the six models of the paper, and one trained on CIFAR-10.
 
 All take any arguments of MSGTransformer, and timm's ``device``, ``dtype``, ``dynamic_img_size``, and
-``norm_layer`` by name. Shuffle regions are those of training, 224 px and windows of 7x7, whatever
-``img_size`` and ``window_size``.
+``norm_layer`` by name. Shuffle regions are those of training, for the six 224 px and windows of 7x7, whatever
+``img_size`` and ``window_size``. ``msg_cifar10`` alone has weights, in a file of this repository.
 
 Whatever weights these models load, by ``pretrained``, ``checkpoint_path`` or ``load_state_dict``, may be of
 other sizes: see ``loading.py``. With ``pretrained``, timm itself adapts the first convolution and renews the
-head.
+head; those of ``msg_cifar10`` are loaded as those of ``--pretrained`` are.
 """
 
 import contextlib
+from pathlib import Path
 
 import torch
 from timm.layers import get_norm_layer, trunc_normal_
@@ -30,17 +31,31 @@ _UNTRAINED = dict(
     first_conv="patch_embed.proj",
     classifier="head",
 )
+_CIFAR10 = dict(
+    _UNTRAINED,
+    file=str(Path(__file__).parents[1] / "weights" / "msg_cifar10" / "msg_cifar10.safetensors"),
+    custom_load=True,  # by TimmInterface.load_pretrained
+    num_classes=10,
+    label_names=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+    input_size=(3, 32, 32),
+    pool_size=(4, 4),
+    crop_pct=1.0,
+    crop_mode="squash",
+    license="apache-2.0",
+    description="trained on CIFAR-10, see weights/msg_cifar10/README.md",
+)
 default_cfgs = generate_default_cfgs(
     {
         f"msg_{variant}{size}_p4_win7_224": _UNTRAINED
         for variant in ("", "cvpr22_")
         for size in ("tiny", "small", "base")
     }
+    | {"msg_cifar10": _CIFAR10}
 )
 
 
-def _create(variant, pretrained, defaults, kwargs):
-    features = dict(dict(out_indices=(0, 1, 2, 3), feature_cls="getter"), **kwargs.pop("feature_cfg", {}))
+def _create(variant, pretrained, defaults, kwargs, stages=4):
+    features = dict(out_indices=tuple(range(stages)), feature_cls="getter") | kwargs.pop("feature_cfg", {})
     feature_cls = kwargs.get("feature_cls", features["feature_cls"])
     if feature_cls != "getter":
         raise ValueError(
@@ -75,7 +90,7 @@ def _build(
     if dynamic_img_size and strict_img_size:
         raise ValueError("dynamic_img_size and strict_img_size contradict each other: give one of them")
     strict = bool(strict_img_size)
-    # As many windows as there are at 224 px with windows of 7x7: from these come the regions.
+    # At least as many windows as there are at 224 px with windows of 7x7: from these come the regions.
     built_for = 32 * known_window(window_size)
     arguments.update(window_size=window_size, norm_layer=_known_norm(norm_layer), strict_img_size=strict)
     with torch.device(device) if device is not None else contextlib.nullcontext():
@@ -150,3 +165,19 @@ def msg_cvpr22_base_p4_win7_224(pretrained=False, **kwargs):
     """MSG-Transformer-B of CVPR 2022: 84.4M parameters, 14.3 GMACs."""
     defaults = _cvpr22(depths=(2, 4, 28, 4), drop_path_rate=0.5)
     return _create("msg_cvpr22_base_p4_win7_224", pretrained, defaults, kwargs)
+
+
+@register_model
+def msg_cifar10(pretrained=False, **kwargs):
+    """The model of configs/cifar10_small.yaml, not in the paper: 0.57M parameters, 0.02 GMACs at 32 px."""
+    defaults = dict(
+        img_size=32,
+        patch_size=2,
+        embed_dim=32,
+        depths=(2, 2, 2),
+        num_heads=(1, 2, 4),
+        window_size=4,
+        shuffle_size=(4, 2, 1),
+        drop_path_rate=0.0,
+    )
+    return _create("msg_cifar10", pretrained, defaults, kwargs, stages=3)

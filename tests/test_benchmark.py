@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import copy
 import importlib
 import itertools
 import json
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, micro
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from PIL import Image
@@ -140,6 +141,37 @@ def test_each_runtime_computes_what_the_model_computes(tool, tmp_path):
         assert 0 < (found - expected).abs().max() < near
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["frozen", "tuned"])
+@pytest.mark.parametrize("ours", [True, False])
+def test_frozen_weights_give_the_numbers_of_pytorch(tool, monkeypatch, way, ours):
+    tools, told = tool("benchmark"), importlib.import_module("torch._dynamo.utils").counters
+    if ours:
+        two = micro(depths=(1, 1), num_heads=(3, 6), shuffle_size=(4, 2))
+        monkeypatch.setattr(tools, "build", lambda *_: copy.deepcopy(two))
+    side = 32 if ours else 160
+    setting = tools.Setting("inference", torch.float32, 2, "cpu", (side, side))
+    with tools.ready(f"test_vit:{way}", setting, False, None) as one:
+        plain = copy.deepcopy(one.model)
+        told.clear()
+        with torch.inference_mode():
+            found, expected = one.run(one.images), type(plain).forward(plain, one.images)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert told["inductor"]["mkldnn_linear_weight_pack_matcher_count"] > 5
+    assert (told["inductor"]["select_algorithm_autotune"] > 0) == (way == "tuned")
+
+
+def test_compiled_ways_have_the_layers_that_the_compiler_is_given(tool):
+    tools, inductor = tool("benchmark"), importlib.import_module("torch._inductor.config")
+    setting, before = tools.Setting("inference", torch.float32, 1, "cpu"), (False, False)
+    for way, frozen in (("compile", before), ("frozen", (True, False)), ("tuned", (True, True))):
+        with tools.ready(f"msg_tiny_p4_win7_224:{way}", setting, False, None) as one:
+            assert one.model._compiled_call_impl is not None
+            assert ("forward" in vars(one.model.head)) == (way == "compile")
+            assert (inductor.freezing, inductor.max_autotune) == frozen
+        assert (inductor.freezing, inductor.max_autotune) == before
+
+
 class Counting:
     """What test_an_object_apart calls."""
 
@@ -182,12 +214,16 @@ def test_what_cannot_be_made_apart_says_why(tool):
     [
         (["--models", "resnet_none"], "resnet_none: a timm model name"),
         (["--models", "test_vit:sdpa"], "test_vit:sdpa: a timm model name, or that and :plain or :onednn"),
-        (["--models", "msg_tiny_p4_win7_224:fast"], ":int8 or :ort or :openvino or :auto or :eager or :sdpa"),
+        (
+            ["--models", "msg_tiny_p4_win7_224:fast"],
+            ":compile or :frozen or :tuned or :int8 or :ort or :openvino or :auto or :eager or :sdpa",
+        ),
         (
             ["--models", "test_vit:int8", "--modes", "train"],
             "test_vit:int8: for the inference of classifiers",
         ),
         (["--models", "test_vit", "test_vit:ort"], "--peer test_vit:ort does not run in all of --dtypes"),
+        (["--models", "test_vit:tuned", "--modes", "train"], "test_vit:tuned: for inference on the CPU"),
         (["--maps", "--roofline"], "--roofline is for classifiers at 224 px: leave out --sizes and --maps"),
         (["--sizes", "64x0"], "--sizes: '64x0' is neither a side in pixels nor HEIGHTxWIDTH"),
         (["--models", "test_vit", "--peer", "swin"], "--peer swin is not among --models"),
@@ -218,7 +254,8 @@ def test_input_pipelines_are_compared_with_timms(tmp_path):
     for peer, *ours in result["settings"].values():
         assert peer["ratio"] == 1 and ours
         assert all(row["quartiles"][0] <= row["ratio"] <= row["quartiles"][1] for row in ours)
-    assert "| training | opencv |" in path.with_suffix(".md").read_text()
+    table = path.with_suffix(".md").read_text()
+    assert "| training | opencv |" in table and "| decoding alone | opencv to an eighth |" in table
     assert Image.open(path.with_suffix(".png")).width > 800
 
 
@@ -273,6 +310,16 @@ def tool(monkeypatch):
 
     monkeypatch.syspath_prepend(ROOT / "tools")
     return load
+
+
+def test_decoding_to_an_eighth_leaves_an_eighth_of_the_sides(tmp_path, tool):
+    path, benchmark_data = tmp_path / "1.jpg", tool("benchmark_data")
+    Image.effect_noise((320, 240), 60).convert("RGB").save(path)
+    calls = benchmark_data.candidates([str(path)], batch_size=1)["decoding alone"]
+    assert {name: calls[name]()[0].shape[:2] for name in calls if name != "timm"} == {
+        "opencv": (240, 320),
+        "opencv to an eighth": (30, 40),
+    }
 
 
 def test_functions_are_timed_in_turn_after_a_warm_up(tool, monkeypatch):

@@ -306,9 +306,9 @@ def test_resuming_takes_the_runs_own_weights(tmp_path):
     assert_same(ckpt.read_run(path)["model"], weights)
 
 
-def test_the_hub_offers_six_models_and_reads_no_file_by_default():
+def test_the_hub_offers_every_name_and_reads_no_file_by_default():
     offered = {name for name, entry in vars(hubconf).items() if callable(entry) and name[0] != "_"}
-    assert offered == set(timm.list_models("msg_*")) and len(offered) == 6
+    assert offered == set(timm.list_models("msg_*")) and len(offered) == 7
     assert all(getattr(hubconf, name).__doc__ for name in offered)
     torch.manual_seed(0)
     model = torch.hub.load(str(ROOT), NAME, source="local", num_classes=5, **SMALL)

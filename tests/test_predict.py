@@ -78,6 +78,24 @@ def test_predictions_are_those_of_the_loaded_model_in_the_order_of_the_files(
         assert float(row["score_1"]) == pytest.approx(scores[best[0]].item(), abs=1e-5)
 
 
+def test_a_runtime_predicts_in_float32_what_pytorch_predicts(data, tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript")
+    shallow = ["MODEL.NUM_CLASSES", "3", "MODEL.MSG.DEPTHS", "[1, 1]", "MODEL.MSG.NUM_HEADS", "[3, 6]"]
+    shallow += ["MODEL.MSG.SHUF_SIZE", "[4, 2]"]
+    weights, found = fill_weights(build_model(digits_config(*shallow))).state_dict(), {}
+    for level, name in (("O0", "pytorch"), ("O1", "onnxruntime")):
+        config = dump_config(digits_config(*shallow, "AMP_OPT_LEVEL", level))
+        torch.save(dict(model=weights, config=config, classes=[*"abc"]), tmp_path / "x.pth")
+        options = ["--batch-size", 4, "--workers", 0, "--runtime", name, "--json", tmp_path / "p.json"]
+        assert run(monkeypatch, tmp_path / "x.pth", data / "val", *options) == 0
+        entries = json.loads((tmp_path / "p.json").read_text())["predictions"]
+        found[name] = {
+            (entry["file"], one["index"]): one["score"] for entry in entries for one in entry["classes"]
+        }
+    assert len(found["pytorch"]) == 27 and found["onnxruntime"] != found["pytorch"]
+    assert found["onnxruntime"] == pytest.approx(found["pytorch"], abs=1e-5)
+
+
 def write_video(path, values, kind="mp4v"):
     """A video of 64x48 grey frames of these values."""
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*kind), 10, (64, 48))
@@ -244,6 +262,10 @@ def test_a_detector_finds_what_its_evaluation_finds_and_writes_a_coco_file(tmp_p
     assert sorted(file.name for file in (tmp_path / "drawn").iterdir()) == ["0.png", "1.png"]
     with pytest.raises(UserError, match="of a detector: use detection.load"):
         models.load(path)
+    with pytest.raises(
+        UserError, match="--runtime is for classifiers, and .* is of a detector: leave it out"
+    ):
+        run(monkeypatch, path, tmp_path / "val", "--runtime", "onnxruntime")
     model, transform, loaded = detection.load(path)
     with models.inference(model):
         (direct,) = model(*transform(Image.open(tmp_path / "val" / "0.png").convert("RGB")))

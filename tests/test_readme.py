@@ -1,6 +1,7 @@
 """What README.md and docs/ say: their commands parse, their paths exist, their figures are those measured."""
 
 import argparse
+import datetime
 import glob
 import importlib
 import json
@@ -10,14 +11,17 @@ import statistics
 import sys
 
 import pytest
+import timm
 from helpers import ROOT
 
+import models  # noqa: F401  (registers the names)
 from config import get_config, parse_args
 
 PAGES = [
     "README.md",
     "CONTRIBUTING.md",
     "benchmarks/README.md",
+    "weights/msg_cifar10/README.md",
     *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
 ]
 OURS = "msg_(tiny|small|base)_p4_win7_224"
@@ -61,8 +65,8 @@ def test_every_path_exists(page):
     links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text(page)) if "://" not in link]
     assert [link for link in links if not (folder / link).exists()] == []
     written_by_users = re.compile(r"```yaml.*?```", re.DOTALL)
-    kinds = "configs|tools|docs|models|data|detection|benchmarks|tests"
-    pattern = rf"(?<![\w/<>.*-])((?:{kinds})/[\w/.-]+?\.(?:py|yaml|md|png|json))\b"
+    kinds = "configs|tools|docs|models|data|detection|benchmarks|tests|weights"
+    pattern = rf"(?<![\w/<>.*-])((?:{kinds})/[\w/.-]+?\.(?:py|yaml|md|png|json|safetensors))\b"
     named = re.findall(pattern, written_by_users.sub("", text(page)))
     assert [name for name in named if not (ROOT / name).exists()] == []
 
@@ -187,3 +191,50 @@ def test_the_ablation_is_quoted_as_it_was_measured():
         "shuffled {shuffled:.2f}, not exchanged {not_exchanged:.2f}, without messengers {no_messengers:.2f}, "
     )
     assert (words + "Swin {swin:.2f} (").format(**best) in " ".join(text("README.md").split())
+
+
+def test_the_weights_are_described_as_they_were_measured():
+    folder = ROOT / "weights" / "msg_cifar10"
+    found = json.loads((folder / "eval.json").read_text())
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert found["images"] == 10_000 and found["checkpoint"] == "weights/msg_cifar10/msg_cifar10.safetensors"
+    # The same weights in the same arithmetic, which other processors sum in another order.
+    assert found["acc1"] == pytest.approx(max(row["ema_acc1"] for row in rows), abs=0.05)
+    best = max(rows, key=lambda row: row["ema_acc1"])["epoch"]
+    assert [row["epoch"] for row in rows] == list(range(40))
+    times = re.findall(r"^\[([\d :-]+)\]", (folder / "log_rank0.txt").read_text(), re.MULTILINE)
+    begin, end = map(datetime.datetime.fromisoformat, (times[0], times[-1]))
+    right = {row["class"]: f"{100 * row['accuracy']:.1f}%" for row in found["classes"]}
+    last, plain = (f"{rows[-1][name]:.2f}" for name in ("ema_acc1", "acc1"))
+    top1, minutes = f"{found['acc1']:.2f}", f"{(end - begin).total_seconds() / 60:.0f} minutes"
+    seconds = [f"{bound(row['seconds'] for row in rows):.0f}" for bound in (min, max)]
+    parameters = f"{sum(x.numel() for x in timm.create_model('msg_cifar10').parameters()):,} parameters"
+    megabytes = f"{(folder / 'msg_cifar10.safetensors').stat().st_size / 1e6:.1f} MB"
+    for page, said in {
+        "README.md": (
+            f"for 40 epochs, which took {minutes}",
+            f"test images is {top1} (",
+            parameters,
+            megabytes,
+        ),
+        "configs/cifar10_small.yaml": (
+            f"Top-1 {top1} on the 10,000 test images",
+            f"{last} after the last",
+            f"in {minutes}",
+        ),
+        "benchmarks/accuracy.md": (f"top-1 of {top1} on all 10,000 test images", f"{last} after the last"),
+        "weights/msg_cifar10/README.md": (
+            f"top-1 {top1}, top-5 {found['acc5']:.2f} on the 10,000 test images",
+            f"40 epochs in {minutes}",
+            f"cats ({right['cat']} of them right",
+            f"dogs ({right['dog']}",
+            f"birds ({right['bird']}",
+            f"(EMA) of epoch {best},",
+            f"after the last epoch it was {last} averaged, and {plain} not averaged",
+            "epochs took from {} to {} seconds".format(*seconds),
+            parameters,
+            megabytes,
+        ),
+    }.items():
+        content = " ".join(text(page).replace("#", " ").split())
+        assert [words for words in said if words not in content] == [], page

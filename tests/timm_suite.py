@@ -1,8 +1,7 @@
 """What timm's own tests ask of a hierarchical transformer, written anew for one model name at a time.
 
 Each function of :data:`CHECKS` takes a name that ``timm.create_model`` knows, and fails where the model is
-not what timm's users expect. Left out is what does not apply: weights to download, and scripting, which the
-model refuses.
+not what timm's users expect. Left out is what does not apply: scripting, which the model refuses.
 """
 
 import io
@@ -17,7 +16,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 
 import models  # noqa: F401  (registers the names)
 
-SIDE = 96  # pixels; at 224 only what timm checks at the default size
+SIDE = 96  # pixels; only what timm checks at the default size is checked at that
 
 
 def images(count=1, side=SIDE):
@@ -28,11 +27,16 @@ def create(name, **arguments):
     return timm.create_model(name, **arguments).eval()
 
 
+def classes_and_side(name):
+    """Number of classes, and side in pixels of the images that the model is for."""
+    return (10, 32) if name == "msg_cifar10" else (1000, 224)
+
+
 def check_forward(name):
     """One image gives finite logits, the same with gradient checkpointing."""
     model = create(name)
     logits = model(images())
-    assert logits.shape == (1, 1000) and logits.isfinite().all()
+    assert logits.shape == (1, classes_and_side(name)[0]) and logits.isfinite().all()
     model.set_grad_checkpointing()
     torch.testing.assert_close(model(images()), logits, rtol=1e-4, atol=1e-5)
 
@@ -54,12 +58,13 @@ def check_backward(name):
 
 def check_config(name):
     """The default config names a first convolution and a classifier that exist, and the sizes that are."""
-    model = create(name)
+    model, (classes, side) = create(name), classes_and_side(name)
     config, weights = model.default_cfg, model.state_dict()
     assert weights[config["first_conv"] + ".weight"].shape[1] == config["input_size"][0]
     assert weights[config["classifier"] + ".weight"].shape == (config["num_classes"], model.num_features)
-    assert config["fixed_input_size"] is False and config["input_size"] == (3, 224, 224)
-    assert model.num_classes == 1000 and model.in_chans == 3
+    assert config["fixed_input_size"] is False and config["input_size"] == (3, side, side)
+    assert model.img_size == (side, side)
+    assert model.num_classes == classes and model.in_chans == 3
 
 
 def check_hierarchical(name):
@@ -67,7 +72,7 @@ def check_hierarchical(name):
     model = create(name, global_pool="avg")
     rows, columns = get_spatial_dim(model.output_fmt)
     channels, pool_size = get_channel_dim(model.output_fmt), model.default_cfg["pool_size"]
-    x = images(side=224)
+    x = images(side=classes_and_side(name)[1])
     with torch.no_grad():
         features = model.forward_features(x)
         pooled = model.forward_head(features, pre_logits=True)
@@ -87,10 +92,11 @@ def check_hierarchical(name):
 def check_messengers(name):
     """With messengers read, features are tokens, the first of which the head reads."""
     model = create(name)
-    x = images(side=SIDE)
+    x, reduction = images(), model.feature_info[-1]["reduction"]
     with torch.no_grad():
         features = model.forward_features(x)
-        assert model.output_fmt == "NLC" and features.shape == (1, 1 + (SIDE // 32) ** 2, model.num_features)
+        tokens = 1 + (SIDE // reduction) ** 2
+        assert model.output_fmt == "NLC" and features.shape == (1, tokens, model.num_features)
         pooled = model.forward_head(features, pre_logits=True)
         assert torch.equal(pooled, features[:, 0])
         torch.testing.assert_close(model.forward_head(features), model(x), rtol=1e-4, atol=1e-5)

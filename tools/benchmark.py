@@ -16,6 +16,9 @@ rounds. Our models run as main.py runs them. A name may choose another way:
   <name>:plain                as timm builds it, ours with eager attention
   <name>:onednn               with the linear layers that ours use on the CPU
   <name>:compile              under torch.compile; --compile adds this for every model
+  <name>:frozen, :tuned       as timm builds it, under torch.compile with the weights as constants; tuned:
+                              with the kernels that it times the fastest too (inference, CPU; the first round
+                              may take minutes, and says how long the compiler took)
   <name>:int8                 int8 linear layers by torchao, float32 between them (inference, CPU)
   <name>:ort, :openvino       its ONNX file in ONNX Runtime or OpenVINO, once it gives what PyTorch gives
                               (inference, CPU; ONNX Runtime in float32 alone)
@@ -28,8 +31,8 @@ a large copy reach are noted too, because machines of one name differ.
 
 import argparse
 import contextlib
-import importlib.util
 import itertools
+import logging
 import os
 import re
 import sys
@@ -49,10 +52,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import benchmarking
 
 from memory import keep_freed_memory
-from models import inference, use_onednn
+from models import compile_model, inference, use_onednn
 from models.attention import BACKENDS
 from models.attention_triton import triton_missing
-from models.deploy import FORMATS, Exportable, require_packages, run_openvino, write_checked
+from models.deploy import FORMATS, RUNTIMES, Exportable, require_packages, write_checked
 from models.roofline import count_work, least_seconds, machine, machine_limits
 from utils import UserError
 
@@ -60,7 +63,9 @@ DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.floa
 CLASSES = 1000
 # Ways for any model: of computing with it, and of running a file made from it; dtypes for those with limits.
 WAYS = ("plain", "onednn", "compile")
-RUNTIMES = dict(int8=("float32",), ort=("float32",), openvino=("float32", "bfloat16"))
+FROZEN = dict(frozen=dict(freezing=True), tuned=dict(freezing=True, max_autotune=True))  # the compiler's keys
+FILES = dict(int8=("float32",), ort=("float32",), openvino=("float32", "bfloat16"))
+ONNX = dict(ort="onnxruntime", openvino="openvino")
 
 
 def parse_args():
@@ -104,14 +109,16 @@ def parse_args():
         parser.error(f"--peer {args.peer} is not among --models")
     for name in args.models:
         base, _, variant = name.partition(":")
-        ways = (*WAYS, *RUNTIMES, *(BACKENDS if is_ours(base) else ()))
+        ways = (*WAYS, *FROZEN, *FILES, *(BACKENDS if is_ours(base) else ()))
         if not timm.is_model(base) or variant not in ("", *ways):
             known = " or ".join(f":{way}" for way in ways)
             parser.error(f"{name}: a timm model name, or that and {known}")
         if variant == "triton" and triton_missing():
             parser.error(f"{name}: {triton_missing()}")
-        if variant in RUNTIMES and (args.maps or args.device != "cpu" or args.modes != ["inference"]):
+        if variant in FILES and (args.maps or args.device != "cpu" or args.modes != ["inference"]):
             parser.error(f"{name}: for the inference of classifiers on the CPU")
+        if variant in FROZEN and (args.device != "cpu" or args.modes != ["inference"]):
+            parser.error(f"{name}: for inference on the CPU")
     try:
         require_runtimes(args.models)
     except UserError as error:
@@ -128,15 +135,13 @@ def variant_of(name):
 
 def can_run(name, dtype):
     """Whether a candidate runs in a dtype, given by name."""
-    return dtype in RUNTIMES.get(variant_of(name), DTYPES)
+    return dtype in FILES.get(variant_of(name), DTYPES)
 
 
 def require_runtimes(names):
     """Raise a UserError where a package is missing that a candidate needs."""
-    needed = dict(int8=["int8"], ort=["onnx"], openvino=["onnx"])
+    needed = dict(int8=["int8"], ort=["onnx"], openvino=["onnx", "openvino"])
     require_packages([kind for name in names for kind in needed.get(variant_of(name), ())])
-    if "openvino" in map(variant_of, names) and importlib.util.find_spec("openvino") is None:
-        raise UserError("openvino: missing packages: pip install openvino")
 
 
 def image_sides(text):
@@ -175,7 +180,8 @@ def build(name, sides=(224, 224), maps=False, fused=True):
     except (AssertionError, RuntimeError, ValueError) as error:
         what = f"{name} for {'maps' if maps else 'classes'} of {sides[0]}x{sides[1]} px"
         raise UserError(f"cannot build {what}: {error}") from error
-    if (ours and variant != "plain") or variant == "onednn":
+    # The compiler would leave our linear layers as they are: it can choose kernels for PyTorch's.
+    if (ours and variant not in ("plain", *FROZEN)) or variant == "onednn":
         use_onednn(model)
     return model
 
@@ -213,13 +219,15 @@ class Candidate:
             self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=setting.device == "cuda")
             if setting.dtype != torch.float32:
                 self.autocast = lambda: torch.autocast(setting.device, setting.dtype)
-        elif variant_of(name) in RUNTIMES:
+        elif variant_of(name) in FILES:
             self.run = run_apart_from_pytorch(name, setting, self.model.eval())
         else:
             self.model.eval().to(setting.dtype)
             self.images = self.images.to(setting.dtype)
         if compiled or variant_of(name) == "compile":
             self.model.compile(dynamic=False)
+        elif variant_of(name) in FROZEN:
+            compile_model(self.model)
 
     def step(self):
         """One inference or one training step, until the device has done it."""
@@ -252,13 +260,10 @@ class Candidate:
 
 
 def run_apart_from_pytorch(name, setting, model):
-    """A function of images that computes what a model computes, as one of ``RUNTIMES`` does."""
+    """A function of images that computes what a model computes, as one of ``FILES`` does."""
     if variant_of(name) == "int8":
         return FORMATS["int8"].prepare(model)
-    path = onnx_path(name, setting)
-    if variant_of(name) == "openvino":
-        return run_openvino(path, "bf16" if setting.dtype == torch.bfloat16 else "f32")
-    return FORMATS["onnx"].runners["onnxruntime"](path, None)
+    return RUNTIMES[ONNX[variant_of(name)]].load(onnx_path(name, setting), setting.dtype)
 
 
 def onnx_path(name, setting):
@@ -273,7 +278,7 @@ def write_onnx(name, setting):
         UserError: it cannot be written, or gives something else.
     """
     path = onnx_path(name, setting)
-    if variant_of(name) not in ("ort", "openvino") or os.path.exists(path):
+    if variant_of(name) not in ONNX or os.path.exists(path):
         return
     print(f"  writing {os.path.basename(path)}", flush=True)
     model = build(name, setting.sides, fused=False).eval()
@@ -291,9 +296,26 @@ def ready(name, setting, compiled, threads):
     if threads:
         torch.set_num_threads(threads)
     candidate = Candidate(name, setting, compiled)
-    fixed = setting.mode == "inference" and variant_of(name) not in ("plain", *RUNTIMES)
-    with inference(candidate.model) if fixed else contextlib.nullcontext():
+    if variant_of(name) in FROZEN:
+        context = freezing(name)
+    elif setting.mode == "inference" and variant_of(name) not in ("plain", *FILES):
+        context = inference(candidate.model)
+    else:
+        context = contextlib.nullcontext()
+    with context:
         yield candidate
+
+
+@contextlib.contextmanager
+def freezing(name):
+    """Context in which torch.compile takes weights for constants, as the name chooses, and tells its time."""
+    from torch._inductor import config as inductor
+
+    logging.basicConfig(format=f"  {name}: %(message)s")
+    logging.getLogger("msg_transformer").setLevel(logging.INFO)
+    silent = dict(autotune_num_choices_displayed=0, max_autotune_report_choices_stats=False)
+    with inductor.patch(**FROZEN[variant_of(name)], **silent):
+        yield
 
 
 def compare(choices, args):
@@ -473,7 +495,8 @@ def measure(args, setting):
         write_onnx(name, setting)
     choices = [(name, setting, False) for name in names]
     if args.compile:
-        choices += [(name, setting, True) for name in names if variant_of(name) not in ("compile", *RUNTIMES)]
+        others = [name for name in names if variant_of(name) not in ("compile", *FROZEN, *FILES)]
+        choices += [(name, setting, True) for name in others]
     return compare(choices, args)
 
 

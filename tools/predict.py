@@ -27,6 +27,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import distributed
+from config import CHOICES
 from data.loaders import start_worker
 from data.sources import Pictures, find_files
 from data.transforms import image_mode
@@ -34,7 +35,8 @@ from detection.detector import to_original_size
 from detection.evaluation import to_results
 from detection.pictures import annotate
 from detection.ready import build_ready as build_detector
-from models import inference
+from models import build_runtime, inference
+from models.deploy import RUNTIMES
 from models.ready import build_ready as build_classifier
 from models.ready import read_described
 from report import caption
@@ -62,6 +64,11 @@ def parse_args():
     workers = min(4, os.cpu_count() or 1)
     add("--workers", type=int, default=workers, help=f"processes that read images; default: {workers}")
     add("--device", choices=["cuda", "mps", "cpu"], help="default: cuda where there is one, else cpu")
+    add(
+        "--runtime",
+        choices=CHOICES["RUNTIME"],
+        help="what computes a classifier; onnxruntime and openvino do so in float32; default: pytorch",
+    )
     add("--cfg", metavar="FILE", help="config of a checkpoint that holds none")
     add("--class-names", metavar="FILE", help="a name per line, for a checkpoint that names no classes")
     args = parser.parse_args()
@@ -79,11 +86,16 @@ def main():
     config, checkpoint = read_described(args.checkpoint, args.cfg)
     build, kind = (build_detector, Objects) if config.DATA.DATASET == "coco" else (build_classifier, Classes)
     config.defrost()
-    config.DEVICE = args.device or ""
+    config.DEVICE, config.RUNTIME = args.device or "", args.runtime or config.RUNTIME
+    if config.RUNTIME != "pytorch" and kind is Objects:
+        raise UserError(f"--runtime is for classifiers, and {args.checkpoint} is of a detector: leave it out")
+    if config.RUNTIME in RUNTIMES:
+        config.AMP_OPT_LEVEL = "O0"
     compute = build_compute(config)
     model, transform, names = build(config, checkpoint, args.checkpoint)
     names = class_names(names, args.class_names, config.MODEL.NUM_CLASSES)
-    task = kind(model.to(compute.device), names, compute, args)
+    model = build_runtime(config, model.to(compute.device), compute)
+    task = kind(model, names, compute, args)
     mode = image_mode(config.MODEL.MSG.IN_CHANS)
     pictures = Pictures(paths, transform, args.every, keep=drawn is not None, mode=mode)
     results = []

@@ -1,0 +1,158 @@
+"""Evaluation by OpenVINO or ONNX Runtime in place of PyTorch."""
+
+import importlib.metadata
+import logging
+import os
+import tempfile
+from dataclasses import replace
+
+import torch
+from timm.layers import to_2tuple
+from torch import nn
+
+from utils import UserError
+
+from .deploy import (
+    CLOSE,
+    FORMATS,
+    RUNTIMES,
+    Exportable,
+    InPyTorch,
+    attempt,
+    largest_error,
+    outputs_of,
+    require_near,
+    require_packages,
+    write_checked,
+)
+
+# Largest root mean square error of bfloat16 to float32, as a share of the spread of the logits.
+ROUNDED = 0.05
+
+logger = logging.getLogger("msg_transformer")
+
+
+def build_runtime(config, model, compute):
+    """What evaluates images of ``DATA.IMG_SIZE`` by ``RUNTIME``: the model itself, or a :class:`HandedOver`.
+
+    Args:
+        model: with its weights, on the device of ``compute``, a :class:`~utils.Compute`.
+
+    Raises:
+        UserError: the runtime cannot compute this model, or not as ``compute`` says.
+    """
+    name, reason = choose_runtime(config.RUNTIME, compute)
+    if config.RUNTIME == "auto":
+        logger.info(f"RUNTIME auto: {name}, because {reason}")
+    if name == "pytorch":
+        return model
+    size = (config.MODEL.MSG.IN_CHANS, *to_2tuple(config.DATA.IMG_SIZE))
+    return hand_over(model, name, size, compute.dtype or torch.float32)
+
+
+def choose_runtime(name, compute):
+    """What ``RUNTIME`` names, or what ``auto`` stands for; and why that, "" where it is named.
+
+    Raises:
+        UserError: it is not installed, or not for the device or the precision of ``compute``.
+    """
+    if name not in ("pytorch", "auto", *RUNTIMES):
+        raise UserError(f"RUNTIME {name!r} is none of pytorch, auto, {', '.join(RUNTIMES)}")
+    if name == "auto":
+        problem = _obstacle("openvino", compute)
+        if not problem and compute.dtype is not None:
+            problem = "evaluation is in bfloat16, see AMP_OPT_LEVEL (--disable-amp)"
+        found = "it is installed, and evaluation is in float32 on the CPU"
+        return ("pytorch", problem) if problem else ("openvino", found)
+    if name != "pytorch" and (problem := _obstacle(name, compute)):
+        raise UserError(f"RUNTIME {problem}")
+    return name, ""
+
+
+def _obstacle(name, compute):
+    """Why a runtime cannot evaluate as ``compute`` says, in words that begin with its name; or ""."""
+    if compute.device.type != "cpu":
+        return f"{name} computes on the CPU: add --device cpu"
+    if compute.dtype not in (None, *RUNTIMES[name].dtypes):
+        dtype = str(compute.dtype).removeprefix("torch.")
+        return f"{name} does not compute in {dtype}: set AMP_OPT_LEVEL to O0 (--disable-amp)"
+    try:
+        require_packages([name])
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def hand_over(model, name, size, dtype=torch.float32):
+    """A classifier that a runtime computes.
+
+    Args:
+        model: on the CPU; its weights must stay as they are.
+        name: of ``RUNTIMES``.
+        size: (C, H, W) of its images.
+        dtype: to compute in.
+
+    Raises:
+        UserError: a package is missing, or the runtime cannot compute this model.
+    """
+    require_packages([name])
+    runtime, threads = RUNTIMES[name], torch.get_num_threads()
+    precision, version = str(dtype).removeprefix("torch."), importlib.metadata.version(name)
+    logger.info(f"RUNTIME {name}: {runtime.title} {version} in {precision}, {threads} threads")
+    exportable = Exportable(model.eval(), {}, tuple(size), ("logits",), {}, rebuild=None)
+    kind = replace(FORMATS["onnx"], runners={name: lambda path, _: runtime.load(path, dtype)}, optional=())
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        try:
+            kept = write_checked(exportable, kind, os.path.join(folder, "model.onnx"), [])
+        except UserError as error:
+            raise UserError(f"RUNTIME {name}: {error}: set RUNTIME pytorch") from error
+    return HandedOver(model, name, kept.runs[name], dtype).eval()
+
+
+class HandedOver(nn.Module):
+    """A classifier whose logits come from another runtime.
+
+    The first images that it is given are computed by PyTorch in float32 too, and compared.
+
+    Args:
+        model: in PyTorch.
+        name: of ``RUNTIMES``.
+        run: what that makes of the model, a function of images (B, C, H, W) float32.
+        dtype: that it computes in.
+    """
+
+    def __init__(self, model, name, run, dtype):
+        super().__init__()
+        self.model, self.name, self.run, self.dtype, self.compared = model, name, run, dtype, False
+
+    def forward(self, images):
+        """Logits (B, classes) of images (B, C, H, W).
+
+        Raises:
+            UserError: the runtime gives something else than PyTorch.
+        """
+        if not self.compared:
+            self._compare([images[:1], images])
+            self.compared = True
+        return self.run(images)[0]
+
+    def _compare(self, batches):
+        """Refuse what differs by more than rounding; one image alone is as a last batch may be."""
+        title = RUNTIMES[self.name].title
+        try:
+            with torch.autocast("cpu", enabled=False):
+                expected = outputs_of(InPyTorch(self.model), batches)
+            found = attempt("be run", outputs_of, self.run, batches)
+            expected, found = _joined(expected), _joined(found)
+            if self.dtype == torch.float32:
+                error = f"{largest_error(title, found, expected, CLOSE):.1g}"
+            else:
+                error = f"{require_near(title, found, expected, ROUNDED):.1%} of the spread of the logits"
+        except UserError as refusal:
+            raise UserError(f"RUNTIME {self.name}: {refusal}: set RUNTIME pytorch") from refusal
+        logger.info(f"RUNTIME {self.name}: {error} off PyTorch in float32, on {len(batches[-1])} images")
+
+
+def _joined(outputs):
+    """The logits of several batches as those of one, whose spread means something."""
+    return [(torch.cat([logits for (logits,) in outputs]),)]

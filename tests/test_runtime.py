@@ -1,0 +1,250 @@
+"""Evaluation by ONNX Runtime and OpenVINO: the numbers of PyTorch, or a refusal."""
+
+import argparse
+import importlib.util
+import json
+import re
+
+import pytest
+import torch
+from helpers import ROOT, digits_config, fill_weights, logged, run_folder, run_main
+
+import checkpoint as ckpt
+import models
+from config import ConfigError, dump_config, get_config, parse_config
+from models.deploy import run_onnxruntime
+from models.runtime import HandedOver, build_runtime, choose_runtime, hand_over
+from utils import Compute, UserError
+
+SMALL = ["MODEL.NUM_CLASSES", 3, "MODEL.MSG.DEPTHS", "[1, 1]", "MODEL.MSG.NUM_HEADS", "[3, 6]"]
+SMALL += ["MODEL.MSG.SHUF_SIZE", "[4, 2]", "DATA.NUM_WORKERS", 0]
+CPU, ROUNDED = Compute(torch.device("cpu")), Compute(torch.device("cpu"), torch.bfloat16)
+RUNTIMES = ["onnxruntime", "openvino"]
+
+
+def small():
+    return fill_weights(models.build_model(digits_config(*SMALL))).eval()
+
+
+def images(count):
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(count))
+
+
+@pytest.fixture(scope="module")
+def written():
+    """What runtimes made of the small model, by name and dtype."""
+    return {}
+
+
+@pytest.fixture
+def handed_over(written):
+    """A function that gives the small model and the same in a runtime, not yet compared; skips without it."""
+
+    def load(name, dtype=torch.float32):
+        pytest.importorskip(name)
+        pytest.importorskip("onnxscript")
+        model = small()
+        if (name, dtype) not in written:
+            written[name, dtype] = hand_over(model, name, (3, 32, 32), dtype).run
+        return model, HandedOver(model, name, written[name, dtype], dtype)
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A classifier of the three classes of ``data``."""
+    path = tmp_path_factory.mktemp("checkpoint") / "x.pth"
+    content = dict(model=small().state_dict(), config=dump_config(digits_config(*SMALL)), classes=[*"abc"])
+    ckpt.save_checkpoint(str(path), dict(content, epoch=0))
+    return path
+
+
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_a_runtime_gives_the_logits_of_pytorch_for_any_number_of_images(handed_over, name):
+    model, runtime = handed_over(name)
+    with logged() as lines, models.inference(runtime):
+        for count in (4, 1, 7):
+            found, expected = runtime(images(count)), model(images(count))
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+            assert torch.equal(found.argmax(1), expected.argmax(1)) and not torch.equal(found, expected)
+    assert [re.sub(r"\de-\d+", "x", line) for line in lines] == [
+        f"RUNTIME {name}: x off PyTorch in float32, on 4 images"
+    ]
+
+
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_a_runtime_that_computes_something_else_is_refused_at_the_first_images(handed_over, name):
+    model, runtime = handed_over(name)
+    with torch.no_grad():
+        model.head.bias[1] += 3e-3
+    for _ in range(2):
+        words = f"^RUNTIME {name}: .* is up to 0.003 off PyTorch, more than 0.0.*: set RUNTIME pytorch$"
+        with pytest.raises(UserError, match=words), models.inference(runtime):
+            runtime(images(2))
+    with torch.no_grad():
+        model.head.bias[1] -= 3e-3
+    with models.inference(runtime):
+        torch.testing.assert_close(runtime(images(2)), model(images(2)), rtol=0, atol=1e-4)
+
+
+def test_a_runtime_that_fails_at_a_single_image_is_refused(handed_over):
+    _, runtime = handed_over("onnxruntime")
+    run = runtime.run
+    runtime.run = lambda x: run(x) if len(x) > 1 else (torch.zeros(1, 3),)
+    with pytest.raises(UserError, match="off PyTorch"), models.inference(runtime):
+        runtime(images(3))
+    runtime.run = lambda x: run(x[:, :, :16])
+    with pytest.raises(UserError, match="^RUNTIME onnxruntime: it cannot be run: .*: set RUNTIME pytorch$"):
+        runtime(images(3))
+
+
+def test_openvino_computes_in_bfloat16_to_within_its_rounding(handed_over):
+    model, runtime = handed_over("openvino", torch.bfloat16)
+    with torch.no_grad():
+        expected = model(images(6))
+    with logged() as lines, models.inference(runtime, torch.bfloat16), ROUNDED.autocast():
+        error = (runtime(images(6)) - expected).square().mean().sqrt() / expected.std()
+    assert 1e-4 < error < 0.05
+    assert re.fullmatch(r"RUNTIME openvino: \d.\d% of the spread .* in float32, on 6 images", lines[0])
+    runtime.compared = False
+    with torch.no_grad():
+        model.head.bias[1] += 1
+    with pytest.raises(UserError, match="OpenVINO differs from PyTorch by .* more than 5%: set RUNTIME py"):
+        runtime(images(6))
+
+
+@pytest.fixture(scope="module")
+def evaluate(checkpoint, data, tmp_path_factory):
+    """A function that evaluates the checkpoint in batches of 4; gives the figures and what is printed."""
+
+    def run(runtime, processes=1):
+        output = tmp_path_factory.mktemp("output")
+        arguments = ["--cfg", "configs/digits.yaml", "--data-path", data, "--output", output, "--eval"]
+        arguments += ["--resume", checkpoint, "--batch-size", 4, "--opts", *SMALL, "RUNTIME", runtime]
+        printed = run_main(*arguments, processes=processes).stdout
+        return json.loads((run_folder(output) / "eval.json").read_text()), printed
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def figures_of_pytorch(evaluate):
+    figures, printed = evaluate("pytorch")
+    assert "RUNTIME" not in printed
+    return figures
+
+
+@pytest.mark.parametrize("name, processes", [("onnxruntime", 2), ("openvino", 1)])
+def test_evaluation_by_a_runtime_gives_the_figures_of_pytorch(evaluate, figures_of_pytorch, name, processes):
+    pytest.importorskip(name)
+    pytest.importorskip("onnxscript")
+    figures, printed = evaluate(name, processes)
+    assert f"RUNTIME {name}: " in printed and "off PyTorch in float32, on 4 images" in printed
+    assert figures["acc1"] == figures_of_pytorch["acc1"] and figures["images"] == 9
+    assert figures["val_loss"] == pytest.approx(figures_of_pytorch["val_loss"], abs=1e-5)
+    for there, here in zip(figures["classes"], figures_of_pytorch["classes"], strict=True):
+        assert there == pytest.approx(here, abs=1e-5)
+
+
+def test_throughput_by_a_runtime_names_it(tmp_path):
+    pytest.importorskip("onnxscript")
+    arguments = ["--cfg", "configs/digits.yaml", "--throughput", "--batch-size", 2, "--output", tmp_path]
+    printed = run_main(*arguments, "--opts", *SMALL, "RUNTIME", "onnxruntime").stdout
+    assert re.search(r"RUNTIME onnxruntime: ONNX Runtime [\d.]+ in float32, 1 threads", printed)
+    assert float(re.search(r"batch_size 2 throughput ([\d.]+) images/s in float32", printed)[1]) > 0
+
+
+def test_a_runtime_that_is_not_installed_is_one_message(tmp_path):
+    if importlib.util.find_spec("openvino"):
+        pytest.skip("OpenVINO is installed")
+    arguments = ["--cfg", "configs/digits.yaml", "--throughput", "--output", tmp_path]
+    done = run_main(*arguments, "--opts", "RUNTIME", "openvino", check=False)
+    assert done.returncode == 1
+    assert done.stderr == "error: RUNTIME openvino: missing packages: pip install openvino\n"
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Makes packages seem installed, and all others missing."""
+
+    def pretend(*names):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in names else None)
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    "name, compute, words",
+    [
+        ("onnxruntime", Compute(torch.device("cuda")), "onnxruntime computes on the CPU: add --device cpu"),
+        ("openvino", Compute(torch.device("mps"), torch.float16), "openvino computes on the CPU: add --dev"),
+        ("onnxruntime", ROUNDED, "onnxruntime does not compute in bfloat16: set AMP_OPT_LEVEL to O0"),
+        ("openvino", CPU, "openvino: missing packages: pip install onnxscript openvino$"),
+        ("tensorrt", CPU, "'tensorrt' is none of pytorch, auto, onnxruntime, openvino$"),
+    ],
+)
+def test_a_runtime_that_cannot_be_used_is_refused(installed, name, compute, words):
+    installed("onnx", "onnxruntime")
+    with pytest.raises(UserError, match=f"^RUNTIME {words}"):
+        choose_runtime(name, compute)
+
+
+def test_auto_is_openvino_in_float32_on_the_cpu_where_it_is_installed(installed):
+    installed("onnx", "onnxscript", "openvino")
+    found = "openvino", "it is installed, and evaluation is in float32 on the CPU"
+    assert choose_runtime("auto", CPU) == found
+    assert choose_runtime("openvino", ROUNDED)[0] == "openvino"
+    mixed = "evaluation is in bfloat16, see AMP_OPT_LEVEL (--disable-amp)"
+    assert choose_runtime("auto", ROUNDED) == ("pytorch", mixed)
+    on_gpu = "openvino computes on the CPU: add --device cpu"
+    assert choose_runtime("auto", Compute(torch.device("cuda"), torch.float16)) == ("pytorch", on_gpu)
+    installed("onnx", "onnxscript")
+    model, config = small(), digits_config(*SMALL, "RUNTIME", "auto")
+    with logged() as lines:
+        assert build_runtime(config, model, CPU) is model
+    assert lines == ["RUNTIME auto: pytorch, because openvino: missing packages: pip install openvino"]
+
+
+def test_a_runtime_evaluates_in_float32_unless_a_precision_is_asked_for(tmp_path):
+    def level(text, **flags):
+        (tmp_path / "run.yaml").write_text(text)
+        return get_config(argparse.Namespace(cfg=str(tmp_path / "run.yaml"), **flags)).AMP_OPT_LEVEL
+
+    assert level("RUNTIME: openvino", eval=True) == level("RUNTIME: onnxruntime", eval=True) == "O0"
+    assert level("RUNTIME: openvino") == level("RUNTIME: auto", eval=True) == level("", eval=True) == "O1"
+    assert level("{RUNTIME: openvino, AMP_DTYPE: bfloat16}", eval=True) == "O1"
+    assert level("{RUNTIME: openvino, COMPILE: True}") == "O1"
+    with pytest.raises(ConfigError, match="COMPILE is True, but must be False with RUNTIME openvino"):
+        level("{RUNTIME: openvino, COMPILE: True}", eval=True)
+
+
+def test_a_runtime_is_of_a_machine_and_not_of_a_checkpoint():
+    text = dump_config(digits_config("RUNTIME", "openvino"))
+    assert "RUNTIME: openvino" in text and parse_config(text, "a checkpoint").RUNTIME == "pytorch"
+
+
+def test_detection_refuses_a_runtime():
+    shapes = argparse.Namespace(cfg=str(ROOT / "configs/coco/shapes.yaml"), opts=["RUNTIME", "openvino"])
+    with pytest.raises(ConfigError, match="RUNTIME is 'openvino', but must be 'pytorch' for detection"):
+        get_config(shapes)
+
+
+def test_a_runtime_has_the_threads_of_pytorch(monkeypatch):
+    onnxruntime, found = pytest.importorskip("onnxruntime"), []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda path, options, **_: found.append(options))
+    run_onnxruntime("x.onnx")
+    assert found[0].intra_op_num_threads == 3
+
+
+def test_a_loaded_model_can_be_a_runtimes(checkpoint):
+    pytest.importorskip("onnxscript")
+    model, _, names = models.load(checkpoint, runtime="onnxruntime")
+    assert names == [*"abc"] and not model.training
+    with torch.no_grad():
+        found, expected = model(images(2)), models.load(checkpoint).model(images(2))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert not torch.equal(found, expected)
+    with pytest.raises(UserError, match="^RUNTIME 'tensorrt' is none of"):
+        models.load(checkpoint, runtime="tensorrt")
