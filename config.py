@@ -325,7 +325,7 @@ def default_config():
     config.AMP = CfgNode()
     # Norms by NVIDIA apex's FusedLayerNorm where that is installed, on a GPU; PyTorch's otherwise.
     config.AMP.FUSED_LAYERNORM = False
-    # torch.compile for training and evaluation: minutes at the start, faster afterwards.
+    # torch.compile for training and evaluation: minutes at the start, faster afterwards. Not for detection.
     config.COMPILE = False
     # What computes the classifier's logits with --eval and --throughput: pytorch; onnxruntime or openvino, on
     # the CPU, where it is installed and agrees with PyTorch on the first images; auto, which is openvino in
@@ -697,6 +697,8 @@ def parse_config(text, source):
     tree.pop("BASE", None)
     for key, value in _leaves(tree):
         _assign(config, key, value, source, sources)
+    if config.DATA.DATASET == "coco":
+        config.COMPILE = False  # once allowed, and without effect
     _check(config, sources)
     config.DEVICE, config.RUNTIME, config.LOCAL_RANK = "", "pytorch", 0
     config.freeze()
@@ -1050,6 +1052,8 @@ def _check(config, sources):
         require("MODEL.TYPE", lambda value: value == "msg", "'msg' for detection")
         require("DISTILL.TEACHER", lambda value: not value, "empty for detection")
         require("DATA.PROGRESSIVE", lambda value: not value, "empty for detection, see DET.MIN_SIZES")
+        what = "False for detection, whose images have too many sizes to compile for"
+        require("COMPILE", lambda value: not value, what)
         require("RUNTIME", lambda value: value == "pytorch", "'pytorch' for detection")
     if config.RUNTIME != "pytorch" and (config.EVAL_MODE or config.THROUGHPUT_MODE):
         require("COMPILE", lambda value: not value, f"False with RUNTIME {config.RUNTIME}")

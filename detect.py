@@ -74,8 +74,6 @@ def main(args):
     logger.info(f"{config.MODEL.NAME}: {parameters:,} parameters, {macs:.1f} GMACs per image of 1280x800")
     if config.AMP.FUSED_LAYERNORM:
         logger.info(choose_layer_norm(config)[1])
-    if config.COMPILE:
-        logger.warning("COMPILE is for classification: detection does not use it")
 
     if mode == "eval":
         if rank == 0:

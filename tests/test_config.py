@@ -14,7 +14,7 @@ from timm.layers import to_2tuple
 
 import detect
 import main
-from config import MOST_FILES, ConfigError, default_config, dump_config, get_config, parse_args
+from config import MOST_FILES, ConfigError, default_config, dump_config, get_config, parse_args, parse_config
 from detection.detector import build_detector
 from models import build_model, count_macs
 from utils import UserError
@@ -401,6 +401,17 @@ def test_a_diamond_of_base_files_is_no_circle(tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.yaml").write_text("BASE: [root.yaml]")
     assert config_of(tmp_path, "BASE: [a.yaml, b.yaml]").SEED == 3
+
+
+def test_detection_refuses_to_compile_but_reads_checkpoints_that_asked_for_it():
+    args = argparse.Namespace(cfg=str(ROOT / "configs/coco/shapes.yaml"), opts=["COMPILE", "True"])
+    with pytest.raises(ConfigError, match="--opts: COMPILE is True, but must be False for detection, whose"):
+        get_config(args)
+    asked = dump_config(get_config(argparse.Namespace(cfg=args.cfg))).replace(
+        "COMPILE: false", "COMPILE: true"
+    )
+    assert "COMPILE: true" in asked and not parse_config(asked, "a checkpoint").COMPILE
+    assert parse_config(dump_config(digits_config("COMPILE", True)), "a checkpoint").COMPILE
 
 
 def test_the_config_that_a_classification_run_writes_has_no_keys_of_detection():
