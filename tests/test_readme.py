@@ -238,3 +238,32 @@ def test_the_weights_are_described_as_they_were_measured():
     }.items():
         content = " ".join(text(page).replace("#", " ").split())
         assert [words for words in said if words not in content] == [], page
+
+
+def test_what_messengers_carry_is_quoted_as_it_was_measured():
+    page, measured = text("docs/messengers.md"), {}
+    for name, folder in {"CIFAR-10": "messengers_cifar10", "digits": "messengers_digits"}.items():
+        found = measured[name] = json.loads((ROOT / "benchmarks" / folder / "curves.json").read_text())
+        assert found["images"] == 200
+        for stage, of_stage in found["curves"].items():
+            row = [f"| {name}, stage {int(stage) + 1}"]
+            for kinds in of_stage["orders"].values():
+                row.append(", ".join(f"{kinds[kind]['area']:.2f}" for kind in ("deletion", "insertion")))
+            assert " | ".join(row) + " |" in page
+            row = [f"| {name}, stage {int(stage) + 1}"]
+            for order in ("attention", "gradient"):
+                for entry in of_stage["orders"][order].values():
+                    row.append(f"{entry['gain']:.2f} ± {entry['error']:.2f}")
+            assert " | ".join(row) + " |" in page
+    for place in measured["CIFAR-10"]["exchange"]:
+        row = [f"| {place}"]
+        for kinds in (found["exchange"][place] for found in measured.values()):
+            row += [f"{100 * kind['share']:.0f}%, {100 * kind['kept']:.0f}%" for kind in kinds.values()]
+        assert " | ".join(row) + " |" in page
+    ours, digits = measured.values()
+    off, of_digits = (100 * found["exchange"]["all"]["off"]["share"] for found in (ours, digits))
+    best = ours["curves"]["0"]["orders"]["ablation"]["insertion"]["curve"]
+    content = " ".join(page.split())
+    assert f"loses {off:.0f}% of the score of CIFAR-10 and {of_digits:.0f}% of that of the digits" in content
+    assert f"reaches {max(best):.2f} with 14 of 16, more than the {best[-1]:.2f} of all" in content
+    assert best.index(max(best)) == 7  # of eight steps of two messengers
