@@ -6,6 +6,7 @@ import copy
 import importlib
 import itertools
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -289,6 +290,41 @@ def test_pipelines_of_detection_read_the_same_images_as_torchvisions(tool, tmp_p
                     resized((image["height"], image["width"]), 800, 1333) for image in content["images"]
                 ]
                 assert seen == expected
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_steps_of_a_detector_are_whole_and_alike(tool, dtype):
+    tool = tool("benchmark_detector")
+    cfg = str(ROOT / "configs" / "coco" / "shapes.yaml")
+    settings = {mode: tool.Setting(cfg, "", (64, 96), mode, dtype) for mode in ("train", "inference")}
+    with tool.ready(tool.OURS, settings["train"]) as candidate:
+        first, weights = candidate.step(), copy.deepcopy(candidate.detector.state_dict())
+        assert len(first) > 4 and all(map(math.isfinite, first.values()))
+        # The optimizer has seen every weight, and left it where it was.
+        assert {int(state["step"]) for state in candidate.optimizer.state.values()} == {1}
+        assert len(candidate.optimizer.state) == len(list(candidate.detector.parameters()))
+        second = candidate.step()
+        assert sum(second.values()) == pytest.approx(sum(first.values()), rel=0.2)
+        for name, parameter in candidate.detector.named_parameters():
+            torch.testing.assert_close(parameter.data, weights[name], rtol=1e-4, atol=1e-7)
+    with tool.ready(tool.OURS, settings["inference"]) as candidate:
+        assert not candidate.detector.training and candidate.step() == candidate.step() > 0
+
+
+@pytest.mark.slow
+def test_whole_detectors_are_compared(tmp_path):
+    path = tmp_path / "detector"
+    words = ["--modes", "train", "--dtypes", "float32", "bfloat16", "--memory", "--size", "96", "128"]
+    command = [sys.executable, "tools/benchmark_detector.py", *words, "--rounds", "2", "--output", path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(path.with_suffix(".json").read_text())
+    assert list(result["settings"]) == [
+        f"train, {dtype}, 96x128, one image" for dtype in ("float32", "bfloat16")
+    ]
+    for ours, peer in result["settings"].values():
+        assert peer["ratio"] == peer["memory_ratio"] == 1 and ours["memory_ratio"] > 0.5
+    assert "| memory ratio |" in path.with_suffix(".md").read_text()
 
 
 @pytest.mark.parametrize("folder", ["none", "empty"])

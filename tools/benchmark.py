@@ -209,7 +209,7 @@ class Candidate:
     """
 
     def __init__(self, name, setting, compiled=False):
-        self.setting, self.idle = setting, peak_resident()
+        self.setting, self.idle = setting, benchmarking.peak_resident()
         self.run = self.model = build(name, setting.sides, setting.maps).to(setting.device)
         self.images = torch.randn(setting.batch, 3, *setting.sides, device=setting.device)
         self.autocast = contextlib.nullcontext
@@ -251,7 +251,7 @@ class Candidate:
         """
         if self.setting.device == "cuda":
             return torch.cuda.max_memory_allocated() / 2**20
-        return peak_resident() - self.idle
+        return benchmarking.peak_resident() - self.idle
 
     def _loss(self, outputs):
         if self.setting.maps:
@@ -347,13 +347,6 @@ def compare(choices, args):
             row.update(memory=memory[place], memory_ratio=memory[place] / memory[peer])
         rows.append(row)
     return rows
-
-
-def peak_resident():
-    """Peak resident memory of this process in MiB. That of getrusage begins with the parent's; Linux only."""
-    status = Path("/proc/self/status")
-    found = re.search(r"VmHWM:\s+(\d+)", status.read_text() if status.exists() else "")
-    return int(found[1]) / 2**10 if found else 0.0
 
 
 def add_roofline(rows, setting, flops_limit, bytes_limit):
