@@ -28,10 +28,10 @@ from config import get_config
 from detection.detector import build_detector
 from models import inference
 from models.roofline import machine
-from utils import Compute
+from utils import build_compute
 
 OURS, PEER = "MSG-Transformer", "Swin (timm)"
-DTYPES = dict(float32=None, bfloat16=torch.bfloat16)
+LEVELS = dict(float32="O0", bfloat16="O1")  # AMP_OPT_LEVEL of a dtype
 
 
 def parse_args():
@@ -44,7 +44,7 @@ def parse_args():
     add("--peer", default="swin_tiny_patch4_window7_224", help="timm name of a Swin with the same channels")
     add("--size", type=int, nargs=2, default=(800, 1280), metavar=("HEIGHT", "WIDTH"))
     add("--modes", nargs="+", choices=["inference", "train"], default=["inference"])
-    add("--dtypes", nargs="+", choices=DTYPES, default=["float32"], help="of autocast")
+    add("--dtypes", nargs="+", choices=LEVELS, default=["float32"], help="of autocast")
     add("--memory", action="store_true", help="peak memory too; needs Linux")
     add("--rounds", type=int, default=7)
     benchmarking.add_arguments(parser, "output/benchmark_detector")
@@ -75,7 +75,7 @@ class Setting(NamedTuple):
     peer: str  # timm name of the peer's backbone
     size: tuple  # (height, width) of the image, in pixels
     mode: str  # inference or train
-    dtype: str  # a key of DTYPES
+    dtype: str  # a key of LEVELS
 
 
 class Candidate:
@@ -83,10 +83,11 @@ class Candidate:
 
     def __init__(self, name, setting):
         self.idle, self.training = benchmarking.peak_resident(), setting.mode == "train"
-        self.compute = Compute(torch.device("cpu"), DTYPES[setting.dtype])
         torch.manual_seed(0)
         # Random weights are sure of nothing: without a threshold there are as many detections as may be.
-        config = get_config(argparse.Namespace(cfg=setting.cfg, opts=["DET.SCORE_THRESHOLD", "0.0"]))
+        opts = ["DET.SCORE_THRESHOLD", "0.0", "DEVICE", "cpu", "AMP_OPT_LEVEL", LEVELS[setting.dtype]]
+        config = get_config(argparse.Namespace(cfg=setting.cfg, opts=opts))
+        self.compute = build_compute(config)
         self.detector = build_detector(config, 80)
         if name == PEER:
             self.detector.backbone = SwinBackbone(setting.peer, setting.size)
@@ -124,12 +125,10 @@ class Candidate:
 def ready(name, setting):
     """A :class:`Candidate`, whose weights are fixed for inference."""
     candidate = Candidate(name, setting)
-    fixed = (
-        contextlib.nullcontext()
-        if candidate.training
-        else inference(candidate.detector, DTYPES[setting.dtype])
-    )
-    with fixed:
+    if candidate.training:
+        yield candidate
+        return
+    with inference(candidate.detector, candidate.compute.dtype):
         yield candidate
 
 
