@@ -94,9 +94,10 @@ def ratios(*arguments):
     return span(found(*arguments))
 
 
-INFERENCE = "inference_cpu inference_compiled_cpu inference_compiled_again_cpu runtimes_cpu"
-TRAINING = "training_cpu training_again_cpu"
-MODELS = [T, f"{T}:plain", f"{SWIN}:onednn", CONVNEXT]
+RUNTIMES = "runtimes_cpu runtimes_again_cpu runtimes_bfloat16_cpu"
+INFERENCE = f"inference_cpu inference_compiled_cpu inference_compiled_again_cpu {RUNTIMES}"
+TRAINING = "training_cpu training_again_cpu training_peers_cpu"
+MODELS = [T, f"{T}:plain", f"{SWIN}:onednn", CONVNEXT, f"{CONVNEXT}:onednn"]
 
 
 def cells(row):
@@ -173,15 +174,47 @@ def test_results_in_the_table_of_benchmarks_are_those_measured(files, result):
 
 def test_advice_for_cpus_quotes_what_was_measured():
     page = text("docs/deploy.md")
-    for name, way in {"PyTorch, as it is": "", "PyTorch, `torch.compile`": ":compile", "ONNX Runtime": ":ort",
-                      "OpenVINO": ":openvino", "PyTorch, int8 by torchao": ":int8"}.items():  # fmt: skip
+    for name, way in {"PyTorch, as it is": "", "PyTorch, its linear layers through oneDNN": ":onednn",
+                      "PyTorch, `torch.compile`": ":compile", "the same, with constant weights": ":frozen",
+                      "and with max-autotune": ":tuned", "ONNX Runtime": ":ort", "OpenVINO": ":openvino",
+                      "PyTorch, int8 by torchao": ":int8"}.items():  # fmt: skip
         (row,) = re.findall(rf"^\| {re.escape(name)} \|(.*)\|$", page, re.MULTILINE)
         expected = [
-            ratios("runtimes_cpu", f"inference {dtype}.*", model + way)
+            ratios(RUNTIMES, f"inference {dtype}.*", model + way)
             for dtype in ("float32", "bfloat16")
             for model in (T, SWIN, CONVNEXT)
         ]
         assert [cell.strip() for cell in row.split("|")] == expected
+
+
+def rates(files, setting, name):
+    """The span of images per second of an input pipeline, as multiples of those of the peer."""
+    results = (json.loads((ROOT / "benchmarks" / f"{file}.json").read_text()) for file in files.split())
+    rows = (row for result in results for row in result["settings"][setting])
+    return span([row["ratio"] for row in rows if row["name"] == name])
+
+
+def test_input_pipelines_are_quoted_as_they_were_measured():
+    page = text("benchmarks/README.md")
+    ours = ["pil", "opencv for a GPU", "opencv"]
+    of_detection = ["torchvision", "torchvision, tensors", "pil", "opencv"]
+    for row, files, setting, names in (
+        ("training recipe", "data data_again", "training", ours),
+        ("evaluation", "data data_again", "evaluation", ours),
+        ("training", "data_coco", "detection, training", of_detection),
+        ("evaluation", "data_coco", "detection, evaluation", of_detection),
+    ):
+        cells = [rates(files, setting, name) for name in names]
+        assert f"| {row} | {' | '.join(cells)} |" in page
+
+
+def test_machines_stand_side_by_side_as_they_were_measured():
+    earlier = f"{INFERENCE} {TRAINING}".replace(RUNTIMES, "").replace("training_peers_cpu", "")
+    for setting in ("inference {}, batch 1", "training {}, batch 16"):
+        for dtype in ("float32", "bfloat16"):
+            name = setting.format(dtype).replace("training", "train")
+            cells = [ratios(files, name, T) for files in (earlier, f"{RUNTIMES} training_peers_cpu")]
+            assert f"| {setting.format(dtype)} | {' | '.join(cells)} |" in text("benchmarks/README.md")
 
 
 def test_the_ablation_is_quoted_as_it_was_measured():
