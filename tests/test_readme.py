@@ -95,7 +95,8 @@ def ratios(*arguments):
 
 
 RUNTIMES = "runtimes_cpu runtimes_again_cpu runtimes_bfloat16_cpu"
-INFERENCE = f"inference_cpu inference_compiled_cpu inference_compiled_again_cpu {RUNTIMES}"
+INFERENCE = f"inference_cpu inference_compiled_cpu inference_compiled_again_cpu growth_batches_cpu {RUNTIMES}"
+SIZES = "sizes_cpu growth_sizes_cpu"
 TRAINING = "training_cpu training_again_cpu training_peers_cpu"
 MODELS = [T, f"{T}:plain", f"{SWIN}:onednn", CONVNEXT, f"{CONVNEXT}:onednn"]
 
@@ -131,7 +132,7 @@ def compiled_to_compiled(setting):
 
 def test_the_first_claim_spans_all_recorded_runs():
     claim = " ".join(text("README.md").split())
-    files = f"{INFERENCE} sizes_cpu inference_sizes_cpu maps_cpu"
+    files = f"{INFERENCE} {SIZES} inference_sizes_cpu maps_cpu"
     for dtype, words in (
         ("float32", "{} of Swin-T's time for float32 inf"),
         ("bfloat16", "in bfloat16, {} for inf"),
@@ -149,11 +150,16 @@ def test_speeds_at_other_sizes_are_those_measured():
     assert cells("batch 1, both compiled, float32 / bfloat16")[0] == " / ".join(
         span(compiled_to_compiled(f"inference {dtype}, batch 1")) for dtype in ("float32", "bfloat16")
     )
-    assert cells("feature maps of 224 to 896 px, float32")[0] == ratios("sizes_cpu", ".*", T)
+    assert cells("feature maps of 224 to 1792 px, float32")[0] == ratios(SIZES, ".*", T)
     assert cells("classifier at 224, 256, 384 px") == both("inference_sizes_cpu", ".*inference {}, batch 1")
     maps = both("maps_cpu", ".*maps, inference {}, batch 1")
     assert cells("feature maps at 800x1280, 512x512, 640x480 px") == maps
-    assert cells("whole Cascade Mask R-CNN at 800x1280")[0] == ratios("detector_cpu", ".*", "MSG-Transformer")
+    for row, files, setting in (
+        ("whole Cascade Mask R-CNN at 800x1280", "detector_cpu detector_again_cpu", ".*{}.*"),
+        ("training step of the same", "detector_training_cpu", "train, {}.*"),
+    ):
+        types = ("float32", "bfloat16")
+        assert cells(row) == [ratios(files, setting.format(dtype), "MSG-Transformer") for dtype in types]
     gpu = ratios("inference_gpu", ".*batch 256", T)
     assert f"a batch of 256 takes {gpu} of Swin-T's time" in " ".join(text("README.md").split())
 
@@ -209,11 +215,12 @@ def test_input_pipelines_are_quoted_as_they_were_measured():
 
 
 def test_machines_stand_side_by_side_as_they_were_measured():
-    earlier = f"{INFERENCE} {TRAINING}".replace(RUNTIMES, "").replace("training_peers_cpu", "")
+    known = f"{RUNTIMES} growth_batches_cpu training_peers_cpu".split()
+    earlier = " ".join(file for file in f"{INFERENCE} {TRAINING}".split() if file not in known)
     for setting in ("inference {}, batch 1", "training {}, batch 16"):
         for dtype in ("float32", "bfloat16"):
             name = setting.format(dtype).replace("training", "train")
-            cells = [ratios(files, name, T) for files in (earlier, f"{RUNTIMES} training_peers_cpu")]
+            cells = [ratios(files, name, T) for files in (earlier, " ".join(known))]
             assert f"| {setting.format(dtype)} | {' | '.join(cells)} |" in text("benchmarks/README.md")
 
 
