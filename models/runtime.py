@@ -60,10 +60,7 @@ def choose_runtime(name, compute):
         raise UserError(f"RUNTIME {name!r} is none of pytorch, auto, {', '.join(RUNTIMES)}")
     if name == "auto":
         problem = _obstacle("openvino", compute)
-        if not problem and compute.dtype is not None:
-            problem = "evaluation is in bfloat16, see AMP_OPT_LEVEL (--disable-amp)"
-        found = "it is installed, and evaluation is in float32 on the CPU"
-        return ("pytorch", problem) if problem else ("openvino", found)
+        return ("pytorch", problem) if problem else ("openvino", "it is the fastest on the CPU")
     if name != "pytorch" and (problem := _obstacle(name, compute)):
         raise UserError(f"RUNTIME {problem}")
     return name, ""
