@@ -21,6 +21,7 @@ PAGES = [
     "README.md",
     "CONTRIBUTING.md",
     "benchmarks/README.md",
+    "benchmarks/cifar10/README.md",
     "weights/msg_cifar10/README.md",
     *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
 ]
@@ -231,6 +232,34 @@ def test_the_ablation_is_quoted_as_it_was_measured():
         "shuffled {shuffled:.2f}, not exchanged {not_exchanged:.2f}, without messengers {no_messengers:.2f}, "
     )
     assert (words + "Swin {swin:.2f} (").format(**best) in " ".join(text("README.md").split())
+
+
+def test_the_ablation_on_cifar10_is_quoted_as_it_was_measured():
+    rows = json.loads((ROOT / "benchmarks" / "cifar10" / "ablation.json").read_text())["rows"]
+    rows = {row["name"]: row for row in rows}
+    best = {name: f"{row['best']['mean']:.2f}" for name, row in rows.items()}
+    macs = {name: f"{row['macs'] / 1e6:.1f}" for name, row in rows.items()}
+    to_shuffled = {name: row["best_difference"] for name, row in rows.items() if name != "shuffled"}
+    assert {name for name, row in to_shuffled.items() if row["mean"] > 0} == {"not_exchanged"}
+    apart = {name: f"{abs(row['mean']):.1f} ± {row['half']:.1f}" for name, row in to_shuffled.items()}
+    none, kept, swin = (apart[name] for name in ("no_messengers", "not_exchanged", "swin"))
+    for page, words in {
+        "README.md": [
+            f"shuffled {best['shuffled']}, not exchanged {best['not_exchanged']}, without messengers "
+            f"{best['no_messengers']}, Swin {best['swin']} (",
+            f"gains {none} points by messengers that are shuffled, and would gain {kept} more",
+        ],
+        "benchmarks/README.md": [f"none loses {none} points, the exchange costs {kept}; Swin loses {swin} |"],
+        "benchmarks/cifar10/README.md": [
+            f"top-1 is {none} points below that of shuffled",
+            f"stay in their windows it is {kept} points above. Swin's is {swin} points below",
+            f"{macs['shuffled']} million with messengers, {macs['no_messengers']} without, {macs['swin']}",
+        ],
+        "docs/messengers.md": [f"by {kept} points ("],
+        "weights/msg_cifar10/README.md": [f"is {kept} points better, without messengers {none} worse"],
+    }.items():
+        for said in words:
+            assert said in " ".join(text(page).split())
 
 
 def test_the_weights_are_described_as_they_were_measured():
