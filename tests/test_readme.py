@@ -97,6 +97,8 @@ def ratios(*arguments):
 
 RUNTIMES = "runtimes_cpu runtimes_again_cpu runtimes_bfloat16_cpu"
 INFERENCE = f"inference_cpu inference_compiled_cpu inference_compiled_again_cpu growth_batches_cpu {RUNTIMES}"
+INFERENCE += " runtimes_batches_cpu"
+MAPS = "maps_cpu maps_compiled_cpu"
 SIZES = "sizes_cpu growth_sizes_cpu"
 TRAINING = "training_cpu training_again_cpu training_peers_cpu"
 MODELS = [T, f"{T}:plain", f"{SWIN}:onednn", CONVNEXT, f"{CONVNEXT}:onednn"]
@@ -133,7 +135,7 @@ def compiled_to_compiled(setting):
 
 def test_the_first_claim_spans_all_recorded_runs():
     claim = " ".join(text("README.md").split())
-    files = f"{INFERENCE} {SIZES} inference_sizes_cpu maps_cpu"
+    files = f"{INFERENCE} {SIZES} inference_sizes_cpu {MAPS}"
     for dtype, words in (
         ("float32", "{} of Swin-T's time for float32 inf"),
         ("bfloat16", "in bfloat16, {} for inf"),
@@ -153,7 +155,7 @@ def test_speeds_at_other_sizes_are_those_measured():
     )
     assert cells("feature maps of 224 to 1792 px, float32")[0] == ratios(SIZES, ".*", T)
     assert cells("classifier at 224, 256, 384 px") == both("inference_sizes_cpu", ".*inference {}, batch 1")
-    maps = both("maps_cpu", ".*maps, inference {}, batch 1")
+    maps = both(MAPS, ".*maps, inference {}, batch 1")
     assert cells("feature maps at 800x1280, 512x512, 640x480 px") == maps
     for row, files, setting in (
         ("whole Cascade Mask R-CNN at 800x1280", "detector_cpu detector_again_cpu", ".*{}.*"),
@@ -180,18 +182,22 @@ def test_results_in_the_table_of_benchmarks_are_those_measured(files, result):
 
 
 def test_advice_for_cpus_quotes_what_was_measured():
-    page = text("docs/deploy.md")
-    for name, way in {"PyTorch, as it is": "", "PyTorch, its linear layers through oneDNN": ":onednn",
-                      "PyTorch, `torch.compile`": ":compile", "the same, with constant weights": ":frozen",
-                      "and with max-autotune": ":tuned", "ONNX Runtime": ":ort", "OpenVINO": ":openvino",
-                      "PyTorch, int8 by torchao": ":int8"}.items():  # fmt: skip
-        (row,) = re.findall(rf"^\| {re.escape(name)} \|(.*)\|$", page, re.MULTILINE)
-        expected = [
-            ratios(RUNTIMES, f"inference {dtype}.*", model + way)
-            for dtype in ("float32", "bfloat16")
-            for model in (T, SWIN, CONVNEXT)
-        ]
-        assert [cell.strip() for cell in row.split("|")] == expected
+    ways = {"PyTorch, as it is": "", "PyTorch, its linear layers through oneDNN": ":onednn",
+            "PyTorch, `torch.compile`": ":compile", "the same, with constant weights": ":frozen",
+            "and with max-autotune": ":tuned", "ONNX Runtime": ":ort", "OpenVINO": ":openvino",
+            "PyTorch, int8 by torchao": ":int8"}  # fmt: skip
+    single, batches = text("docs/deploy.md").split("At batch 16, of [one run]")
+    for page, files, count in ((single, RUNTIMES, 8), (batches, "runtimes_batches_cpu", 4)):
+        rows = dict(re.findall(r"^\| ([^|]+) \|(.*)\|$", page, re.MULTILINE))
+        quoted = {way: rows[name] for name, way in ways.items() if name in rows}
+        assert len(quoted) == count
+        for way, row in quoted.items():
+            expected = [
+                ratios(files, f"inference {dtype}.*", model + way)
+                for dtype in ("float32", "bfloat16")
+                for model in (T, SWIN, CONVNEXT)
+            ]
+            assert [cell.strip() for cell in row.split("|")] == expected
 
 
 def rates(files, setting, name):
@@ -216,7 +222,7 @@ def test_input_pipelines_are_quoted_as_they_were_measured():
 
 
 def test_machines_stand_side_by_side_as_they_were_measured():
-    known = f"{RUNTIMES} growth_batches_cpu training_peers_cpu".split()
+    known = f"{RUNTIMES} runtimes_batches_cpu growth_batches_cpu training_peers_cpu".split()
     earlier = " ".join(file for file in f"{INFERENCE} {TRAINING}".split() if file not in known)
     for setting in ("inference {}, batch 1", "training {}, batch 16"):
         for dtype in ("float32", "bfloat16"):
