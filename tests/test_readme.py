@@ -249,6 +249,13 @@ def test_the_ablation_on_cifar10_is_quoted_as_it_was_measured():
     assert {name for name, row in to_shuffled.items() if row["mean"] > 0} == {"not_exchanged"}
     apart = {name: f"{abs(row['mean']):.1f} ± {row['half']:.1f}" for name, row in to_shuffled.items()}
     none, kept, swin = (apart[name] for name in ("no_messengers", "not_exchanged", "swin"))
+    forty = {
+        name: [json.loads(line)["ema_acc1"] for line in (ROOT / folder / "metrics.jsonl").open()]
+        for name, folder in dict(
+            kept="benchmarks/cifar10/forty_epochs/not_exchanged", shuffled="weights/msg_cifar10"
+        ).items()
+    }
+    last, early = ({name: f"{values[epoch]:.2f}" for name, values in forty.items()} for epoch in (39, 11))
     for page, words in {
         "README.md": [
             f"shuffled {best['shuffled']}, not exchanged {best['not_exchanged']}, without messengers "
@@ -260,9 +267,14 @@ def test_the_ablation_on_cifar10_is_quoted_as_it_was_measured():
             f"top-1 is {none} points below that of shuffled",
             f"stay in their windows it is {kept} points above. Swin's is {swin} points below",
             f"{macs['shuffled']} million with messengers, {macs['no_messengers']} without, {macs['swin']}",
+            f"ends at {last['kept']} (",
+            f"at {last['shuffled']}; in epoch 11 they stood at {early['kept']} and {early['shuffled']}.",
         ],
-        "docs/messengers.md": [f"by {kept} points ("],
-        "weights/msg_cifar10/README.md": [f"is {kept} points better, without messengers {none} worse"],
+        "docs/messengers.md": [f"by {kept} points after twelve epochs and half a point after forty"],
+        "weights/msg_cifar10/README.md": [
+            f"is {kept} points better, without messengers {none} worse",
+            f"ends at {last['kept']} rather than {last['shuffled']} (",
+        ],
     }.items():
         for said in words:
             assert said in " ".join(text(page).split())
