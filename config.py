@@ -328,8 +328,8 @@ def default_config():
     # torch.compile for training and evaluation: minutes at the start, faster afterwards. Not for detection.
     config.COMPILE = False
     # What computes the classifier's logits with --eval and --throughput: pytorch; onnxruntime or openvino, on
-    # the CPU, where it is installed and agrees with PyTorch on the first images; auto, which is openvino or
-    # else pytorch. Training and its evaluations are PyTorch's.
+    # the CPU, refused where it is not installed or disagrees with PyTorch on the first images; auto, which is
+    # openvino on the CPU where it is installed, else pytorch. Training and its evaluations are PyTorch's.
     config.RUNTIME = "pytorch"
     # The same bits in every run of the same config on the same machine; slower on CUDA.
     config.DETERMINISTIC = False

@@ -60,7 +60,7 @@ def choose_runtime(name, compute):
         raise UserError(f"RUNTIME {name!r} is none of pytorch, auto, {', '.join(RUNTIMES)}")
     if name == "auto":
         problem = _obstacle("openvino", compute)
-        return ("pytorch", problem) if problem else ("openvino", "it is the fastest on the CPU")
+        return ("pytorch", problem) if problem else ("openvino", "it is installed, and this is the CPU")
     if name != "pytorch" and (problem := _obstacle(name, compute)):
         raise UserError(f"RUNTIME {problem}")
     return name, ""
