@@ -469,21 +469,6 @@ def test_crowds_are_hatched_and_called_crowd():
     assert extent.bounds == pytest.approx((5.5, 1.5, 3, 3)) and hatched.hatches == ["xxxx"]
 
 
-def test_a_subset_holds_its_images_as_often_as_asked(tmp_path, shapes):
-    (tmp_path / "coco" / "annotations").mkdir(parents=True)
-    (tmp_path / "coco" / "train2017").symlink_to(shapes / "train")
-    annotations = (shapes / "annotations" / "train.json").read_text()
-    (tmp_path / "coco" / "annotations" / "instances_train2017.json").write_text(annotations)
-    command = ["tools/coco_subset.py", str(tmp_path / "coco"), str(tmp_path / "few")]
-    subprocess.run([sys.executable, *command, "--images", "3", "--repeat", "4"], cwd=ROOT, check=True)
-    objects = []
-    for split, count in (("train", 12), ("val", 3)):
-        dataset = build_dataset(str(tmp_path / "few"), split, f"annotations/{split}.json", keep, skip=False)
-        assert len(dataset) == count and len(set(dataset.paths)) == 3
-        objects.append([dataset[i][1]["labels"].tolist() for i in range(count)])
-    assert objects[0] == 4 * objects[1] and all(1 <= len(labels) <= 4 for labels in objects[1])
-
-
 def command(*arguments, processes=1):
     words = [sys.executable]
     if processes > 1:

@@ -467,16 +467,3 @@ def test_results_are_those_of_their_boxes_masks_and_categories():
     ]
     for result, mask in zip(results, masks):
         np.testing.assert_array_equal(coco_mask.decode(result["segmentation"]), mask.numpy())
-
-
-def test_recall_by_place_counts_objects_where_they_are():
-    from tools.recall_by_place import recall_by_place
-
-    boxes = [[0, 0, 10, 10], [60, 5, 20, 20], [70, 50, 60, 40]]  # left, right, right and large
-    items = [dict(image_id=3, bbox=box) for box in boxes]
-    items.append(dict(image_id=3, bbox=[0, 0, 9, 9], iscrowd=1))
-    content = dict(images=[dict(id=3, width=100), dict(id=4, width=9)], annotations=items)
-    found = [dict(image_id=3, bbox=[61, 6, 20, 20]), dict(image_id=3, bbox=[4, 0, 10, 10])]
-    found.append(dict(image_id=4, bbox=[0, 0, 10, 10]))
-    assert recall_by_place(content, found, 2, 48) == [[0, 1], [1, 1]]
-    assert recall_by_place(content, found, 2, float("inf")) == [[0, 1], [1, 2]]

@@ -1,4 +1,4 @@
-"""The HTML pages of tools/visualize.py and tools/compare.py in headless Chromium, as readers use them."""
+"""The HTML page of tools/visualize.py in headless Chromium, as readers use it."""
 
 import io
 import math
@@ -10,11 +10,9 @@ from browser import CHROMIUM, Browser
 from helpers import micro
 from matplotlib import colormaps
 from PIL import Image
-from test_compare import write_run
 
-from comparison import group_runs, read_run
 from models.messengers import influence
-from tools import compare, visualize
+from tools import visualize
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium, such as Debian's package chromium")
 GREY = (0xD9, 0xD9, 0xD9)
@@ -36,21 +34,6 @@ def reach(tmp_path_factory):
     data = visualize.page_data(model, image, (4, 2), "a <b>. Chosen window: 4,2")
     path.write_text(visualize.build_page(data), encoding="utf-8")
     return model, image, path, data["most"]
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Groups and page of two configs, one with two runs, and 8 more so that dashes are used."""
-    folder = tmp_path_factory.mktemp("runs")
-    folders = [
-        write_run(folder / "a0", [50.0, 60.0, 70.0], "MODEL.NAME", "shuffled <b>"),
-        write_run(folder / "a1", [52.0, 61.0], "MODEL.NAME", "shuffled <b>", "SEED", 1),
-        *(write_run(folder / f"b{i}", [10.0 + i, 20.0], "MODEL.NAME", f"a_name_without_any_space_in_it_{i}")
-          for i in range(9)),
-    ]  # fmt: skip
-    groups = group_runs([read_run(folder) for folder in folders])
-    (folder / "page.html").write_text(compare.page(groups), encoding="utf-8")
-    return groups, folder / "page.html"
 
 
 def pixels(browser):
@@ -152,78 +135,3 @@ def test_the_image_stays_in_sight_while_the_maps_scroll(browser, reach, width):
     top, bottom = browser.js("(({top, bottom}) => [top, bottom])(image.getBoundingClientRect())")
     assert 0 <= top < bottom < 600
     check_quiet(browser, path)
-
-
-def tip(browser):
-    """The lines of what is shown beside the pointer; None if nothing is."""
-    hidden, words = browser.js("[tip.hidden, tip.innerText]")
-    return None if hidden else words.split("\n")
-
-
-def on_panel(browser, number, epoch):
-    """Where on the screen an epoch of three is, in the middle of a panel."""
-    left, top, width, height = browser.box("figure svg", number)
-    return left + width * (56 + epoch / 2 * (460 - 56 - 12)) / 460, top + height / 2
-
-
-def lines(groups, figure, epoch):
-    """What is to be shown of an epoch."""
-    found = [f"epoch {epoch}"]
-    for group in groups:
-        points = {x: (f"{mean:.5g}", low, high, count) for x, mean, low, high, count in group.curve(figure)}
-        mean, low, high, count = points.get(epoch, ("not yet", 0, 0, 1))
-        more = f" ({low:.5g} to {high:.5g}, {count} runs)" if count > 1 else ""
-        found.append(f"{group.name}: {mean}{more}")
-    return found
-
-
-def test_pointing_at_curves_shows_the_values_of_all_runs(browser, runs):
-    groups, path = runs
-    browser.open(path, WIDE)
-    assert tip(browser) is None
-    for number, figure in enumerate(("score", "train_loss", "val_loss")):
-        for epoch in (0, 1, 2):
-            browser.mouse(*on_panel(browser, number, epoch))
-            assert tip(browser) == lines(groups, figure, epoch)
-    browser.mouse(5, 5)
-    assert tip(browser) is None
-    browser.mouse(*on_panel(browser, 1, 1), click=True)
-    for key, code, epoch in (
-        ("ArrowLeft", 37, 0), ("ArrowLeft", 37, 0), ("End", 35, 2), ("ArrowRight", 39, 2), ("Home", 36, 0),
-    ):  # fmt: skip
-        browser.key(key, code)
-        assert tip(browser) == lines(groups, "train_loss", epoch)
-    browser.key("Escape", 27)
-    assert tip(browser) is None
-    check_quiet(browser, path)
-
-
-@pytest.mark.parametrize("width", [WIDE, NARROW, PHONE])
-def test_values_of_curves_are_inside_the_window(browser, runs, width):
-    groups, path = runs
-    browser.open(path, width, 600, touch=width < WIDE)
-    assert browser.js("document.documentElement.scrollWidth") == width
-    for number in range(3):
-        for epoch in (0, 2):
-            place = on_panel(browser, number, epoch)
-            (browser.tap if width < WIDE else browser.mouse)(*place)
-            assert tip(browser)[0] == f"epoch {epoch}"  # a finger that has left keeps them
-            left, top, wide, high = browser.box("#tip")
-            assert 0 <= left < left + wide <= width and 0 <= top < top + high <= 600
-            _, curves, _, height = browser.box("figure svg", number)
-            if width > PHONE:  # which has no room beside the curves for ten lines of long names
-                assert top + high <= curves or curves + height <= top
-    if width < WIDE:
-        browser.tap(5, 5)
-        assert tip(browser) is None
-    check_quiet(browser, path)
-
-
-def test_lines_of_the_table_are_those_of_the_curves(browser, runs):
-    groups, path = runs
-    browser.open(path, WIDE)
-    both = browser.js(
-        "['td .key line', 'figure:first-child polyline'].map((found) => [...document.querySelectorAll(found)]"
-        ".map((line) => [line.getAttribute('stroke'), line.getAttribute('stroke-dasharray')]))"
-    )
-    assert both[0] == both[1] and len(set(map(tuple, both[0]))) == len(groups) == 10
