@@ -1,5 +1,6 @@
 """COCO annotations: read, checked, and turned into boxes, labels and masks."""
 
+import contextlib
 import json
 import logging
 import math
@@ -12,10 +13,17 @@ from torch.utils.data import Dataset
 
 from data.datasets import DataError, load_image
 
+from .evaluation import COCO_PER_IMAGE
+
 # In pixels: the side of an image, and the outline of a polygon.
 _LONGEST = 1_000_000
 # In pixels: images with a shorter side are not trained on.
 _SHORTEST = 32
+# Shares of a set: crowds above the first are told as a warning; whole sets are refused above the second.
+_MANY, _MOST = 0.1, 0.5
+_NORMALISED = "with a box between 0 and 1", "with a mask between 0 and 1"
+_CROWDS = "crowds"
+_TINY = "objects with a box below a pixel on a side, or a mask without a pixel"
 
 
 class CocoDataset(Dataset):
@@ -32,14 +40,24 @@ class CocoDataset(Dataset):
         is_train: leave out images without objects or with a side below 32 pixels, as mmdet does.
         with_objects: whether items have boxes, labels and masks.
         read: makes of a path what ``transform`` takes, and its ``size`` is (width, height).
+        per_image: detections of an image that evaluation looks at, to be told where they are too few.
 
     Attributes:
         records, paths: the image record of each item, and its file.
     """
 
-    def __init__(self, images, annotations, transform, is_train=False, with_objects=True, read=load_image):
+    def __init__(
+        self,
+        images,
+        annotations,
+        transform,
+        is_train=False,
+        with_objects=True,
+        read=load_image,
+        per_image=None,
+    ):
         self.annotations, self.transform, self.read = annotations, transform, read
-        self.with_objects = with_objects
+        self.with_objects, self.per_image = with_objects, per_image
         self.records = annotations.images
         if is_train:
             self.records = [record for record in self.records if self._has_objects(record)]
@@ -65,13 +83,34 @@ class CocoDataset(Dataset):
         return image, dict(target, image_id=record["id"], original_size=size)
 
     def report(self):
-        """Log what was found and what was left out."""
+        """Log what was found, what was left out, and which limits differ from COCO's or are too low."""
+        logger, objects_in = logging.getLogger("msg_transformer"), self.annotations.objects_in
         self.annotations.report()
-        left_out = len(self.annotations.images) - len(self.records)
+        left_out = {record["id"]: record for record in self.annotations.images}
+        for record in self.records:
+            del left_out[record["id"]]
         if left_out:
-            logging.getLogger("msg_transformer").info(
-                f"{self.annotations.path}: not training on {left_out:,} images, without objects or with a "
-                f"side below {_SHORTEST} pixels"
+            small = [record for record in left_out.values() if objects_in[record["id"]]]
+            objects = sum(objects_in[record["id"]] for record in small)
+            of_them = f", such as {small[0]['file_name'][:100]}" if small else ""
+            logger.info(
+                f"{self.annotations.path}: not training on {len(left_out):,} images: "
+                f"{len(left_out) - len(small):,} without objects, {len(small):,} with {objects:,} objects "
+                f"and a side below {_SHORTEST} pixels{of_them}"
+            )
+        if self.per_image is None:
+            return
+        if self.per_image > COCO_PER_IMAGE:
+            logger.info(
+                f"AP counts up to {self.per_image} detections of an image, as DET.PER_IMAGE says; COCO's own "
+                f"figures count {COCO_PER_IMAGE}"
+            )
+        full = [record for record in self.records if objects_in[record["id"]] > self.per_image]
+        if full:
+            logger.warning(
+                f"{self.annotations.path}: {len(full):,} images have more objects than DET.PER_IMAGE "
+                f"{self.per_image}, such as {full[0]['file_name'][:100]} with "
+                f"{objects_in[full[0]['id']]:,}: raise it, or they cannot all be found"
             )
 
 
@@ -83,10 +122,12 @@ class Annotations:
         categories: records of the categories, by id.
         labels: category id to label, from 1.
         problems: what is wrong with the annotations left out, to their ids.
+        notes: what else is told of annotations (crowds, parts left out, objects below a pixel), likewise.
         objects_in: image id to the number of its objects, crowds apart.
 
     Raises:
-        DataError: the file is missing, no COCO JSON, or its images contradict each other.
+        DataError: the file is missing, no COCO JSON, its images contradict each other, or most of its boxes
+            are not in pixels or not (x, y, width, height).
     """
 
     def __init__(self, path):
@@ -99,19 +140,59 @@ class Annotations:
         sizes = {image["id"]: (image["height"], image["width"]) for image in self.images}
         if not sizes or not self.labels:
             raise DataError(f"{path} lists {'no categories' if sizes else 'no images'}")
-        self.problems, by_image = {}, {number: [] for number in sizes}
+        self.problems, self.notes, self._first = {}, {}, {}
+        self._names = {image["id"]: image["file_name"] for image in self.images}
+        by_image, self._corners, self._compared = {number: [] for number in sizes}, {}, 0
         for item in content["annotations"]:
-            item = {key: value for key, value in item.items() if value is not None}
+            item = _with_numbers(item, sizes, self.labels)
             problem = self._problem(item, sizes)
             if problem:
-                self.problems.setdefault(problem, []).append(item.get("id", "?"))
+                self._note(self.problems, problem, item)
             else:
                 by_image[item["image_id"]].append(item)
+                if item.get("iscrowd"):
+                    self._note(self.notes, _CROWDS, item)
         self.objects_in = {
             number: sum(not item.get("iscrowd") for item in items) for number, items in by_image.items()
         }
+        self._refuse_other_boxes(len(content["annotations"]))
+        del self._names, self._corners  # every worker would have them, too
         # As text: every loading worker would end up with a copy of its own of a million dicts.
         self._by_image = {number: json.dumps(items).encode() for number, items in by_image.items()}
+
+    def _note(self, notes, reason, item):
+        """Count an annotation under a reason, and keep the image of the first."""
+        notes.setdefault(reason, []).append(item.get("id", "?"))
+        image = item.get("image_id")
+        self._first.setdefault(reason, self._names[image] if _is_one_of(image, self._names) else image)
+
+    def example(self, reason, ids):
+        """The first annotations noted under a reason, in words."""
+        some = ", ".join(str(number)[:20] for number in ids[:5]) + (" ..." if len(ids) > 5 else "")
+        return f"ids {some}; the first is of {str(self._first[reason])[:100]}"
+
+    def reasons(self):
+        """Why annotations are not trained on, in words."""
+        found = [*self.problems.items(), *self.notes.items()]
+        return [f"{len(ids):,} {reason} ({self.example(reason, ids)})" for reason, ids in found]
+
+    def _refuse_other_boxes(self, total):
+        """Raise a DataError where most boxes are shares of the image, or most are (x1, y1, x2, y2)."""
+        shares = {problem: ids for problem, ids in self.problems.items() if problem in _NORMALISED}
+        for problem, ids in shares.items():
+            if sum(map(len, shares.values())) > _MOST * total:
+                raise DataError(
+                    f"{self.path}: {len(ids):,} of {total:,} annotations come {problem} "
+                    f"({self.example(problem, ids)}), but COCO counts in pixels: multiply x by the width of "
+                    "the image and y by its height"
+                )
+        for reason, ids in self._corners.items():
+            if len(ids) > _MOST * self._compared:
+                raise DataError(
+                    f"{self.path}: {len(ids):,} of {total:,} boxes fit their masks as {reason} "
+                    f"({self.example(reason, ids)}), but COCO's are [x, y, width, height]: write "
+                    "[x1, y1, x2 - x1, y2 - y1]"
+                )
 
     def _problem(self, item, sizes):
         """What is wrong with an annotation, or None."""
@@ -124,6 +205,8 @@ class Annotations:
             return "without a box of four numbers"
         if box[2] <= 0 or box[3] <= 0:
             return "with a box of no area"
+        if max(box) <= 1 and min(box[2:]) < 1:
+            return _NORMALISED[0]
         x1, y1, x2, y2 = clipped(box, size)
         if x2 <= x1 or y2 <= y1:
             return "with a box outside the image"
@@ -131,10 +214,11 @@ class Annotations:
             return "with an iscrowd other than 0 and 1"
         if not _is_number(item.get("area", 0)) or item.get("area", 0) < 0:
             return "with an area that is no number"
-        return self._mask_problem(item.get("segmentation"), size)
+        return self._mask_problem(item, size) or self._mismatch(item, size)
 
-    @staticmethod
-    def _mask_problem(shape, size):
+    def _mask_problem(self, item, size):
+        """What is wrong with a mask, or None; of its polygons, those that are wrong are taken out."""
+        shape = item.get("segmentation")
         if isinstance(shape, dict):
             counts = shape.get("counts")
             if not isinstance(counts, (list, str)):
@@ -147,12 +231,48 @@ class Annotations:
             return None
         if not isinstance(shape, list) or not shape:
             return "without a mask"
-        for part in shape:
-            if not isinstance(part, list) or len(part) < 6 or len(part) % 2 or not all(map(_is_number, part)):
-                return "with a polygon of fewer than three points"
-            if not _is_drawable(part):
-                return "with a polygon far larger than an image"
+        problems = list(map(_part_problem, shape))
+        if all(problems):
+            return problems[0]
+        for problem in filter(None, problems):
+            self._note(self.notes, f"parts of masks: {problem.removeprefix('with ')}", item)
+        item["segmentation"] = [part for part, problem in zip(shape, problems) if not problem]
         return None
+
+    def _mismatch(self, item, size):
+        """How a mask contradicts its box, or None; notes boxes that fit as corners, and what is tiny."""
+        (x, y, width, height), shape = item["bbox"], item["segmentation"]
+        bounds = self._bounds(item, size)
+        if bounds is not None:
+            if isinstance(shape, list) and max(bounds) <= 1 and max(width, height) > 2:
+                return _NORMALISED[1]
+            box = x, y, x + width, y + height
+            if any(min(bounds[i + 2], box[i + 2]) < max(bounds[i], box[i]) for i in (0, 1)):
+                return "with a mask outside its box"
+            as_box, as_corners = (
+                sum(abs(there - here) for there, here in zip(bounds, corners))
+                for corners in (box, item["bbox"])
+            )
+            self._compared += as_box != as_corners
+            if as_corners < as_box:
+                self._note(self._corners, "[x1, y1, x2, y2]", item)
+        if not item.get("iscrowd") and (min(width, height) < 1 or self._is_without_pixel(item, size, bounds)):
+            self._note(self.notes, _TINY, item)
+        return None
+
+    def _is_without_pixel(self, item, size, bounds):
+        if bounds is None or min(bounds[2] - bounds[0], bounds[3] - bounds[1]) >= 2:  # spares the drawing
+            return bounds is None
+        return not coco_mask.area(self.code_of(item, size))
+
+    def _bounds(self, item, size):
+        """(x1, y1, x2, y2) of a mask; None where it has no pixel."""
+        shape = item["segmentation"]
+        if isinstance(shape, list):
+            xs, ys = ([value for part in shape for value in part[i::2]] for i in (0, 1))
+            return min(xs), min(ys), max(xs), max(ys)
+        x, y, width, height = coco_mask.toBbox(self.code_of(item, size)).tolist()
+        return (x, y, x + width, y + height) if width and height else None
 
     def kept(self):
         """All annotations but those left out, in the order of their images."""
@@ -209,7 +329,7 @@ class Annotations:
         return crowd
 
     def report(self):
-        """Log what was found, what was left out, and how much."""
+        """Log what was found, and what was left out: how much, why, and an example."""
         logger = logging.getLogger("msg_transformer")
         objects = list(self.objects_in.values())
         logger.info(
@@ -217,8 +337,21 @@ class Annotations:
             f"{sum(objects):,} objects in {len(self.categories):,} categories"
         )
         for problem, ids in self.problems.items():
-            some = ", ".join(str(number)[:20] for number in ids[:5]) + (" ..." if len(ids) > 5 else "")
-            logger.warning(f"{self.path}: leaving out {len(ids)} annotations {problem} (ids {some})")
+            logger.warning(
+                f"{self.path}: leaving out {len(ids):,} annotations {problem} ({self.example(problem, ids)})"
+            )
+        for reason, ids in self.notes.items():
+            what, level = f"{len(ids):,} {reason} ({self.example(reason, ids)})", logging.WARNING
+            if reason == _CROWDS:
+                many = len(ids) > _MANY * (len(ids) + sum(objects))
+                level = logging.WARNING if many else logging.INFO
+                what += ", which are not trained on, and count neither for nor against in evaluation"
+                what += ": set iscrowd to 0 where they are single objects" if many else ""
+            elif reason == _TINY:
+                what += ": evaluation counts them, training leaves out those that resizing does not enlarge"
+            else:
+                what = f"leaving out {what}"
+            logger.log(level, f"{self.path}: {what}")
 
     def as_coco(self):
         """The content of a COCO file without what was left out."""
@@ -256,6 +389,13 @@ def runs_of(text):
     return runs.tolist()
 
 
+def _part_problem(part):
+    """What is wrong with a polygon of a mask, or None."""
+    if not isinstance(part, list) or len(part) < 6 or len(part) % 2 or not all(map(_is_number, part)):
+        return "with a polygon of fewer than three points"
+    return None if _is_drawable(part) else "with a polygon far larger than an image"
+
+
 def _is_drawable(polygon):
     """Whether pycocotools can draw a polygon (x, y, x, y, ...): for others it writes beyond its memory."""
     low, high = min(polygon), max(polygon)
@@ -269,6 +409,39 @@ def _is_drawable(polygon):
 
 def _is_number(value):
     return type(value) in (int, float) and abs(value) < 2**53
+
+
+def _number(value):
+    """A number that is written as text as a number; anything else as it is."""
+    for kind in (int, float) if isinstance(value, str) else ():
+        with contextlib.suppress(ValueError):
+            return kind(value)
+    return value
+
+
+def _with_numbers(item, *known):
+    """An annotation without what is null, and with numbers in place of numbers written as text.
+
+    Args:
+        known: the ids of images and of categories, which may themselves be text.
+    """
+    item = {key: value for key, value in item.items() if value is not None}
+    for key, ids in zip(("image_id", "category_id"), known):
+        value = item.get(key)
+        if type(value) in (int, str) and value not in ids:
+            item[key] = next((other for other in (_number(value), str(value)) if other in ids), value)
+    for key in ("area", "iscrowd"):
+        if key in item:
+            item[key] = _number(item[key])
+    box, shape = item.get("bbox"), item.get("segmentation")
+    if isinstance(box, list):
+        item["bbox"] = list(map(_number, box))
+    if isinstance(shape, list):
+        item["segmentation"] = [
+            list(map(_number, part)) if isinstance(part, list) and part and type(part[0]) is str else part
+            for part in shape
+        ]
+    return item
 
 
 def _is_size(value):
@@ -288,7 +461,7 @@ def _read_json(path):
     if os.path.exists(path) and not os.path.isfile(path):  # a pipe would wait forever
         raise DataError(f"cannot read the annotations {path}: it is not a file")
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, "rb") as file:  # of bytes, json tells the encoding and a byte order mark
             content = json.load(file)
     except OSError as error:
         raise DataError(f"cannot read the annotations {path}: {error.strerror}") from error
@@ -345,7 +518,10 @@ def build_dataset(root, images, annotations, transform, skip, **options):
     """
     annotations = Annotations(os.path.join(root, annotations))
     if not any(annotations.objects_in.values()):
-        raise DataError(f"{annotations.path} has no objects: its annotations are missing or all left out")
+        why = "; ".join(annotations.reasons()[:3]) or "its list of annotations is empty"
+        raise DataError(
+            f"{annotations.path} has no objects: {why}; docs/detection.md says what an object needs"
+        )
     dataset = CocoDataset(os.path.join(root, images), annotations, transform, **options)
     if not len(dataset):
         raise DataError(f"{annotations.path}: every image with objects has a side below {_SHORTEST} pixels")

@@ -1,5 +1,6 @@
 """COCO average precision, through pycocotools."""
 
+import collections
 import contextlib
 import io
 import json
@@ -12,6 +13,7 @@ from pycocotools.cocoeval import COCOeval
 from utils import replacing
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # the first six figures of COCOeval
+COCO_PER_IMAGE = 100  # detections of an image and category that COCO's own figures count, the surest
 
 
 def to_results(image_id, detection, categories):
@@ -44,6 +46,8 @@ def to_results(image_id, detection, categories):
 def average_precision(truth, results, image_ids):
     """COCO's figures, in percent.
 
+    All detections count: where an image has more than the 100 that COCO's own figures take, so do these.
+
     Args:
         truth: content of a COCO annotation file.
         results: of all images, see :func:`to_results`.
@@ -54,6 +58,8 @@ def average_precision(truth, results, image_ids):
         A figure without objects of its kind is NaN.
     """
     figures, per_class = {}, []
+    of_images = collections.Counter(result["image_id"] for result in results)
+    most = max([COCO_PER_IMAGE, *of_images.values()])
     with contextlib.redirect_stdout(io.StringIO()):
         ground_truth = _coco(truth, truth["annotations"])
         for kind, prefix in (("bbox", "box"), ("segm", "mask")):
@@ -64,17 +70,14 @@ def average_precision(truth, results, image_ids):
             ]
             detected = ground_truth.loadRes(shown) if shown else _coco(truth, [])
             evaluation = Evaluation(ground_truth, detected, kind)
-            evaluation.params.imgIds = sorted(image_ids)
+            evaluation.params.imgIds, evaluation.params.maxDets = sorted(image_ids), [most]
             evaluation.evaluate()
             evaluation.accumulate()
-            evaluation.summarize()
-            stats = [
-                100 * float(value) if value >= 0 else float("nan")
-                for value in evaluation.stats[: len(METRICS)]
-            ]
-            figures.update({f"{prefix}_{name}": value for name, value in zip(METRICS, stats)})
-            precision = evaluation.eval["precision"][:, :, :, 0, -1]  # IoU, recall, category
-            per_class.append([100 * _mean(precision[:, :, i]) for i in range(precision.shape[2])])
+            precision = evaluation.eval["precision"][..., 0]  # IoU from 0.5 by 0.05, recall, category, size
+            parts = [precision[..., 0], precision[0, ..., 0], precision[5, ..., 0]]
+            parts += [precision[..., size] for size in (1, 2, 3)]
+            figures.update({f"{prefix}_{name}": 100 * _mean(part) for name, part in zip(METRICS, parts)})
+            per_class.append([100 * _mean(precision[:, :, i, 0]) for i in range(precision.shape[2])])
     names = {category["id"]: category["name"] for category in truth["categories"]}
     rows = [(names[number], *values) for number, *values in zip(evaluation.params.catIds, *per_class)]
     return figures, rows

@@ -85,7 +85,8 @@ def build_loaders(config, rank=0, world_size=1, device="cpu"):
     read, change_pixels = build_reader(config)
     transform = build_transform(config, False, change_pixels)
     # Evaluation takes the objects from the annotations, in the pixels of the file.
-    val = build_dataset(root, det.VAL_IMAGES, det.VAL_JSON, transform, skip, with_objects=False, read=read)
+    options_of_val = dict(with_objects=False, read=read, per_image=det.PER_IMAGE)
+    val = build_dataset(root, det.VAL_IMAGES, det.VAL_JSON, transform, skip, **options_of_val)
     shard = evaluation_shard(len(val), rank, world_size)
     # One image at a time: the padding of a batch would change what convolutions see at the borders.
     loader = DataLoader(EvaluationSamples(val, skip), 1, sampler=shard, **options)
@@ -106,6 +107,9 @@ def build_loaders(config, rank=0, world_size=1, device="cpu"):
         len(train), config.DATA.BATCH_SIZE, accumulation, rank, world_size, config.SEED
     )
     sampler.groups = [record["height"] > record["width"] for record in train.records]  # less padding
-    require_an_update(sampler, train.annotations.path)
+    without = len(train.annotations.images) - len(train)
+    why = "; ".join(["no objects or small", *train.annotations.reasons()[:3]])
+    where = f"{train.annotations.path}, without {without:,} images ({why})," if without else None
+    require_an_update(sampler, where or train.annotations.path)
     loader = DataLoader(TrainingSamples(train, config.SEED, skip), batch_sampler=sampler, **options)
     return Loader(loader, train.paths, to_device), sampler, val_loader, val

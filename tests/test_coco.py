@@ -134,8 +134,11 @@ def broken(**changes):
         ("with a polygon of fewer than three points", broken(segmentation=[[1, 1, 5, 5]])),
         ("with a mask of another size than the image", broken(segmentation=dict(size=[3, 3], counts=[9]))),
         ("with a mask that does not fill the image", "short"),
-        ("with an iscrowd other than 0 and 1", broken(iscrowd="0")),
-        ("with an area that is no number", broken(area="81")),
+        ("with a mask outside its box", broken(segmentation=[[20, 20, 30, 20, 30, 30]])),
+        ("with a box between 0 and 1", broken(bbox=[0.1, 0.2, 0.5, 0.4])),
+        ("with a mask between 0 and 1", broken(segmentation=[[0.1, 0.1, 0.6, 0.1, 0.6, 0.7]])),
+        ("with an iscrowd other than 0 and 1", broken(iscrowd="2")),
+        ("with an area that is no number", broken(area="large")),
         ("with a polygon far larger than an image", broken(segmentation=[[1e9, 1, 1e9, 9, 1e9, 5]])),
         ("with a polygon far larger than an image", broken(segmentation=[[0, 0, 9e5, 9e5] * 9])),
     ],
@@ -151,9 +154,125 @@ def test_broken_annotations_are_left_out_and_named(tmp_path, shapes, caplog, pro
     assert annotations.problems == {problem: [9000, 9001]} and len(annotations.kept()) == whole
     with caplog.at_level("INFO"):
         annotations.report()
-    assert f"leaving out 2 annotations {problem} (ids 9000, 9001)" in caplog.text
+    image = "1000000" if item["image_id"] else content["images"][0]["file_name"]
+    told = f"leaving out 2 annotations {problem} (ids 9000, 9001; the first is of {image})"
+    assert told in caplog.text
     objects = sum(not item["iscrowd"] for item in annotations.kept())
     assert f": 24 images, 7 of them without objects; {objects} objects in 3 categories" in caplog.text
+
+
+def changed(content, change):
+    """A COCO file with a change of each of its annotations, which gets the annotation and its place."""
+    for place, item in enumerate(content["annotations"]):
+        item.update(change(item, place))
+    return content
+
+
+def told(annotations, caplog):
+    """What a report says."""
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        annotations.report()
+    return caplog.text
+
+
+def test_boxes_that_are_shares_of_the_image_or_two_corners_are_refused(tmp_path, shapes):
+    """Unless they are the smaller part of the set, where corners cannot be told from boxes."""
+
+    def shares(item):
+        return dict(bbox=[value / 999 for value in item["bbox"]])
+
+    def corners(item):
+        x, y, width, height = item["bbox"]
+        return dict(bbox=[x, y, x + width, y + height])
+
+    for change, words in (
+        (shares, "annotations come with a box between 0 and 1 .*multiply x by the width"),
+        (corners, r"boxes fit their masks as \[x1, y1, x2, y2\] .*write \[x1, y1, x2 - x1, y2 - y1\]"),
+    ):
+        content = changed(content_of(shapes), lambda item, _, change=change: change(item))
+        with pytest.raises(DataError, match=r"annotations.json: \d+ of \d+ " + words) as error:
+            Annotations(write_json(tmp_path, content))
+        first = content["annotations"][0]
+        name = next(r["file_name"] for r in content["images"] if r["id"] == first["image_id"])
+        assert f"; the first is of {name})" in str(error.value)
+        for item in (content := content_of(shapes))["annotations"][:3]:
+            item.update(change(item))
+        Annotations(write_json(tmp_path, content))
+
+
+def test_crowds_are_counted_and_a_warning_where_they_are_many(tmp_path, shapes, caplog):
+    content = content_of(shapes)
+    few = changed(content_of(shapes), lambda item, place: dict(iscrowd=int(place == 1)))
+    many = changed(content_of(shapes), lambda item, place: dict(iscrowd=place % 2))
+    half, whole = len(content["annotations"]) // 2, len(content["annotations"])
+    for changed_content, number, level in ((few, 1, "INFO"), (many, half, "WARNING")):
+        text = told(Annotations(write_json(tmp_path, changed_content)), caplog)
+        record = next(record for record in caplog.records if "crowds (" in record.message)
+        assert record.levelname == level and f": {number} crowds (ids 2" in text
+        assert ("set iscrowd to 0" in text) == (level == "WARNING") and whole > 10
+    with pytest.raises(
+        DataError, match=rf"has no objects: {whole} crowds \(ids 1, 2, 3, 4, 5 ...; the first"
+    ):
+        write_json(tmp_path, changed(content, lambda item, place: dict(iscrowd=1)))
+        build_dataset(str(tmp_path), "images", "annotations.json", keep, skip=False)
+
+
+def test_a_set_without_masks_is_refused_with_the_reason(tmp_path, shapes):
+    write_json(tmp_path, changed(content_of(shapes), lambda item, place: dict(segmentation=[])))
+    with pytest.raises(
+        DataError, match=r"has no objects: \d+ without a mask \(.*; docs/detection.md says what"
+    ):
+        build_dataset(str(tmp_path), "images", "annotations.json", keep, skip=False)
+
+
+def test_wrong_parts_of_a_polygon_are_left_out_and_the_object_stays(small, caplog):
+    content = small_content()
+    content["annotations"][0]["segmentation"] += [[1, 1, 2, 2], [1e9, 1, 1e9, 9, 1e9, 5], "none"]
+    annotations = used(small, content).annotations
+    assert not annotations.problems and annotations.kept()[0]["segmentation"] == [[1, 1, 6, 1, 6, 7]]
+    text = told(annotations, caplog)
+    assert (
+        "leaving out 2 parts of masks: a polygon of fewer than three points (ids 5, 5; the first is of 0.png)"
+        in text
+    )
+    assert "leaving out 1 parts of masks: a polygon far larger than an image (ids 5;" in text
+
+
+def test_objects_below_a_pixel_are_counted_and_evaluated(small, caplog):
+    content = small_content()
+    content["annotations"][0].update(bbox=[3, 3, 0.4, 2], segmentation=[[3.1, 3, 3.4, 3, 3.4, 5]])
+    empty = dict(size=[8, 8], counts=[64])
+    content["annotations"][1]["segmentation"] = empty
+    (small / "annotations.json").write_text(json.dumps(content))
+    annotations = Annotations(str(small / "annotations.json"))
+    assert len(annotations.kept()) == 4
+    assert ": 2 objects with a box below a pixel on a side, or a mask without a pixel (ids 5, 6;" in told(
+        annotations, caplog
+    )
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_byte_order_mark_is_no_error(small, encoding):
+    content = small_content()
+    content["categories"][0]["name"] = "é"
+    (small / "annotations.json").write_text(json.dumps(content, ensure_ascii=False), encoding=encoding)
+    assert Annotations(str(small / "annotations.json")).categories[0]["name"] == "é"
+
+
+def test_numbers_written_as_text_are_numbers(small):
+    content = small_content()
+    for item in content["annotations"]:
+        item.update({key: str(item[key]) for key in ("image_id", "category_id", "area", "iscrowd")})
+        item["bbox"] = list(map(str, item["bbox"]))
+    content["annotations"][0]["segmentation"] = [["1", "1", "6.0", "1", "6", "7"]]
+    kept = used(small, content).annotations.kept()
+    assert kept == Annotations(write_json(small, small_content())).kept()
+    # And the other way round: the images have text, their annotations numbers.
+    content = small_content()
+    for record in content["images"]:
+        record["id"] = str(record["id"])
+    assert {item["image_id"] for item in used(small, content).annotations.kept()} == {"0", "1"}
 
 
 @pytest.mark.parametrize(
@@ -414,6 +533,44 @@ def test_a_perfect_predictor_gets_100_and_an_empty_one_0(shapes):
     assert perfect["box_AP"] == perfect["mask_AP"] == pytest.approx(100)
     empty, rows = average_precision(annotations.as_coco(), [], ids)
     assert empty["box_AP"] == empty["mask_AP"] == 0 and rows == [(name, 0, 0) for name, *_ in rows]
+
+
+def crowded(many):
+    """A COCO file of an image with so many objects, and results that are all of them."""
+    places = [[12 * (i % 20), 12 * (i // 20), 10, 10] for i in range(many)]
+    outlines = [[[x, y, x + w, y, x + w, y + h, x, y + h]] for x, y, w, h in places]
+    items = [
+        dict(image_id=1, category_id=1, bbox=box, area=100, iscrowd=0, segmentation=outline)
+        for box, outline in zip(places, outlines)
+    ]
+    categories = [dict(id=1, name="pig")]
+    truth = dict(images=[dict(id=1, file_name="pigs.png", height=240, width=240)], categories=categories)
+    codes = [coco_mask.frPyObjects(outline, 240, 240)[0] for outline in outlines]
+    shapes = [dict(code, counts=code["counts"].decode()) for code in codes]
+    results = [dict(item, score=0.9, segmentation=shape) for item, shape in zip(items, shapes)]
+    return dict(truth, annotations=items), results
+
+
+def test_all_detections_count_also_above_the_100_of_coco():
+    figures, rows = average_precision(*crowded(150), [1])
+    assert figures["box_AP"] == figures["mask_AP"] == pytest.approx(100) and rows == [("pig", 100, 100)]
+
+
+def test_other_limits_of_detections_than_coco_has_and_too_low_ones_are_told(small, caplog):
+    (small / "annotations.json").write_text(json.dumps(crowded(150)[0]))
+    Image.new("RGB", (240, 240)).save(small / "images" / "pigs.png")
+    for per_image, words in (
+        (100, "1 images have more objects than DET.PER_IMAGE 100, such as pigs.png with 150: raise it"),
+        (
+            150,
+            "AP counts up to 150 detections of an image, as DET.PER_IMAGE says; COCO's own figures count 100",
+        ),
+    ):
+        dataset = build_dataset(
+            str(small), "images", "annotations.json", keep, skip=False, per_image=per_image
+        )
+        text = told(dataset, caplog)
+        assert words in text and ("AP counts" in text) != ("more objects" in text)
 
 
 def test_images_that_were_not_evaluated_are_not_missed(shapes):
