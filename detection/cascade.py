@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, smooth_l1_loss
-from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, BoxCoder, Matcher
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, Matcher
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import maskrcnn_inference
@@ -23,7 +23,7 @@ from torchvision.ops import (
 )
 
 from .masks import mask_targets
-from .proposals import at_least_float32
+from .proposals import LimitedBoxCoder, at_least_float32
 
 
 class HeadLayers(NamedTuple):
@@ -109,7 +109,7 @@ class CascadeStage(nn.Module):
         self.mask_head = MaskRCNNHeads(channels, [channels] * mask_convs, dilation=1)
         self.mask_predictor = MaskRCNNPredictor(channels, channels, classes)
         self.matcher = Matcher(iou, iou, allow_low_quality_matches=False)
-        self.coder = BoxCoder(tuple(1 / std for std in delta_stds))
+        self.coder = LimitedBoxCoder(tuple(1 / std for std in delta_stds))
         self.box_loss = box_loss
 
     def predict_boxes(self, features):

@@ -31,7 +31,7 @@ class ProposalNetwork(nn.Module):
         self.strides, self.scale, self.ratios, self.most = strides, scale, ratios, most
         self.head = RPNHead(channels, len(ratios))
         self.sampler = BalancedPositiveNegativeSampler(samples, 0.5)
-        self.coder = BoxCoder((1.0, 1.0, 1.0, 1.0))
+        self.coder = LimitedBoxCoder((1.0, 1.0, 1.0, 1.0))
 
     def forward(self, maps, sizes, targets=None):
         """Proposals of each image, the best first, and in training the losses.
@@ -102,6 +102,19 @@ class ProposalNetwork(nn.Module):
             goals = self.coder.encode_single(targets[i]["boxes"][matched[positive]], anchors[positive])
             box_loss = box_loss + smooth_l1_loss(deltas[i, positive], goals, reduction="sum", beta=1 / 9)
         return dict(objectness=objectness / count, rpn_box_reg=box_loss / count)
+
+
+class LimitedBoxCoder(BoxCoder):
+    """torchvision's coder, which enlarges a box by a factor of 62.5 at most, shrinking it by no more either."""
+
+    def decode_single(self, rel_codes, boxes):
+        """The boxes that deltas (N, 4) make of boxes (N, 4)."""
+        x, y, width, height = rel_codes.unbind(1)
+        width, height = (
+            value.clamp(min=-self.bbox_xform_clip * weight)
+            for value, weight in zip((width, height), self.weights[2:])
+        )
+        return super().decode_single(torch.stack([x, y, width, height], dim=1), boxes)
 
 
 def anchors_of_map(shape, stride, scale, ratios):

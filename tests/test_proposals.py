@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_detection import config, decode, giou, random_boxes, scene
 
-from detection.cascade import PyramidRoIAlign, pyramid_levels
+from detection.cascade import CascadeStage, HeadLayers, PyramidRoIAlign, pyramid_levels
 from detection.detector import build_detector, to_original_size
 from detection.masks import mask_targets, paste_masks
 from detection.proposals import ProposalNetwork, anchors_of_map, match_anchors
@@ -35,6 +35,22 @@ def test_anchors_have_equal_areas_and_their_ratios_unrounded():
     found = anchors_of_map((3, 5), 16, 7, RATIOS).unflatten(0, (3, 5, 3))
     for i, j, a in itertools.product(range(3), range(5), range(3)):
         assert found[i, j, a].tolist() == pytest.approx(anchor(i, j, 16, 7, RATIOS[a]), abs=1e-9)
+
+
+def test_deltas_shrink_and_enlarge_by_the_same_factor_at_most():
+    """By 62.5, whatever the deltas are divided by; in mmdet abs(log(16 / 1000)) limits both ends."""
+    box = torch.tensor([[10.0, 20, 135, 270]], dtype=torch.float64)
+    stds = (0.1, 0.1, 0.2, 0.5)
+    stage = CascadeStage(HeadLayers(4, 2, 0, [8], 1), 0.5, stds, "giou")
+    proposals = ProposalNetwork(4, [4], 8, RATIOS, 1, (1, 1)).coder.decode_single
+    for scales, coder in ((stds, stage.decode), ((1, 1, 1, 1), proposals)):
+        for factors in ((1000, 0.001), (0.001, 1000), (62, 1 / 62), (0.5, 2)):
+            deltas = [0, 0, *(math.log(factor) / std for factor, std in zip(factors, scales[2:]))]
+            x1, y1, x2, y2 = coder(torch.tensor([deltas], dtype=torch.float64), box)[0].tolist()
+            sides = [side * min(max(factor, 1 / 62.5), 62.5) for side, factor in zip((125, 250), factors)]
+            assert [x2 - x1, y2 - y1] == pytest.approx(sides) and (x1 + x2, y1 + y2) == pytest.approx(
+                (145, 290)
+            )
 
 
 @pytest.mark.parametrize("is_train", [True, False])
@@ -189,8 +205,8 @@ def test_proposals_are_the_best_of_each_level_without_duplicates():
         30,
         30,
     )
-    # Boxes of no width are none, whatever their score.
-    deltas[0][:, 2, 3, 4], logits[0][:, 0, 3, 4] = -40, 25
+    # Boxes of no width, here beyond the left border, are none, whatever their score.
+    deltas[0][:, 0, 3, 4], logits[0][:, 0, 3, 4] = -40, 25
     for most, is_train in ((2000, True), (25, False)):
         targets = [dict(boxes=torch.zeros(0, 4))] * 2
         found, _ = rpn.train(is_train)(maps, sizes, targets)
