@@ -86,6 +86,9 @@ def default_config():
     # JPEG (progressive ones have about 10). What decodes for minutes or needs gigabytes is beyond that.
     config.DATA.MAX_PIXELS = 100_000_000
     config.DATA.MAX_SCANS = 100
+    # Photos that are stored turned and carry an EXIF orientation: ignore it, as the official code does, or
+    # apply it in training and evaluation. Predictions and pictures of messengers always apply it.
+    config.DATA.EXIF_ORIENTATION = "ignore"
     # Data-loading worker processes for each training process; 0 loads in the training process itself.
     config.DATA.NUM_WORKERS = 8
 
@@ -362,6 +365,7 @@ def default_config():
 CHOICES = {
     "DATA.BACKEND": ("pil", "opencv"),
     "DATA.DATASET": ("imagenet", "tar", "wds", "hfds", *(f"torch/{name}" for name in TORCHVISION), "coco"),
+    "DATA.EXIF_ORIENTATION": ("ignore", "apply"),
     "DATA.INTERPOLATION": ("bicubic", "bilinear", "lanczos", "nearest", "random"),
     "DATA.ON_ERROR": ("raise", "skip"),
     "MODEL.TYPE": ("msg", "timm"),

@@ -17,6 +17,7 @@ import checkpoint as ckpt
 import distributed
 import utils
 from config import dump_config, get_config, parse_args, set_classes
+from data.loaders import turns
 from detection import evaluation
 from detection.detector import build_detector, count_macs, load_pretrained, to_original_size
 from detection.loaders import build_loaders
@@ -161,7 +162,8 @@ def evaluate(model, loader, dataset, compute, config):
             evaluation.write_results(path, results)
             names = [category["name"] for category in annotations.categories]
             if drawn:
-                draw_detections(drawn, names, os.path.join(config.OUTPUT, "detections.png"))
+                path_of_picture = os.path.join(config.OUTPUT, "detections.png")
+                draw_detections(drawn, names, path_of_picture, turn=turns(config))
             logger.info(f"detections: {path} and detections.png", extra=DETAIL)
         except OSError as error:
             logger.error(f"cannot write the detections: {error}")

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torchvision
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch.utils.data import Dataset, get_worker_info
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -27,6 +27,9 @@ from .progressive import place_of_phase
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 # DATA.MAX_PIXELS and DATA.MAX_SCANS of those who have no config.
 MAX_PIXELS, MAX_SCANS = 100_000_000, 100
+# What EXIF's orientations from 2 to 8 ask for, so that an image is upright.
+_TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2))
+_LOOKED_AT = 256  # images of a set whose EXIF orientations are counted
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # of a JPEG; within a scan are zeros and restarts
 
 
@@ -136,18 +139,33 @@ def _has_more_scans(image, content, most):
     return scans > most
 
 
-def load_image(path, max_pixels=MAX_PIXELS, max_scans=MAX_SCANS, mode="RGB", stored=None):
-    """Read an image file with PIL; of an animation the first frame, EXIF rotation ignored, as PIL does it.
+def orientation_of(image):
+    """The EXIF orientation of an image that Pillow opened, from 1 to 8; 1 (upright) where it has none.
+
+    It is 1 for TIFF files, whose own tag Pillow applies by itself.
+    """
+    try:
+        found = 1 if image.format == "TIFF" else image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # a damaged tag can raise nearly anything
+        return 1
+    return found if found in _TURNS else 1
+
+
+def load_image(path, max_pixels=MAX_PIXELS, max_scans=MAX_SCANS, mode="RGB", stored=None, turn=True):
+    """Read an image file with PIL; of an animation the first frame.
 
     Args:
         max_pixels, max_scans, stored: see :func:`open_image`.
         mode: PIL's, of the image returned: L, RGB or RGBA, whose alpha is 255 where the file has none.
+        turn: whether to turn it as its EXIF orientation says, so that it is upright.
 
     Raises:
         DataError: the file cannot be decoded, or only beyond the limits.
     """
     with decoding(path), open_image(path, max_pixels, max_scans, stored)[0] as image:
-        return image.convert(mode)
+        converted = image.convert(mode)
+        orientation = orientation_of(image) if turn else 1
+        return converted.transpose(_TURNS[orientation]) if orientation > 1 else converted
 
 
 class ImageFolder(torchvision.datasets.ImageFolder):
@@ -187,6 +205,34 @@ class ImageFolder(torchvision.datasets.ImageFolder):
         """Log what was found and what was ignored."""
         report_found(
             f"{self.root}: {len(self.samples):,} images in {len(self.classes):,} classes", self.ignored
+        )
+
+
+def report_orientations(paths, stored, turn):
+    """Log how many images have an EXIF orientation, of at most 256 evenly over a set, if any has.
+
+    Args:
+        paths: the name of every index.
+        stored: returns the :class:`Stored` of an index; None where the names are files.
+        turn: whether they are turned.
+    """
+    looked_at = np.unique(np.linspace(0, len(paths) - 1, min(_LOOKED_AT, len(paths))).astype(int)).tolist()
+    found = []
+    for path, index in ((paths[index], index) for index in looked_at):
+        # What cannot be read is told where it is used. The header says enough: pixels are not decoded.
+        with contextlib.suppress(Exception), without_pillows_limit():
+            if stored is None and not os.path.isfile(path):  # a pipe would wait forever
+                continue
+            file = path if stored is None else io.BytesIO(stored(index).read())
+            with Image.open(file, formats=FORMATS) as image:
+                if image.info.get("exif") and orientation_of(image) > 1:
+                    found.append(path)
+    if found:
+        action = "apply turns" if turn else "ignore leaves them as stored; apply would turn"
+        logging.getLogger("msg_transformer").log(
+            logging.INFO if turn else logging.WARNING,
+            f"{len(found):,} of {len(looked_at):,} images looked at have an EXIF orientation, such as "
+            f"{found[0]}: DATA.EXIF_ORIENTATION {action} them upright",
         )
 
 

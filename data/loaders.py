@@ -11,10 +11,17 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import DataLoader, default_collate
 
 from config import ConfigError
-from distributed import from_rank_0, gather_lists
+from distributed import from_rank_0, gather_lists, rank_and_world_size
 from utils import STOP_SIGNALS
 
-from .datasets import DataError, EvaluationSamples, TrainingSamples, load_image, require_same_classes
+from .datasets import (
+    DataError,
+    EvaluationSamples,
+    TrainingSamples,
+    load_image,
+    report_orientations,
+    require_same_classes,
+)
 from .progressive import build_phases, place_of_phase
 from .readers import open_dataset
 from .samplers import TrainBatchSampler, evaluation_shard
@@ -30,14 +37,15 @@ class Loader:
         loader: a DataLoader over samples (image, target, failed), collated by :func:`collate`.
         paths: the file of every index.
         to_device: moves an iterable of batches to the device, as :class:`ToDevice` does.
+        turn: whether images are turned as EXIF says, for the log.
 
     Raises:
         DataError: while iterating, once this process alone has failed to read more than 1% of all files;
             :meth:`check_failures` counts the failures of all processes.
     """
 
-    def __init__(self, loader, paths, to_device):
-        self.loader, self.paths, self.to_device = loader, paths, to_device
+    def __init__(self, loader, paths, to_device, turn=False):
+        self.loader, self.paths, self.to_device, self.turn = loader, paths, to_device, turn
         self.failed, self.failed_now = set(), set()
         self.phase = None  # of progressive resizing, the one that the log knows of
 
@@ -88,7 +96,11 @@ class Loader:
 
     def report(self):
         """Log what the dataset found, and how many images an epoch leaves out."""
-        self.loader.dataset.dataset.report()
+        dataset = self.loader.dataset.dataset
+        dataset.report()
+        if rank_and_world_size()[0] == 0:
+            source = getattr(dataset, "source", None)
+            report_orientations(self.paths, source and source.stored, self.turn)
         sampler = self.loader.batch_sampler
         if isinstance(sampler, TrainBatchSampler) and sampler.repeats > 1:
             logging.getLogger("msg_transformer").info(
@@ -215,6 +227,11 @@ def needing_opencv():
         ) from error
 
 
+def turns(config):
+    """Whether training and evaluation turn images as their EXIF orientation says."""
+    return config.DATA.EXIF_ORIENTATION == "apply"
+
+
 def build_reader(config, is_train, phase=None):
     """How ``DATA.BACKEND`` reads an image file, in training for a :class:`~data.progressive.Phase`.
 
@@ -225,6 +242,7 @@ def build_reader(config, is_train, phase=None):
         ConfigError: OpenCV cannot be imported.
     """
     limits = dict(max_pixels=config.DATA.MAX_PIXELS, max_scans=config.DATA.MAX_SCANS)
+    limits.update(turn=turns(config))
     if config.DATA.BACKEND == "pil":
         limits.update(mode=image_mode(config.MODEL.MSG.IN_CHANS))
         return functools.partial(load_image, **limits), build_transform(config, is_train, phase)
@@ -264,7 +282,7 @@ def build_loaders(config, rank=0, world_size=1, device="cpu"):
     val = open_dataset(kind, root, "val", transform, read)
     shard = evaluation_shard(len(val), rank, world_size)
     loader = DataLoader(EvaluationSamples(val, skip), config.DATA.BATCH_SIZE, sampler=shard, **options)
-    val_loader = Loader(loader, val.paths, to_device)
+    val_loader = Loader(loader, val.paths, to_device, turn=turns(config))
     if config.EVAL_MODE or config.THROUGHPUT_MODE:
         return None, None, val_loader, val.classes
     read, transform = build_reader(config, is_train=True)
@@ -280,5 +298,5 @@ def build_loaders(config, rank=0, world_size=1, device="cpu"):
     if phases:
         samples.set_phases(phases, [build_reader(config, True, phase)[1] for phase in phases])
     loader = DataLoader(samples, batch_sampler=sampler, **options)
-    train_loader = Loader(loader, train.paths, to_device)
+    train_loader = Loader(loader, train.paths, to_device, turn=turns(config))
     return train_loader, sampler, val_loader, val.classes

@@ -16,7 +16,7 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolation, interp_mode_to_str
 from torchvision import transforms
 
-from .datasets import MAX_PIXELS, MAX_SCANS, decoding, open_image
+from .datasets import MAX_PIXELS, MAX_SCANS, decoding, open_image, orientation_of
 from .opencv_operations import FASTER, Flip, ThroughPillow, interpolate, resize, to_tensor
 from .transforms import aspect_box, augment_operations, covering_size, evaluation_sizes
 from .transforms import build_transform as build_for_pillow
@@ -34,18 +34,20 @@ class ImageFile:
 
     Args:
         max_pixels, max_scans, stored: see :func:`~data.datasets.open_image`.
+        turn: whether to turn it as its EXIF orientation says, so that it is upright.
 
     Attributes:
-        size: (width, height) in pixels; EXIF rotation is ignored, as it is with Pillow.
+        size: (width, height) in pixels, after turning.
 
     Raises:
         DataError: the file cannot be decoded or exceeds the limits; :meth:`crop` may raise it as well.
     """
 
-    def __init__(self, path, max_pixels=MAX_PIXELS, max_scans=MAX_SCANS, stored=None):
+    def __init__(self, path, max_pixels=MAX_PIXELS, max_scans=MAX_SCANS, stored=None, turn=True):
         self.path = path
         self.image, self.data = open_image(path, max_pixels, max_scans, stored)
-        self.size = self.image.size
+        self.orientation = orientation_of(self.image) if turn else 1
+        self.size = self.image.size[:: -1 if self.orientation > 4 else 1]
         is_jpeg = self.image.format == "JPEG" and self.image.mode in ("L", "RGB")
         self.is_sound = is_jpeg and self._ends_well()
 
@@ -71,7 +73,9 @@ class ImageFile:
             pixels = self._decode_jpeg(reduction) if self.is_sound else None
             by_pillow = None if pixels is not None else np.array(self.image.convert("RGB"))
         if by_pillow is not None:
+            by_pillow = turned(by_pillow, self.orientation)
             return by_pillow[top : top + height, left : left + width]
+        pixels = turned(pixels, self.orientation)
         rows, columns = (there / here for there, here in zip(pixels.shape, reversed(self.size)))
         first_row, first_column = round(top * rows), round(left * columns)
         last_row = max(first_row + 1, round((top + height) * rows))
@@ -83,6 +87,15 @@ class ImageFile:
         # OpenCV decodes reduced images to BGR only.
         color = cv2.IMREAD_COLOR_RGB if reduction == 1 else getattr(cv2, f"IMREAD_REDUCED_COLOR_{reduction}")
         return cv2.imdecode(np.frombuffer(self.data, np.uint8), color | cv2.IMREAD_IGNORE_ORIENTATION)
+
+
+def turned(pixels, orientation):
+    """Pixels (H, W, C) stored with an EXIF orientation from 1 to 8, upright."""
+    if orientation > 4:
+        pixels = cv2.transpose(pixels)
+    place = (orientation - 1) % 4
+    # cv2's words for an axis: 1 exchanges left and right, 0 top and bottom, -1 both.
+    return cv2.flip(pixels, (1, -1, 0)[place - 1]) if place else pixels
 
 
 class CropResizedRandomly:

@@ -105,6 +105,16 @@ def read_frames(path):
         raise DataError(f"{path} is damaged: it ends after {count} of {said:.0f} frames")
 
 
+def frame_rate(path):
+    """Frames per second of a video; 25 where it does not say."""
+    video = cv2.VideoCapture(path)
+    try:
+        rate = video.get(cv2.CAP_PROP_FPS)
+    finally:
+        video.release()
+    return rate if 0 < rate < 1000 else 25.0
+
+
 def _frames_of(path):
     video = cv2.VideoCapture(path)
     try:

@@ -39,7 +39,7 @@ class CocoDataset(Dataset):
         transform: a :class:`~detection.transforms.Transform`.
         is_train: leave out images without objects or with a side below 32 pixels, as mmdet does.
         with_objects: whether items have boxes, labels and masks.
-        read: makes of a path what ``transform`` takes, and its ``size`` is (width, height).
+        read: see :func:`read_annotated`; returns what ``transform`` takes.
         per_image: detections of an image that evaluation looks at, to be told where they are too few.
 
     Attributes:
@@ -73,7 +73,7 @@ class CocoDataset(Dataset):
     def __getitem__(self, index):
         record, path = self.records[index], self.paths[index]
         size = (record["height"], record["width"])
-        image = self.read(path)
+        image = read_annotated(self.read, path, size)
         if image.size != size[::-1]:
             raise DataError(
                 f"{path} is {image.size[0]}x{image.size[1]}, but {self.annotations.path} says "
@@ -112,6 +112,26 @@ class CocoDataset(Dataset):
                 f"{self.per_image}, such as {full[0]['file_name'][:100]} with "
                 f"{objects_in[full[0]['id']]:,}: raise it, or they cannot all be found"
             )
+
+
+def read_annotated(read, path, size):
+    """An image in the pixels that its annotations are in.
+
+    Where it is as large as annotated only with its sides exchanged, EXIF orientations from 5 to 8 may be why:
+    then it is turned as they say, or left as stored, whichever fits, and whatever ``read`` does by itself.
+
+    Args:
+        read: :func:`~data.datasets.load_image`, or anything that takes a path and ``turn``, and returns what
+            has a ``size``, (width, height).
+        size: (height, width), as annotated.
+    """
+    image = read(path)
+    if image.size == tuple(size) != image.size[::-1]:
+        for turn in (True, False):
+            other = read(path, turn=turn)
+            if other.size != image.size:
+                return other
+    return image
 
 
 class Annotations:

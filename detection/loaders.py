@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from data.datasets import DataError, EvaluationSamples, TrainingSamples, load_image
-from data.loaders import Loader, ToDevice, needing_opencv, require_an_update, worker_options
+from data.loaders import Loader, ToDevice, needing_opencv, require_an_update, turns, worker_options
 from data.samplers import TrainBatchSampler, evaluation_shard
 
 from .dataset import build_dataset
@@ -56,7 +56,7 @@ def build_reader(config):
     Raises:
         ConfigError: OpenCV cannot be imported.
     """
-    limits = dict(max_pixels=config.DATA.MAX_PIXELS, max_scans=config.DATA.MAX_SCANS)
+    limits = dict(max_pixels=config.DATA.MAX_PIXELS, max_scans=config.DATA.MAX_SCANS, turn=turns(config))
     if config.DATA.BACKEND == "pil":
         return functools.partial(load_image, **limits), change_pillow
     with needing_opencv():
@@ -90,7 +90,7 @@ def build_loaders(config, rank=0, world_size=1, device="cpu"):
     shard = evaluation_shard(len(val), rank, world_size)
     # One image at a time: the padding of a batch would change what convolutions see at the borders.
     loader = DataLoader(EvaluationSamples(val, skip), 1, sampler=shard, **options)
-    val_loader = Loader(loader, val.paths, to_device)
+    val_loader = Loader(loader, val.paths, to_device, turn=turns(config))
     if config.EVAL_MODE:
         return None, None, val_loader, val
     transform = build_transform(config, True, change_pixels)
@@ -112,4 +112,4 @@ def build_loaders(config, rank=0, world_size=1, device="cpu"):
     where = f"{train.annotations.path}, without {without:,} images ({why})," if without else None
     require_an_update(sampler, where or train.annotations.path)
     loader = DataLoader(TrainingSamples(train, config.SEED, skip), batch_sampler=sampler, **options)
-    return Loader(loader, train.paths, to_device), sampler, val_loader, val
+    return Loader(loader, train.paths, to_device, turn=turns(config)), sampler, val_loader, val

@@ -1,5 +1,6 @@
 """Pictures of detections next to the ground truth, and curves of a run."""
 
+import functools
 import math
 import os
 
@@ -16,10 +17,12 @@ from data.datasets import load_image
 from report import contact_sheet, enlarged, fitting, font, shown
 from utils import replacing
 
+from .dataset import read_annotated
+
 _COLOURS = [f"C{i}" for i in range(10)]
 
 
-def draw_detections(samples, names, path, smallest_score=0.5):
+def draw_detections(samples, names, path, smallest_score=0.5, turn=False):
     """Draw images with their objects, ground truth on the left and detections on the right.
 
     Args:
@@ -29,7 +32,9 @@ def draw_detections(samples, names, path, smallest_score=0.5):
         names: of the categories; label 1 is the first.
         path: PNG file to write.
         smallest_score: detections below are not drawn.
+        turn: whether evaluation turned images as EXIF says.
     """
+    read = functools.partial(load_image, max_pixels=math.inf, max_scans=math.inf, turn=turn)
     columns = 2 if len(samples) > 3 else 1
     rows = -(-len(samples) // columns)
     figure = Figure(figsize=(6.4 * columns, 2.9 * rows), layout="constrained")
@@ -40,7 +45,7 @@ def draw_detections(samples, names, path, smallest_score=0.5):
     for i, (file, truth, detection) in enumerate(samples):
         left, right = panels[i // columns, 2 * (i % columns) :][:2]
         kept = detection["scores"] >= smallest_score
-        image = pil_to_tensor(load_image(file, math.inf, math.inf))  # evaluated already
+        image = pil_to_tensor(read_annotated(read, file, truth["masks"].shape[1:]))
         _draw(left, image, truth, names)
         draw_crowd(left, truth.get("crowd"))
         _draw(right, image, {name: value[kept] for name, value in detection.items()}, names)

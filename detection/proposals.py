@@ -105,7 +105,7 @@ class ProposalNetwork(nn.Module):
 
 
 class LimitedBoxCoder(BoxCoder):
-    """torchvision's coder, which enlarges a box by a factor of 62.5 at most, shrinking it by no more either."""
+    """torchvision's coder, which also shrinks a box by no more than it enlarges one, a factor of 62.5."""
 
     def decode_single(self, rel_codes, boxes):
         """The boxes that deltas (N, 4) make of boxes (N, 4)."""

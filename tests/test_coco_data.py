@@ -426,7 +426,7 @@ def test_evaluation_counts_every_image_and_draws_each_with_its_own_objects(tmp_p
     of_set = ["DATA.DATA_PATH", tmp_path, "DATA.NUM_WORKERS", 0, "DATA.BATCH_SIZE", 1]
     _, _, loader, val = build_loaders(config("shapes", *of_set))
     samples = []
-    monkeypatch.setattr(detect, "draw_detections", lambda drawn, *_: samples.extend(drawn))
+    monkeypatch.setattr(detect, "draw_detections", lambda drawn, *_, **__: samples.extend(drawn))
     settings = config("shapes", "OUTPUT", tmp_path, "DET.PICTURES", 8)
     os.makedirs(settings.OUTPUT)
     with caplog.at_level("INFO"):

@@ -18,7 +18,7 @@ import detect
 import detection
 import models
 from config import dump_config
-from data.sources import Pictures, find_files
+from data.sources import Pictures, find_files, frame_rate, read_frames
 from detection.detector import build_detector
 from detection.loaders import build_loaders
 from detection.pictures import annotate
@@ -161,20 +161,44 @@ def test_files_folders_and_patterns_name_each_file_once(tmp_path, monkeypatch):
 
 
 def test_pictures_are_drawn_below_another_folder_and_never_over_their_images(
-    checkpoint, tmp_path, monkeypatch
+    checkpoint, tmp_path, monkeypatch, capsys
 ):
     write_images(tmp_path / "in", 1, size=64)
     before = (tmp_path / "in" / "a" / "0.png").read_bytes()
     Image.new("RGB", (40, 30)).save(tmp_path / "in" / "a" / "0.bmp")
     write_video(tmp_path / "in" / "clip.mp4", [10] * 4)
     assert run(monkeypatch, checkpoint, tmp_path / "in", "--pictures", tmp_path / "out", "--every", 2) == 0
-    written = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*g")}
-    videos = {"clip.mp4/000000.png", "clip.mp4/000002.png"}
-    assert written == {"a/0.png", "a/0.bmp.png", "b/0.png", "c/0.png", *videos}
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    written = {str(path.relative_to(tmp_path / "out")) for path in files}
+    assert written == {"a/0.png", "a/0.bmp.png", "b/0.png", "c/0.png", "clip.mp4"}
+    told = capsys.readouterr().out
+    assert f"wrote 4 annotated images below {tmp_path / 'out'}\n" in told
+    assert f"wrote {tmp_path / 'out' / 'clip.mp4'}, the annotated {tmp_path / 'in' / 'clip.mp4'}\n" in told
     assert Image.open(tmp_path / "out" / "a" / "0.png").height > Image.open(tmp_path / "in/a/0.png").height
     with pytest.raises(UserError, match="would overwrite the images"):
         run(monkeypatch, checkpoint, tmp_path / "in", "--pictures", tmp_path / "in")
     assert (tmp_path / "in" / "a" / "0.png").read_bytes() == before
+
+
+def test_a_video_becomes_a_video_of_the_same_length_with_annotations(checkpoint, tmp_path, monkeypatch):
+    """Videos at once in two workers, one of them damaged: its whole frames are there."""
+    values = list(range(0, 240, 8))
+    for name in ("one.avi", "two.avi", "torn.avi"):
+        write_video(tmp_path / name, values, "MJPG")
+    whole = (tmp_path / "torn.avi").read_bytes()
+    (tmp_path / "torn.avi").write_bytes(whole[: len(whole) // 2])
+    names = [tmp_path / name for name in ("one.avi", "torn.avi", "two.avi")]
+    options = ["--pictures", tmp_path / "out", "--every", 2, "--workers", 2, "--batch-size", 2, "--csv"]
+    assert run(monkeypatch, checkpoint, *names, *options, tmp_path / "out" / "x.csv") == 3
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "one.avi.mp4", "torn.avi.mp4", "two.avi.mp4", "x.csv"
+    ]  # fmt: skip
+    for name in ("one", "two"):
+        path = str(tmp_path / "out" / f"{name}.avi.mp4")
+        frames = list(read_frames(path))
+        assert frame_rate(path) == pytest.approx(5) and frames[0].shape[0] > 48
+        grey = [frame[: frame.shape[1] * 48 // 64].mean() for frame in frames]
+        assert grey == pytest.approx(values[::2], abs=6)
 
 
 def test_bars_are_as_long_as_their_scores():

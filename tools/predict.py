@@ -4,8 +4,9 @@ python tools/predict.py <checkpoint> photo.jpg photos/ "more/*.png" clip.mp4
 python tools/predict.py <checkpoint> photos/ --csv classes.csv --json classes.json --pictures annotated/
 
 Nothing but images is needed: model, sizes and class names come from the checkpoint. It computes what --eval
-of main.py and detect.py does, in the precision of the checkpoint's config. The JSON of a detector is a COCO
-file: images, categories and annotations with scores.
+of main.py and detect.py does, in the precision of the checkpoint's config, except that photos with an EXIF
+orientation are turned upright. The JSON of a detector is a COCO file: images, categories and annotations with
+scores. With --pictures, a video becomes an annotated video (MPEG-4, without sound).
 
 Exit code: 0; 3 where files were skipped because they cannot be read, which are listed; 1 with an error.
 """
@@ -19,6 +20,8 @@ import os
 import sys
 from pathlib import Path
 
+import cv2
+import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader
@@ -29,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import distributed
 from config import CHOICES
 from data.loaders import start_worker
-from data.sources import Pictures, find_files
+from data.sources import Pictures, find_files, frame_rate
 from data.transforms import image_mode
 from detection.detector import to_original_size
 from detection.evaluation import to_results
@@ -58,7 +61,7 @@ def parse_args():
     add("--score", type=float, default=0.5, help="detections below are neither shown nor drawn; default: 0.5")
     add("--csv", metavar="FILE", help="write a table")
     add("--json", metavar="FILE", help="write all results; of a detector, in COCO's format")
-    add("--pictures", metavar="DIR", help="write annotated images here")
+    add("--pictures", metavar="DIR", help="write annotated images and videos here")
     add("--every", type=int, default=1, metavar="N", help="take every N-th frame of videos; default: 1")
     add("--batch-size", type=int, default=32, help="images of a classifier at a time; default: 32")
     workers = min(4, os.cpu_count() or 1)
@@ -99,13 +102,14 @@ def main():
     mode = image_mode(config.MODEL.MSG.IN_CHANS)
     pictures = Pictures(paths, transform, args.every, keep=drawn is not None, mode=mode)
     results = []
-    with inference(model, compute.dtype), tqdm(total=pictures.count(), unit="image", disable=None) as bar:
+    bar = tqdm(total=pictures.count(), unit="image", disable=None)
+    with inference(model, compute.dtype), bar, Drawings(paths, drawn, args) as drawings:
         for batch in load(pictures, min(args.batch_size, task.most_at_once), args.workers):
             skipped.update({paths[picture.place]: picture.problem for picture in batch if picture.problem})
             seen = [picture for picture in batch if not picture.problem]
             for picture, found in zip(seen, task.predict(seen) if seen else []):
                 if drawn:
-                    save_picture(task.draw(picture.image, found), drawn[picture.place], picture.frame)
+                    drawings.add(picture, task.draw(picture.image, found))
                 results.append((picture._replace(inputs=None, image=None), task.plain(found)))
             bar.update(len(batch))
     results.sort(key=lambda result: (result[0].place, result[0].frame or 0))
@@ -117,6 +121,9 @@ def main():
     if args.json:
         with writing(args.json) as file:
             json.dump(task.content(results, skipped), file, indent=1)
+    for path in filter(None, (args.csv, args.json)):
+        print(f"wrote {path}")
+    drawings.report()
     if ignored:
         print("ignored:", ", ".join(f"{what} {number:,}" for what, number in ignored.most_common()))
     if skipped:
@@ -299,9 +306,80 @@ def picture_names(paths, folder):
     return names
 
 
-def save_picture(image, name, frame):
+class Drawings:
+    """Writes annotated images and, frame by frame, annotated videos: context that closes the videos.
+
+    Args:
+        paths: of the images and videos.
+        names: of what is written for each, see :func:`picture_names`.
+        args: of the command line.
+    """
+
+    def __init__(self, paths, names, args):
+        self.paths, self.names, self.args = paths, names, args
+        self.videos, self.images, self.written = {}, 0, []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        for video in self.videos.values():
+            self._close(*video, whole=kind is None)
+
+    def add(self, picture, image):
+        """Write the annotated image of a :class:`~data.sources.Picture`; frames of a video come in order."""
+        name = self.names[picture.place]
+        if picture.frame is None:
+            save_picture(image, name)
+            self.images += 1
+            return
+        # Each worker reads one file after the other: where one begins another, it is done with the last.
+        worker = picture.place % max(1, self.args.workers)
+        if worker in self.videos and self.videos[worker][0] != picture.place:
+            self._close(*self.videos.pop(worker))
+        if worker not in self.videos:
+            self.videos[worker] = picture.place, *self._open(picture.place, image.size)
+        _, _, writer, size = self.videos[worker]
+        frame = cv2.cvtColor(np.asarray(image.convert("RGB")), cv2.COLOR_RGB2BGR)
+        writer.write(frame if image.size == size else cv2.resize(frame, size))
+
+    def _open(self, place, size):
+        name = self.names[place]
+        name = name if name.lower().endswith(".mp4") else f"{name}.mp4"
+        try:
+            os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write {name}: {error.strerror or error}") from error
+        size = tuple(side + side % 2 for side in size)  # the format has no odd sides
+        rate = frame_rate(self.paths[place]) / self.args.every
+        writer = cv2.VideoWriter(partly(name), cv2.VideoWriter_fourcc(*"mp4v"), rate, size)
+        if not writer.isOpened():
+            raise UserError(f"cannot write {name}: OpenCV opens no video there for writing")
+        return name, writer, size
+
+    def _close(self, place, name, writer, size, whole=True):
+        writer.release()
+        if whole:
+            os.replace(partly(name), name)
+            self.written.append((place, name))
+        else:
+            os.remove(partly(name))
+
+    def report(self):
+        """Say where the pictures are."""
+        if self.images:
+            print(f"wrote {self.images:,} annotated images below {self.args.pictures}")
+        for place, name in sorted(self.written):
+            print(f"wrote {name}, the annotated {self.paths[place]}")
+
+
+def partly(name):
+    """Where a video is until it is whole, beside its place."""
+    return f"{name}.part.mp4"
+
+
+def save_picture(image, name):
     """Write a picture: as JPEG where the file is one, else as PNG."""
-    name = named(name, frame)
     jpeg = name.lower().endswith((".jpg", ".jpeg"))
     name = name if jpeg or name.lower().endswith(".png") else f"{name}.png"
     try:
