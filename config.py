@@ -311,7 +311,8 @@ def default_config():
     config.DET.BOX_CONVS = 4
     config.DET.BOX_FCS = [1024]
     config.DET.MASK_CONVS = 4
-    # Detections: smallest score, IoU of non-maximum suppression within a class, most of an image.
+    # Detections: smallest score, IoU of non-maximum suppression within a class, most of an image. AP counts
+    # all of them; COCO's own figures count 100.
     config.DET.SCORE_THRESHOLD = 0.05
     config.DET.NMS_IOU = 0.5
     config.DET.PER_IMAGE = 100
