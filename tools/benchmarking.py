@@ -4,9 +4,9 @@ Candidates take turns. A turn is at least a second of steps in a row, after two 
 that caches and threads are warm, as they are for somebody with many images. A ratio is taken within a round;
 a figure is the median over the rounds, with a 95% interval.
 
-A result is ``<machine>/<date>-<what>.json``: a list with an entry for each run of the command. An entry holds
-``machine``, ``versions``, ``commit``, ``date``, ``command`` and ``settings``. A setting is a list of rows, and
-a row holds ``model`` and ``turns``, [steps, seconds] of every round. Ratios are computed when tables are
+A file is ``<machine>/<date>-<what>.json``: a list with a result for each run of the command. A result holds
+``machine``, ``versions``, ``commit``, ``date``, ``command`` and ``settings``. A setting is a list of rows,
+and a row holds ``model`` and ``turns``, [steps, seconds] of every round. Ratios are computed when tables are
 written (``tables.py``).
 """
 
@@ -148,12 +148,6 @@ def is_claim(values):
     return (high - low) / 2 <= CLAIM * median
 
 
-def in_words(values):
-    """The median of some values with its interval, or only the interval where that is wide."""
-    low, median, high = interval(values)
-    return f"{median:.2f} ({low:.2f} to {high:.2f})" if is_claim(values) else f"between {low:.2f} and {high:.2f}"
-
-
 def add_arguments(parser, what):
     """Add the flags that say what to write.
 
@@ -161,7 +155,12 @@ def add_arguments(parser, what):
         what: the default of ``--name``.
     """
     add = parser.add_argument
-    add("--output", default="output/benchmarks", metavar="DIR", help="the result is <machine>/<date>-<name>.json")
+    add(
+        "--output",
+        default="output/benchmarks",
+        metavar="DIR",
+        help="to write <machine>/<date>-<name>.json in",
+    )
     add("--name", default=what, help="default: %(default)s")
 
 
