@@ -58,23 +58,26 @@ def least_seconds(work, flops_per_second, bytes_per_second):
 
 
 def machine(device):
-    """One line that names the processor, its threads and the versions, for what was measured.
+    """What was measured on: processor, family and model, instruction sets, threads and, for cuda, device.
 
     Args:
         device: cpu or cuda.
     """
-    name = platform.processor() or platform.machine()
+    found = dict(processor=platform.processor() or platform.machine(), family="", model="", flags=[])
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
-        lines = file.read().splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-        numbers = [line.split(":")[1].strip() for line in lines if re.match(r"(cpu family|model)\s*:", line)]
-        name += " family {}, model {}".format(*numbers[:2]) if len(numbers) > 1 else ""
-        flags = next((line for line in lines if line.startswith("flags")), "")
-        name += "".join(f", {flag}" for flag in ("avx512f", "avx512_bf16", "amx_bf16") if flag in flags)
-    name += f", {torch.get_num_threads()} threads"
-    if device == "cuda":
-        name = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda} ({name})"
-    return f"{name}; Python {platform.python_version()}, PyTorch {torch.__version__}, timm {timm.__version__}"
+        lines = dict(re.findall(r"^([^\t:]+)\s*: (.*)$", file.read(), re.MULTILINE))
+        known = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+        flags = [flag for flag in known if flag in lines.get("flags", "").split()]
+        numbers = dict(family=lines.get("cpu family", ""), model=lines.get("model", ""))
+        found.update(numbers, processor=lines.get("model name", found["processor"]), flags=flags)
+    found["threads"] = torch.get_num_threads()
+    return dict(found, device=torch.cuda.get_device_name()) if device == "cuda" else found
+
+
+def versions():
+    """The versions of what computes."""
+    python = dict(python=platform.python_version(), torch=torch.__version__, timm=timm.__version__)
+    return dict(python, cuda=torch.version.cuda) if torch.cuda.is_available() else python
 
 
 def machine_limits(device, dtype):

@@ -6,11 +6,11 @@ python tools/benchmark.py --sizes 256 384x288                classifiers at othe
 python tools/benchmark.py --maps --sizes 800x1280            feature maps, as a detector reads them
 python tools/benchmark.py --roofline                         and the share of what the machine can do
 python tools/benchmark.py --models msg_small_p4_win7_224 swin_small_patch4_window7_224 --compile
-python tools/benchmark.py --draw benchmarks/sizes_cpu.json   table and pictures of an earlier result again
+python tools/benchmark.py --tables                           write the tables of the pages again
 
 Any timm name will do. The second model is the one that ratios compare with, unless --peer names another. Each
-candidate has a process of its own; in every round each takes one step, and a figure is the median of the
-rounds. Our models run as main.py runs them. A name may choose another way:
+candidate has a process of its own, and they take turns of at least a second (benchmarking.py). Our models run
+as main.py runs them. A name may choose another way:
 
   <name>:sdpa and the like    another way of computing attention (ours)
   <name>:plain                as timm builds it, ours with eager attention
@@ -24,9 +24,8 @@ rounds. Our models run as main.py runs them. A name may choose another way:
                               (inference, CPU; ONNX Runtime in float32 alone)
 
 Feature maps are those of timm's features_only; a training step minimises the sum of their mean squares.
-Models whose name has "swin" in it, and ours, are built for the size. Several square sizes in one mode, type
-and batch size also show how time and memory grow with the image. Of a CPU the rates that a large product and
-a large copy reach are noted too, because machines of one name differ.
+Models whose name has "swin" in it, and ours, are built for the size. The rates that a large product and a
+large copy reach on the machine are noted too, because machines of one name differ.
 """
 
 import argparse
@@ -38,25 +37,25 @@ import re
 import sys
 import tempfile
 from dataclasses import dataclass, replace
-from operator import itemgetter
+from functools import partial
 from pathlib import Path
 
 import timm
 import torch
-from matplotlib.figure import Figure
 from timm.layers import set_fused_attn
 from torch.nn.functional import cross_entropy
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import benchmarking
+import tables
 
 from memory import keep_freed_memory
 from models import compile_model, inference, use_onednn
 from models.attention import BACKENDS
 from models.attention_triton import triton_missing
 from models.deploy import FORMATS, RUNTIMES, Exportable, require_packages, write_checked
-from models.roofline import count_work, least_seconds, machine, machine_limits
+from models.roofline import count_work, least_seconds, machine, machine_limits, versions
 from utils import UserError
 
 DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
@@ -95,10 +94,11 @@ def parse_args():
         action="store_true",
         help="operations and bytes too, and how near to the machine's own limits",
     )
-    add("--rounds", type=int, default=15)
+    add("--rounds", type=int, default=11, help="at least; up to three times as many while ratios are vague")
+    add("--tables", action="store_true", help="write the tables of README.md and the other pages, and end")
     add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     add("--threads", type=int, help="CPU threads; default: PyTorch's choice")
-    benchmarking.add_arguments(parser, "output/benchmark")
+    benchmarking.add_arguments(parser, "models")
     args = parser.parse_args()
     args.peer = args.peer or args.models[min(1, len(args.models) - 1)]
     if args.memory and args.device == "cpu" and not Path("/proc/self/status").exists():
@@ -243,6 +243,10 @@ class Candidate:
         if self.setting.device == "cuda":
             torch.cuda.synchronize()
 
+    def turn(self):
+        """A turn of steps, see :func:`benchmarking.turn`."""
+        return benchmarking.turn(self.step)
+
     def peak_memory(self):
         """Peak memory in MiB so far, of weights and images too.
 
@@ -326,140 +330,32 @@ def compare(choices, args):
         args: of the command line.
 
     Returns:
-        A row for each: model, compiled, ms_per_image (the median), and the median and quartiles over the
-        median of the peer, compiled like the candidate where it can be; with ``--memory`` memory, in MiB, and
-        memory_ratio.
+        A row for each: model, compiled if it is, batch, turns, and with ``--memory`` memory, in MiB.
     """
     with contextlib.ExitStack() as stack:
         candidates = [benchmarking.Apart(choice[0], ready, *choice, args.threads) for choice in choices]
         for candidate in candidates:
             stack.callback(candidate.close)
-        times = benchmarking.time_in_turn(candidates, args.rounds, lambda one: one.seconds("step"))
-        memory = [one.call("peak_memory")[1] for one in candidates] if args.memory else []
-    peers = {compiled: place for place, (name, _, compiled) in enumerate(choices) if name == args.peer}
+        take_turns = [partial(candidate.call, "turn") for candidate in candidates]
+        peer = next(place for place, (name, *_) in enumerate(choices) if name == args.peer)
+        turns = benchmarking.time_in_turn(take_turns, args.rounds, peer)
+        memory = [one.call("peak_memory") for one in candidates] if args.memory else []
     rows = []
-    for place, ((name, setting, compiled), (low, median, high)) in enumerate(zip(choices, times)):
-        peer = peers.get(compiled, peers[False])
-        row = dict(model=name, compiled=compiled, ms_per_image=1e3 * median / setting.batch)
-        row["ratio"] = median / times[peer][1]
-        row["quartiles"] = [low / times[peer][1], high / times[peer][1]]
-        if args.memory:
-            row.update(memory=memory[place], memory_ratio=memory[place] / memory[peer])
+    for place, ((name, setting, compiled), of_candidate) in enumerate(zip(choices, turns)):
+        row = dict(model=name, **(dict(compiled=True) if compiled else {}), batch=setting.batch)
+        row.update(turns=of_candidate, **(dict(memory=memory[place]) if args.memory else {}))
         rows.append(row)
     return rows
 
 
 def add_roofline(rows, setting, flops_limit, bytes_limit):
-    """Add to each row what the model computes and moves, and which share of the limits it reaches."""
+    """Add to each row what a step computes and moves, and the least time that this takes here."""
     for row in rows:
         model = build(row["model"].split(":")[0]).to("meta", setting.dtype)
         images = torch.empty(setting.batch, 3, *setting.sides, device="meta", dtype=setting.dtype)
         work = count_work(model, images, setting.mode == "train")
-        seconds = row["ms_per_image"] * setting.batch / 1e3
         flops, size = (sum(parts) for parts in zip(*work))
-        row["gflops"] = flops / setting.batch / 1e9
-        row["megabytes"] = size / setting.batch / 1e6
-        row["of_flops"] = flops / seconds / flops_limit
-        row["of_bandwidth"] = size / seconds / bytes_limit
-        row["of_roofline"] = least_seconds(work, flops_limit, bytes_limit) / seconds
-
-
-def label(row):
-    """What a picture calls the candidate of a row."""
-    return row["model"] + " compiled" * row["compiled"]
-
-
-def report(result):
-    """The table of a result in Markdown, and its figures by how their file names end."""
-    if any("growth" in row for rows in result["settings"].values() for row in rows):
-        return table(result), {"": draw_sizes(result)}
-    time = f"time per image, {result['peer']} = 1 (less is faster)"
-    figures = {"": benchmarking.draw_bars(bars(result, itemgetter("ratio", "quartiles")), time)}
-    if result.get("limits"):
-        share = "share of the roofline: least time possible on this machine / time measured"
-        figures["_roofline"] = benchmarking.draw_bars(bars(result, share_of_roofline), share, "{:.0%}")
-    return table(result), figures
-
-
-def share_of_roofline(row):
-    """Median and quartiles of the share of the roofline that a model reaches."""
-    return row["of_roofline"], [row["of_roofline"] * row["ratio"] / time for time in row["quartiles"]]
-
-
-def bars(result, values):
-    """Bars of all rows by setting; ``values`` makes of a row a median and its quartiles."""
-    return {
-        setting: [benchmarking.Bar(label(row), row["model"].startswith("msg_"), *values(row)) for row in rows]
-        for setting, rows in result["settings"].items()
-    }
-
-
-def table(result):
-    """The rows in Markdown."""
-    columns = dict(ratio="ratio", quartiles="quartiles", memory_ratio="memory ratio")
-    columns.update(growth="time, first size = 1", memory_growth="memory, first size = 1")
-    columns.update(gflops="GFLOPs per image", megabytes="MB per image", of_flops="of the FLOP/s")
-    columns.update(of_bandwidth="of the bandwidth", of_roofline="of the roofline")
-    columns.update(ms_per_image="ms per image", memory="memory, MiB")
-    rows = [(setting, row) for setting, rows in result["settings"].items() for row in rows]
-    columns = {key: name for key, name in columns.items() if any(key in row for _, row in rows)}
-    notes = [f"Medians of {result['rounds']} alternating rounds; ratios to `{result['peer']}`."]
-    if "rates" in result:
-        reached = [f"{flops / 1e9:.0f} GFLOP/s in {dtype}" for dtype, (flops, _) in result["rates"].items()]
-        copied = max(size for _, size in result["rates"].values()) / 1e9
-        notes.append(
-            f"Reached that day: a large product {', '.join(reached)}; a large copy {copied:.0f} GB/s."
-        )
-    if any(" px maps" in setting for setting in result["settings"]):
-        notes.append("Maps are those of every stage; training minimises the sum of their mean squares.")
-    limits_of = result.get("limits", {})
-    if limits_of:
-        notes.append(
-            "Shares are of the FLOP/s of a large linear layer, of the bandwidth of a large copy, and of the\n"
-            "roofline: the least time that the operations can take at these limits, over the time measured."
-        )
-    for setting, limits in limits_of.items():
-        if "teraflops_per_second" in limits:
-            rates = "{teraflops_per_second:.4g} TFLOP/s, {gigabytes_per_second:.4g} GB/s".format(**limits)
-            notes.append(f"Limits of {setting}: {rates}.")
-    lines = []
-    for setting, row in rows:
-        values = {key: f"{value:.3g}" for key, value in row.items() if isinstance(value, float)}
-        values["quartiles"] = "{:.2f} to {:.2f}".format(*row["quartiles"])
-        model = f"`{row['model']}`" + " compiled" * row["compiled"]
-        lines.append([setting, model, *(values.get(key, "-") for key in columns)])
-    return benchmarking.markdown(result, notes, ["setting", "model", *columns.values()], lines)
-
-
-def add_growth(settings):
-    """Add to each row its time and memory over those of the same model in the first setting."""
-    first = {(row["model"], row["compiled"]): row for row in next(iter(settings.values()))}
-    for row in (row for rows in settings.values() for row in rows):
-        start = first[row["model"], row["compiled"]]
-        row["growth"] = row["ms_per_image"] / start["ms_per_image"]
-        if "memory" in row:
-            row["memory_growth"] = row["memory"] / start["memory"]
-
-
-def draw_sizes(result):
-    """Draw how time and memory grow with the side of an image, beside the growth of its pixels."""
-    sizes = [int(re.match(r"\d+", setting)[0]) for setting in result["settings"]]
-    by_model = {}
-    for row in (row for rows in result["settings"].values() for row in rows):
-        by_model.setdefault(label(row), []).append(row)
-    colours = benchmarking.shades({model: model.startswith("msg_") for model in by_model})
-    panels = dict(growth="time per image", memory_growth="peak memory beyond an idle process")
-    panels = {key: what for key, what in panels.items() if all(key in rows[0] for rows in by_model.values())}
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    for axes, (key, what) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
-        for model, rows in by_model.items():
-            axes.plot(sizes, [row[key] for row in rows], marker="o", color=colours[model], label=model)
-        axes.plot(sizes, [(size / sizes[0]) ** 2 for size in sizes], "k:", label="number of pixels")
-        axes.set(title=f"{what}, {sizes[0]} px = 1", xlabel="image side, px", xticks=sizes, ylim=(0, None))
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    return figure
+        row.update(flops=flops, bytes=size, least_seconds=least_seconds(work, flops_limit, bytes_limit))
 
 
 def plan(args):
@@ -472,12 +368,6 @@ def plan(args):
         setting = Setting(mode, DTYPES[dtype], batch, args.device, sides, args.maps)
         settings[f"{size}{mode} {dtype}, batch {batch}"] = setting
     return settings
-
-
-def differ_in_square_size_alone(settings):
-    """Whether growth with the side of an image can be told from these settings."""
-    squares = {setting.sides[0] for setting in settings if setting.sides[0] == setting.sides[1]}
-    return len(squares) == len(settings) > 1
 
 
 def measure(args, setting):
@@ -497,34 +387,23 @@ def run(args):
     """Measure every setting and print the ratios; returns the result."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    print(machine(args.device))
-    result = dict(machine=machine(args.device), peer=args.peer, rounds=args.rounds, settings={}, limits={})
+    found = machine(args.device)
+    print(*found.values())
+    rates = {dtype: machine_limits(args.device, DTYPES[dtype]) for dtype in args.dtypes}
+    result = dict(machine=found, versions=versions(), peer=args.peer, rates=rates, settings={})
     with tempfile.TemporaryDirectory() as files:
         for name, setting in plan(args).items():
             print(name, flush=True)
             rows = result["settings"][name] = measure(args, replace(setting, files=files))
-            for row in rows:
-                print(f"  {label(row):45} ratio {row['ratio']:.3f}")
             if args.roofline:
-                flops, size = machine_limits(args.device, setting.dtype)
-                add_roofline(rows, setting, flops, size)
-                result["limits"][name] = dict(
-                    teraflops_per_second=flops / 1e12,
-                    gigabytes_per_second=size / 1e9,
-                    flops_per_byte=flops / size,
-                )
-    if differ_in_square_size_alone(plan(args).values()):
-        add_growth(result["settings"])
-    if args.device == "cpu":
-        result["rates"] = {dtype: machine_limits("cpu", DTYPES[dtype]) for dtype in args.dtypes}
-        # Nobody knows what else runs there: only ratios of the same run mean something.
-        for limits in result["limits"].values():
-            del limits["teraflops_per_second"], limits["gigabytes_per_second"]
-        for row in (row for rows in result["settings"].values() for row in rows):
-            row.pop("ms_per_image")
-            row.pop("memory", None)
+                add_roofline(rows, setting, *rates[str(setting.dtype).removeprefix("torch.")])
+            print(tables.in_lines(result, name))
     return result
 
 
 if __name__ == "__main__":
-    benchmarking.main(parse_args(), run, report)
+    arguments = parse_args()
+    if arguments.tables:
+        tables.write()
+    else:
+        benchmarking.main(arguments, run)

@@ -2,14 +2,13 @@
 
 python tools/benchmark_data.py <folder>                      any folder with JPEG images, at any depth
 python tools/benchmark_data.py --coco <folder>               detection, a folder as detect.py takes it
-python tools/benchmark_data.py --draw benchmarks/data.json   table and picture of an earlier result again
 
 What is timed is a loader with one worker process, in images/s of one core. The ratios compare with timm's
 create_transform, which uses Pillow; ours runs with each DATA.BACKEND. What opencv leaves to the device,
 normalising and erasing, the main process does meanwhile; "opencv for a GPU" stops at the batches that a GPU
 would receive. Decoding alone says what no pipeline can beat, and decoding to an eighth of the sides what the
-Huffman code takes of that, which a part of an image needs as well, down to its last row. In every round each
-pipeline reads the same images once; a figure is the median of the rounds.
+Huffman code takes of that, which a part of an image needs as well, down to its last row. A turn
+reads all of the images once.
 
 Detection compares with the transforms of torchvision's references/detection (multiscale, --use-v2) on its
 CocoDetection, with images of Pillow, as by default, or tensors; its model's normalising and padding are done
@@ -20,6 +19,8 @@ import argparse
 import contextlib
 import io
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -35,6 +36,7 @@ from torchvision.transforms import v2
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import benchmarking
+import tables
 
 from config import get_config
 from data.datasets import EvaluationSamples, TrainingSamples
@@ -44,7 +46,7 @@ from data.opencv import ImageFile
 from data.transforms import augment_operations, posterize_from_0_bits
 from detection.loaders import build_loaders as build_detection_loaders
 from detection.loaders import collate as collate_detection
-from models.roofline import machine
+from models.roofline import machine, versions
 from utils import UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -64,9 +66,9 @@ def parse_args():
     add("--images", type=int, default=200, help="read the first so many, in the order of paths or records")
     add("--batch-size", type=int, help="default: 32, and 2 for detection")
     add("--rounds", type=int, default=9)
-    benchmarking.add_arguments(parser, "output/benchmark_data")
+    benchmarking.add_arguments(parser, "input")
     args = parser.parse_args()
-    if not args.draw and bool(args.folder) == bool(args.coco):
+    if bool(args.folder) == bool(args.coco):
         parser.error("give a folder with JPEG images, or --coco and a folder with data in COCO format")
     args.batch_size = args.batch_size or (2 if args.coco else 32)
     return args
@@ -225,54 +227,41 @@ def coco_candidates(folder, images, batch_size):
 
 
 def compare(functions, rounds):
-    """Time functions in turn: rows of name, and median and quartiles of the speed over the first's median."""
-    times = dict(zip(functions, benchmarking.time_in_turn(list(functions.values()), rounds)))
-    _, peer, _ = next(iter(times.values()))
-    return [
-        dict(name=name, ratio=peer / median, quartiles=[peer / high, peer / low])
-        for name, (low, median, high) in times.items()
-    ]
+    """Let pipelines take turns: rows of model, which is the pipeline's name, and turns."""
 
+    def turn(read):
+        begin = time.perf_counter()
+        read()
+        return 1, time.perf_counter() - begin
 
-def report(result):
-    """The table of a result in Markdown, and its figure."""
-    rows, panels, peer = [], {}, result.get("peer", "timm + Pillow")
-    for setting, found in result["settings"].items():
-        for row in found:
-            low, high = row["quartiles"]
-            rows.append([setting, row["name"], f"{row['ratio']:.2f}", f"{low:.2f} to {high:.2f}"])
-            is_ours = row["name"] not in (PEER, COCO_PEER, COCO_PEER_OF_TENSORS)
-            bar = benchmarking.Bar(row["name"], is_ours, row["ratio"], row["quartiles"])
-            panels.setdefault(setting, []).append(bar)
-    notes = [f"{result['images']} images, medians of {result['rounds']} alternating rounds."]
-    columns = ["setting", "pipeline", f"images/s, {peer} = 1", "quartiles"]
-    label = f"images/s of one worker, {peer} = 1 (more is faster)"
-    table = benchmarking.markdown(result, notes, columns, rows)
-    return table, {"": benchmarking.draw_bars(panels, label)}
+    for read in functions.values():
+        read()
+    turns = benchmarking.time_in_turn([partial(turn, read) for read in functions.values()], rounds, peer=0)
+    return [dict(model=name, turns=of_pipeline) for name, of_pipeline in zip(functions, turns)]
 
 
 def run(args):
     """Time the pipelines and print the ratios; returns the result."""
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
-    result = dict(machine=f"{machine('cpu')}, Pillow {PIL.__version__}, OpenCV {cv2.__version__}")
+    of_images = dict(pillow=PIL.__version__, opencv=cv2.__version__)
+    result = dict(machine=machine("cpu"), versions=dict(versions(), **of_images), figure="images per second")
     if args.coco:
         settings = coco_candidates(args.coco, args.images, args.batch_size)
         train, *_ = build_detection_loaders(coco_config(args.coco, "pil"))
-        images = min(args.images, len(train.paths))
-        result.update(peer=COCO_PEER)
+        result.update(peer=COCO_PEER, images=min(args.images, len(train.paths)))
     else:
         paths = find_images(args.folder, args.images)
-        settings, images = candidates(paths, args.batch_size), len(paths)
-    result.update(images=images, rounds=args.rounds, settings={})
-    print(f"{result['machine']}\n{images} images of {args.folder or args.coco}")
+        settings = candidates(paths, args.batch_size)
+        result.update(peer=PEER, images=len(paths))
+    result["settings"] = {}
+    print(*result["machine"].values(), f"\n{result['images']} images of {args.folder or args.coco}")
     for setting, functions in settings.items():
         print(setting, flush=True)
-        rows = result["settings"][setting] = compare(functions, args.rounds)
-        for row in rows:
-            print(f"  {row['name']:20} {row['ratio']:.2f}")
+        result["settings"][setting] = compare(functions, args.rounds)
+        print(tables.in_lines(result, setting))
     return result
 
 
 if __name__ == "__main__":
-    benchmarking.main(parse_args(), run, report)
+    benchmarking.main(parse_args(), run)

@@ -2,17 +2,17 @@
 
 python tools/benchmark_detector.py                           inference of T at 800x1280, one image
 python tools/benchmark_detector.py --modes train --dtypes float32 bfloat16 --memory      training steps
-python tools/benchmark_detector.py --draw benchmarks/detector_cpu.json   table and picture again
 
-Each detector has a process of its own; in every round each takes one step, and a figure is the median of the
-rounds. Inference and training are detect.py's on the CPU: a training step is the forward pass with all
-losses, the backward pass, and AdamW's update. Weights are random. Every image has 1000 proposals and 100
-detections with their masks, as at most in evaluation; in training two objects.
+Each detector has a process of its own, and they take turns of at least a second (benchmarking.py). Inference
+and training are detect.py's on the CPU: a training step is the forward pass with all losses, the backward
+pass, and AdamW's update. Weights are random. Every image has 1000 proposals and 100 detections with their
+masks, as at most in evaluation; in training two objects.
 """
 
 import argparse
 import contextlib
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,11 +23,12 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import benchmarking
+import tables
 
 from config import get_config
 from detection.detector import build_detector
 from models import inference
-from models.roofline import machine
+from models.roofline import machine, versions
 from utils import build_compute
 
 OURS, PEER = "MSG-Transformer", "Swin (timm)"
@@ -47,7 +48,7 @@ def parse_args():
     add("--dtypes", nargs="+", choices=LEVELS, default=["float32"], help="of autocast")
     add("--memory", action="store_true", help="peak memory too; needs Linux")
     add("--rounds", type=int, default=7)
-    benchmarking.add_arguments(parser, "output/benchmark_detector")
+    benchmarking.add_arguments(parser, "detector")
     args = parser.parse_args()
     if args.memory and not Path("/proc/self/status").exists():
         parser.error("--memory needs Linux")
@@ -116,6 +117,10 @@ class Candidate:
         assert len(found["boxes"]) == self.detector.heads.limits.per_image
         return len(found["boxes"])
 
+    def turn(self):
+        """A turn of steps, see :func:`benchmarking.turn`."""
+        return benchmarking.turn(self.step)
+
     def peak_memory(self):
         """Peak resident memory so far beyond that of an idle process, in MiB."""
         return benchmarking.peak_resident() - self.idle
@@ -133,62 +138,31 @@ def ready(name, setting):
 
 
 def compare(setting, args):
-    """The rows of one :class:`Setting`: model, and ratios to the peer of time and, if asked, of memory."""
+    """The rows of one :class:`Setting`: model, turns and, if asked, memory in MiB."""
     names = (OURS, PEER)
     with contextlib.ExitStack() as stack:
         candidates = [benchmarking.Apart(name, ready, name, setting) for name in names]
         for candidate in candidates:
             stack.callback(candidate.close)
-        times = benchmarking.time_in_turn(candidates, args.rounds, lambda one: one.seconds("step"))
-        memory = [one.call("peak_memory")[1] for one in candidates] if args.memory else []
-    peer, rows = times[1][1], []
-    for place, (name, (low, median, high)) in enumerate(zip(names, times)):
-        rows.append(dict(model=name, ratio=median / peer, quartiles=[low / peer, high / peer]))
-        if args.memory:
-            rows[-1]["memory_ratio"] = memory[place] / memory[1]
-    return rows
+        take_turns = [partial(candidate.call, "turn") for candidate in candidates]
+        turns = benchmarking.time_in_turn(take_turns, args.rounds, names.index(PEER))
+        memory = [dict(memory=one.call("peak_memory")) if args.memory else {} for one in candidates]
+    return [dict(model=name, turns=own, **more) for name, own, more in zip(names, turns, memory)]
 
 
 def run(args):
     """Time both detectors in turn, in every setting, and print the ratios; returns the result."""
-    result = dict(machine=machine("cpu"), rounds=args.rounds, peer=args.peer, settings={})
-    print(result["machine"])
+    result = dict(machine=machine("cpu"), versions=versions(), peer=PEER, backbone=args.peer, settings={})
+    print(*result["machine"].values())
     for mode in args.modes:
         for dtype in args.dtypes:
             name = f"{mode}, {dtype}, {args.size[0]}x{args.size[1]}, one image"
             print(name, flush=True)
             setting = Setting(args.cfg, args.peer, tuple(args.size), mode, dtype)
-            rows = result["settings"][name] = compare(setting, args)
-            print("  ratio {ratio:.3f}".format(**rows[0]), rows[0].get("memory_ratio", ""))
+            result["settings"][name] = compare(setting, args)
+            print(tables.in_lines(result, name))
     return result
 
 
-def report(result):
-    """The table of a result in Markdown, and its figure."""
-    columns = dict(ratio="ratio", quartiles="quartiles", memory_ratio="memory ratio")
-    found = [(setting, row) for setting, rows in result["settings"].items() for row in rows]
-    columns = {key: name for key, name in columns.items() if key in found[0][1]}
-    rows = []
-    for setting, row in found:
-        cells = {key: f"{row[key]:.3f}" for key in columns if key != "quartiles"}
-        cells["quartiles"] = "{:.2f} to {:.2f}".format(*row["quartiles"])
-        rows.append([setting, row["model"], *(cells[key] for key in columns)])
-    panels = {
-        setting: [
-            benchmarking.Bar(row["model"], row["model"] == OURS, row["ratio"], row["quartiles"])
-            for row in rows
-        ]
-        for setting, rows in result["settings"].items()
-    }
-    notes = [
-        f"Medians of {result['rounds']} alternating rounds; ratios to the same Cascade Mask R-CNN on "
-        f"`{result['peer']}`. Random weights; 1000 proposals and 100 detections with masks."
-    ]
-    figure = benchmarking.draw_bars(panels, f"time, {PEER} = 1 (less is faster)")
-    return benchmarking.markdown(result, notes, ["setting", "backbone", *columns.values()], rows), {
-        "": figure
-    }
-
-
 if __name__ == "__main__":
-    benchmarking.main(parse_args(), run, report)
+    benchmarking.main(parse_args(), run)

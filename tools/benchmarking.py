@@ -1,24 +1,33 @@
-"""What the benchmarks share: processes, timing in turn, tables, bars, and the files they write.
+"""What the benchmarks share: processes, timing in turn, and the files that they write.
 
-A result is what a benchmark writes as JSON. It holds ``machine``, ``command`` and ``rounds`` among others,
-and ``settings``, which maps the name of a setting to its rows.
+Candidates take turns. A turn is at least a second of steps in a row, after two steps that do not count, so
+that caches and threads are warm, as they are for somebody with many images. A ratio is taken within a round;
+a figure is the median over the rounds, with a 95% interval.
+
+A file is ``<machine>/<date>-<what>.json``: a list with a result for each run of the command. A result holds
+``machine``, ``versions``, ``commit``, ``date``, ``command`` and ``settings``. A setting is a list of rows,
+and a row holds ``model`` and ``turns``, [steps, seconds] of every round. Ratios are computed when tables are
+written (``tables.py``).
 """
 
 import contextlib
+import datetime
 import json
+import math
 import multiprocessing
 import os
 import re
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
-
-from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
 
 from utils import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+TURN = 1.0  # seconds of a turn, at least
+CLAIM = 0.07  # half of an interval's width over its median, up to which a figure is a claim
 
 
 class Apart:
@@ -37,10 +46,7 @@ class Apart:
         theirs.close()
 
     def call(self, method):
-        """Call a method of the object, without arguments.
-
-        Returns:
-            The seconds that it took there, and what it returned.
+        """Call a method of the object, without arguments, and return what it returns.
 
         Raises:
             UserError: the object could not be made, or its process has ended.
@@ -57,10 +63,6 @@ class Apart:
             raise answer
         return answer
 
-    def seconds(self, method):
-        """The seconds that a method of the object takes; see :meth:`call`."""
-        return self.call(method)[0]
-
     def close(self):
         """End the process."""
         self._link.close()
@@ -72,10 +74,7 @@ def _answer(link, make, arguments):
     try:
         with make(*arguments) as made, contextlib.suppress(EOFError):
             while True:
-                method = link.recv()
-                begin = time.perf_counter()
-                result = getattr(made, method)()
-                link.send((time.perf_counter() - begin, result))
+                link.send(getattr(made, link.recv())())
     except UserError as error:
         link.send(error)
 
@@ -87,140 +86,117 @@ def peak_resident():
     return int(found[1]) / 2**10 if found else 0.0
 
 
-def seconds_of(function):
-    """The seconds that a function takes."""
-    begin = time.perf_counter()
-    function()
-    return time.perf_counter() - begin
+def turn(step, seconds=TURN):
+    """Take steps in a row for at least ``seconds``, after two that do not count: (steps, seconds)."""
+    step()
+    step()
+    begin, steps, taken = time.perf_counter(), 0, 0.0
+    while taken < seconds:
+        step()
+        steps, taken = steps + 1, time.perf_counter() - begin
+    return steps, taken
 
 
-def time_in_turn(functions, rounds, seconds_of=seconds_of):
-    """Time functions in turn, so that a machine that slows down slows down all of them.
+def time_in_turn(turns, rounds, peer):
+    """Let candidates take turns, so that a machine that slows down slows down all of them.
+
+    There are up to three times as many rounds while a ratio to the peer is not known to within ``CLAIM``.
 
     Args:
-        seconds_of: runs one of ``functions``, returns its seconds.
+        turns: a function for each candidate, which takes a turn and returns (steps, seconds).
+        peer: the place of the candidate that the others are compared with.
 
     Returns:
-        For each function the quartiles (lower, median, upper) of its seconds, after two rounds of warm-up.
+        A list of [steps, seconds] of every round for each candidate.
     """
-    seconds = [[] for _ in functions]
-    for done in range(-1, rounds + 1):
-        for function, measured in zip(functions, seconds):
-            taken = seconds_of(function)
-            if done > 0:
-                measured.append(taken)
-        print(f"\r  round {max(done, 0)}/{rounds}", end="", flush=True, file=sys.stderr)
+    taken = [[] for _ in turns]
+    for done in range(1, 3 * rounds + 1):
+        for take, of_candidate in zip(turns, taken):
+            of_candidate.append(list(take()))
+        print(f"\r  round {done}/{rounds}", end="", flush=True, file=sys.stderr)
+        if done >= rounds and all(is_claim(ratios(own, taken[peer])) for own in taken):
+            break
     print(file=sys.stderr)
-    return [statistics.quantiles(measured, n=4) for measured in seconds]
+    return taken
 
 
-def markdown(result, notes, columns, rows):
-    """A result in Markdown: command, machine, notes, and a table whose first two columns are text."""
-    paragraphs = [f"`{result['command']}`", result["machine"], *notes]
-    table = ["| " + " | ".join(cells) + " |" for cells in (columns, *rows)]
-    table.insert(1, "|---|---" + "|---:" * (len(columns) - 2) + "|")
-    return "\n\n".join([*paragraphs, "\n".join(table)]) + "\n"
+def ratios(turns, peers):
+    """The seconds of a step over those of the peer's, in every round."""
+    return [
+        (seconds / steps) / (peers_seconds / peers_steps)
+        for (steps, seconds), (peers_steps, peers_seconds) in zip(turns, peers)
+    ]
 
 
-class Bar(NamedTuple):
-    """A bar of :func:`draw_bars`."""
+def interval(values):
+    """The median of some values and its 95% interval: (low, median, high).
 
-    name: str
-    is_ours: bool
-    median: float
-    quartiles: tuple  # (lower, upper)
-
-
-def draw_bars(panels, label, form="{:.2f}"):
-    """Draw medians as bars and quartiles as black lines, values at the right; a dotted line marks 1.
-
-    Args:
-        panels: the title of each panel, and its :class:`Bar` tuples.
-        label: what the values are.
-        form: how to write a value.
+    The interval lies between two of the ordered values, and assumes nothing of their distribution; of fewer
+    than six values it is the whole range, and covers less than 95%.
     """
-    figure = Figure((10, 0.8 + sum(0.5 + 0.3 * len(bars) for bars in panels.values())), layout="constrained")
-    heights = [1 + len(bars) for bars in panels.values()]
-    columns = figure.subplots(len(panels), 1, squeeze=False, sharex=True, height_ratios=heights)
-    colours = shades({bar.name: bar.is_ours for bars in panels.values() for bar in bars})
-    for (axes,), (title, bars) in zip(columns, panels.items()):
-        for place, bar in enumerate(bars):
-            axes.barh(place, bar.median, color=colours[bar.name])
-            axes.plot(bar.quartiles, [place, place], color="black", lw=1)
-            beyond = dict(transform=axes.get_yaxis_transform(), va="center")  # x in widths of the panel
-            axes.text(1.01, place, form.format(bar.median), **beyond)
-        axes.axvline(1, color="black", lw=0.8, ls=":")
-        axes.set_yticks(range(len(bars)), [bar.name for bar in bars])
-        axes.invert_yaxis()
-        axes.set_title(title, loc="left", fontsize=10)
-        axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlim(0, axes.get_xlim()[1])
-    axes.xaxis.set_major_formatter(lambda value, _: form.format(value))
-    axes.set_xlabel(f"{label}; lines: quartiles")
-    return figure
+    ordered, count = sorted(values), len(values)
+    outside, place = 0.0, 0
+    while (outside := outside + 2 * math.comb(count, place) / 2**count) <= 0.05:
+        place += 1
+    first = max(place - 1, 0)
+    return ordered[first], statistics.median(ordered), ordered[-1 - first]
 
 
-def shades(is_ours):
-    """Colours by name, given for each whether it is ours: blue or grey, the first of either the darkest."""
-    colours = {}
-    for ours, colour in ((True, "tab:blue"), (False, "grey")):
-        names = [name for name in is_ours if is_ours[name] == ours]
-        for place, name in enumerate(names):
-            white = place * min(0.35, 0.7 / len(names))
-            colours[name] = tuple(white + (1 - white) * part for part in to_rgb(colour))
-    return colours
+def is_claim(values):
+    """Whether the median of some values is known to within ``CLAIM``."""
+    low, median, high = interval(values)
+    return (high - low) / 2 <= CLAIM * median
 
 
-def add_arguments(parser, default):
-    """Add the flags that say what to write."""
-    add = parser.add_argument
-    add("--output", default=default, metavar="PATH", help="write PATH.json, PATH.md and PATH*.png")
-    add(
-        "--draw",
-        nargs="+",
-        metavar="JSON",
-        help="write the .md and .png of these again, without measuring",
-    )
-
-
-def main(args, run, report):
-    """Measure and write a result, or with ``--draw`` draw earlier ones again; errors end in one line.
+def add_arguments(parser, what):
+    """Add the flags that say what to write.
 
     Args:
-        run: makes a result, still without its command, of the arguments.
-        report: makes of a result its table in Markdown, and its figures by how their file names end.
+        what: the default of ``--name``.
+    """
+    add = parser.add_argument
+    add(
+        "--output",
+        default="output/benchmarks",
+        metavar="DIR",
+        help="to write <machine>/<date>-<name>.json in",
+    )
+    add("--name", default=what, help="default: %(default)s")
+
+
+def main(args, run):
+    """Measure and write a result; errors end in one line.
+
+    Args:
+        run: makes a result of the arguments: ``machine`` (a dict), ``versions`` and ``settings``.
     """
     try:
-        if args.draw:
-            draw(args.draw, report)
-            return
         result = run(args)
-        result["command"] = "python " + " ".join([os.path.relpath(sys.argv[0]), *sys.argv[1:]])
-        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(f"{args.output}.json").write_text(json.dumps(result, indent=1) + "\n")
-        print(f"wrote {args.output}.json")
-        draw([f"{args.output}.json"], report)
+        result.update(
+            date=datetime.date.today().isoformat(),
+            commit=commit(),
+            command="python " + " ".join([os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
+        )
+        path = Path(args.output) / folder_of(result["machine"]) / f"{result['date']}-{args.name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        earlier = json.loads(path.read_text()) if path.exists() else []
+        path.write_text(json.dumps([*earlier, result], indent=1) + "\n")
+        print(f"wrote {path}")
     except UserError as error:
         sys.exit(f"error: {error}")
 
 
-def draw(paths, report):
-    """Write tables and figures beside the JSON files of results.
+def folder_of(machine):
+    """The name of a machine's folder, such as ``amd-epyc-family26-model2``."""
+    words = [machine["device"] if "device" in machine else machine["processor"]]
+    if "device" not in machine:
+        words += [f"family{machine['family']}", f"model{machine['model']}"]
+    return re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")
 
-    Raises:
-        UserError: a file cannot be read, or is not of this command.
-    """
-    for path in paths:
-        try:
-            result = json.loads(Path(path).read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read: {error}") from error
-        command = Path(sys.argv[0]).name
-        if not isinstance(result, dict) or command not in result.get("command", ""):
-            raise UserError(f"{path} was not written by {command}")
-        stem = path.removesuffix(".json")
-        table, figures = report(result)
-        Path(f"{stem}.md").write_text(table)
-        for suffix, figure in figures.items():
-            figure.savefig(f"{stem}{suffix}.png", dpi=120)
-        print("wrote", ", ".join([f"{stem}.md", *(f"{stem}{suffix}.png" for suffix in figures)]))
+
+def commit():
+    """The commit of the working tree, with ``+`` where something is changed; empty outside a repository."""
+    words = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--abbrev=7", "--exclude=*"]
+    with contextlib.suppress(OSError):
+        return subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
+    return ""

@@ -1,0 +1,245 @@
+"""The tables of the pages, written from the files in benchmarks/ and weights/ (``benchmark.py --tables``).
+
+A page holds a table between ``<!-- table: NAME -->`` and ``<!-- end -->``. Nobody types a figure twice: a
+test writes all tables anew and compares.
+"""
+
+import json
+import re
+import statistics
+from pathlib import Path
+
+import benchmarking
+
+ROOT = benchmarking.ROOT
+TINY, PEER = "msg_tiny_p4_win7_224", "swin_tiny_patch4_window7_224"
+SHORT = {
+    "msg_tiny_p4_win7_224": "T", "msg_small_p4_win7_224": "S", "msg_base_p4_win7_224": "B",
+    "swin_tiny_patch4_window7_224": "Swin-T", "swin_small_patch4_window7_224": "Swin-S",
+    "swin_base_patch4_window7_224": "Swin-B", "convnext_tiny": "ConvNeXt-T",
+}  # fmt: skip
+
+
+def shelf():
+    """All results: (name of the machine's folder, path, result), in the order of folders and dates."""
+    for path in sorted((ROOT / "benchmarks").glob("*/20??-??-??-*.json")):
+        for result in json.loads(path.read_text()):
+            yield path.parent.name, path, result
+
+
+def ratios(result, setting):
+    """What each row of a setting is compared with the peer: (row, low, median, high).
+
+    It is time per step, or speed where the result's ``figure`` says so. Rows without turns are of before
+    turns were kept, and hold a ratio with its quartiles.
+    """
+    rows, found = result["settings"][setting], []
+    compiled = {bool(row.get("compiled")): row for row in rows if row["model"] == result["peer"]}
+    for row in rows:
+        if "turns" not in row:
+            low, high = row["quartiles"]
+            found.append((row, low, row["ratio"], high))
+            continue
+        peer = compiled.get(bool(row.get("compiled")), compiled.get(False))
+        low, median, high = benchmarking.interval(benchmarking.ratios(row["turns"], peer["turns"]))
+        faster = "figure" in result
+        found.append((row, *((1 / high, 1 / median, 1 / low) if faster else (low, median, high))))
+    return found
+
+
+def name_of(row):
+    """What tables call the candidate of a row."""
+    name, _, way = row["model"].partition(":")
+    return SHORT.get(name, name) + f":{way}" * bool(way) + " compiled" * bool(row.get("compiled"))
+
+
+def in_words(low, median, high):
+    """A ratio with its interval, or only the interval where that is wide."""
+    if (high - low) / 2 > benchmarking.CLAIM * median:
+        return f"between {low:.2f} and {high:.2f}"
+    return f"{median:.2f} ({low:.2f} to {high:.2f})"
+
+
+def in_lines(result, setting):
+    """The ratios of a setting for the console, a line each."""
+    peer = name_of(dict(model=result["peer"]))
+    return "\n".join(
+        f"  {name_of(row):30} {in_words(*found)} of {peer}" for row, *found in ratios(result, setting)
+    )
+
+
+def results():
+    """Every setting of every result, by machine."""
+    machines, lines = {}, []
+    for folder, path, result in shelf():
+        machines.setdefault(folder, []).append((path, result))
+    for folder, found in machines.items():
+        processor = found[-1][1]["machine"]
+        flags = ", ".join(processor["flags"])
+        device = f"{processor['device']}; " if "device" in processor else ""
+        lines += [f"### {device}{name_of_processor(processor)} ({flags})", ""]
+        rows = []
+        for path, result in found:
+            for setting in result["settings"]:
+                words = []
+                for row, *of_row in ratios(result, setting):
+                    if (row["model"], bool(row.get("compiled"))) != (result["peer"], False):
+                        memory = in_memory(row, result["settings"][setting], result["peer"])
+                        words.append(f"{name_of(row)} {in_words(*of_row)}{memory}")
+                rates = result.get("rates", {})
+                reached = ", ".join(f"{flops / 1e9:.0f}" for flops, _ in rates.values())
+                peer = name_of(dict(model=result["peer"]))
+                what = f"[{path.stem[:10]}]({folder}/{path.name}) {setting}"
+                rows.append([what, peer, "; ".join(words), reached or "-"])
+        lines += [*markdown(["date, setting", "1 =", "ratio", "GFLOP/s"], rows), ""]
+    return lines
+
+
+def name_of_processor(machine):
+    """Name, family and model of a processor; the family is the whole of what is missing where it is."""
+    model = f", model {machine['model']}" if machine["model"] != "unknown" else ""
+    return f"{machine['processor']}, family {machine['family']}{model}"
+
+
+def in_memory(row, rows, peer):
+    """How much memory a row took, over the peer's, in words; nothing where it is not known."""
+    if "memory_ratio" in row:
+        return f", memory {row['memory_ratio']:.2f}"
+    if "memory" not in row:
+        return ""
+    (other,) = [other["memory"] for other in rows if other["model"] == peer and not other.get("compiled")]
+    return f", memory {row['memory'] / other:.2f}"
+
+
+def speed():
+    """T over Swin-T in PyTorch at 224 px, lowest and highest figure of all runs on each machine."""
+    columns = ("inference float32", "inference bfloat16", "train float32", "train bfloat16")
+    found = {}
+    for folder, _, result in shelf():
+        of_machine = found.setdefault(folder, ({column: [] for column in columns}, result["machine"]))[0]
+        for setting in result["settings"]:
+            column = next((column for column in columns if setting.startswith(f"{column}, batch")), None)
+            if column and result["peer"] == PEER:
+                for row, _, median, _ in ratios(result, setting):
+                    if row["model"] == TINY and not row.get("compiled"):
+                        of_machine[column].append(median)
+    rows = []
+    for of_machine, machine in found.values():
+        if any(of_machine.values()):
+            name = machine.get("device") or f"{name_of_processor(machine)}, {machine['threads']} threads"
+            spans = [span(of_machine[column]) for column in columns]
+            rows.append([f"[{name}](benchmarks/README.md)", *spans])
+    heads = [column.replace("train", "training") for column in columns]
+    return markdown(["T's time, Swin-T's = 1", *heads], rows)
+
+
+def span(values):
+    """Lowest and highest of some values, in words; a dash for none."""
+    low, high = (f"{bound(values):.2f}" if values else "-" for bound in (min, max))
+    return low if low == high else f"{low} to {high}"
+
+
+def ablation(folder):
+    """Best top-1 and paired differences of an ablation."""
+    rows = []
+    for row in json.loads((ROOT / "benchmarks" / folder / "ablation.json").read_text())["rows"]:
+        best, apart = row["best"], row["best_difference"]
+        difference = f"{apart['mean']:+.2f} ± {apart['half']:.2f}" if apart["mean"] or apart["half"] else "-"
+        score = f"{best['mean']:.2f} ± {best['half']:.2f}"
+        size = f"{row['parameters'] / 1e6:.2f}M", f"{row['macs'] / 1e6:.1f}M"
+        rows.append([row["name"].replace("_", " "), *size, score, difference])
+    columns = [
+        "messengers",
+        "parameters",
+        "MACs",
+        "best top-1, 95% interval",
+        "paired difference to the first",
+    ]
+    return markdown(columns, rows)
+
+
+def orders(folder):
+    """Areas of the deletion and insertion curves, and how much better than random an order is."""
+    found, rows = json.loads((ROOT / "benchmarks" / folder / "curves.json").read_text()), []
+    for stage, of_stage in found["curves"].items():
+        for order, kinds in of_stage["orders"].items():
+            row = [f"stage {int(stage) + 1}", order]
+            for kind in ("deletion", "insertion"):
+                gain, error = kinds[kind]["gain"], kinds[kind]["error"]
+                better = "-" if order == "random" else f"{gain:.2f} ± {error:.2f}"
+                row += [f"{kinds[kind]['area']:.2f}", better]
+            rows.append(row)
+    columns = [
+        "",
+        "order",
+        "deletion area",
+        "better than random by",
+        "insertion area",
+        "better than random by",
+    ]
+    return markdown(columns, rows)
+
+
+def exchange(folder):
+    """What is lost where exchanges are switched off."""
+    found, rows = json.loads((ROOT / "benchmarks" / folder / "curves.json").read_text()), []
+    for place, kinds in found["exchange"].items():
+        cells = [f"{100 * kind['share']:.0f}%, {100 * kind['kept']:.0f}%" for kind in kinds.values()]
+        rows.append([place, *cells])
+    return markdown(["exchange changed in", "off: score lost, predictions kept", "withheld: the same"], rows)
+
+
+def weights():
+    """What the shipped weights reach, and what training them took."""
+    folder = ROOT / "weights" / "msg_cifar10"
+    found = json.loads((folder / "eval.json").read_text())
+    epochs = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    best = max(epochs, key=lambda row: row["ema_acc1"])
+    seconds = statistics.median(row["seconds"] for row in epochs)
+    rows = [
+        [f"top-1, top-5 on {found['images']:,} test images", f"{found['acc1']:.2f}, {found['acc5']:.2f}"],
+        ["kept: averaged weights (EMA) of epoch", f"{best['epoch']} of {len(epochs)}, counted from 0"],
+        ["top-1 after the last epoch: averaged, not", "{ema_acc1:.2f}, {acc1:.2f}".format(**epochs[-1])],
+        ["seconds of training an epoch, median", f"{seconds:.0f}"],
+        ["size of the file", f"{(folder / 'msg_cifar10.safetensors').stat().st_size / 1e6:.1f} MB"],
+    ]
+    of_classes = ", ".join(f"{row['class']} {100 * row['accuracy']:.0f}%" for row in found["classes"])
+    return markdown(["", ""], [*rows, ["right, of each class", of_classes]])
+
+
+def markdown(columns, rows):
+    """The lines of a table whose first column is text."""
+    table = ["| " + " | ".join(cells) + " |" for cells in (columns, *rows)]
+    return [table[0], "|---|" + "---|" * (len(columns) - 1), *table[1:]]
+
+
+PAGES = {
+    "README.md": dict(speed=speed),
+    "benchmarks/README.md": dict(results=results, cifar10=lambda: ablation("cifar10")),
+    "docs/messengers.md": dict(
+        digits=lambda: ablation("ablation_digits"),
+        cifar10=lambda: ablation("cifar10"),
+        orders=lambda: orders("messengers_cifar10"),
+        exchange=lambda: exchange("messengers_cifar10"),
+    ),
+    "weights/msg_cifar10/README.md": dict(weights=weights),
+}
+
+
+def filled(page):
+    """The text of a page with its tables written anew."""
+    tables = PAGES[page]
+
+    def write_table(place):
+        lines = "\n".join(tables[place["name"]]()).strip("\n")
+        return f"{place['begin']}\n\n{lines}\n\n<!-- end -->"
+
+    pattern = r"(?P<begin><!-- table: (?P<name>\w+) -->).*?<!-- end -->"
+    return re.sub(pattern, write_table, Path(ROOT / page).read_text(), flags=re.DOTALL)
+
+
+def write():
+    """Write the tables of all pages."""
+    for page in PAGES:
+        Path(ROOT / page).write_text(filled(page))
+        print(f"wrote the tables of {page}")
