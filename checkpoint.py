@@ -631,11 +631,41 @@ def _diagnosis(weights, own):
     return "another architecture"
 
 
+def _earlier_groups(optimizer, model):
+    """The groups that earlier releases, or the official one, made of the optimizer's parameters.
+
+    The official code decays the messenger tokens by mistake. Earlier releases of this code did not read the
+    patterns in ``no_weight_decay`` of timm's models, and gave mergings a rate of their own.
+
+    Returns:
+        Lists of parameters, and what is different now, in words; empty for the official code.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    place, groups = list(names), [group["params"] for group in optimizer.param_groups]
+    if "lr_scale" in optimizer.param_groups[0]:
+        parts = [
+            [p for p in group if (".downsample." in names[id(p)]) == merging]
+            for group in groups
+            for merging in (False, True)
+        ]
+        change = "which counted mergings as layers: the rates of TRAIN.LAYER_DECAY are from here on as in Swin"
+        return sorted(filter(None, parts), key=lambda part: place.index(id(part[0]))), change
+    named = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    spared = {names[id(p)] for p in groups[-1] if p.ndim > 1 and not names[id(p)].endswith(".bias")}
+    late = spared - set(named) or spared & {"msg_tokens"}
+    change = f"which decayed {', '.join(sorted(late))}: weight decay spares these from here on"
+    decayed = {id(p) for p in groups[0]}
+    earlier = [
+        [p for p in model.parameters() if id(p) in decayed or names[id(p)] in late],
+        [p for p in groups[-1] if names[id(p)] not in late],
+    ]
+    return earlier, change if late - set(named) else ""
+
+
 def load_optimizer(optimizer, model, checkpoint, path):
     """Load the optimizer's state, that of official checkpoints included.
 
-    The official code weight-decays the messenger tokens by mistake, so that its first parameter group has one
-    tensor more than ours; the state is put where it belongs.
+    Where the parameter groups were others, see :func:`_earlier_groups`, the state is put where it belongs.
 
     Raises:
         CheckpointError: the state belongs to other parameters, or is broken.
@@ -653,6 +683,7 @@ def load_optimizer(optimizer, model, checkpoint, path):
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     ours = [len(group["params"]) for group in optimizer.param_groups]
     theirs = [len(group["params"]) for group in state["param_groups"]]
+    earlier, change = _earlier_groups(optimizer, model)
     for setting in ("betas", "momentum"):
         had = all(setting in group for group in state["param_groups"])
         if own is None and had != (setting in optimizer.defaults):
@@ -660,18 +691,14 @@ def load_optimizer(optimizer, model, checkpoint, path):
                 f"{path} was trained with another TRAIN.OPTIMIZER.NAME: set that again, or start from the "
                 "weights alone with --pretrained"
             )
-    if (
-        own is None
-        and theirs == [ours[0] + 1, ours[1] - 1]
-        and getattr(model, "msg_tokens", None) is not None
-    ):
-        decayed = {id(parameter) for parameter in parameters[: ours[0]]} | {id(model.msg_tokens)}
-        # A stable sort: the official order is decayed parameters first, each group in the model's order.
-        official = sorted(map(id, model.parameters()), key=lambda parameter: parameter not in decayed)
-        moments = {index: state["state"].get(official.index(id(p))) for index, p in enumerate(parameters)}
-        moments = {index: value for index, value in moments.items() if value is not None}
-    elif theirs == ours:
+    if theirs == ours:
         moments = state["state"]
+    elif theirs == list(map(len, earlier)):
+        there = [id(parameter) for group in earlier for parameter in group]
+        moments = {index: state["state"].get(there.index(id(p))) for index, p in enumerate(parameters)}
+        moments = {index: value for index, value in moments.items() if value is not None}
+        if change:
+            logger.warning(f"{path} is of an earlier release, {change}; the optimizer's state is kept")
     else:
         raise CheckpointError(
             f"{path}: the optimizer state has groups of {theirs} parameters, this run {ours}: another "
