@@ -693,7 +693,7 @@ def parse_config(text, source):
     if len(text) > MOST_BYTES:
         raise ConfigError(f"{source} has {len(text):,} characters, and may have {MOST_BYTES:,}")
     config, sources = default_config(), {}
-    tree = _tree(text, source)
+    tree = _tree(text, source, _LoaderOfText)
     tree.pop("BASE", None)
     for key, value in _leaves(tree):
         _assign(config, key, value, source, sources)
@@ -769,6 +769,18 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class _LoaderOfText(_Loader):
+    """For what people write: values are text, as on the command line, until the kind of their key is known.
+
+    YAML would make ``TAG: 1.10`` the number 1.1, ``0010`` the number 8 and ``12:30`` the number 750.
+    """
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
+        for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+    }
+
+
 def _merge_file(config, path, sources, parents, sizes):
     """Merge a YAML file into ``config``, the files of its ``BASE`` first; ``sizes`` are those read so far."""
     path = os.path.normpath(path)
@@ -787,7 +799,7 @@ def _merge_file(config, path, sources, parents, sizes):
     sizes.append(len(text))
     if sum(sizes) > MOST_BYTES:
         raise ConfigError(f"{path}: a config and its BASE files may have {MOST_BYTES:,} bytes together")
-    tree = _tree(text, path)
+    tree = _tree(text, path, _LoaderOfText)
     bases = tree.pop("BASE", None) or []
     bases = bases if isinstance(bases, list) else [bases]
     if not all(isinstance(base, str) and "\0" not in base for base in bases):
@@ -799,10 +811,10 @@ def _merge_file(config, path, sources, parents, sizes):
         _assign(config, key, value, path, sources)
 
 
-def _tree(text, source):
+def _tree(text, source, loader=_Loader):
     """The nested dict of a YAML text; empty where there is nothing in it."""
     try:
-        tree = yaml.load(text, _Loader)
+        tree = yaml.load(text, loader)
     # The reader leaves impossible dates and numbers, false tags, and lists in lists in lists, to Python.
     except Exception as error:
         raise ConfigError(
@@ -870,9 +882,6 @@ def _coerce(value, present, key, source):
         raise ConfigError(f"{source}: {key} is {_show(value)}, but must be {what}")
 
     if kind is str:
-        # YAML reads a name of digits as a number.
-        if type(value) in (int, float) and abs(value) < 1e300:
-            value = str(value)
         if type(value) is not str or "\0" in value or not _is_encodable(value):
             refuse(f"text, such as {present!r}")
         if len(value) > MOST_CHARACTERS:
@@ -881,6 +890,8 @@ def _coerce(value, present, key, source):
     value = _literal(value)
     if value is None and key in optional:
         return None
+    if _is_ambiguous(value):
+        refuse("a number without a leading 0 or colons, which programs read differently")
     words = f"{_NAMES[kind]}, such as {present!r}"
     if key == "DATA.IMG_SIZE":  # one side or two, whichever an earlier file has
         kind, words = list if type(value) is list else int, RANGES[key][1]
@@ -900,6 +911,11 @@ def _argument(value, key, source):
     """An argument of timm's models: a number, a text, a truth value, None, or a list of these."""
     value = _literal(value)
     entries = value if isinstance(value, list) else [value]
+    if _is_ambiguous(value):
+        raise ConfigError(
+            f"{source}: {key} is {_show(value)}, but must be a number without a leading 0 or colons, which "
+            "programs read differently"
+        )
     plain = all(type(entry) in (bool, int, float, str, type(None)) for entry in entries)
     if not re.fullmatch(r"MODEL\.TIMM_ARGS\.[a-z]\w{0,99}", key) or not plain:
         raise ConfigError(f"{source}: {key} is {_show(value)}, which is no argument of a model of timm")
@@ -907,13 +923,20 @@ def _argument(value, key, source):
 
 
 def _literal(value):
-    """What text says, in lists too: YAML reads 5e-4 as text, and so comes all from the command line."""
+    """What text says, in lists too; truth values in YAML's words as well as in Python's."""
     if isinstance(value, str):
         try:
             value = ast.literal_eval(value)
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-            return {"true": True, "false": False, "none": None, "null": None}.get(value.lower(), value)
+            return _WORDS.get(value.lower(), value)
     return [_literal(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+
+def _is_ambiguous(value):
+    """Whether text, or an entry of a list, is a number to YAML and another or none to Python: 010 and 1:30."""
+    if isinstance(value, (list, tuple)):
+        return any(map(_is_ambiguous, value))
+    return isinstance(value, str) and bool(re.fullmatch(r"[-+]?(0[\d_]+|\d[\d_]*(:\d+)+(\.\d*)?)", value))
 
 
 def _numbers_in(value):
@@ -946,6 +969,7 @@ def _short(text, most=120):
     return text if len(text) <= most else f"{text[:most]}..."
 
 
+_WORDS = dict(true=True, yes=True, on=True, false=False, no=False, off=False, none=None, null=None)
 # Where ~ is the home folder.
 _PATHS = (
     "DATA.DATA_PATH",
