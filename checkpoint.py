@@ -1,7 +1,7 @@
 """The one place that writes and reads checkpoint files.
 
 A checkpoint is a dict of plain types and tensors: ``model``, ``optimizer``, ``lr_scheduler``, ``updater``,
-``progress``, ``epoch`` (the last finished one), ``score`` (of these weights, at the end of an epoch),
+``progress``, ``epoch`` (the last finished one), ``updates`` (since the start of the run), ``score`` (of these weights, at the end of an epoch),
 ``max_accuracy`` (of the best so far), ``config`` (YAML text) and ``classes`` (names, in the order of the
 head); with ``TRAIN.EMA`` also ``model_ema``, the averaged weights, which the scores are then of, and ``ema``;
 with optimizers other than AdamW and SGD also ``optimizer_name``. Files of the official release, with a
@@ -336,6 +336,7 @@ SUMS = _list_of(_number(-1e39, 1e39), "a list of finite numbers")
 PARTS = _is_parts, "lists of finite numbers by name"
 RUN = dict(
     epoch=_whole(-1),
+    updates=_whole(0),
     max_accuracy=_number(-1, 101),  # the official percentages are rounded to float32
     score=_number(0, 101),
     optimizer_name=TEXT,

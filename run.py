@@ -377,6 +377,7 @@ class Run:
         model: the plain module whose weights are saved.
         best: the score of the weights in ``best.pth``.
         highest: the highest score so far, whether written or not.
+        before: updates of the epochs before this one, however many each had.
         first, begin: the epoch that it starts with here, and when.
     """
 
@@ -387,6 +388,7 @@ class Run:
         self.progress = Progress(settings.start_epoch, self.device)
         self.best = self.highest = -1.0  # below 0, so that even a first score of 0 is the best so far
         self.saved = []  # names of the files that the last epoch left
+        self.before = settings.start_epoch * sampler.updates_per_epoch
         self.first, self.begin = settings.start_epoch, time.time()
 
     def figures_of(self, evaluate):
@@ -439,6 +441,7 @@ class Run:
     def start_epoch(self, epoch):
         """Start the rest of a restored epoch, or a whole one."""
         if self.progress.epoch != epoch:
+            self.before += self.progress.updates
             self.progress = Progress(epoch, self.device)
         self.sampler.start(epoch, self.progress.images)
 
@@ -477,7 +480,7 @@ class Run:
         """
         epoch, task = self.progress.epoch, self.settings.task
         # The epoch's own last update: a run that goes on after it drops TensorBoard's events from there on.
-        last = (epoch + 1) * self.sampler.updates_per_epoch - 1
+        last = self.before + self.progress.updates - 1
         self.record.end_epoch(last, epoch=epoch, **means, **figures)
         score = float(figures[self.score_name()])
         before, self.best = self.best, max(self.best, score)
@@ -528,6 +531,7 @@ class Run:
             max_accuracy=self.best,
             score=score,
             epoch=epoch if epoch_done else epoch - 1,
+            updates=self.before + self.progress.updates,
             config=settings.config,
             classes=getattr(self.model, "classes", None),
         )
@@ -632,7 +636,8 @@ class Run:
             raise ckpt.CheckpointError(
                 f"{latest} would be overwritten: choose another --tag, or set TRAIN.AUTO_RESUME True"
             )
-        self.record.start(self.progress.epoch, int(self.position()))
+        per_epoch = self.sampler.updates_per_epoch
+        self.record.start(self.progress.epoch, self.before + self.progress.updates, per_epoch)
 
     def _load(self, path, checkpoint):
         weights = {name: checkpoint[name] for name in ("model", "classes")}
@@ -651,6 +656,10 @@ class Run:
                     "with the same data, or start from the weights alone with --pretrained"
                 )
             self._continue_epoch(checkpoint["progress"])
+        # Without a count, as in earlier releases, the epochs are taken to have been as long as now.
+        self.before = self.progress.epoch * self.sampler.updates_per_epoch
+        if "updates" in checkpoint:
+            self.before = checkpoint["updates"] - self.progress.updates
 
     def _tell_changed_options(self, before, path):
         """Log which options of the run differ from those in a checkpoint, given as YAML text."""

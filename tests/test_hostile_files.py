@@ -331,6 +331,7 @@ def run_entries():
     return dict(
         model={"weight": torch.ones(2)},
         epoch=5,
+        updates=50,
         max_accuracy=81.25,
         updater=dict(scaler=scaler, amp_dtype="None", skipped=2, skipped_in_a_row=0),
         progress=place,
@@ -342,6 +343,7 @@ def run_entries():
 
 NONSENSE = {
     "epoch": [-1, 0.5, True, "5", 2**63, torch.tensor(5), float("nan"), None, [5]],
+    "updates": [-1, 0.5, True, "8", 2**63],
     "max_accuracy": ["high", None, float("nan"), float("inf"), -2, 1e9, 3j, torch.tensor(50.0), True],
     "updater": [3, None, {}],
     "updater.scaler": [None, {}],
