@@ -1,13 +1,15 @@
 """The one place that writes and reads checkpoint files.
 
 A checkpoint is a dict of plain types and tensors: ``model``, ``optimizer``, ``lr_scheduler``, ``updater``,
-``progress``, ``epoch`` (the last finished one), ``updates`` (since the start of the run), ``score`` (of these weights, at the end of an epoch),
-``max_accuracy`` (of the best so far), ``config`` (YAML text) and ``classes`` (names, in the order of the
-head); with ``TRAIN.EMA`` also ``model_ema``, the averaged weights, which the scores are then of, and ``ema``;
-with optimizers other than AdamW and SGD also ``optimizer_name``. Files of the official release, with a
-pickled yacs config and apex's ``amp`` entry, are read too; so are the weights in bare state dicts, in timm's
-training checkpoints and in safetensors files, which hold ``config`` and ``classes`` too if they are of
-``tools/export.py``. Nothing in a file is ever run, and what is used of one is checked first.
+``progress``, ``epoch`` (the last finished one), ``updates`` (since the start of the run), ``score`` (of these
+weights, at the end of an epoch), ``max_accuracy`` (of the best so far), ``config`` (YAML text) and
+``classes`` (names, in the order of the head). With ``TRAIN.EMA`` it also has ``model_ema``, the averaged
+weights, ``ema``, and ``better``, which of the two scored higher when they were last evaluated, model or ema;
+the scores are then of the better one. With optimizers other than AdamW and SGD it has ``optimizer_name``.
+Files of the official release, with a pickled yacs config and apex's ``amp`` entry, are read too; so are the
+weights in bare state dicts, in timm's training checkpoints and in safetensors files, which hold ``config``
+and ``classes`` too if they are of ``tools/export.py``. Nothing in a file is ever run, and what is used of one
+is checked first.
 """
 
 import contextlib
@@ -33,8 +35,9 @@ BEST = "best.pth"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)
 # What has rows for every class, in a classifier and in a detector.
 HEAD = re.compile(r"head\.|.*\.(box_predictor|mask_fcn_logits)\.")
-# Where a file may hold its weights; as in timm, the averaged ones come first.
-WEIGHTS = ("state_dict_ema", "model_ema", "state_dict", "model")
+# Where a file may hold its weights, averaged and not. As in timm, the averaged ones come first, unless the
+# file says that the others are better.
+WEIGHTS = dict(ema=("state_dict_ema", "model_ema"), model=("state_dict", "model"))
 
 logger = logging.getLogger("msg_transformer")
 
@@ -125,11 +128,16 @@ def save_best(folder, checkpoint, saved=None):
 
 
 def score_of_best(folder):
-    """The score that a run's ``best.pth`` was kept for, in percent; -1 where there is no intact one."""
+    """The score that a run's ``best.pth`` was kept for, in percent, and of which weights: model or ema.
+
+    Returns:
+        (-1, None) where there is no intact one.
+    """
     try:
-        return read_run(os.path.join(folder, BEST))["max_accuracy"]
+        best = read_run(os.path.join(folder, BEST))
+        return best["max_accuracy"], better_of(best)
     except (CheckpointError, KeyError):
-        return -1.0
+        return -1.0, None
 
 
 def remove_unfinished(folder):
@@ -235,25 +243,35 @@ def read_checkpoint(path):
     return checkpoint
 
 
-def read_weights(path):
+def read_weights(path, which="auto"):
     """Read what evaluation, fine-tuning and use need, see :func:`weights_and_classes`.
 
     Raises:
         CheckpointError: as for :func:`read_checkpoint`, or weights that no model could have.
     """
-    return weights_and_classes(read_checkpoint(path), path)
+    return weights_and_classes(read_checkpoint(path), path, which)
 
 
-def weights_and_classes(checkpoint, path):
-    """``model``, the averaged weights where there are any; ``classes``; ``config``, YAML text.
+def better_of(checkpoint):
+    """Whether a checkpoint's ``model`` or its average (ema) is better; the average where it does not say."""
+    better = "ema" if checkpoint.get("model_ema") is not None else "model"
+    return "model" if checkpoint.get("better") == "model" else better
 
-    ``classes`` are None where they are not named, and ``config`` where there is none, as in a file of the
-    official release.
+
+def weights_and_classes(checkpoint, path, which="auto"):
+    """``model``, the weights or their average; ``classes``; ``config``, YAML text.
+
+    ``which`` of them is a value of ``TEST.WEIGHTS`` in config.py. ``classes`` are None where they are not
+    named, and ``config`` where there is none, as in a file of the official release.
     """
     if checkpoint.get("model_ema") is not None:
-        logger.info(f"{path}: taking its averaged weights (EMA)")
+        words = dict(ema="its averaged weights (EMA)", model="its weights, not their average (EMA)")
+        why = ", the better of the two" if which == "auto" and checkpoint.get("better") else ""
+        logger.info(f"{path}: taking {words[better_of(checkpoint) if which == 'auto' else which]}{why}")
     config = _config_of(checkpoint)
-    return dict(model=weights_of(checkpoint, path), classes=_classes_of(checkpoint, path), config=config)
+    return dict(
+        model=weights_of(checkpoint, path, which), classes=_classes_of(checkpoint, path), config=config
+    )
 
 
 def read_run(path):
@@ -265,8 +283,8 @@ def read_run(path):
     checkpoint = read_checkpoint(path)
     if not isinstance(checkpoint.get("model"), dict) or "epoch" not in checkpoint:
         raise CheckpointError(f"{path} is not the checkpoint of a run: --pretrained takes the weights alone")
-    # At the end of an epoch, progress is None; within it, score is.
-    absent = [name for name in ("progress", "score") if checkpoint.get(name) is None]
+    # At the end of an epoch, progress is None; within it, score is, and in the first epoch better.
+    absent = [name for name in ("progress", "score", "better") if checkpoint.get(name) is None]
     found = [name for name in RUN if name in checkpoint and name not in absent]
     run = {name: _checked(checkpoint[name], RUN[name], name, path) for name in found}
     # Within the first epoch, the last finished one is -1.
@@ -332,6 +350,7 @@ MOMENT = (lambda value: _is_dense(value) and value.is_floating_point()), "a dens
 SQUARES = (lambda value: not (value < 0).any()), "one without negative numbers"
 STEP = _is_step, "a number of updates"
 CLASSES = _list_of(TEXT, "a list of names")
+BETTER = (lambda value: isinstance(value, str) and value in WEIGHTS), "model or ema"
 SUMS = _list_of(_number(-1e39, 1e39), "a list of finite numbers")
 PARTS = _is_parts, "lists of finite numbers by name"
 RUN = dict(
@@ -339,6 +358,7 @@ RUN = dict(
     updates=_whole(0),
     max_accuracy=_number(-1, 101),  # the official percentages are rounded to float32
     score=_number(0, 101),
+    better=BETTER,
     optimizer_name=TEXT,
     updater=dict(
         scaler=dict(
@@ -430,13 +450,21 @@ def _classes_of(checkpoint, path):
     return None if classes is None else _checked(classes, CLASSES, "classes", path)
 
 
-def weights_of(checkpoint, path):
+def weights_of(checkpoint, path, which="auto"):
     """The weights in what :func:`read_checkpoint` returned, by name.
+
+    Args:
+        which: a value of ``TEST.WEIGHTS`` in config.py.
 
     Raises:
         CheckpointError: there are none, or none that a model could have.
     """
-    place = next((name for name in WEIGHTS if checkpoint.get(name) is not None), "")
+    places = WEIGHTS["ema"] + WEIGHTS["model"] if which == "auto" else WEIGHTS[which]
+    if which == "auto" and checkpoint.get("better") == "model":
+        places = WEIGHTS["model"] + WEIGHTS["ema"]
+    place = next((name for name in places if checkpoint.get(name) is not None), "")
+    if which == "ema" and not place:
+        raise CheckpointError(f"{path} has no averaged weights (EMA): take auto or model of TEST.WEIGHTS")
     weights = checkpoint[place] if place else checkpoint
     names = weights if isinstance(weights, dict) else ()
     if not names or not all(isinstance(name, str) and re.fullmatch(r"[\w.]{1,200}", name) for name in names):
@@ -649,7 +677,9 @@ def _earlier_groups(optimizer, model):
             for group in groups
             for merging in (False, True)
         ]
-        change = "which counted mergings as layers: the rates of TRAIN.LAYER_DECAY are from here on as in Swin"
+        change = (
+            "which counted mergings as layers: the rates of TRAIN.LAYER_DECAY are from here on as in Swin"
+        )
         return sorted(filter(None, parts), key=lambda part: place.index(id(part[0]))), change
     named = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     spared = {names[id(p)] for p in groups[-1] if p.ndim > 1 and not names[id(p)].endswith(".bias")}

@@ -188,15 +188,15 @@ def default_config():
     # Gradient checkpointing: less memory, about a third more compute.
     config.TRAIN.USE_CHECKPOINT = False
 
-    # Moving average of the weights (EMA), timm's ModelEmaV3: evaluated as well as the weights themselves, and
-    # what best.pth is best in. Every checkpoint then holds both.
+    # Moving average of the weights (EMA), timm's ModelEmaV3: evaluated as well as the weights themselves;
+    # best.pth is best in the higher score of the two. Every checkpoint then holds both.
     config.TRAIN.EMA = CfgNode()
     config.TRAIN.EMA.ENABLED = False
-    # Share of the average that stays at an update. 0.9999 averages over about 10,000 updates: short runs need
-    # less, or the warm-up.
+    # Share of the average that stays at an update. 0.9999 averages over about 10,000 updates: without the
+    # warm-up, short runs need less.
     config.TRAIN.EMA.DECAY = 0.9999
     # Begin with a short average: the share at update u is 1 - u^(-2/3), until that reaches DECAY.
-    config.TRAIN.EMA.WARMUP = False
+    config.TRAIN.EMA.WARMUP = True
 
     config.TRAIN.LR_SCHEDULER = CfgNode()
     # cosine, linear, step, multistep, tanh or poly; all per update, all after a linear warm-up.
@@ -264,6 +264,9 @@ def default_config():
     # True: resize, aspect kept, until the image covers 256/224 of DATA.IMG_SIZE, then centre crop. False, and
     # always where the short side of IMG_SIZE is at most 32: resize to IMG_SIZE, aspect changed.
     config.TEST.CROP = True
+    # Which weights of a checkpoint --eval and --pretrained take: model, their average (ema), or auto: the one
+    # that scored higher, and the average where the file does not say.
+    config.TEST.WEIGHTS = "auto"
 
     config.DET = CfgNode()
     # Below DATA.DATA_PATH: images and COCO annotations of training and validation.
@@ -371,6 +374,7 @@ CHOICES = {
     "DISTILL.KIND": ("soft", "hard"),
     "AUG.REMODE": ("pixel", "rand", "const"),
     "AUG.MIXUP_MODE": ("batch", "pair", "elem"),
+    "TEST.WEIGHTS": ("auto", "model", "ema"),
     "DET.BOX_LOSS": ("giou", "smooth_l1"),
     "DEVICE": ("", "cuda", "mps", "cpu"),
     "LOG.TRACKER": ("", "wandb", "trackio"),
@@ -933,7 +937,7 @@ def _literal(value):
 
 
 def _is_ambiguous(value):
-    """Whether text, or an entry of a list, is a number to YAML and another or none to Python: 010 and 1:30."""
+    """Whether text or an entry of a list, such as 010 or 1:30, is a number to YAML and not to Python."""
     if isinstance(value, (list, tuple)):
         return any(map(_is_ambiguous, value))
     return isinstance(value, str) and bool(re.fullmatch(r"[-+]?(0[\d_]+|\d[\d_]*(:\d+)+(\.\d*)?)", value))

@@ -437,7 +437,7 @@ def draw_curves(epochs, path, hyperparameters):
     loss.set(title="Cross entropy", ylim=(0, None))
     loss.legend(fontsize=8)
     ema = [row.get("ema_acc1", math.nan) for row in epochs]
-    scores = [row["acc1"] if math.isnan(average) else average for row, average in zip(epochs, ema)]
+    scores = [max(row["acc1"], row.get("ema_acc1", 0)) for row in epochs]
     best, best_epoch = max(scores), epochs[scores.index(max(scores))]["epoch"]
     accuracy.plot(x, [row["acc1"] for row in epochs], marker=marker, ms=3, label="top-1")
     if classes > 5:

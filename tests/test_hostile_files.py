@@ -336,6 +336,7 @@ def run_entries():
         updater=dict(scaler=scaler, amp_dtype="None", skipped=2, skipped_in_a_row=0),
         progress=place,
         ema=dict(updates=14),
+        better="ema",
         model_ema={"weight": torch.ones(2)},
         classes=["a", "b"],
     )
@@ -364,6 +365,7 @@ NONSENSE = {
     "model.weight": [torch.ones(2) * 1j, torch.tensor([1.0, float("nan")]), torch.ones(2).to_sparse()],
     "optimizer": [None, [1], {}],
     "ema": [3, None, {}],
+    "better": ["best", 1, ["ema"]],
     "ema.updates": [-1, 0.5, 2**63],
     "model_ema": [3, None, {}, torch.ones(2)],
     "model_ema.weight": [torch.ones(2) * 1j, torch.tensor([1.0, float("nan")])],

@@ -189,7 +189,7 @@ def earlier_patterns(model):
     ],
 )
 def test_a_state_in_the_groups_of_earlier_releases_goes_on_and_the_log_says_so(change, opts, words):
-    """What a parameter's moments are is told by the parameter itself, after an update whose gradient is it."""
+    """A parameter is its own gradient, so that its first moment tells whose it is."""
     before, model = micro(), micro()
     if change is earlier_patterns:
         model.no_weight_decay = lambda: {"norm.weight", "*.1.downsample.*", "msg_*"}
