@@ -1,13 +1,15 @@
 """The one place that writes and reads checkpoint files.
 
 A checkpoint is a dict of plain types and tensors: ``model``, ``optimizer``, ``lr_scheduler``, ``updater``,
-``progress``, ``epoch`` (the last finished one), ``score`` (of these weights, at the end of an epoch),
-``max_accuracy`` (of the best so far), ``config`` (YAML text) and ``classes`` (names, in the order of the
-head); with ``TRAIN.EMA`` also ``model_ema``, the averaged weights, which the scores are then of, and ``ema``;
-with optimizers other than AdamW and SGD also ``optimizer_name``. Files of the official release, with a
-pickled yacs config and apex's ``amp`` entry, are read too; so are the weights in bare state dicts, in timm's
-training checkpoints and in safetensors files, which hold ``config`` and ``classes`` too if they are of
-``tools/export.py``. Nothing in a file is ever run, and what is used of one is checked first.
+``progress``, ``epoch`` (the last finished one), ``updates`` (since the start of the run), ``score`` (of these
+weights, at the end of an epoch), ``max_accuracy`` (of the best so far), ``config`` (YAML text) and
+``classes`` (names, in the order of the head). With ``TRAIN.EMA`` it also has ``model_ema``, the averaged
+weights, ``ema``, and ``better``, which of the two scored higher when they were last evaluated, model or ema;
+the scores are then of the better one. With optimizers other than AdamW and SGD it has ``optimizer_name``.
+Files of the official release, with a pickled yacs config and apex's ``amp`` entry, are read too; so are the
+weights in bare state dicts, in timm's training checkpoints and in safetensors files, which hold ``config``
+and ``classes`` too if they are of ``tools/export.py``. Nothing in a file is ever run, and what is used of one
+is checked first.
 """
 
 import contextlib
@@ -33,8 +35,9 @@ BEST = "best.pth"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)
 # What has rows for every class, in a classifier and in a detector.
 HEAD = re.compile(r"head\.|.*\.(box_predictor|mask_fcn_logits)\.")
-# Where a file may hold its weights; as in timm, the averaged ones come first.
-WEIGHTS = ("state_dict_ema", "model_ema", "state_dict", "model")
+# Where a file may hold its weights, averaged and not. As in timm, the averaged ones come first, unless the
+# file says that the others are better.
+WEIGHTS = dict(ema=("state_dict_ema", "model_ema"), model=("state_dict", "model"))
 
 logger = logging.getLogger("msg_transformer")
 
@@ -125,11 +128,16 @@ def save_best(folder, checkpoint, saved=None):
 
 
 def score_of_best(folder):
-    """The score that a run's ``best.pth`` was kept for, in percent; -1 where there is no intact one."""
+    """The score that a run's ``best.pth`` was kept for, in percent, and of which weights: model or ema.
+
+    Returns:
+        (-1, None) where there is no intact one.
+    """
     try:
-        return read_run(os.path.join(folder, BEST))["max_accuracy"]
+        best = read_run(os.path.join(folder, BEST))
+        return best["max_accuracy"], better_of(best)
     except (CheckpointError, KeyError):
-        return -1.0
+        return -1.0, None
 
 
 def remove_unfinished(folder):
@@ -235,25 +243,35 @@ def read_checkpoint(path):
     return checkpoint
 
 
-def read_weights(path):
+def read_weights(path, which="auto"):
     """Read what evaluation, fine-tuning and use need, see :func:`weights_and_classes`.
 
     Raises:
         CheckpointError: as for :func:`read_checkpoint`, or weights that no model could have.
     """
-    return weights_and_classes(read_checkpoint(path), path)
+    return weights_and_classes(read_checkpoint(path), path, which)
 
 
-def weights_and_classes(checkpoint, path):
-    """``model``, the averaged weights where there are any; ``classes``; ``config``, YAML text.
+def better_of(checkpoint):
+    """Whether a checkpoint's ``model`` or its average (ema) is better; the average where it does not say."""
+    better = "ema" if checkpoint.get("model_ema") is not None else "model"
+    return "model" if checkpoint.get("better") == "model" else better
 
-    ``classes`` are None where they are not named, and ``config`` where there is none, as in a file of the
-    official release.
+
+def weights_and_classes(checkpoint, path, which="auto"):
+    """``model``, the weights or their average; ``classes``; ``config``, YAML text.
+
+    ``which`` of them is a value of ``TEST.WEIGHTS`` in config.py. ``classes`` are None where they are not
+    named, and ``config`` where there is none, as in a file of the official release.
     """
     if checkpoint.get("model_ema") is not None:
-        logger.info(f"{path}: taking its averaged weights (EMA)")
+        words = dict(ema="its averaged weights (EMA)", model="its weights, not their average (EMA)")
+        why = ", the better of the two" if which == "auto" and checkpoint.get("better") else ""
+        logger.info(f"{path}: taking {words[better_of(checkpoint) if which == 'auto' else which]}{why}")
     config = _config_of(checkpoint)
-    return dict(model=weights_of(checkpoint, path), classes=_classes_of(checkpoint, path), config=config)
+    return dict(
+        model=weights_of(checkpoint, path, which), classes=_classes_of(checkpoint, path), config=config
+    )
 
 
 def read_run(path):
@@ -265,8 +283,8 @@ def read_run(path):
     checkpoint = read_checkpoint(path)
     if not isinstance(checkpoint.get("model"), dict) or "epoch" not in checkpoint:
         raise CheckpointError(f"{path} is not the checkpoint of a run: --pretrained takes the weights alone")
-    # At the end of an epoch, progress is None; within it, score is.
-    absent = [name for name in ("progress", "score") if checkpoint.get(name) is None]
+    # At the end of an epoch, progress is None; within it, score is, and in the first epoch better.
+    absent = [name for name in ("progress", "score", "better") if checkpoint.get(name) is None]
     found = [name for name in RUN if name in checkpoint and name not in absent]
     run = {name: _checked(checkpoint[name], RUN[name], name, path) for name in found}
     # Within the first epoch, the last finished one is -1.
@@ -332,12 +350,15 @@ MOMENT = (lambda value: _is_dense(value) and value.is_floating_point()), "a dens
 SQUARES = (lambda value: not (value < 0).any()), "one without negative numbers"
 STEP = _is_step, "a number of updates"
 CLASSES = _list_of(TEXT, "a list of names")
+BETTER = (lambda value: isinstance(value, str) and value in WEIGHTS), "model or ema"
 SUMS = _list_of(_number(-1e39, 1e39), "a list of finite numbers")
 PARTS = _is_parts, "lists of finite numbers by name"
 RUN = dict(
     epoch=_whole(-1),
+    updates=_whole(0),
     max_accuracy=_number(-1, 101),  # the official percentages are rounded to float32
     score=_number(0, 101),
+    better=BETTER,
     optimizer_name=TEXT,
     updater=dict(
         scaler=dict(
@@ -429,13 +450,21 @@ def _classes_of(checkpoint, path):
     return None if classes is None else _checked(classes, CLASSES, "classes", path)
 
 
-def weights_of(checkpoint, path):
+def weights_of(checkpoint, path, which="auto"):
     """The weights in what :func:`read_checkpoint` returned, by name.
+
+    Args:
+        which: a value of ``TEST.WEIGHTS`` in config.py.
 
     Raises:
         CheckpointError: there are none, or none that a model could have.
     """
-    place = next((name for name in WEIGHTS if checkpoint.get(name) is not None), "")
+    places = WEIGHTS["ema"] + WEIGHTS["model"] if which == "auto" else WEIGHTS[which]
+    if which == "auto" and checkpoint.get("better") == "model":
+        places = WEIGHTS["model"] + WEIGHTS["ema"]
+    place = next((name for name in places if checkpoint.get(name) is not None), "")
+    if which == "ema" and not place:
+        raise CheckpointError(f"{path} has no averaged weights (EMA): take auto or model of TEST.WEIGHTS")
     weights = checkpoint[place] if place else checkpoint
     names = weights if isinstance(weights, dict) else ()
     if not names or not all(isinstance(name, str) and re.fullmatch(r"[\w.]{1,200}", name) for name in names):
@@ -631,11 +660,43 @@ def _diagnosis(weights, own):
     return "another architecture"
 
 
+def _earlier_groups(optimizer, model):
+    """The groups that earlier releases, or the official one, made of the optimizer's parameters.
+
+    The official code decays the messenger tokens by mistake. Earlier releases of this code did not read the
+    patterns in ``no_weight_decay`` of timm's models, and gave mergings a rate of their own.
+
+    Returns:
+        Lists of parameters, and what is different now, in words; empty for the official code.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    place, groups = list(names), [group["params"] for group in optimizer.param_groups]
+    if "lr_scale" in optimizer.param_groups[0]:
+        parts = [
+            [p for p in group if (".downsample." in names[id(p)]) == merging]
+            for group in groups
+            for merging in (False, True)
+        ]
+        change = (
+            "which counted mergings as layers: the rates of TRAIN.LAYER_DECAY are from here on as in Swin"
+        )
+        return sorted(filter(None, parts), key=lambda part: place.index(id(part[0]))), change
+    named = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    spared = {names[id(p)] for p in groups[-1] if p.ndim > 1 and not names[id(p)].endswith(".bias")}
+    late = spared - set(named) or spared & {"msg_tokens"}
+    change = f"which decayed {', '.join(sorted(late))}: weight decay spares these from here on"
+    decayed = {id(p) for p in groups[0]}
+    earlier = [
+        [p for p in model.parameters() if id(p) in decayed or names[id(p)] in late],
+        [p for p in groups[-1] if names[id(p)] not in late],
+    ]
+    return earlier, change if late - set(named) else ""
+
+
 def load_optimizer(optimizer, model, checkpoint, path):
     """Load the optimizer's state, that of official checkpoints included.
 
-    The official code weight-decays the messenger tokens by mistake, so that its first parameter group has one
-    tensor more than ours; the state is put where it belongs.
+    Where the parameter groups were others, see :func:`_earlier_groups`, the state is put where it belongs.
 
     Raises:
         CheckpointError: the state belongs to other parameters, or is broken.
@@ -653,6 +714,7 @@ def load_optimizer(optimizer, model, checkpoint, path):
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     ours = [len(group["params"]) for group in optimizer.param_groups]
     theirs = [len(group["params"]) for group in state["param_groups"]]
+    earlier, change = _earlier_groups(optimizer, model)
     for setting in ("betas", "momentum"):
         had = all(setting in group for group in state["param_groups"])
         if own is None and had != (setting in optimizer.defaults):
@@ -660,18 +722,14 @@ def load_optimizer(optimizer, model, checkpoint, path):
                 f"{path} was trained with another TRAIN.OPTIMIZER.NAME: set that again, or start from the "
                 "weights alone with --pretrained"
             )
-    if (
-        own is None
-        and theirs == [ours[0] + 1, ours[1] - 1]
-        and getattr(model, "msg_tokens", None) is not None
-    ):
-        decayed = {id(parameter) for parameter in parameters[: ours[0]]} | {id(model.msg_tokens)}
-        # A stable sort: the official order is decayed parameters first, each group in the model's order.
-        official = sorted(map(id, model.parameters()), key=lambda parameter: parameter not in decayed)
-        moments = {index: state["state"].get(official.index(id(p))) for index, p in enumerate(parameters)}
-        moments = {index: value for index, value in moments.items() if value is not None}
-    elif theirs == ours:
+    if theirs == ours:
         moments = state["state"]
+    elif theirs == list(map(len, earlier)):
+        there = [id(parameter) for group in earlier for parameter in group]
+        moments = {index: state["state"].get(there.index(id(p))) for index, p in enumerate(parameters)}
+        moments = {index: value for index, value in moments.items() if value is not None}
+        if change:
+            logger.warning(f"{path} is of an earlier release, {change}; the optimizer's state is kept")
     else:
         raise CheckpointError(
             f"{path}: the optimizer state has groups of {theirs} parameters, this run {ours}: another "

@@ -191,15 +191,15 @@ def default_config():
     # Gradient checkpointing: less memory, about a third more compute.
     config.TRAIN.USE_CHECKPOINT = False
 
-    # Moving average of the weights (EMA), timm's ModelEmaV3: evaluated as well as the weights themselves, and
-    # what best.pth is best in. Every checkpoint then holds both.
+    # Moving average of the weights (EMA), timm's ModelEmaV3: evaluated as well as the weights themselves;
+    # best.pth is best in the higher score of the two. Every checkpoint then holds both.
     config.TRAIN.EMA = CfgNode()
     config.TRAIN.EMA.ENABLED = False
-    # Share of the average that stays at an update. 0.9999 averages over about 10,000 updates: short runs need
-    # less, or the warm-up.
+    # Share of the average that stays at an update. 0.9999 averages over about 10,000 updates: without the
+    # warm-up, short runs need less.
     config.TRAIN.EMA.DECAY = 0.9999
     # Begin with a short average: the share at update u is 1 - u^(-2/3), until that reaches DECAY.
-    config.TRAIN.EMA.WARMUP = False
+    config.TRAIN.EMA.WARMUP = True
 
     config.TRAIN.LR_SCHEDULER = CfgNode()
     # cosine, linear, step, multistep, tanh or poly; all per update, all after a linear warm-up.
@@ -267,6 +267,9 @@ def default_config():
     # True: resize, aspect kept, until the image covers 256/224 of DATA.IMG_SIZE, then centre crop. False, and
     # always where the short side of IMG_SIZE is at most 32: resize to IMG_SIZE, aspect changed.
     config.TEST.CROP = True
+    # Which weights of a checkpoint --eval and --pretrained take: model, their average (ema), or auto: the one
+    # that scored higher, and the average where the file does not say.
+    config.TEST.WEIGHTS = "auto"
 
     config.DET = CfgNode()
     # Below DATA.DATA_PATH: images and COCO annotations of training and validation.
@@ -376,6 +379,7 @@ CHOICES = {
     "DISTILL.KIND": ("soft", "hard"),
     "AUG.REMODE": ("pixel", "rand", "const"),
     "AUG.MIXUP_MODE": ("batch", "pair", "elem"),
+    "TEST.WEIGHTS": ("auto", "model", "ema"),
     "DET.BOX_LOSS": ("giou", "smooth_l1"),
     "DEVICE": ("", "cuda", "mps", "cpu"),
     "LOG.TRACKER": ("", "wandb", "trackio"),
@@ -698,7 +702,7 @@ def parse_config(text, source):
     if len(text) > MOST_BYTES:
         raise ConfigError(f"{source} has {len(text):,} characters, and may have {MOST_BYTES:,}")
     config, sources = default_config(), {}
-    tree = _tree(text, source)
+    tree = _tree(text, source, _LoaderOfText)
     tree.pop("BASE", None)
     for key, value in _leaves(tree):
         _assign(config, key, value, source, sources)
@@ -774,6 +778,18 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class _LoaderOfText(_Loader):
+    """For what people write: values are text, as on the command line, until the kind of their key is known.
+
+    YAML would make ``TAG: 1.10`` the number 1.1, ``0010`` the number 8 and ``12:30`` the number 750.
+    """
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
+        for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+    }
+
+
 def _merge_file(config, path, sources, parents, sizes):
     """Merge a YAML file into ``config``, the files of its ``BASE`` first; ``sizes`` are those read so far."""
     path = os.path.normpath(path)
@@ -792,7 +808,7 @@ def _merge_file(config, path, sources, parents, sizes):
     sizes.append(len(text))
     if sum(sizes) > MOST_BYTES:
         raise ConfigError(f"{path}: a config and its BASE files may have {MOST_BYTES:,} bytes together")
-    tree = _tree(text, path)
+    tree = _tree(text, path, _LoaderOfText)
     bases = tree.pop("BASE", None) or []
     bases = bases if isinstance(bases, list) else [bases]
     if not all(isinstance(base, str) and "\0" not in base for base in bases):
@@ -804,10 +820,10 @@ def _merge_file(config, path, sources, parents, sizes):
         _assign(config, key, value, path, sources)
 
 
-def _tree(text, source):
+def _tree(text, source, loader=_Loader):
     """The nested dict of a YAML text; empty where there is nothing in it."""
     try:
-        tree = yaml.load(text, _Loader)
+        tree = yaml.load(text, loader)
     # The reader leaves impossible dates and numbers, false tags, and lists in lists in lists, to Python.
     except Exception as error:
         raise ConfigError(
@@ -875,9 +891,6 @@ def _coerce(value, present, key, source):
         raise ConfigError(f"{source}: {key} is {_show(value)}, but must be {what}")
 
     if kind is str:
-        # YAML reads a name of digits as a number.
-        if type(value) in (int, float) and abs(value) < 1e300:
-            value = str(value)
         if type(value) is not str or "\0" in value or not _is_encodable(value):
             refuse(f"text, such as {present!r}")
         if len(value) > MOST_CHARACTERS:
@@ -886,6 +899,8 @@ def _coerce(value, present, key, source):
     value = _literal(value)
     if value is None and key in optional:
         return None
+    if _is_ambiguous(value):
+        refuse("a number without a leading 0 or colons, which programs read differently")
     words = f"{_NAMES[kind]}, such as {present!r}"
     if key == "DATA.IMG_SIZE":  # one side or two, whichever an earlier file has
         kind, words = list if type(value) is list else int, RANGES[key][1]
@@ -905,6 +920,11 @@ def _argument(value, key, source):
     """An argument of timm's models: a number, a text, a truth value, None, or a list of these."""
     value = _literal(value)
     entries = value if isinstance(value, list) else [value]
+    if _is_ambiguous(value):
+        raise ConfigError(
+            f"{source}: {key} is {_show(value)}, but must be a number without a leading 0 or colons, which "
+            "programs read differently"
+        )
     plain = all(type(entry) in (bool, int, float, str, type(None)) for entry in entries)
     if not re.fullmatch(r"MODEL\.TIMM_ARGS\.[a-z]\w{0,99}", key) or not plain:
         raise ConfigError(f"{source}: {key} is {_show(value)}, which is no argument of a model of timm")
@@ -912,13 +932,20 @@ def _argument(value, key, source):
 
 
 def _literal(value):
-    """What text says, in lists too: YAML reads 5e-4 as text, and so comes all from the command line."""
+    """What text says, in lists too; truth values in YAML's words as well as in Python's."""
     if isinstance(value, str):
         try:
             value = ast.literal_eval(value)
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-            return {"true": True, "false": False, "none": None, "null": None}.get(value.lower(), value)
+            return _WORDS.get(value.lower(), value)
     return [_literal(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+
+def _is_ambiguous(value):
+    """Whether text or an entry of a list, such as 010 or 1:30, is a number to YAML and not to Python."""
+    if isinstance(value, (list, tuple)):
+        return any(map(_is_ambiguous, value))
+    return isinstance(value, str) and bool(re.fullmatch(r"[-+]?(0[\d_]+|\d[\d_]*(:\d+)+(\.\d*)?)", value))
 
 
 def _numbers_in(value):
@@ -951,6 +978,7 @@ def _short(text, most=120):
     return text if len(text) <= most else f"{text[:most]}..."
 
 
+_WORDS = dict(true=True, yes=True, on=True, false=False, no=False, off=False, none=None, null=None)
 # Where ~ is the home folder.
 _PATHS = (
     "DATA.DATA_PATH",

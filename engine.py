@@ -113,8 +113,7 @@ class EpochLog:
         )
         values.update({f"loss_{name}": loss for name, loss in parts.items()})
         speed = self.run.sampler.images_per_update / time_now
-        update_of_run = progress.epoch * per_epoch + update
-        self.run.record.scalars(update_of_run, lr=lr, images_per_second=speed, **values)
+        self.run.record.scalars(self.run.before + update, lr=lr, images_per_second=speed, **values)
 
     def _seconds_per_update(self, update):
         """Since the last line, and since the epoch's start or resume."""

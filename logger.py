@@ -144,15 +144,15 @@ class RunRecord:
         self.hyperparameters, self.tracker = {}, None
         self.epochs, self.update, self.purge_step, self.batch_due = [], 0, 0, False
 
-    def start(self, epoch, update):
-        """Go on from an epoch and an update; what an interrupted run wrote beyond is dropped."""
+    def start(self, epoch, update, updates_per_epoch):
+        """Go on from an epoch and an update of the run; what an interrupted run wrote beyond is dropped."""
         if self.silent:
             return
         self.epochs = [row for row in read_metrics(self.path, self.drawn) if row["epoch"] < epoch]
         self.update = self.purge_step = update
         self.batch_due = not update
         if self.tracker is not None:
-            self.tracker.start(update, self.hyperparameters)
+            self.tracker.start(update, updates_per_epoch, self.hyperparameters)
 
     def scalars(self, update, **values):
         """Write TensorBoard scalars ``train/<name>`` of an update."""
@@ -277,7 +277,8 @@ class Tracker:
     """Gives the scalars of a run to Weights & Biases or to trackio too, under their names in TensorBoard.
 
     ``tracker.json`` in the run's folder keeps the name of the tracked run and the last updates that it was
-    given. A resumed run goes on with it and leaves out what it repeats; a run from scratch has one of its
+    given. A resumed run goes on with it and leaves out what it repeats; where its epochs have another number
+    of updates now, it gives that again, after the last of those updates. A run from scratch has one of its
     own. The first failure ends the tracking with a warning.
 
     Args:
@@ -292,7 +293,7 @@ class Tracker:
         self.name = re.sub(r"[^\w.-]", "-", name)[:80]  # wandb refuses some characters
         self.run, self.state = None, {}
 
-    def start(self, update, hyperparameters):
+    def start(self, update, updates_per_epoch, hyperparameters):
         """Go on with the tracked run, or at update 0 start another.
 
         Args:
@@ -305,6 +306,10 @@ class Tracker:
             if self.state.get("package") != self.package:
                 name = f"{self.name}-{uuid.uuid4().hex[:8]}"
                 self.state = dict(package=self.package, run=name, train=-1, epoch=-1)
+            shift = self.state.get("shift", 0)
+            if self.state.get("updates_per_epoch", updates_per_epoch) != updates_per_epoch:
+                shift = max(shift, self.state["train"] + 1 - update, self.state["epoch"] + 1 - update)
+            self.state.update(updates_per_epoch=updates_per_epoch, shift=shift)
             arguments = dict(name=self.state["run"], config=hyperparameters, resume="allow")
             self.run, where = getattr(self, f"_start_{self.package}")(arguments)
             logger.info(f"tracked by {self.package} as {self.state['run']}: {where}")
@@ -337,8 +342,9 @@ class Tracker:
             group: train or epoch.
             tags: a dict of the scalars by their tags.
         """
-        if self.run is None or update <= self.state[group]:
+        if self.run is None or update + self.state["shift"] <= self.state[group]:
             return
+        update += self.state["shift"]
         with self._told():
             if self.package == "wandb":
                 self.run.log(dict(tags, update=update))
@@ -431,7 +437,7 @@ def draw_curves(epochs, path, hyperparameters):
     loss.set(title="Cross entropy", ylim=(0, None))
     loss.legend(fontsize=8)
     ema = [row.get("ema_acc1", math.nan) for row in epochs]
-    scores = [row["acc1"] if math.isnan(average) else average for row, average in zip(epochs, ema)]
+    scores = [max(row["acc1"], row.get("ema_acc1", 0)) for row in epochs]
     best, best_epoch = max(scores), epochs[scores.index(max(scores))]["epoch"]
     accuracy.plot(x, [row["acc1"] for row in epochs], marker=marker, ms=3, label="top-1")
     if classes > 5:

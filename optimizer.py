@@ -29,13 +29,15 @@ class NonFiniteError(UserError):
 def parameter_groups(model):
     """Split parameters into two groups: decayed, then not decayed, each in the model's order.
 
-    Not decayed: 1-d parameters, biases, and what ``model.no_weight_decay()`` names where there is one.
+    Not decayed: 1-d parameters, biases, and what ``model.no_weight_decay()`` names where there is one, whose
+    entries may be patterns, as in timm.
     """
     skip = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     decay, no_decay = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            kept = parameter.ndim <= 1 or name.endswith(".bias") or name in skip
+            kept = parameter.ndim <= 1 or name.endswith(".bias")
+            kept = kept or any(fnmatch.fnmatchcase(name, pattern) for pattern in skip)
             (no_decay if kept else decay).append(parameter)
     return [{"params": decay}, {"params": no_decay, "weight_decay": 0.0}]
 

@@ -56,7 +56,8 @@ class Task:
 
     Args:
         base_images: images per update that ``TRAIN.BASE_LR`` is for.
-        score: the figure of an evaluation, in percent, that ``best.pth`` is best in.
+        score: the figure of an evaluation, in percent, that ``best.pth`` is best in; with ``TRAIN.EMA`` the
+            higher of those of the weights and of their average.
         score_name: its name in the log.
         shown: figures of an evaluation that the console shows after each epoch, and their names there.
         load_pretrained: called with the model, the content of ``--pretrained`` and its path.
@@ -87,6 +88,7 @@ class Settings:
         stop_on_save_error: end the run when a checkpoint cannot be written.
         resume, auto_resume, pretrained: what it continues from, see :meth:`Run.restore`.
         start_epoch: the first one of a run that continues from no checkpoint.
+        weights: which of ``pretrained``, a value of ``TEST.WEIGHTS``.
     """
 
     folder: str
@@ -102,6 +104,7 @@ class Settings:
     auto_resume: bool = True
     pretrained: str = ""
     start_epoch: int = 0
+    weights: str = "auto"
 
     def is_due(self, epoch):
         """Whether a checkpoint is written at the end of ``epoch``."""
@@ -125,6 +128,7 @@ def build_settings(config, task):
         auto_resume=train.AUTO_RESUME,
         pretrained=config.MODEL.PRETRAINED,
         start_epoch=train.START_EPOCH,
+        weights=config.TEST.WEIGHTS,
     )
 
 
@@ -156,8 +160,7 @@ def build_run(config, model, sampler, compute, task, guard):
     run.restore()
     run.write_config()
     run.tell_disk_use()
-    if run.progress.epoch < train.EPOCHS and not train.WARMUP_STEPS and train.WARMUP_EPOCHS >= train.EPOCHS:
-        logger.warning("TRAIN.WARMUP_EPOCHS covers the whole run: TRAIN.BASE_LR is never reached")
+    run.tell_what_is_too_slow(train)
     if sampler.world_size > 1:
         updater.model = parallelize(model, compute.device)
     return run
@@ -180,21 +183,22 @@ def check_first(config):
         require_tracker(config.LOG.TRACKER)
     if config.TRAIN.AUTO_RESUME and not config.EVAL_MODE and ckpt.in_order(config.OUTPUT):
         return
-    if config.MODEL.RESUME:
-        (ckpt.read_weights if config.EVAL_MODE else ckpt.read_run)(config.MODEL.RESUME)
-    if config.MODEL.PRETRAINED:
-        ckpt.read_weights(config.MODEL.PRETRAINED)
+    if config.MODEL.RESUME and not config.EVAL_MODE:
+        ckpt.read_run(config.MODEL.RESUME)
+    for path in (config.MODEL.RESUME if config.EVAL_MODE else "", config.MODEL.PRETRAINED):
+        if path:
+            ckpt.read_weights(path, config.TEST.WEIGHTS)
 
 
 def choose_for_evaluation(config):
     """Read ``--resume``, or else the latest checkpoint of the run's folder: (path, weights and classes)."""
     path = config.MODEL.RESUME
     if path:
-        return path, ckpt.read_weights(path)
+        return path, ckpt.read_weights(path, config.TEST.WEIGHTS)
     path, checkpoint = ckpt.read_latest(config.OUTPUT, logger.warning)
     if path is None:
         raise ckpt.CheckpointError(f"nothing to evaluate: give --resume (no checkpoint in {config.OUTPUT})")
-    return path, ckpt.weights_and_classes(checkpoint, path)
+    return path, ckpt.weights_and_classes(checkpoint, path, config.TEST.WEIGHTS)
 
 
 def percent(score):
@@ -375,8 +379,10 @@ class Run:
 
     Attributes:
         model: the plain module whose weights are saved.
-        best: the score of the weights in ``best.pth``.
+        best: the score of the better weights in ``best.pth``.
         highest: the highest score so far, whether written or not.
+        better, highest_of: of which weights the last and the highest score are, model or ema.
+        before: updates of the epochs before this one, however many each had.
         first, begin: the epoch that it starts with here, and when.
     """
 
@@ -386,7 +392,9 @@ class Run:
         self.model, self.device = updater.model, updater.compute.device
         self.progress = Progress(settings.start_epoch, self.device)
         self.best = self.highest = -1.0  # below 0, so that even a first score of 0 is the best so far
+        self.better = self.highest_of = None
         self.saved = []  # names of the files that the last epoch left
+        self.before = settings.start_epoch * sampler.updates_per_epoch
         self.first, self.begin = settings.start_epoch, time.time()
 
     def figures_of(self, evaluate):
@@ -401,9 +409,19 @@ class Run:
             figures |= {f"ema_{name}": value for name, value in evaluate(average.model).items()}
         return figures
 
-    def score_name(self):
-        """Which figure ``best.pth`` is best in: that of the average, where there is one."""
-        return self.settings.task.score if self.updater.average is None else f"ema_{self.settings.task.score}"
+    def score_of(self, figures):
+        """The score of an epoch, and of which weights it is: ema where the average is as good, or model."""
+        name = self.settings.task.score
+        scores = dict(ema=figures[f"ema_{name}"]) if self.updater.average is not None else {}
+        scores["model"] = figures[name]
+        better = max(scores, key=scores.get)
+        return float(scores[better]), better
+
+    def highest_in_words(self):
+        """The highest score as text, and of which weights it is where there is an average."""
+        whose = dict(model=" of the weights themselves", ema=" of their average")
+        averages = self.updater.average is not None
+        return percent(self.highest) + (whose.get(self.highest_of, "") if averages else "")
 
     def epochs_left(self):
         """Yield the epochs to train, having started each, and sum up after the last.
@@ -416,7 +434,9 @@ class Run:
         settings, score_name = self.settings, self.settings.task.score_name
         first, epochs, per_epoch = self.progress.epoch, settings.epochs, self.sampler.updates_per_epoch
         if first >= epochs:
-            logger.info(f"all {epochs} epochs are trained already; max {score_name} {percent(self.best)}")
+            logger.info(
+                f"all {epochs} epochs are trained already; max {score_name} {self.highest_in_words()}"
+            )
             return
         self.guard.start()
         self.first, self.begin = first, time.time()
@@ -431,7 +451,7 @@ class Run:
         if self.sampler.rank == 0:
             logger.info(
                 f"trained epochs {first} to {epochs - 1} in {clock(time.time() - self.begin)}\n"
-                f"  {f'max {score_name}:':16} {percent(self.highest)}\n"
+                f"  {f'max {score_name}:':16} {self.highest_in_words()}\n"
                 f"  best checkpoint: {self.best_checkpoint()}\n"
                 f"  training curves: {self.record.picture}"
             )
@@ -439,6 +459,7 @@ class Run:
     def start_epoch(self, epoch):
         """Start the rest of a restored epoch, or a whole one."""
         if self.progress.epoch != epoch:
+            self.before += self.progress.updates
             self.progress = Progress(epoch, self.device)
         self.sampler.start(epoch, self.progress.images)
 
@@ -477,12 +498,13 @@ class Run:
         """
         epoch, task = self.progress.epoch, self.settings.task
         # The epoch's own last update: a run that goes on after it drops TensorBoard's events from there on.
-        last = (epoch + 1) * self.sampler.updates_per_epoch - 1
+        last = self.before + self.progress.updates - 1
         self.record.end_epoch(last, epoch=epoch, **means, **figures)
-        score = float(figures[self.score_name()])
+        score, self.better = self.score_of(figures)
         before, self.best = self.best, max(self.best, score)
-        self.highest = max(self.highest, score)
-        logger.info(f"Max {task.score_name}: {percent(self.highest)}", extra=DETAIL)
+        if score > self.highest:
+            self.highest, self.highest_of = score, self.better
+        logger.info(f"Max {task.score_name}: {self.highest_in_words()}", extra=DETAIL)
         best = self.best > before
         self.saved = self.save(score, self.settings.is_due(epoch), best)
         if best and ckpt.BEST not in self.saved:
@@ -498,14 +520,14 @@ class Run:
         left = (time.time() - self.begin) / (done - self.first) * (epochs - done)
         logger.info(
             f"epoch {done - 1:{len(str(epochs))}} ({done} of {epochs}): loss {loss:.4f}, {', '.join(scores)} "
-            f"(best {percent(self.highest)}), {clock(left)} left"
+            f"(best {self.highest_in_words()}), {clock(left)} left"
         )
 
     def save(self, score=None, due=True, best=False):
         """Write a checkpoint; all processes must call it, rank 0 writes.
 
         Args:
-            score: of the weights, at the end of an epoch; None within it.
+            score: of the better weights, at the end of an epoch; None within it.
             due: write the run's own checkpoint; otherwise the best only.
             best: the score is the best so far.
 
@@ -528,12 +550,14 @@ class Run:
             max_accuracy=self.best,
             score=score,
             epoch=epoch if epoch_done else epoch - 1,
+            updates=self.before + self.progress.updates,
             config=settings.config,
             classes=getattr(self.model, "classes", None),
         )
         average = self.updater.average
         if average is not None:
-            checkpoint.update(model_ema=average.model.state_dict(), ema=dict(updates=average.updates))
+            ema = dict(updates=average.updates)
+            checkpoint.update(model_ema=average.model.state_dict(), ema=ema, better=self.better)
         if hasattr(self.updater.optimizer, "name"):
             checkpoint.update(optimizer_name=self.updater.optimizer.name)
         name = ckpt.epoch_name(epoch) if epoch_done else ckpt.within_epoch_name(epoch, self.progress.images)
@@ -591,6 +615,29 @@ class Run:
             extra=None if count * size > free else DETAIL,
         )
 
+    def tell_what_is_too_slow(self, train):
+        """Warn of a warm-up, or of an average without one, that needs more updates than the run has.
+
+        Args:
+            train: the section ``TRAIN`` of the config.
+        """
+        per_epoch, average = self.sampler.updates_per_epoch, self.updater.average
+        updates = train.EPOCHS * per_epoch
+        if self.progress.epoch >= train.EPOCHS:
+            return
+        if (train.WARMUP_STEPS or train.WARMUP_EPOCHS * per_epoch) >= updates:
+            key = "TRAIN.WARMUP_STEPS" if train.WARMUP_STEPS else "TRAIN.WARMUP_EPOCHS"
+            logger.warning(f"{key} covers the whole run: TRAIN.BASE_LR is never reached")
+        if average is not None and not train.EMA.WARMUP:
+            updates = average.updates + updates - int(self.position())
+            stays = train.EMA.DECAY**updates
+            if stays > 0.1:
+                logger.warning(
+                    f"TRAIN.EMA.DECAY {train.EMA.DECAY} is too high for an average over {updates} updates: "
+                    f"{100 * stays:.0f}% of it will be the weights that it begins with; set TRAIN.EMA.WARMUP "
+                    f"True, or DECAY to {max(0, 1 - 3 / updates):.6g} or less"
+                )
+
     def write_config(self):
         """Write ``config.yaml`` to the run's folder, on rank 0."""
         if self.sampler.rank == 0:
@@ -617,11 +664,11 @@ class Run:
                 raise ckpt.CheckpointError(f"{path} is not the checkpoint of a run ({reason})") from error
             self._agree_with_best(path, checkpoint)
             where = f"epoch {self.progress.epoch}, image {self.progress.images}"
-            logger.info(f"resuming from {path}: {where}, max {task.score_name} {percent(self.best)}")
+            logger.info(f"resuming from {path}: {where}, max {task.score_name} {self.highest_in_words()}")
             if checkpoint["config"]:
                 self._tell_changed_options(checkpoint["config"], path)
         elif settings.pretrained:
-            weights = from_rank_0(lambda: ckpt.read_weights(settings.pretrained))
+            weights = from_rank_0(lambda: ckpt.read_weights(settings.pretrained, settings.weights))
             task.load_pretrained(self.model, weights, settings.pretrained)
             logger.info(f"starting from the weights of {settings.pretrained}")
         else:
@@ -632,7 +679,8 @@ class Run:
             raise ckpt.CheckpointError(
                 f"{latest} would be overwritten: choose another --tag, or set TRAIN.AUTO_RESUME True"
             )
-        self.record.start(self.progress.epoch, int(self.position()))
+        per_epoch = self.sampler.updates_per_epoch
+        self.record.start(self.progress.epoch, self.before + self.progress.updates, per_epoch)
 
     def _load(self, path, checkpoint):
         weights = {name: checkpoint[name] for name in ("model", "classes")}
@@ -640,6 +688,7 @@ class Run:
         self._load_average(path, checkpoint)
         ckpt.load_optimizer(self.updater.optimizer, self.model, checkpoint, path)
         self.best = float(checkpoint.get("max_accuracy", self.best))
+        self.better = checkpoint.get("better")
         self.progress = Progress(checkpoint["epoch"] + 1, self.device)
         if "updater" in checkpoint:
             self.updater.load_state_dict(checkpoint["updater"])
@@ -651,6 +700,10 @@ class Run:
                     "with the same data, or start from the weights alone with --pretrained"
                 )
             self._continue_epoch(checkpoint["progress"])
+        # Without a count, as in earlier releases, the epochs are taken to have been as long as now.
+        self.before = self.progress.epoch * self.sampler.updates_per_epoch
+        if "updates" in checkpoint:
+            self.before = checkpoint["updates"] - self.progress.updates
 
     def _tell_changed_options(self, before, path):
         """Log which options of the run differ from those in a checkpoint, given as YAML text."""
@@ -684,15 +737,15 @@ class Run:
         folder = self.settings.folder
 
         def agree():
-            held = ckpt.score_of_best(folder)
+            held, whose = ckpt.score_of_best(folder)
             if held < self.best and checkpoint.get("score") == self.best:
                 with contextlib.suppress(OSError):
                     best = ckpt.save_best(folder, ckpt.read_checkpoint(path), path)
                     logger.info(f"saved {best}: {path} is the best so far")
-                    held = self.best
-            return held
+                    held, whose = self.best, ckpt.better_of(checkpoint)
+            return held, whose
 
-        held = from_rank_0(agree)
+        held, self.highest_of = from_rank_0(agree)
         if held < self.best:
             logger.warning(
                 f"{path} is of a run that reached {percent(self.best)}, but no {ckpt.BEST} in {folder} "

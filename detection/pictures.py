@@ -181,7 +181,7 @@ def draw_curves(epochs, path, hyperparameters=None):
         axes.set(title=f"Its parts: {group}", ylim=(0, None))
         if axes.lines:
             axes.legend(fontsize=8)
-    scores = [row.get("ema_box_AP", row["box_AP"]) for row in epochs]
+    scores = [max(row["box_AP"], row.get("ema_box_AP", 0)) for row in epochs]
     best, best_epoch = max(scores), epochs[scores.index(max(scores))]["epoch"]
     averaged = any("ema_box_AP" in row for row in epochs)
     for name in ("box_AP", "box_AP50", "mask_AP", "mask_AP50", *(["ema_box_AP", "ema_mask_AP"] * averaged)):

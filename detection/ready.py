@@ -30,7 +30,7 @@ class ImageToBatch:
         return self.to_device.move((batch, targets))[0]
 
 
-def load(path, cfg=None):
+def load(path, cfg=None, weights="auto"):
     """The detector of a checkpoint, its evaluation transform, and the names of its classes.
 
     ``model(*transform(image))[0]`` holds boxes, labels, scores and masks in pixels of the resized image;
@@ -38,7 +38,7 @@ def load(path, cfg=None):
     image.
 
     Args:
-        path, cfg: as for :func:`models.load`.
+        path, cfg, weights: as for :func:`models.load`.
 
     Returns:
         A :class:`~models.ready.Ready`, with an :class:`ImageToBatch` as its transform.
@@ -48,7 +48,7 @@ def load(path, cfg=None):
             classifier.
         ConfigError: its config cannot be used.
     """
-    return build_ready(*read_described(path, cfg), path)
+    return build_ready(*read_described(path, cfg, weights), path)
 
 
 def build_ready(config, checkpoint, path):

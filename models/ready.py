@@ -29,17 +29,18 @@ class Ready(NamedTuple):
     class_names: list | None
 
 
-def load(path, cfg=None, runtime="pytorch"):
+def load(path, cfg=None, runtime="pytorch", weights="auto"):
     """The classifier of a checkpoint, its evaluation transform, and the names of its classes.
 
     ``model(transform(image)[None])`` gives the logits (1, classes) that ``main.py --eval`` gives in float32
-    with ``DATA.BACKEND pil``. Averaged weights (EMA) are taken where the checkpoint holds them, as in
-    evaluation.
+    with ``DATA.BACKEND pil``.
 
     Args:
         path: a checkpoint of this code; a file, or an https address. Nothing in it is run.
         cfg: YAML config of the model, for checkpoints that hold none, as those of the official release.
         runtime: what computes, a value of ``RUNTIME`` in config.py.
+        weights: which of the checkpoint, a value of ``TEST.WEIGHTS``: with auto averaged ones (EMA) where it
+            holds them, unless they scored lower than the others.
 
     Returns:
         A :class:`Ready`: model, transform (to a float tensor (C, H, W) of the config's size, normalised) and
@@ -50,7 +51,7 @@ def load(path, cfg=None, runtime="pytorch"):
         ConfigError: its config cannot be used.
         UserError: ``runtime`` is not installed, or cannot compute this model.
     """
-    config, checkpoint = read_described(path, cfg)
+    config, checkpoint = read_described(path, cfg, weights)
     ready = build_ready(config, checkpoint, path)
     config.defrost()
     config.RUNTIME = runtime
@@ -70,7 +71,7 @@ def build_ready(config, checkpoint, path):
     return Ready(model.eval(), build_transform(config, is_train=False), checkpoint["classes"])
 
 
-def read_described(path, cfg=None):
+def read_described(path, cfg=None, weights="auto"):
     """Read a checkpoint and the config that its model is built from; arguments as for :func:`load`.
 
     Returns:
@@ -84,7 +85,7 @@ def read_described(path, cfg=None):
     from config import get_config, parse_config, set_classes
 
     path = os.fspath(path)
-    checkpoint = ckpt.read_weights(path)
+    checkpoint = ckpt.read_weights(path, weights)
     classes, text = checkpoint["classes"], checkpoint["config"]
     if cfg is not None:
         config = get_config(argparse.Namespace(cfg=os.fspath(cfg)))

@@ -180,13 +180,18 @@ class TimmInterface:
             stage.grad_checkpointing = enable
 
     def group_matcher(self, coarse=False):
-        """Patterns that group parameters by depth, for layer-wise learning rates (timm's interface)."""
+        """Patterns that group parameters by depth, for layer-wise learning rates (timm's interface).
+
+        The layers are those of timm's Swin: a merging belongs to the block after it, the final norm to the
+        last block. What a pattern ends with, 99999, means to timm that it joins the layer before.
+        """
         stem = r"^(?:absolute_pos_embed|msg_tokens|patch_embed)"
         if coarse:
             return dict(stem=stem, blocks=r"^layers\.(\d+)")
         return dict(
             stem=stem,
             blocks=[
+                (r"^layers\.([1-9]\d*)\.blocks\.0\.", (-1, 99999)),
                 (r"^layers\.(\d+)\.blocks\.(\d+)", None),
                 (r"^layers\.(\d+)\.downsample", (99998,)),
                 (r"^norm", (99999,)),

@@ -14,7 +14,16 @@ from timm.layers import to_2tuple
 
 import detect
 import main
-from config import MOST_FILES, ConfigError, default_config, dump_config, get_config, parse_args, parse_config
+from config import (
+    MOST_FILES,
+    ConfigError,
+    default_config,
+    dump_config,
+    flat_config,
+    get_config,
+    parse_args,
+    parse_config,
+)
 from detection.detector import build_detector
 from models import build_model, count_macs
 from utils import UserError
@@ -140,6 +149,30 @@ def test_numbers_written_like_5e_4_are_numbers(tmp_path):
     config = config_of(tmp_path, text + "AUG: {CUTMIX_MINMAX: [2e-1, 1]}")
     assert (config.TRAIN.BASE_LR, config.TRAIN.CLIP_GRAD, config.MODEL.MSG.QK_SCALE) == (5e-3, 1.0, 0.1)
     assert config.AUG.CUTMIX_MINMAX == [0.2, 1]
+
+
+@pytest.mark.parametrize("word", ["1.10", "0010", "12:30", "1_0", "no", "2026-11-30", "1e3", "007"])
+def test_text_is_taken_as_it_is_written(tmp_path, word):
+    config = config_of(tmp_path, f"TAG: {word}")
+    assert config.TAG == config_of(tmp_path, "", opts=["TAG", word]).TAG == word
+    assert word == config_of(tmp_path, dump_config(config), "again.yaml").TAG
+    assert parse_config(dump_config(config), "a.pth").TAG == flat_config(config)["TAG"] == word
+
+
+@pytest.mark.parametrize(
+    "key, value", [("TRAIN.EPOCHS", "0010"), ("SEED", "-08"), ("TRAIN.BASE_LR", "12:30")]
+)
+def test_numbers_that_yaml_and_python_read_differently_are_refused(tmp_path, key, value):
+    words = f"{key} is '{value}', but must be a number without a leading 0 or colons"
+    assert f"run.yaml: {words}" in refusal(tmp_path, f"{key}: {value}")
+    assert refusal(tmp_path, "", opts=[key, value]).startswith(f"--opts: {words}")
+    for text in (f"MODEL: {{MSG: {{DEPTHS: [2, {value}]}}}}", f"MODEL: {{TIMM_ARGS: {{depth: {value}}}}}"):
+        assert "must be a number without a leading 0 or colons" in refusal(tmp_path, text)
+
+
+def test_truth_values_may_be_written_as_in_yaml(tmp_path):
+    for word, value in dict(yes=True, On=True, true=True, NO=False, off=False).items():
+        assert config_of(tmp_path, f"COMPILE: {word}").COMPILE is value
 
 
 @pytest.mark.parametrize(
@@ -372,6 +405,9 @@ def test_yaml_values_that_python_cannot_write_are_refused_in_one_line(tmp_path, 
         "0x" + "f" * 5000, "1" + ":59" * 3000, "[0x" + "f" * 5000 + "]", ".nan", "!!bool maybe", "!!int ''",
         "!!timestamp x", "!!set {a}", "!!binary YQ==", '"\\ud800"', "2020-01-01", "[" * 200 + "]" * 200,
     ):  # fmt: skip
+        if key == "TAG" and value in (".nan", "2020-01-01"):
+            assert value == config_of(tmp_path, f"TAG: {value}").TAG
+            continue
         message = refusal(tmp_path, f"{key}: {value}")
         assert message.startswith(f"{tmp_path}/run.yaml") and len(message.splitlines()) == 1, message
         assert len(message) < 500

@@ -331,10 +331,12 @@ def run_entries():
     return dict(
         model={"weight": torch.ones(2)},
         epoch=5,
+        updates=50,
         max_accuracy=81.25,
         updater=dict(scaler=scaler, amp_dtype="None", skipped=2, skipped_in_a_row=0),
         progress=place,
         ema=dict(updates=14),
+        better="ema",
         model_ema={"weight": torch.ones(2)},
         classes=["a", "b"],
     )
@@ -342,6 +344,7 @@ def run_entries():
 
 NONSENSE = {
     "epoch": [-1, 0.5, True, "5", 2**63, torch.tensor(5), float("nan"), None, [5]],
+    "updates": [-1, 0.5, True, "8", 2**63],
     "max_accuracy": ["high", None, float("nan"), float("inf"), -2, 1e9, 3j, torch.tensor(50.0), True],
     "updater": [3, None, {}],
     "updater.scaler": [None, {}],
@@ -362,6 +365,7 @@ NONSENSE = {
     "model.weight": [torch.ones(2) * 1j, torch.tensor([1.0, float("nan")]), torch.ones(2).to_sparse()],
     "optimizer": [None, [1], {}],
     "ema": [3, None, {}],
+    "better": ["best", 1, ["ema"]],
     "ema.updates": [-1, 0.5, 2**63],
     "model_ema": [3, None, {}, torch.ones(2)],
     "model_ema.weight": [torch.ones(2) * 1j, torch.tensor([1.0, float("nan")])],
@@ -586,8 +590,8 @@ def test_a_malicious_config_ends_the_run_with_one_message(tmp_path, data, count)
         "SEED: " + "9" * 5000,
         "SEED: '" + "-" * 100000 + "1'",
         "SEED: 0x_",
-        "TAG: 2020-99-99",
-        "BASE: 3",
+        "TAG: !!timestamp 2020-99-99",
+        "BASE: {3: 4}",
         'BASE: ["a\\0b"]',
     ],
     ids=lambda text: text[:20],

@@ -432,4 +432,4 @@ def test_timm_interface():
     assert sorted(name for names in groups.values() for name in names) == sorted(
         name for name, _ in model.named_parameters()
     )
-    assert len(groups) == 1 + 12 + 3 + 1  # stem, blocks, mergings, head; the norm goes with the last block
+    assert len(groups) == 1 + 12 + 1  # stem, blocks, head; mergings and the norm go with blocks

@@ -20,8 +20,15 @@ from engine import train_one_epoch
 from lr_scheduler import build_scheduler
 from main import evaluate
 from models import build_model, inference
-from optimizer import NonFiniteError, Updater, WeightAverage, build_optimizer, parameter_groups
-from run import Guard, Progress, Run, Settings
+from optimizer import (
+    NonFiniteError,
+    Updater,
+    WeightAverage,
+    build_average,
+    build_optimizer,
+    parameter_groups,
+)
+from run import Guard, Progress, Run, Settings, Task, build_run
 from utils import Compute
 
 CPU = Compute(torch.device("cpu"))
@@ -373,6 +380,44 @@ def test_the_average_moves_once_for_every_update_that_is_not_skipped(warmup):
             expected = decay * expected + (1 - decay) * done
         assert average.item() == pytest.approx(expected, rel=1e-12) and model.weight.item() == done
     assert updater.average.updates == 7 and updater.average.model.training is False
+
+
+def test_an_average_follows_the_weights_of_a_short_run_by_default():
+    """Weights that step from 0 to 1 after the first of 90 updates, as many as a small fine-tuning has."""
+    model = nn.Linear(1, 1, bias=False)
+    average = build_average(digits_config("TRAIN.EMA.ENABLED", True), model)
+    for update in range(90):
+        nn.init.constant_(model.weight, min(update, 1))
+        average.update(model)
+    assert average.model.weight.item() > 0.99
+
+
+@pytest.mark.parametrize(
+    "opts, words",
+    [
+        (
+            {"EMA.WARMUP": False},
+            "TRAIN.EMA.DECAY 0.9999 is too high for an average over 90 updates: 99% of it",
+        ),
+        ({"EMA.WARMUP": False, "EMA.DECAY": 0.98}, "or DECAY to 0.966667 or less"),
+        ({"EMA.WARMUP": False, "EMA.DECAY": 0.966667}, ""),
+        ({}, ""),
+        ({"WARMUP_STEPS": 90}, "TRAIN.WARMUP_STEPS covers the whole run: TRAIN.BASE_LR is never reached"),
+        ({"WARMUP_STEPS": 89}, ""),
+        ({"WARMUP_EPOCHS": 10}, "TRAIN.WARMUP_EPOCHS covers the whole run: TRAIN.BASE_LR is never reached"),
+    ],
+)
+def test_a_run_that_is_too_short_for_its_settings_says_so_before_it_starts(tmp_path, opts, words):
+    """10 epochs of 9 updates."""
+    opts = {"EPOCHS": 10, "WARMUP_EPOCHS": 0, "EMA.ENABLED": True, **opts}
+    words_of = [word for key, value in opts.items() for word in (f"TRAIN.{key}", value)]
+    config = digits_config(*words_of, output=str(tmp_path))
+    os.makedirs(config.OUTPUT)
+    sampler = TrainBatchSampler(18, 2, 1, 0, 1, seed=0)
+    with logged() as lines:
+        build_run(config, nn_model(), sampler, CPU, Task(), Guard(0, 0))
+    found = [line for line in lines if "covers the whole" in line or "too high" in line]
+    assert len(found) == bool(words) and words in "".join(found)
 
 
 def test_the_average_computes_with_its_own_weights():

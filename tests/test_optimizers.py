@@ -4,9 +4,10 @@ import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import timm
 import torch
 from helpers import digits_config, logged, micro, silent_record
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
 import checkpoint as ckpt
@@ -16,6 +17,7 @@ from data.samplers import TrainBatchSampler
 from engine import learning_rate
 from lr_scheduler import build_scheduler
 from models import apex, build_model, choose_layer_norm
+from models.msg_transformer import MSGTransformer
 from optimizer import Updater, build_optimizer, optimizer_names, parameter_groups
 from run import Guard, Run, Settings
 from utils import Compute, UserError
@@ -138,6 +140,77 @@ def test_layer_wise_rates_are_those_of_timm_and_of_the_formula(name):
             assert group["lr"] == pytest.approx(plain.param_groups[0]["lr"] * group["lr_scale"], rel=1e-12)
     run = SimpleNamespace(updater=SimpleNamespace(optimizer=optimizer))
     assert learning_rate(run) == plain.param_groups[0]["lr"]
+
+
+def scales_by_name(model, groups):
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
+
+
+def test_layers_are_those_of_timms_swin():
+    """Swin merges at the start of a stage, and this model at the end of the one before."""
+    sizes = dict(embed_dim=16, depths=(2, 2, 6, 2), num_heads=(1, 1, 2, 2))
+    model, swin = MSGTransformer(**sizes), timm.create_model("swin_tiny_patch4_window7_224", **sizes)
+    expected = scales_by_name(swin, param_groups_layer_decay(swin, layer_decay=0.75))
+    config = config_for("adamw", "TRAIN.LAYER_DECAY", 0.75)
+    found = scales_by_name(model, build_optimizer(config, model, 1.0).param_groups)
+    for stage in (2, 1, 0):
+        for kind in ("reduction.weight", "norm.weight", "norm.bias"):
+            found[f"layers.{stage + 1}.downsample.{kind}"] = found.pop(f"layers.{stage}.downsample.{kind}")
+    both = found.keys() & expected.keys()
+    assert {name: found[name] for name in both} == {name: expected[name] for name in both}
+    assert len(both) == len(expected) - 2 and expected["head.fc.weight"] == found["head.weight"] == 1
+    assert found["msg_tokens"] == found["patch_embed.proj.weight"] == pytest.approx(0.0238, abs=5e-5)
+
+
+EARLIER_LAYERS = dict(
+    stem=r"^(?:absolute_pos_embed|msg_tokens|patch_embed)",
+    blocks=[
+        (r"^layers\.(\d+)\.blocks\.(\d+)", None),
+        (r"^layers\.(\d+)\.downsample", (99998,)),
+        (r"^norm", (99999,)),
+    ],
+)
+
+
+def earlier_layers(model):
+    model.group_matcher = lambda coarse: EARLIER_LAYERS
+
+
+def earlier_patterns(model):
+    model.no_weight_decay = lambda: {"norm.weight"}
+
+
+@pytest.mark.parametrize(
+    "change, opts, words",
+    [
+        (earlier_layers, ["TRAIN.LAYER_DECAY", 0.7], "counted mergings as layers: the rates of TRAIN.LAYER"),
+        (earlier_patterns, [], "decayed layers.1.downsample.reduction.weight, msg_tokens: weight decay"),
+    ],
+)
+def test_a_state_in_the_groups_of_earlier_releases_goes_on_and_the_log_says_so(change, opts, words):
+    """A parameter is its own gradient, so that its first moment tells whose it is."""
+    before, model = micro(), micro()
+    if change is earlier_patterns:
+        model.no_weight_decay = lambda: {"norm.weight", "*.1.downsample.*", "msg_*"}
+    change(before)
+    first, second = (build_optimizer(config_for("adamw", *opts), each, 1.0) for each in (before, model))
+    for parameter in before.parameters():
+        parameter.grad = parameter.detach().clone()
+    first.step()
+    with logged() as lines:
+        ckpt.load_optimizer(second, model, dict(optimizer=first.state_dict()), "a.pth")
+    assert len(lines) == 1 and f"a.pth is of an earlier release, which {words}" in lines[0]
+    for parameter in model.parameters():
+        torch.testing.assert_close(second.state[parameter]["exp_avg"], 0.1 * parameter.detach())
+
+
+def test_patterns_in_what_timms_models_do_not_decay_are_read():
+    model = timm.create_model("xcit_nano_12_p16_224", num_classes=2)
+    assert "pos_embed.*" in model.no_weight_decay()
+    spared, decayed = param_groups_weight_decay(model, 0.05, no_weight_decay_list=model.no_weight_decay())
+    found = [set(map(id, group["params"])) for group in parameter_groups(model)]
+    assert found == [set(map(id, group["params"])) for group in (decayed, spared)]
 
 
 def test_layer_wise_rates_go_on_after_a_resume_and_are_refused_where_there_are_no_layers(tmp_path):

@@ -37,7 +37,7 @@ from data.samplers import TrainBatchSampler
 from logger import read_metrics
 from lr_scheduler import build_scheduler
 from optimizer import Updater, WeightAverage, build_optimizer
-from run import Guard, Run, Settings
+from run import Guard, Run, Settings, choose_for_evaluation
 from utils import Compute, be_deterministic
 
 ARGUMENTS = shlex.split(
@@ -181,13 +181,13 @@ def test_a_run_claims_no_best_that_its_folder_does_not_hold(tmp_path):
     run.start_epoch(1)
     end_epoch(run, 40.0)
     best, other = resumed(tmp_path / "a", tmp_path / "first" / "ckpt_epoch_0.pth"), tmp_path / "b"
-    assert best.best == ckpt.score_of_best(str(tmp_path / "a")) == 50.0
+    assert best.best == ckpt.score_of_best(str(tmp_path / "a"))[0] == 50.0
     with logged() as lines:
         run = resumed(other, tmp_path / "first" / "ckpt_epoch_1.pth")
     assert run.best == -1 and "the best so far is unknown" in "".join(lines)
     run.start_epoch(2)
     end_epoch(run, 30.0)
-    assert ckpt.score_of_best(str(other)) == resumed(other).best == 30.0
+    assert ckpt.score_of_best(str(other))[0] == resumed(other).best == 30.0
 
 
 def test_a_best_that_cannot_be_written_is_not_reported(tmp_path):
@@ -297,8 +297,10 @@ def test_averaged_weights_go_on_bit_for_bit_after_kills(tmp_path, data, count):
     last, best = (ckpt.read_checkpoint(str(folder / name)) for name in ("ckpt_epoch_1.pth", "best.pth"))
     assert last["ema"]["updates"] == 8
     rows = read_metrics(folder / "metrics.jsonl")
-    assert [best["score"], best["max_accuracy"]] == [rows[best["epoch"]]["ema_acc1"]] * 2
-    assert last["score"] == rows[1]["ema_acc1"]
+    scores = [max(row["acc1"], row["ema_acc1"]) for row in rows]
+    assert [best["score"], best["max_accuracy"]] == [scores[best["epoch"]]] * 2 == [max(scores)] * 2
+    assert last["score"] == scores[1]
+    assert last["better"] == ("ema" if scores[1] == rows[1]["ema_acc1"] else "model")
 
 
 @pytest.mark.slow
@@ -326,8 +328,8 @@ def test_averaging_may_begin_and_end_with_a_resume_and_the_log_says_so(tmp_path)
         next(averaged.updater.average.model.parameters()).add_(1.0)
     averaged.updater.average.updates = 7
     averaged.start_epoch(1)
-    averaged.end_epoch(dict(train_loss=1.0), dict(acc1=90.0, ema_acc1=60.0))
-    assert ckpt.score_of_best(str(tmp_path)) == 60.0  # that of the average
+    averaged.end_epoch(dict(train_loss=1.0), dict(acc1=40.0, ema_acc1=60.0))
+    assert ckpt.score_of_best(str(tmp_path)) == (60.0, "ema")
     again, told = run_of(average=True)
     average = again.updater.average
     assert average.updates == 7 and "averaged weights" not in told
@@ -336,6 +338,82 @@ def test_averaging_may_begin_and_end_with_a_resume_and_the_log_says_so(tmp_path)
     plain, told = run_of(average=False)
     assert plain.updater.average is None and "averaged weights, which are dropped" in told
     assert torch.equal(next(plain.model.parameters()), next(first.model.parameters()))
+
+
+def averaging_run(folder, **settings):
+    """A small run whose weights are those of the micro model, and their average the same plus 1."""
+    run = small_run(folder, **settings)
+    run.updater.average = WeightAverage(run.model, 0.5, warmup=True)
+    run.restore()
+    if not run.updater.average.updates:
+        with torch.no_grad():
+            next(run.updater.average.model.parameters()).add_(1.0)
+        run.updater.average.updates = 7
+    return run
+
+
+def taken(path, which="auto"):
+    """Whether the weights of a file of :func:`averaging_run` or their average are taken."""
+    weights, content = ckpt.read_weights(str(path), which)["model"], ckpt.read_checkpoint(str(path))
+    (kind,) = (kind for kind in ("model", "model_ema") if torch.equal(*firsts(weights, content[kind])))
+    return kind
+
+
+def firsts(*weights):
+    return [next(iter(each.values())) for each in weights]
+
+
+def test_the_best_is_the_best_of_the_weights_and_of_their_average_and_says_which(tmp_path):
+    """The average is better in the first two epochs and equal in the last; the weights are in the third."""
+    run, best = averaging_run(tmp_path, epochs=5), tmp_path / "best.pth"
+    scores, found = [(30.0, 31.0), (50.0, 60.0), (84.0, 31.0), (70.0, 70.0)], []
+    with logged() as lines:
+        for epoch, (acc1, ema_acc1) in enumerate(scores):
+            run.start_epoch(epoch)
+            run.end_epoch(dict(train_loss=1.0), dict(acc1=acc1, ema_acc1=ema_acc1))
+            found.append((ckpt.score_of_best(str(tmp_path)), taken(tmp_path / f"ckpt_epoch_{epoch}.pth")))
+    kept = [(31.0, "ema"), (60.0, "ema"), (84.0, "model"), (84.0, "model")]
+    assert found == list(zip(kept, ["model_ema", "model_ema", "model", "model_ema"]))
+    told = " ".join(lines)
+    assert "EMA top-1 60.00% (best 60.00% of their average)" in told and taken(best) == "model"
+    assert "EMA top-1 31.00% (best 84.00% of the weights themselves)" in told
+    again = averaging_run(tmp_path, epochs=5)
+    assert (again.best, again.highest_in_words()) == (84.0, "84.00% of the weights themselves")
+
+
+def test_an_evaluation_takes_the_weights_that_it_is_asked_for(tmp_path):
+    def chosen(which):
+        config = digits_config("TEST.WEIGHTS", which, "MODEL.RESUME", best)
+        with logged() as lines:
+            return firsts(choose_for_evaluation(config)[1]["model"], run.model.state_dict()), lines[-1]
+
+    run, best = averaging_run(tmp_path), tmp_path / "best.pth"
+    run.end_epoch(dict(train_loss=1.0), dict(acc1=84.0, ema_acc1=31.0))
+    (found, own), told = chosen("auto")
+    assert torch.equal(found, own) and told == (
+        f"{best}: taking its weights, not their average (EMA), the better of the two"
+    )
+    (found, own), told = chosen("ema")
+    assert torch.equal(found, own + 1) and told == f"{best}: taking its averaged weights (EMA)"
+    torch.save(run.model.state_dict(), tmp_path / "bare.pth")
+    ckpt.read_weights(str(tmp_path / "bare.pth"), "model")
+    with pytest.raises(ckpt.CheckpointError, match="bare.pth has no averaged weights .EMA.: take auto or"):
+        ckpt.read_weights(str(tmp_path / "bare.pth"), "ema")
+
+
+def test_a_checkpoint_of_earlier_releases_is_evaluated_by_its_average_and_resumed(tmp_path):
+    run, best = averaging_run(tmp_path), tmp_path / "best.pth"
+    run.end_epoch(dict(train_loss=1.0), dict(acc1=84.0, ema_acc1=31.0))
+    content = dict(ckpt.read_checkpoint(str(best)), max_accuracy=31.0, score=31.0)
+    del content["better"], content["updates"]
+    for path in (best, tmp_path / "ckpt_epoch_0.pth"):
+        torch.save(content, path)
+    assert [taken(best, which) for which in ("auto", "model", "ema")] == ["model_ema", "model", "model_ema"]
+    again = averaging_run(tmp_path)
+    assert (again.progress.epoch, again.before) == (1, 2)
+    assert again.highest_in_words() == "31.00% of their average"
+    again.end_epoch(dict(train_loss=1.0), dict(acc1=84.0, ema_acc1=31.0))
+    assert ckpt.score_of_best(str(tmp_path)) == (84.0, "model")
 
 
 def test_options_that_changed_since_the_checkpoint_are_told(tmp_path):

@@ -14,13 +14,19 @@ from helpers import assert_same_weights, digits_config, logged, run_folder, run_
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from torch import nn
 
 import report
 from config import flat_config
 from data import build_loaders
 from data.mixup import build_augmentation
+from data.samplers import TrainBatchSampler
+from engine import train_one_epoch
 from logger import DRAWN, RunRecord, Tracker, draw_curves, read_metrics, require_tracker
-from utils import UserError, seeded
+from lr_scheduler import build_scheduler
+from optimizer import Updater, build_optimizer
+from run import Guard, Run, Settings
+from utils import Compute, UserError, seeded
 
 ARGUMENTS = ["--cfg", "configs/digits.yaml", "--batch-size", 8, "--opts", "DATA.NUM_WORKERS", 0]
 ARGUMENTS += ["PRINT_FREQ", 2, "SAVE_FREQ", 1, "TRAIN.WARMUP_EPOCHS", 0, "TRAIN.EPOCHS"]
@@ -50,6 +56,15 @@ def init(*args, **kwargs):
 def finish():
     Run().write("finish")
 """
+
+
+class Batches(list):
+    """A list of batches that passes for a loader."""
+
+    paths = ()
+
+    def check_failures(self):
+        pass
 
 
 def events(folder):
@@ -164,13 +179,13 @@ def test_the_first_batch_is_drawn_once_and_not_again_by_a_resumed_run(tmp_path):
 
     for update in (0, 5):
         record = RunRecord(str(tmp_path), 0, draw_curves, DRAWN)
-        record.start(0, update)
+        record.start(0, update, 9)
         for _ in range(2):
             record.first_batch(draw)
         record.scalars(update + 1, loss=1.0)
         record.close()
     record = RunRecord(str(tmp_path / "other"), 1, draw_curves, DRAWN)
-    record.start(0, 0)
+    record.start(0, 0, 9)
     record.first_batch(draw)
     assert len(drawn) == 1 and not (tmp_path / "other").exists()
     assert image(tmp_path / "tensorboard", "train/first_batch")[0] == 0
@@ -225,7 +240,7 @@ def test_a_resumed_run_repeats_nothing_in_trackio_and_one_from_scratch_is_anothe
     notes = stand_in("trackio")
     for start, updates in ((0, (0, 2, 4)), (2, (2, 4, 6)), (0, (0,))):
         tracker = Tracker("trackio", str(tmp_path), "digits/a b")
-        tracker.start(start, dict(SEED=0))
+        tracker.start(start, 9, dict(SEED=0))
         for update in updates:
             tracker.log("train", {"train/loss": 1.0}, update)
         tracker.log("epoch", {"epoch/acc1": 2.0}, updates[-1])
@@ -236,6 +251,48 @@ def test_a_resumed_run_repeats_nothing_in_trackio_and_one_from_scratch_is_anothe
     of_first = [("train/loss", 0), ("train/loss", 2), ("train/loss", 4), ("epoch/acc1", 4), ("train/loss", 6)]
     assert logs == [*of_first, ("epoch/acc1", 6), ("train/loss", 0), ("epoch/acc1", 0)]
     assert calls(notes).count(["finish"]) == 3 and capsys.readouterr().out == ""
+
+
+def train_from_checkpoints(folder, updates_per_epoch, epochs):
+    """Train the rest of a run on 8 images, whose epochs have so many updates from here on."""
+    model, batch_size = nn.Linear(2, 2), 8 // updates_per_epoch
+    sampler = TrainBatchSampler(8, batch_size, 1, 0, 1, seed=0)
+    optimizer = build_optimizer(digits_config(), model, 1.0)
+    scheduler = build_scheduler(digits_config(), optimizer, updates_per_epoch, 1.0)
+    updater = Updater(model, optimizer, Compute(torch.device("cpu")), 1, 5.0, 20)
+    record = RunRecord(str(folder), 0, lambda *_: None, DRAWN)
+    record.tracker = Tracker("wandb", str(folder), "name")
+    settings = Settings(str(folder), epochs=epochs, print_freq=1)
+    run = Run(settings, updater, scheduler, sampler, record, Guard(0, 0))
+    run.restore()
+    loader = Batches([(torch.ones(batch_size, 2), None)] * updates_per_epoch)
+    for _ in run.epochs_left():
+        means = train_one_epoch(run, loader, lambda images, *_: dict(loss=model(images).sum()))
+        run.end_epoch(means, dict(acc1=50.0))
+
+
+def test_fewer_updates_an_epoch_after_a_resume_drop_nothing_that_was_written(stand_in, tmp_path):
+    """Two epochs of 8 updates, then two of 2."""
+    notes = stand_in("wandb")
+    train_from_checkpoints(tmp_path, 8, epochs=2)
+    train_from_checkpoints(tmp_path, 2, epochs=4)
+    found = scalars(tmp_path / "tensorboard")
+    assert [step for tag, step in found if tag == "epoch/acc1"] == [7, 15, 17, 19]
+    assert [step for tag, step in found if tag == "train/loss"] == list(range(20))
+    assert given(notes).keys() == found.keys()
+
+
+def test_a_tracker_gets_epochs_that_are_repeated_with_fewer_updates_after_those_it_has(stand_in, tmp_path):
+    notes = stand_in("wandb")
+    train_from_checkpoints(tmp_path, 8, epochs=2)
+    (tmp_path / "ckpt_epoch_1.pth").unlink()
+    train_from_checkpoints(tmp_path, 2, epochs=4)
+    train_from_checkpoints(tmp_path, 2, epochs=5)
+    board = scalars(tmp_path / "tensorboard")
+    assert [step for tag, step in board if tag == "epoch/epoch"] == [7, 9, 11, 13, 15]
+    epochs = {step: epoch for (tag, step), epoch in given(notes).items() if tag == "epoch/epoch"}
+    assert epochs == {7: 0, 15: 1, 17: 1, 19: 2, 21: 3, 23: 4}
+    assert [step for tag, step in given(notes) if tag == "train/loss"] == list(range(24))
 
 
 def test_a_tracker_that_fails_is_one_warning_and_training_goes_on(

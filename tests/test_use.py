@@ -49,6 +49,8 @@ def test_the_averaged_weights_are_taken_where_there_are_any(trained, tmp_path):
     torch.save(dict(content, model_ema=dict(content["model"], **averaged)), tmp_path / "ema.pth")
     found = models.load(tmp_path / "ema.pth").model.state_dict()
     assert all(torch.equal(found[name], value) for name, value in averaged.items())
+    own = models.load(tmp_path / "ema.pth", weights="model").model.state_dict()
+    assert all(torch.equal(own[name], content["model"][name]) for name in averaged)
 
 
 def test_what_a_checkpoint_lacks_is_given_or_refused(trained, tmp_path):

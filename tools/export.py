@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import benchmarking
 
 import checkpoint as ckpt
-from config import dump_config
+from config import CHOICES, dump_config
 from data.readers import open_dataset
 from data.transforms import build_transform, describe_evaluation
 from detection.detector import Pyramid
@@ -57,6 +57,7 @@ def parse_args(argv=None):
     formats = ["onnx", "torch_export", "safetensors"]
     add("--formats", nargs="+", choices=FORMATS, default=formats, help=f"default: {' '.join(formats)}")
     add("--cfg", metavar="FILE", help="config of a checkpoint that holds none, such as an official one")
+    add("--weights", choices=CHOICES["TEST.WEIGHTS"], default="auto", help="as TEST.WEIGHTS; default: auto")
     add("--size", type=image_size, metavar="PX", help="a side or HEIGHTxWIDTH; default: that of the config")
     add("--data-path", metavar="DIR", help="compare top-1 too, over DIR/val/<class>/<image>")
     add(
@@ -97,11 +98,12 @@ def image_size(text):
     return sides
 
 
-def open_checkpoint(path, cfg=None):
+def open_checkpoint(path, cfg=None, weights="auto"):
     """What a checkpoint holds, described: its config, its weights and classes, and the part that is exported.
 
     Args:
         cfg: config file of a checkpoint that holds none.
+        weights: a value of ``TEST.WEIGHTS``.
 
     Returns:
         The config, what :func:`~checkpoint.read_weights` returns, and the model in evaluation mode: the
@@ -110,7 +112,7 @@ def open_checkpoint(path, cfg=None):
     Raises:
         UserError: it cannot be read, holds no config, or does not fit it.
     """
-    config, checkpoint = read_described(path, cfg)
+    config, checkpoint = read_described(path, cfg, weights)
     if config.DATA.DATASET == "coco":
         return config, checkpoint, Pyramid(build_detector(config, checkpoint, path).model).eval()
     return config, checkpoint, build_classifier(config, checkpoint, path).model
@@ -118,7 +120,7 @@ def open_checkpoint(path, cfg=None):
 
 def build_exportable(args):
     """What there is to export, the config for images of ``--size``, and the class names, None if unknown."""
-    config, checkpoint, model = open_checkpoint(args.checkpoint, args.cfg)
+    config, checkpoint, model = open_checkpoint(args.checkpoint, args.cfg, args.weights)
     classes, text = checkpoint["classes"], dump_config(config) if args.cfg else checkpoint["config"]
     detects = config.DATA.DATASET == "coco"
     if detects and args.data_path:

@@ -73,6 +73,7 @@ def parse_args():
         help="what computes a classifier; onnxruntime and openvino do so in float32; default: pytorch",
     )
     add("--cfg", metavar="FILE", help="config of a checkpoint that holds none")
+    add("--weights", choices=CHOICES["TEST.WEIGHTS"], default="auto", help="as TEST.WEIGHTS; default: auto")
     add("--class-names", metavar="FILE", help="a name per line, for a checkpoint that names no classes")
     args = parser.parse_args()
     for name, least in (("top", 1), ("every", 1), ("batch_size", 1), ("workers", 0)):
@@ -86,7 +87,7 @@ def main():
     args = parse_args()
     paths, skipped, ignored = find_files(args.paths)
     drawn = picture_names(paths, args.pictures) if args.pictures else None
-    config, checkpoint = read_described(args.checkpoint, args.cfg)
+    config, checkpoint = read_described(args.checkpoint, args.cfg, args.weights)
     build, kind = (build_detector, Objects) if config.DATA.DATASET == "coco" else (build_classifier, Classes)
     config.defrost()
     config.DEVICE, config.RUNTIME = args.device or "", args.runtime or config.RUNTIME

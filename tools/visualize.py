@@ -33,6 +33,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import distributed
+from config import CHOICES
 from data.datasets import load_image
 from data.sources import find_files, is_video
 from data.transforms import build_transform, image_mode
@@ -69,6 +70,7 @@ def parse_args():
     add("--most", type=int, default=200, metavar="N", help="images to measure, evenly chosen; default: 200")
     add("--device", choices=["cuda", "cpu"], help="default: cuda where there is one, else cpu")
     add("--cfg", metavar="FILE", help="config of a checkpoint that holds none")
+    add("--weights", choices=CHOICES["TEST.WEIGHTS"], default="auto", help="as TEST.WEIGHTS; default: auto")
     args = parser.parse_args()
     if not args.images and not args.curves:
         parser.error("name images, or a folder with --curves")
@@ -129,7 +131,7 @@ def write_curves(model, transform, mode, args):
 
 def load(args):
     """The model of a checkpoint in float64, its transform, its class names, and Pillow's mode of images."""
-    config, checkpoint = read_described(args.checkpoint, args.cfg)
+    config, checkpoint = read_described(args.checkpoint, args.cfg, args.weights)
     config.defrost()
     config.DEVICE = args.device or ""
     device = build_compute(config).device
