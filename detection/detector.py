@@ -1,6 +1,7 @@
 """The whole detector, from a batch of images to losses or detections."""
 
 import copy
+import re
 from collections import OrderedDict
 
 import torch
@@ -165,12 +166,16 @@ def load_pretrained(detector, checkpoint, path):
     Raises:
         CheckpointError: weights of another architecture, with what differs.
     """
-    weights = ckpt.weights_of(checkpoint, path)
-    if any(name.startswith("backbone.") for name in weights):
-        ckpt.load_weights(detector, checkpoint, path, new_head=True)
+    weights = ckpt.without_prefix(ckpt.weights_of(checkpoint, path), detector.state_dict(), path)
+    if any(name.startswith("backbone.model.") for name in weights):
+        described = {name: checkpoint.get(name) for name in ("classes", "config")}
+        ckpt.load_weights(detector, dict(model=weights, **described), path, new_head=True)
         return
-    kept = {name: value for name, value in weights.items() if not name.startswith(("norm.", "head."))}
-    ckpt.load_weights(detector.backbone.model, kept, path, new_head=True)
+    backbone = detector.backbone.model
+    weights = ckpt.without_prefix(weights, backbone.state_dict(), path)
+    # mmdet's backbones have a norm for the map of each stage.
+    kept = {name: value for name, value in weights.items() if not re.match(r"(norm\d*|head)\.", name)}
+    ckpt.load_weights(backbone, dict(model=kept, config=checkpoint.get("config")), path, new_head=True)
 
 
 def to_original_size(detection, size, original):
