@@ -7,7 +7,8 @@ head); with ``TRAIN.EMA`` also ``model_ema``, the averaged weights, which the sc
 with optimizers other than AdamW and SGD also ``optimizer_name``. Files of the official release, with a
 pickled yacs config and apex's ``amp`` entry, are read too; so are the weights in bare state dicts, in
 training checkpoints of timm, Lightning and others, and in safetensors files, which hold ``config`` and
-``classes`` too if they are of ``tools/export.py``. Nothing in a file is ever run, and what is used of one is checked first.
+``classes`` too if they are of ``tools/export.py``. Nothing in a file is ever run, and what is used of one is
+checked first.
 """
 
 import contextlib
@@ -559,7 +560,7 @@ def read_latest(folder, warn):
 
 
 def without_prefix(weights, own, path):
-    """Weights under the names of a model, where all of these stand behind a prefix, as Lightning's ``model.``.
+    """Weights under the names of a model, where all of these have a prefix, such as Lightning's ``model.``.
 
     Args:
         weights: tensors by name.
@@ -567,8 +568,8 @@ def without_prefix(weights, own, path):
         path: their file, for messages.
 
     Returns:
-        The tensors behind the prefix that most of the model's names have, by their names in the model; those
-        given, where some have names of the model, or too few have any.
+        The tensors that have the prefix, by their names without it; those given, where some have names of the
+        model, or where fewer than half of the model's names are there with a prefix.
 
     Raises:
         CheckpointError: two prefixes are as good.
@@ -581,8 +582,10 @@ def without_prefix(weights, own, path):
         return weights
     prefix, count = prefixes[0]
     if [count] == [others for _, others in prefixes[1:]]:
-        raise CheckpointError(f"{path} holds two such models, {prefix} and {prefixes[1][0]}: save one of them")
+        raise CheckpointError(f"{path} holds two models, {prefix} and {prefixes[1][0]}: save one of them")
     taken = {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
+    # mmdet's backbones have a norm for the map of each stage.
+    taken = {name: x for name, x in taken.items() if name in own or not re.match(r"norm\d\.", name)}
     logger.info(f"{path}: taking {len(taken)} of its {len(weights)} tensors, those of {prefix}")
     return taken
 
@@ -605,7 +608,8 @@ def load_weights(model, checkpoint, path, new_head=False):
     """
     given, own = weights_of(checkpoint, path), model.state_dict()
     weights = without_prefix(given, own, path)
-    may_lack = ("norm.", "head.") if new_head and weights is not given else ()  # as a backbone of mmdet's does
+    # A backbone of mmdet has neither.
+    may_lack = ("norm.", "head.") if new_head and weights is not given else ()
     theirs, ours = _classes_of(checkpoint, path), getattr(model, "classes", None)
     difference = class_difference(theirs, ours) if theirs and ours else ""
     unnamed = ours and not theirs

@@ -29,7 +29,7 @@ TORCHVISION = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnis
 # What changes no number of a run, or is set by the data.
 APART = ("OUTPUT", "TAG", "DEVICE", "DATA.NUM_WORKERS", "DATA.PIN_MEMORY", "MODEL.NUM_CLASSES", "PRINT_FREQ")
 APART += ("LOG.TRACKER", "RUNTIME")
-# What decides the result of trained weights, beside the weights: of every model, of classifiers, of detectors.
+# What decides the result of given weights: in every model, in classifiers, in detectors.
 OF_MODELS = ("MODEL.TYPE", "MODEL.TIMM_NAME", "MODEL.TIMM_ARGS.", "MODEL.MSG.")
 OF_CLASSIFIERS = ("DATA.IMG_SIZE", "DATA.INTERPOLATION", "TEST.CROP")
 OF_DETECTORS = ("TEST_SIZE", "MAX_SIZE", "SHUF_SIZE", "CHANNELS", "ANCHOR_SCALE", "ANCHOR_RATIOS")

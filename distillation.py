@@ -148,8 +148,8 @@ def _build_timm(config, classes):
         differences = function_difference(checkpoint["config"], asked, f"the config in {weights}")
         if differences := [words for words in differences if words.startswith("MODEL.")]:
             raise UserError(
-                f"DISTILL.WEIGHTS {weights} is of another model than {name}: {'; '.join(differences)}; give it "
-                "as DISTILL.TEACHER"
+                f"DISTILL.WEIGHTS {weights} is of another model than {name}: {'; '.join(differences)}; give "
+                "it as DISTILL.TEACHER"
             )
     return teacher
 

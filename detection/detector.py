@@ -1,7 +1,6 @@
 """The whole detector, from a batch of images to losses or detections."""
 
 import copy
-import re
 from collections import OrderedDict
 
 import torch
@@ -173,8 +172,7 @@ def load_pretrained(detector, checkpoint, path):
         return
     backbone = detector.backbone.model
     weights = ckpt.without_prefix(weights, backbone.state_dict(), path)
-    # mmdet's backbones have a norm for the map of each stage.
-    kept = {name: value for name, value in weights.items() if not re.match(r"(norm\d*|head)\.", name)}
+    kept = {name: value for name, value in weights.items() if not name.startswith(("norm.", "head."))}
     ckpt.load_weights(backbone, dict(model=kept, config=checkpoint.get("config")), path, new_head=True)
 
 
