@@ -580,3 +580,12 @@ def test_fine_tuning_names_what_the_weights_were_trained_with(described, tmp_pat
     with logged() as lines:
         run.restore()
     assert "MODEL.MSG.HEAD is 'token' in the checkpoint and 'avg' in the config" in lines[0]
+
+
+def test_fine_tuning_in_the_folder_of_a_run_on_other_classes_asks_for_another_tag(described, tmp_path):
+    state = dict(model=micro().state_dict(), classes=list("abcdefghij"), epoch=0, score=1.0)
+    ckpt.save_in_folder(str(tmp_path), state, ckpt.epoch_name(0), 0)
+    run = small_run(tmp_path, pretrained=described)
+    run.model.classes = list("abcdefghik")
+    with pytest.raises(ckpt.CheckpointError, match="other classes.* use --pretrained and another --tag$"):
+        run.restore()
