@@ -7,20 +7,21 @@ weights, at the end of an epoch), ``max_accuracy`` (of the best so far), ``confi
 weights, ``ema``, and ``better``, which of the two scored higher when they were last evaluated, model or ema;
 the scores are then of the better one. With optimizers other than AdamW and SGD it has ``optimizer_name``.
 Files of the official release, with a pickled yacs config and apex's ``amp`` entry, are read too; so are the
-weights in bare state dicts, in timm's training checkpoints and in safetensors files, which hold ``config``
-and ``classes`` too if they are of ``tools/export.py``. Nothing in a file is ever run, and what is used of one
-is checked first.
+weights in bare state dicts, in training checkpoints of timm, Lightning and others, and in safetensors files,
+which hold ``config`` and ``classes`` too if they are of ``tools/export.py``. Nothing in a file is ever run,
+and what is used of one is checked first.
 """
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import os
 import pickle
 import re
 import urllib.parse
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 
 import torch
 from safetensors import safe_open
@@ -37,7 +38,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int
 HEAD = re.compile(r"head\.|.*\.(box_predictor|mask_fcn_logits)\.")
 # Where a file may hold its weights, averaged and not. As in timm, the averaged ones come first, unless the
 # file says that the others are better.
-WEIGHTS = dict(ema=("state_dict_ema", "model_ema"), model=("state_dict", "model"))
+WEIGHTS = dict(ema=("state_dict_ema", "model_ema"), model=("state_dict", "model", "model_state_dict"))
+NEW_RUN = "--pretrained and another --tag"  # a folder that holds a run goes on with that
 
 logger = logging.getLogger("msg_transformer")
 
@@ -262,12 +264,16 @@ def weights_and_classes(checkpoint, path, which="auto"):
     """``model``, the weights or their average; ``classes``; ``config``, YAML text.
 
     ``which`` of them is a value of ``TEST.WEIGHTS`` in config.py. ``classes`` are None where they are not
-    named, and ``config`` where there is none, as in a file of the official release.
+    named, and ``config`` where there is none. Of a file of the official release ``config`` is a dict: what it
+    says about the model and its images, by dotted key.
     """
+    entry = _entry_of(checkpoint, which)
     if checkpoint.get("model_ema") is not None:
         words = dict(ema="its averaged weights (EMA)", model="its weights, not their average (EMA)")
         why = ", the better of the two" if which == "auto" and checkpoint.get("better") else ""
         logger.info(f"{path}: taking {words[better_of(checkpoint) if which == 'auto' else which]}{why}")
+    elif entry not in ("", "model"):
+        logger.info(f"{path}: taking its weights from {entry}")
     config = _config_of(checkpoint)
     return dict(
         model=weights_of(checkpoint, path, which), classes=_classes_of(checkpoint, path), config=config
@@ -440,14 +446,45 @@ def _plain(tensors, name, path):
 
 
 def _config_of(checkpoint):
-    """YAML text, or None: official checkpoints hold an object."""
+    """The config as :func:`weights_and_classes` describes it."""
     config = checkpoint.get("config")
-    return config if isinstance(config, str) else None
+    if isinstance(config, str):
+        return config
+    config = config if isinstance(config, dict) else {}
+    model, found = config.get("MODEL"), {}
+    sections = {"DATA": config.get("DATA"), "TEST": config.get("TEST"), "MODEL": model}
+    sections["MODEL.MSG"] = model.get("MSG") if isinstance(model, dict) else None
+    for section, options in sections.items():
+        for name, value in itertools.islice(options.items(), 100) if isinstance(options, dict) else ():
+            entries = value if type(value) in (list, tuple) else [value]
+            if len(entries) <= 100 and all(type(x) in (bool, int, float, str, type(None)) for x in entries):
+                found[f"{section}.{name}"] = list(value) if entries is value else value
+    return found or None
+
+
+def own_config(checkpoint, path):
+    """What to use a checkpoint with, in words: its own config; empty where it does not name its model."""
+    config = checkpoint.get("config")
+    found = re.search(r"^  NAME: (.+)$", config, re.MULTILINE) if isinstance(config, str) else None
+    name = found[1] if found else config.get("MODEL.NAME") if isinstance(config, dict) else None
+    if not isinstance(name, str):
+        return ""
+    beside = os.path.join(os.path.dirname(path), "config.yaml")
+    where = f"--cfg {beside}" if os.path.isfile(beside) else "its own config"
+    return f"it is a {name:.60}: use {where}"
 
 
 def _classes_of(checkpoint, path):
     classes = checkpoint.get("classes")
     return None if classes is None else _checked(classes, CLASSES, "classes", path)
+
+
+def _entry_of(checkpoint, which="auto"):
+    """Which entry of a checkpoint holds its weights; empty for a bare state dict."""
+    places = WEIGHTS["ema"] + WEIGHTS["model"] if which == "auto" else WEIGHTS[which]
+    if which == "auto" and checkpoint.get("better") == "model":
+        places = WEIGHTS["model"] + WEIGHTS["ema"]
+    return next((name for name in places if checkpoint.get(name) is not None), "")
 
 
 def weights_of(checkpoint, path, which="auto"):
@@ -459,20 +496,19 @@ def weights_of(checkpoint, path, which="auto"):
     Raises:
         CheckpointError: there are none, or none that a model could have.
     """
-    places = WEIGHTS["ema"] + WEIGHTS["model"] if which == "auto" else WEIGHTS[which]
-    if which == "auto" and checkpoint.get("better") == "model":
-        places = WEIGHTS["model"] + WEIGHTS["ema"]
-    place = next((name for name in places if checkpoint.get(name) is not None), "")
-    if which == "ema" and not place:
+    entry = _entry_of(checkpoint, which)
+    if which == "ema" and not entry:
         raise CheckpointError(f"{path} has no averaged weights (EMA): take auto or model of TEST.WEIGHTS")
-    weights = checkpoint[place] if place else checkpoint
+    weights = checkpoint[entry] if entry else checkpoint
     names = weights if isinstance(weights, dict) else ()
     if not names or not all(isinstance(name, str) and re.fullmatch(r"[\w.]{1,200}", name) for name in names):
-        raise CheckpointError(f"{path} holds no model weights{f' in {place}' if place else ''}")
+        raise CheckpointError(f"{path} holds no model weights{f' in {entry}' if entry else ''}")
+    # Of torch's AveragedModel, which counts its updates beside the weights.
+    weights = {name: value for name, value in weights.items() if name != "n_averaged"}
     bare = clean_state_dict(weights)  # without the prefixes of DistributedDataParallel and torch.compile
     if len(bare) < len(weights):
         raise CheckpointError(f"{path} holds weights twice, with and without the prefix of a wrapper")
-    return _plain(bare, place or "model", path)
+    return _plain(bare, entry or "model", path)
 
 
 def _optimizer_of(checkpoint, path):
@@ -552,27 +588,64 @@ def read_latest(folder, warn):
     return None, None
 
 
+def without_prefix(weights, own, path):
+    """Weights under the names of a model, where all of these have a prefix, such as Lightning's ``model.``.
+
+    Args:
+        weights: tensors by name.
+        own: the names in the model.
+        path: their file, for messages.
+
+    Returns:
+        The tensors that have the prefix, by their names without it; those given, where some have names of the
+        model, or where fewer than half of the model's names are there with a prefix.
+
+    Raises:
+        CheckpointError: two prefixes are as good.
+    """
+    if any(name in own for name in weights):
+        return weights
+    ends = ((name, dot.end()) for name in weights for dot in re.finditer(r"\.", name))
+    prefixes = Counter(name[:end] for name, end in ends if name[end:] in own).most_common(2)
+    if not prefixes or 2 * prefixes[0][1] < len(own):
+        return weights
+    prefix, count = prefixes[0]
+    if [count] == [others for _, others in prefixes[1:]]:
+        raise CheckpointError(f"{path} holds two models, {prefix} and {prefixes[1][0]}: save one of them")
+    taken = {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
+    # mmdet's backbones have a norm for the map of each stage.
+    taken = {name: x for name, x in taken.items() if name in own or not re.match(r"norm\d\.", name)}
+    logger.info(f"{path}: taking {len(taken)} of its {len(weights)} tensors, those of {prefix}")
+    return taken
+
+
 def load_weights(model, checkpoint, path, new_head=False):
     """Load a checkpoint's weights into ``model``; every name and shape must agree, and the classes if known.
+
+    A prefix of all names is left out, see :func:`without_prefix`.
 
     Args:
         model: ``model.classes``, where there is one, names its classes in the order of the head.
         checkpoint: what :func:`read_checkpoint` returned; a bare state dict will do.
         path: its file, for messages.
-        new_head: for a new run (fine-tuning): leave the model's own head where the classes differ, and fit
-            weights for other sizes as :func:`models.loading.fit_weights` does; the log says so.
+        new_head: for a new run (fine-tuning): leave the model's own head where the classes differ, its own
+            head and last norm where it is the backbone of a larger model, and fit weights for other
+            sizes as :func:`models.loading.fit_weights` does; the log says so.
 
     Raises:
         CheckpointError: weights of another architecture or of other classes, with what differs.
     """
-    weights, own = weights_of(checkpoint, path), model.state_dict()
+    given, own = weights_of(checkpoint, path), model.state_dict()
+    weights = without_prefix(given, own, path)
+    # A backbone of mmdet has neither.
+    may_lack = ("norm.", "head.") if new_head and weights is not given else ()
     theirs, ours = _classes_of(checkpoint, path), getattr(model, "classes", None)
     difference = class_difference(theirs, ours) if theirs and ours else ""
     unnamed = ours and not theirs
     told = f"{path} does not name its classes: they cannot be compared with the data's" if unnamed else ""
     if difference and not new_head:
         raise CheckpointError(
-            f"{path} was trained on other classes: {difference}; to fine-tune it on these use --pretrained"
+            f"{path} was trained on other classes: {difference}; to fine-tune it on these use {NEW_RUN}"
         )
     head = {name: value for name, value in own.items() if HEAD.match(name) and name in weights}
     if new_head and head:
@@ -582,13 +655,19 @@ def load_weights(model, checkpoint, path, new_head=False):
         if difference:
             told, weights = f"the head is new: {difference}", dict(weights, **head)
     weights, changes = fit_weights(weights, model) if new_head else (weights, [])
+    for part in may_lack:
+        new = {name: value for name, value in own.items() if name.startswith(part)}
+        if new and not any(name.startswith(part) for name in weights):
+            weights, told = weights | new, ""
+            changes.append(f"the {part[:-1]} is new: {path} has none")
     wrong = [words for name in own if name in weights for words in _misfit(name, weights[name], own[name])]
     wrong += [f"{name} is missing" for name in own if name not in weights]
     wrong += [f"{name} is not in the model" for name in weights if name not in own]
     if wrong:
         more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        what = _diagnosis(weights, own)
-        raise CheckpointError(f"{path} does not fit the model: {what}: {'; '.join(wrong[:4])}{more}")
+        what, advice = _diagnosis(weights, own), own_config(checkpoint, path)
+        advice = advice and f". {advice[0].upper()}{advice[1:]}"
+        raise CheckpointError(f"{path} does not fit the model: {what}: {'; '.join(wrong[:4])}{more}{advice}")
     model.load_state_dict(weights)
     for change in [told, *changes] if told else changes:
         logger.info(change)
@@ -655,7 +734,7 @@ def _diagnosis(weights, own):
     if both and shape(weights, "head.weight") != shape(own, "head.weight"):
         return (
             f"it has {shape(weights, 'head.weight')[0]} classes, the model {shape(own, 'head.weight')[0]} "
-            "(to fine-tune on other classes use --pretrained)"
+            f"(to fine-tune on other classes use {NEW_RUN})"
         )
     return "another architecture"
 
@@ -709,7 +788,7 @@ def load_optimizer(optimizer, model, checkpoint, path):
         raise CheckpointError(
             f"{path} was trained with another TRAIN.OPTIMIZER.NAME: {theirs or 'adamw or sgd'} there, "
             f"{own or type(optimizer).__name__} here; set that again, or start from the weights alone with "
-            "--pretrained"
+            f"{NEW_RUN}"
         )
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     ours = [len(group["params"]) for group in optimizer.param_groups]
@@ -720,7 +799,7 @@ def load_optimizer(optimizer, model, checkpoint, path):
         if own is None and had != (setting in optimizer.defaults):
             raise CheckpointError(
                 f"{path} was trained with another TRAIN.OPTIMIZER.NAME: set that again, or start from the "
-                "weights alone with --pretrained"
+                f"weights alone with {NEW_RUN}"
             )
     if theirs == ours:
         moments = state["state"]
@@ -734,7 +813,7 @@ def load_optimizer(optimizer, model, checkpoint, path):
         raise CheckpointError(
             f"{path}: the optimizer state has groups of {theirs} parameters, this run {ours}: another "
             "model, or TRAIN.LAYER_DECAY on in one of them alone; to start from the weights alone use "
-            "--pretrained"
+            f"{NEW_RUN}"
         )
     for index, parameter in enumerate(parameters):
         for name, value in moments.get(index, {}).items():

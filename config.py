@@ -29,6 +29,13 @@ TORCHVISION = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnis
 # What changes no number of a run, or is set by the data.
 APART = ("OUTPUT", "TAG", "DEVICE", "DATA.NUM_WORKERS", "DATA.PIN_MEMORY", "MODEL.NUM_CLASSES", "PRINT_FREQ")
 APART += ("LOG.TRACKER", "RUNTIME")
+# What decides the result of given weights: in every model, in classifiers, in detectors.
+OF_MODELS = ("MODEL.TYPE", "MODEL.TIMM_NAME", "MODEL.TIMM_ARGS.", "MODEL.MSG.")
+OF_CLASSIFIERS = ("DATA.IMG_SIZE", "DATA.INTERPOLATION", "TEST.CROP")
+OF_DETECTORS = ("TEST_SIZE", "MAX_SIZE", "SHUF_SIZE", "CHANNELS", "ANCHOR_SCALE", "ANCHOR_RATIOS")
+OF_DETECTORS += ("PROPOSALS_TEST", "DELTA_STDS", "BOX_CONVS", "BOX_FCS", "MASK_CONVS", "SCORE_THRESHOLD")
+OF_DETECTORS = tuple(f"DET.{name}" for name in (*OF_DETECTORS, "NMS_IOU", "PER_IMAGE"))
+VERSION = ("MODEL.MSG.PATCH_EMBED", "MODEL.MSG.DOWNSAMPLE")  # v1 or CVPR 2022; official configs have neither
 LARGEST = 2**31 - 1  # of any number but the seed
 LARGEST_SEED = 2**63 - 1
 MOST_ENTRIES, MOST_CHARACTERS = 1000, 4096  # of a list, of a text
@@ -270,6 +277,9 @@ def default_config():
     # Which weights of a checkpoint --eval and --pretrained take: model, their average (ema), or auto: the one
     # that scored higher, and the average where the file does not say.
     config.TEST.WEIGHTS = "auto"
+    # A checkpoint is used under its own config. True allows another one, for example to evaluate at another
+    # DATA.IMG_SIZE on purpose; the log then names the keys that differ.
+    config.TEST.OTHER_CONFIG = False
 
     config.DET = CfgNode()
     # Below DATA.DATA_PATH: images and COCO annotations of training and validation.
@@ -745,7 +755,7 @@ def flat_text(text, source):
     """The same of what :func:`dump_config` wrote, perhaps long ago: keys that it lacks have their defaults.
 
     Args:
-        text: YAML.
+        text: YAML, or a dict of what it says by dotted key.
         source: where it is from, for messages.
 
     Raises:
@@ -753,9 +763,59 @@ def flat_text(text, source):
     """
     if len(text) > MOST_BYTES:
         raise ConfigError(f"{source} has {len(text):,} characters, and may have {MOST_BYTES:,}")
-    found, defaults = dict(_leaves(_tree(text, source))), default_config()
+    found = text if isinstance(text, dict) else dict(_leaves(_tree(text, source)))
+    defaults = default_config()
     defaults.DATA.DATASET = found.get("DATA.DATASET", "imagenet")
     return flat_config(defaults) | found
+
+
+def function_difference(theirs, ours, source):
+    """Where the same weights would compute something else under a checkpoint's config than under another.
+
+    Args:
+        theirs: the config of a checkpoint, as :func:`~checkpoint.read_weights` returns it.
+        ours: the other, from :func:`flat_config` or :func:`flat_text`.
+        source: where theirs is from, for messages.
+
+    Returns:
+        A list of texts, each with a key and both its values; empty where nothing differs, or where ``theirs``
+        says nothing about a model.
+
+    Raises:
+        ConfigError: theirs is not YAML of that kind.
+    """
+    if not theirs or (isinstance(theirs, str) and not re.search("^MODEL:", theirs, re.MULTILINE)):
+        return []
+    there, here = flat_text(theirs, source), _function(ours)
+    if isinstance(theirs, dict):  # shapes tell the official versions apart
+        there = {key: value for key, value in there.items() if key in theirs or key not in VERSION}
+    there = _function(there)
+    keys = [key for key in here if key in there]
+    keys += sorted(key for key in here.keys() ^ there.keys() if key.startswith("MODEL.TIMM_ARGS."))
+    return [
+        f"{key} is {_show(there.get(key))} in the checkpoint and {_show(here.get(key))} in the config"
+        for key in keys
+        if there.get(key) != here.get(key)
+    ]
+
+
+def _function(options):
+    """The options that decide the result of trained weights, by key; equal ones have equal values."""
+    detects = options["DATA.DATASET"] == "coco"
+    kinds = (*OF_MODELS, *(OF_DETECTORS if detects else OF_CLASSIFIERS))
+    found = {key: value for key, value in options.items() if key.startswith(kinds)}
+    unused = ["MODEL.MSG.ATTENTION"]
+    if detects:
+        unused += ["MODEL.MSG.HEAD", "MODEL.MSG.SHUF_SIZE"]
+    else:
+        size = found["DATA.IMG_SIZE"]
+        found["DATA.IMG_SIZE"] = sides = size if isinstance(size, list) else [size, size]
+        unused += ["TEST.CROP"] if any(type(side) is int and side <= 32 for side in sides) else []
+        if found["DATA.INTERPOLATION"] == "random":
+            found["DATA.INTERPOLATION"] = "bicubic"
+    if options["MODEL.TYPE"] == "timm":
+        unused += [key for key in found if key.startswith("MODEL.MSG.") and key != "MODEL.MSG.IN_CHANS"]
+    return {key: value for key, value in found.items() if key not in unused}
 
 
 class _Loader(yaml.SafeLoader):
@@ -1025,8 +1085,7 @@ def _check_version(config, sources):
     Official configs have neither key: each of the two official versions can only build one of them. Depths
     tell which it is.
     """
-    keys = ("MODEL.MSG.PATCH_EMBED", "MODEL.MSG.DOWNSAMPLE")
-    if all(key in sources for key in keys):
+    if all(key in sources for key in VERSION):
         return
     msg = config.MODEL.MSG
     if list(msg.DEPTHS) in ([2, 4, 12, 4], [2, 4, 28, 4]):
@@ -1034,7 +1093,7 @@ def _check_version(config, sources):
         source = sources["MODEL.MSG.DEPTHS"]
     elif msg.PATCH_EMBED != msg.DOWNSAMPLE:
         problem = f"MODEL.MSG.PATCH_EMBED {msg.PATCH_EMBED} does not go with DOWNSAMPLE {msg.DOWNSAMPLE}"
-        source = next(sources[key] for key in keys if key in sources)
+        source = next(sources[key] for key in VERSION if key in sources)
     else:
         return
     raise ConfigError(

@@ -83,6 +83,7 @@ def main(args):
         ckpt.load_weights(model, weights, path)
         logger.info(f"evaluating {path}")
         evaluate(model, val_loader, val, compute, config)
+        logger.info(f"evaluated {path}; the results are in {config.OUTPUT}")
     else:
         run = build_run(config, model, sampler, compute, TASK, guard)
         losses_of = build_losses(run)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 import checkpoint as ckpt
+from config import flat_config, function_difference
 from data.transforms import normalization
 from distributed import from_rank_0
 from models.ready import build_ready, read_described
@@ -83,7 +84,7 @@ def build_distillation(config, classes, compute):
         teacher = _build_timm(config, classes)
         their_mean, their_std = (torch.tensor(teacher.pretrained_cfg[key]) for key in ("mean", "std"))
     else:
-        teacher, (their_mean, their_std) = _read_ours(settings, classes), (mean, std)
+        teacher, (their_mean, their_std) = _read_ours(config, classes), (mean, std)
     if len(their_mean) != len(mean):
         raise UserError(f"DISTILL.TEACHER {settings.TEACHER} takes images of {len(their_mean)} channels")
     rescale = [values[:, None, None] for values in (std / their_std, (mean - their_mean) / their_std)]
@@ -96,15 +97,18 @@ def build_distillation(config, classes, compute):
     return Distillation(teacher, rescale, settings, compute).to(compute.device)
 
 
-def _read_ours(settings, classes):
+def _read_ours(config, classes):
     """The teacher of a checkpoint of this code."""
-    path = settings.TEACHER
-    if settings.WEIGHTS:
+    path = config.DISTILL.TEACHER
+    if config.DISTILL.WEIGHTS:
         raise UserError(f"DISTILL.WEIGHTS is for models of timm: {path} holds its weights itself")
     if not os.path.exists(path) and not path.startswith("https:"):
         raise UserError(f"DISTILL.TEACHER {path}: no such checkpoint, and no such model of timm")
-    config, checkpoint = from_rank_0(lambda: read_described(path))
-    teacher, _, names = build_ready(config, checkpoint, path)
+    theirs, checkpoint = from_rank_0(lambda: read_described(path))
+    differences = function_difference(checkpoint["config"], flat_config(config), f"the config in {path}")
+    if differences := [words for words in differences if words.startswith("DATA.")]:
+        logger.warning(f"DISTILL.TEACHER {path} was trained on other images: {'; '.join(differences)}")
+    teacher, _, names = build_ready(theirs, checkpoint, path)
     if names is not None and names != classes:
         raise UserError(
             f"DISTILL.TEACHER {path} knows other classes than the data have, or in another order: "
@@ -137,8 +141,16 @@ def _build_timm(config, classes):
         reason = str(error).split("\n")[0]
         raise UserError(f"timm cannot build the teacher {name} ({type(error).__name__}: {reason})") from error
     if not pretrained:
-        teacher.classes = classes
-        ckpt.load_weights(teacher, from_rank_0(lambda: ckpt.read_weights(weights)), weights)
+        teacher.classes, checkpoint = classes, from_rank_0(lambda: ckpt.read_weights(weights))
+        ckpt.load_weights(teacher, checkpoint, weights)
+        asked = {key: x for key, x in flat_config(config).items() if "MODEL.TIMM_ARGS." not in key}
+        asked.update({"MODEL.TYPE": "timm", "MODEL.TIMM_NAME": name})
+        differences = function_difference(checkpoint["config"], asked, f"the config in {weights}")
+        if differences := [words for words in differences if words.startswith("MODEL.")]:
+            raise UserError(
+                f"DISTILL.WEIGHTS {weights} is of another model than {name}: {'; '.join(differences)}; give "
+                "it as DISTILL.TEACHER"
+            )
     return teacher
 
 

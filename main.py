@@ -96,6 +96,7 @@ def main(args):
         if (outcomes := collector.gather(val_loader.indices_seen())) is not None:
             about = dict(checkpoint=path, data=config.DATA.DATA_PATH, **figures)
             write_report(config.OUTPUT, outcomes, classes, val_loader.paths, about)
+        logger.info(f"evaluated {path}; the results are in {config.OUTPUT}")
     else:
         run = build_run(config, model, sampler, compute, TASK, guard)
         losses_of = build_losses(config, run)

@@ -40,6 +40,7 @@ from logger import (
     write_config,
 )
 from lr_scheduler import build_scheduler
+from models.ready import compare_config
 from models.runtime import choose_runtime
 from optimizer import NonFiniteError, Updater, build_average, build_optimizer
 from utils import STOP_SIGNALS, UserError, build_compute, lock_file
@@ -173,32 +174,48 @@ def check_first(config):
     needs neither.
 
     Raises:
-        CheckpointError: no such file, or not a checkpoint.
+        CheckpointError: no such file, not a checkpoint, or one to evaluate of another config.
         UserError: a package is missing for ``LOG.TRACKER`` or ``RUNTIME``, or that is not for this device or
             precision.
     """
-    if config.EVAL_MODE or config.THROUGHPUT_MODE:
-        choose_runtime(config.RUNTIME, build_compute(config))
-    else:
+    trains, resume = not (config.EVAL_MODE or config.THROUGHPUT_MODE), config.MODEL.RESUME
+    if trains:
         require_tracker(config.LOG.TRACKER)
-    if config.TRAIN.AUTO_RESUME and not config.EVAL_MODE and ckpt.in_order(config.OUTPUT):
+    else:
+        choose_runtime(config.RUNTIME, build_compute(config))
+    if trains and config.TRAIN.AUTO_RESUME and ckpt.in_order(config.OUTPUT):
         return
-    if config.MODEL.RESUME and not config.EVAL_MODE:
-        ckpt.read_run(config.MODEL.RESUME)
-    for path in (config.MODEL.RESUME if config.EVAL_MODE else "", config.MODEL.PRETRAINED):
-        if path:
-            ckpt.read_weights(path, config.TEST.WEIGHTS)
+    if resume and trains:
+        ckpt.read_run(resume)
+    elif resume:
+        checkpoint = ckpt.read_weights(resume, config.TEST.WEIGHTS)
+        if not config.TEST.OTHER_CONFIG:
+            compare_config(flat_config(config), checkpoint, resume)
+    if config.MODEL.PRETRAINED:
+        ckpt.read_weights(config.MODEL.PRETRAINED, config.TEST.WEIGHTS)
 
 
 def choose_for_evaluation(config):
-    """Read ``--resume``, or else the latest checkpoint of the run's folder: (path, weights and classes)."""
-    path = config.MODEL.RESUME
-    if path:
-        return path, ckpt.read_weights(path, config.TEST.WEIGHTS)
-    path, checkpoint = ckpt.read_latest(config.OUTPUT, logger.warning)
-    if path is None:
-        raise ckpt.CheckpointError(f"nothing to evaluate: give --resume (no checkpoint in {config.OUTPUT})")
-    return path, ckpt.weights_and_classes(checkpoint, path, config.TEST.WEIGHTS)
+    """Read what to evaluate: (path, weights and classes).
+
+    That is ``--resume``, or else the best checkpoint of the run's folder, or else its latest.
+
+    Raises:
+        CheckpointError: there is none, or it is of another config, see :func:`~models.ready.compare_config`.
+    """
+    path, best = config.MODEL.RESUME, os.path.join(config.OUTPUT, ckpt.BEST)
+    if path or os.path.exists(best):
+        path = path or best
+        checkpoint = ckpt.read_weights(path, config.TEST.WEIGHTS)
+    else:
+        path, checkpoint = ckpt.read_latest(config.OUTPUT, logger.warning)
+        if path is None:
+            raise ckpt.CheckpointError(
+                f"nothing to evaluate: give --resume (no checkpoint in {config.OUTPUT})"
+            )
+        checkpoint = ckpt.weights_and_classes(checkpoint, path, config.TEST.WEIGHTS)
+    compare_config(flat_config(config), checkpoint, path)
+    return path, checkpoint
 
 
 def percent(score):
@@ -665,10 +682,12 @@ class Run:
             self._agree_with_best(path, checkpoint)
             where = f"epoch {self.progress.epoch}, image {self.progress.images}"
             logger.info(f"resuming from {path}: {where}, max {task.score_name} {self.highest_in_words()}")
-            if checkpoint["config"]:
+            if isinstance(checkpoint["config"], str):
                 self._tell_changed_options(checkpoint["config"], path)
         elif settings.pretrained:
             weights = from_rank_0(lambda: ckpt.read_weights(settings.pretrained, settings.weights))
+            ours = flat_text(settings.config, "the config")
+            compare_config(ours, weights, settings.pretrained, fine_tuning=True)
             task.load_pretrained(self.model, weights, settings.pretrained)
             logger.info(f"starting from the weights of {settings.pretrained}")
         else:
@@ -683,7 +702,7 @@ class Run:
         self.record.start(self.progress.epoch, self.before + self.progress.updates, per_epoch)
 
     def _load(self, path, checkpoint):
-        weights = {name: checkpoint[name] for name in ("model", "classes")}
+        weights = {name: checkpoint[name] for name in ("model", "classes", "config")}
         ckpt.load_weights(self.model, weights, path)
         self._load_average(path, checkpoint)
         ckpt.load_optimizer(self.updater.optimizer, self.model, checkpoint, path)
@@ -697,7 +716,7 @@ class Run:
             if images > length:
                 raise ckpt.CheckpointError(
                     f"{path} stands at image {images} of an epoch, and the training set has {length}: resume "
-                    "with the same data, or start from the weights alone with --pretrained"
+                    f"with the same data, or start from the weights alone with {ckpt.NEW_RUN}"
                 )
             self._continue_epoch(checkpoint["progress"])
         # Without a count, as in earlier releases, the epochs are taken to have been as long as now.

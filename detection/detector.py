@@ -165,12 +165,15 @@ def load_pretrained(detector, checkpoint, path):
     Raises:
         CheckpointError: weights of another architecture, with what differs.
     """
-    weights = ckpt.weights_of(checkpoint, path)
-    if any(name.startswith("backbone.") for name in weights):
-        ckpt.load_weights(detector, checkpoint, path, new_head=True)
+    weights = ckpt.without_prefix(ckpt.weights_of(checkpoint, path), detector.state_dict(), path)
+    if any(name.startswith("backbone.model.") for name in weights):
+        described = {name: checkpoint.get(name) for name in ("classes", "config")}
+        ckpt.load_weights(detector, dict(model=weights, **described), path, new_head=True)
         return
+    backbone = detector.backbone.model
+    weights = ckpt.without_prefix(weights, backbone.state_dict(), path)
     kept = {name: value for name, value in weights.items() if not name.startswith(("norm.", "head."))}
-    ckpt.load_weights(detector.backbone.model, kept, path, new_head=True)
+    ckpt.load_weights(backbone, dict(model=kept, config=checkpoint.get("config")), path, new_head=True)
 
 
 def to_original_size(detection, size, original):

@@ -1,6 +1,7 @@
 """A trained classifier from its checkpoint, ready for use."""
 
 import argparse
+import logging
 import os
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,6 +14,8 @@ from utils import Compute
 
 from .build import build_model
 from .runtime import build_runtime
+
+logger = logging.getLogger("msg_transformer")
 
 
 class Ready(NamedTuple):
@@ -37,7 +40,8 @@ def load(path, cfg=None, runtime="pytorch", weights="auto"):
 
     Args:
         path: a checkpoint of this code; a file, or an https address. Nothing in it is run.
-        cfg: YAML config of the model, for checkpoints that hold none, as those of the official release.
+        cfg: YAML config of the model, for checkpoints that hold none, as those of the official release. It
+            must agree with the checkpoint's where there is one, see ``TEST.OTHER_CONFIG`` in config.py.
         runtime: what computes, a value of ``RUNTIME`` in config.py.
         weights: which of the checkpoint, a value of ``TEST.WEIGHTS``: with auto averaged ones (EMA) where it
             holds them, unless they scored lower than the others.
@@ -71,6 +75,38 @@ def build_ready(config, checkpoint, path):
     return Ready(model.eval(), build_transform(config, is_train=False), checkpoint["classes"])
 
 
+def compare_config(config, checkpoint, path, fine_tuning=False):
+    """Refuse weights whose own config makes something else of them than another one, where they have one.
+
+    Args:
+        config: the other, from :func:`~config.flat_config` or :func:`~config.flat_text`. Its
+            ``TEST.OTHER_CONFIG`` allows any difference, which is then logged.
+        checkpoint: what :func:`~checkpoint.read_weights` returned.
+        path: its file, for messages.
+        fine_tuning: allow any difference.
+
+    Raises:
+        CheckpointError: the configs differ, with every key and its values.
+    """
+    from config import ConfigError, function_difference
+
+    try:
+        differences = function_difference(checkpoint["config"], config, f"the config in {path}")
+    except ConfigError as error:
+        logger.warning(f"{error}; it is not compared with the config of this run")
+        return
+    if not differences:
+        return
+    words = f"{path} was trained with another config: {'; '.join(differences)}"
+    if fine_tuning or config["TEST.OTHER_CONFIG"]:
+        logger.warning(words)
+        return
+    advice = ckpt.own_config(checkpoint, path) or "use its own config"
+    raise ckpt.CheckpointError(
+        f"{words}. {advice[0].upper()}{advice[1:]}, or set TEST.OTHER_CONFIG True if this is on purpose"
+    )
+
+
 def read_described(path, cfg=None, weights="auto"):
     """Read a checkpoint and the config that its model is built from; arguments as for :func:`load`.
 
@@ -79,19 +115,21 @@ def read_described(path, cfg=None, weights="auto"):
         :func:`~checkpoint.read_weights` returns.
 
     Raises:
-        CheckpointError: it cannot be used, or holds no config and ``cfg`` is None.
+        CheckpointError: it cannot be used; it holds no config and ``cfg`` is None, or one that ``cfg``
+            contradicts.
         ConfigError: its config cannot be used.
     """
-    from config import get_config, parse_config, set_classes
+    from config import flat_config, get_config, parse_config, set_classes
 
     path = os.fspath(path)
     checkpoint = ckpt.read_weights(path, weights)
     classes, text = checkpoint["classes"], checkpoint["config"]
     if cfg is not None:
         config = get_config(argparse.Namespace(cfg=os.fspath(cfg)))
+        compare_config(flat_config(config), checkpoint, path)
         if classes:
             set_classes(config, len(classes))
-    elif text is not None:
+    elif isinstance(text, str):
         config = parse_config(text, f"the config in {path}")
     else:
         raise ckpt.CheckpointError(

@@ -1,5 +1,6 @@
 """Checkpoint files: atomic, never run, official ones too, refused with a reason where they do not fit."""
 
+import argparse
 import functools
 import hashlib
 import http.server
@@ -13,13 +14,19 @@ import threading
 
 import pytest
 import torch
-from helpers import CVPR22, MICRO, digits_config, micro
+import yaml
+from helpers import CVPR22, MICRO, ROOT, digits_config, logged, micro
+from test_resume import small_run
 from torch import nn
 from yacs.config import CfgNode
 
 import checkpoint as ckpt
+from config import dump_config, flat_config, function_difference, get_config
+from models.build import build_model
 from models.msg_transformer import MSGTransformer
+from models.ready import read_described
 from optimizer import build_optimizer
+from run import check_first, choose_for_evaluation
 
 
 def official_checkpoint(path, old_torch):
@@ -339,7 +346,8 @@ def test_other_classes_are_refused_with_what_differs(names, words):
     model.classes = list("abcdefghij")
     with pytest.raises(ckpt.CheckpointError) as error:
         ckpt.load_weights(model, dict(model=model.state_dict(), classes=list(names)), "other.pth")
-    assert all(word in str(error.value) for word in ["other.pth", "--pretrained", *words]), error.value
+    told = ["other.pth", "--pretrained and another --tag", *words]
+    assert all(word in str(error.value) for word in told), error.value
 
 
 @pytest.mark.parametrize(
@@ -410,3 +418,174 @@ def test_downloads_are_checked_against_the_hash_in_their_name(tmp_path, monkeypa
         ckpt.read_checkpoint(f"{address}/none.pth")
     with pytest.raises(ckpt.CheckpointError, match="only https"):
         ckpt.read_checkpoint("http://localhost/good.pth")
+
+
+DIGITS = digits_config()
+
+
+def evaluated(path, *opts, **modes):
+    """The digits config, changed by keys and values, to evaluate a checkpoint."""
+    config = DIGITS.clone()
+    config.defrost()
+    config.MODEL.RESUME = path
+    config.EVAL_MODE = not modes
+    for key, value in [*zip(opts[::2], opts[1::2]), *modes.items()]:
+        *sections, name = key.split(".")
+        functools.reduce(getattr, sections, config)[name] = value
+    return config
+
+
+@pytest.fixture(scope="module")
+def described(tmp_path_factory):
+    """A checkpoint of configs/digits.yaml, in a folder that also holds its config."""
+    folder = tmp_path_factory.mktemp("described")
+    text = dump_config(DIGITS)
+    (folder / "config.yaml").write_text(text)
+    model = build_model(DIGITS)
+    torch.save(dict(model=model.state_dict(), config=text), folder / "c.pth")
+    return str(folder / "c.pth")
+
+
+@pytest.mark.parametrize(
+    "key, value, theirs",
+    [
+        ("MODEL.MSG.MANIP_TYPE", "none", "shuf"),
+        ("MODEL.MSG.HEAD", "avg", "token"),
+        ("MODEL.MSG.QK_SCALE", 0.5, None),
+        ("MODEL.MSG.SHUF_SIZE", [2, 2, 1], [4, 2, 1]),
+        ("MODEL.MSG.EMBED_DIM", 96, 48),
+        ("DATA.IMG_SIZE", [48, 48], [32, 32]),
+        ("DATA.INTERPOLATION", "bilinear", "bicubic"),
+    ],
+)
+def test_evaluation_under_another_config_is_refused_with_both_values(described, key, value, theirs):
+    words = f"{key} is {theirs!r} in the checkpoint and {value!r} in the config"
+    with pytest.raises(ckpt.CheckpointError) as error:
+        choose_for_evaluation(evaluated(described, key, value))
+    own = os.path.join(os.path.dirname(described), "config.yaml")
+    told = [words, f"It is a digits: use --cfg {own}", "TEST.OTHER_CONFIG"]
+    assert all(word in str(error.value) for word in told), error.value
+
+
+def test_another_config_is_refused_before_the_data_are_read_unless_it_is_on_purpose(described):
+    key, words = (
+        "MODEL.MSG.MANIP_TYPE",
+        "c.pth was trained with another config: MODEL.MSG.MANIP_TYPE is 'shuf'",
+    )
+    for modes in ({}, dict(THROUGHPUT_MODE=True)):
+        with pytest.raises(ckpt.CheckpointError, match=words):
+            check_first(evaluated(described, key, "none", **modes))
+    allowed = evaluated(described, key, "none", "TEST.OTHER_CONFIG", True)
+    check_first(allowed)
+    with logged() as lines:
+        assert choose_for_evaluation(allowed)[0] == described
+    assert len(lines) == 1 and words in lines[0]
+
+
+def test_what_leaves_the_result_as_it_is_may_differ(described):
+    opts = [
+        "MODEL.DROP_PATH_RATE",
+        0.3,
+        "MODEL.MSG.ATTENTION",
+        "eager",
+        "DATA.IMG_SIZE",
+        [32, 32],
+        "TAG",
+        "x",
+    ]
+    opts += ["DATA.INTERPOLATION", "random", "TEST.CROP", False, "DATA.BACKEND", "opencv", "TAG", "x"]
+    with logged() as lines:
+        choose_for_evaluation(evaluated(described, *opts))
+    assert not lines
+
+
+def differences(theirs, **changes):
+    """Between a config as a checkpoint holds it, and the digits config with other values."""
+    return function_difference(theirs, flat_config(DIGITS) | changes, "c.pth")
+
+
+def test_an_official_config_is_compared_by_what_it_says_and_by_the_defaults_of_what_it_does_not_know():
+    msg = CfgNode(dict(EMBED_DIM=48, DEPTHS=[2, 2, 2], NUM_HEADS=(3, 6, 12), WINDOW_SIZE=4, PATCH_SIZE=2))
+    msg.update(SHUF_SIZE=[4, 2, 1], MANIP_TYPE="shuf")
+    config = CfgNode(dict(MODEL=dict(TYPE="msg", NAME="micro", MSG=msg), DATA=dict(IMG_SIZE=32, X=msg)))
+    read = ckpt.weights_and_classes(dict(model=micro().state_dict(), config=config), "c.pth")["config"]
+    conv = {"MODEL.MSG.PATCH_EMBED": "conv", "MODEL.MSG.DOWNSAMPLE": "conv"}  # of CVPR 2022, and in no config
+    assert differences(read) == differences(read, **conv) == []
+    (words,) = differences(read, **{"MODEL.MSG.HEAD": "avg"})
+    assert words == "MODEL.MSG.HEAD is 'token' in the checkpoint and 'avg' in the config"
+    (words,) = differences(read, **{"DATA.IMG_SIZE": 64, "TEST.CROP": True})
+    assert words.startswith("DATA.IMG_SIZE is [32, 32]")
+    loop = {}
+    loop["MODEL"] = dict(loop=loop, MSG=[loop])
+    weights = micro().state_dict()
+    for hostile in (loop, dict(MODEL=dict(NAME=torch.ones(2), X=[[1]])), dict(a=1), [1]):
+        assert ckpt.weights_and_classes(dict(model=weights, config=hostile), "c.pth")["config"] is None
+
+
+def test_a_given_config_agrees_with_that_of_the_checkpoint(described, tmp_path):
+    cfg = tmp_path / "other.yaml"
+    for change, words in (
+        ("DATA: {BATCH_SIZE: 5}", None),
+        ("MODEL: {MSG: {HEAD: avg}}", "MODEL.MSG.HEAD is 'token' in the checkpoint and 'avg' in the config"),
+        ("MODEL: {MSG: {HEAD: avg}}\nTEST: {OTHER_CONFIG: True}", None),
+    ):
+        cfg.write_text(f"BASE: ['{described[:-5]}config.yaml']\n{change}")
+        if words is None:
+            read_described(described, cfg)
+        else:
+            with pytest.raises(ckpt.CheckpointError, match=words):
+                read_described(described, cfg)
+
+
+def test_configs_of_other_programs_are_not_compared(described, tmp_path):
+    content, path = ckpt.read_checkpoint(described), str(tmp_path / "c.pth")
+    for text in ("epochs: 3", "experiment 7", "MODEL: {"):
+        torch.save(dict(content, config=text), path)
+        choose_for_evaluation(evaluated(path, "MODEL.MSG.HEAD", "avg"))
+
+
+def test_models_of_timm_and_detectors_are_compared_by_their_own_keys():
+    timm = {"MODEL.TYPE": "timm", "MODEL.TIMM_NAME": "test_vit", "MODEL.TIMM_ARGS.depth": 3}
+    text = yaml.safe_dump(dict(MODEL=dict(TYPE="timm", TIMM_NAME="test_vit", TIMM_ARGS=dict(depth=2))))
+    (words,) = differences(text, **timm, **{"MODEL.MSG.HEAD": "avg", "DATA.IMG_SIZE": 224})
+    assert words == "MODEL.TIMM_ARGS.depth is 2 in the checkpoint and 3 in the config"
+    shapes = get_config(argparse.Namespace(cfg=str(ROOT / "configs" / "coco" / "shapes.yaml")))
+    changes = {"DET.TEST_SIZE": 320, "DET.PICTURES": 3, "DATA.IMG_SIZE": 64, "MODEL.MSG.HEAD": "avg"}
+    changes |= {"MODEL.MSG.MANIP_TYPE": "mean"}
+    found = function_difference(dump_config(shapes), flat_config(shapes) | changes, "c.pth")
+    assert [words.split()[0] for words in found] == ["DET.TEST_SIZE", "MODEL.MSG.MANIP_TYPE"]
+    assert not function_difference(dump_config(shapes), flat_config(shapes), "c.pth")
+
+
+def test_a_checkpoint_that_does_not_fit_says_what_it_is(described):
+    with pytest.raises(ckpt.CheckpointError, match="does not fit.* It is a digits: use --cfg .*config.yaml$"):
+        ckpt.load_weights(micro(depths=(2, 4, 2)), ckpt.read_weights(described), described)
+
+
+def test_evaluation_takes_the_best_checkpoint_of_the_run_before_the_latest(tmp_path):
+    config = evaluated("", "OUTPUT", str(tmp_path))
+    state = dict(model=build_model(config).state_dict(), config=dump_config(config))
+    with pytest.raises(ckpt.CheckpointError, match="nothing to evaluate"):
+        choose_for_evaluation(config)
+    latest = ckpt.save_in_folder(config.OUTPUT, dict(state, epoch=7, score=1.0), ckpt.epoch_name(7), 0)
+    assert choose_for_evaluation(config)[0] == latest
+    best = ckpt.save_best(config.OUTPUT, dict(state, epoch=3, score=2.0))
+    assert choose_for_evaluation(config)[0] == best
+    assert choose_for_evaluation(evaluated(latest, "OUTPUT", str(tmp_path)))[0] == latest
+
+
+def test_fine_tuning_names_what_the_weights_were_trained_with(described, tmp_path):
+    config = evaluated("", "MODEL.MSG.HEAD", "avg")
+    run = small_run(tmp_path, pretrained=described, config=dump_config(config))
+    with logged() as lines:
+        run.restore()
+    assert "MODEL.MSG.HEAD is 'token' in the checkpoint and 'avg' in the config" in lines[0]
+
+
+def test_fine_tuning_in_the_folder_of_a_run_on_other_classes_asks_for_another_tag(described, tmp_path):
+    state = dict(model=micro().state_dict(), classes=list("abcdefghij"), epoch=0, score=1.0)
+    ckpt.save_in_folder(str(tmp_path), state, ckpt.epoch_name(0), 0)
+    run = small_run(tmp_path, pretrained=described)
+    run.model.classes = list("abcdefghik")
+    with pytest.raises(ckpt.CheckpointError, match="other classes.* use --pretrained and another --tag$"):
+        run.restore()

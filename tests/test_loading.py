@@ -11,7 +11,9 @@ from helpers import MICRO, ROOT, micro
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 from timm.models import adapt_input_conv
+from torch import nn
 from torch.nn.functional import interpolate
+from torch.optim.swa_utils import AveragedModel
 
 import checkpoint as ckpt
 import hubconf
@@ -237,6 +239,69 @@ def test_files_of_timms_training_give_the_averaged_weights(tmp_path):
     torch.save(dict(plain.state_dict(), **wrapped), path)
     with pytest.raises(ckpt.CheckpointError, match="weights twice"):
         ckpt.read_weights(path)
+
+
+def in_training_script(model):
+    return dict(epoch=3, model_state_dict=model.state_dict(), optimizer_state_dict={})
+
+
+def in_lightning(model):
+    of_module = {f"model.{name}": x for name, x in model.state_dict().items()}
+    return dict(state_dict=dict(of_module, **{"criterion.weight": torch.ones(3)}), global_step=5)
+
+
+def in_average(model):
+    return AveragedModel(model).state_dict()
+
+
+def in_average_of_lightning(model):
+    return dict(state_dict=AveragedModel(nn.ModuleDict(dict(net=model))).state_dict())
+
+
+@pytest.mark.parametrize(
+    "wrap, words",
+    [
+        (in_training_script, "taking its weights from model_state_dict"),
+        (in_lightning, "tensors, those of model."),
+        (in_average, ""),
+        (in_average_of_lightning, "tensors, those of net."),
+    ],
+)
+def test_weights_in_the_files_of_other_programs_are_read_and_the_log_says_what_was_taken(
+    tmp_path, log, wrap, words
+):
+    source, path = create(), str(tmp_path / "other.pth")
+    torch.save(wrap(source), path)
+    for new_head in (False, True):
+        model = create(1)
+        ckpt.load_weights(model, ckpt.read_weights(path), path, new_head)
+        assert_same(model.state_dict(), source.state_dict())
+    assert words in log.text
+
+
+def test_a_backbone_of_mmdet_starts_a_classifier_and_a_detector(tmp_path, log):
+    source, path = micro(), str(tmp_path / "mmdet.pth")
+    body = rest(source.state_dict(), "head.")
+    body = {f"backbone.{name}": x for name, x in body.items() if not name.startswith("norm.")}
+    others = {"neck.conv.weight": torch.ones(2), "backbone.norm2.weight": torch.ones(192)}
+    torch.save(dict(meta=dict(epoch=12), state_dict=dict(body, **others)), path)
+    classifier, detector = MSGTransformer(**MICRO), detector_for(MSGTransformer(**MICRO))
+    ckpt.load_weights(classifier, ckpt.read_weights(path), path, new_head=True)
+    assert_same(classifier.state_dict(), source.state_dict(), "head.", "norm.bias", "norm.weight")
+    assert "the norm is new" in log.text and "the head is new" in log.text
+    load_pretrained(detector, ckpt.read_weights(path), path)
+    for name, x in body.items():
+        assert torch.equal(detector.state_dict()[name.replace("backbone.", "backbone.model.")], x), name
+    with pytest.raises(ckpt.CheckpointError, match="head.weight is missing"):
+        ckpt.load_weights(MSGTransformer(**MICRO), ckpt.read_weights(path), path)
+
+
+def test_a_file_with_two_models_is_not_chosen_from():
+    twins = {
+        f"{part}.{name}": x for part in ("student", "teacher") for name, x in micro().state_dict().items()
+    }
+    with pytest.raises(ckpt.CheckpointError, match="holds two models, student. and teacher."):
+        ckpt.load_weights(micro(), twins, "twins.pth")
 
 
 @pytest.mark.parametrize("content", [b"", b"x" * 100, (2**40).to_bytes(8, "little") + b"{}"])

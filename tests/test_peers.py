@@ -89,4 +89,4 @@ def test_a_model_of_timm_is_trained_and_resumed_and_refuses_other_weights(tmp_pa
     assert_same_weights(tmp_path / "again", tmp_path / "whole")
     other = ["--eval", *arguments, "MODEL.TIMM_NAME", "test_vit2"]
     told = run_main("--output", tmp_path / "again", *other, check=False)
-    assert told.returncode and "does not fit the model" in told.stderr
+    assert told.returncode and "MODEL.TIMM_NAME is 'test_vit' in the checkpoint" in told.stderr

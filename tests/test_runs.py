@@ -195,7 +195,8 @@ def test_images_of_two_sides_are_trained_on_resumed_and_evaluated(data, tmp_path
     assert f"resuming from {folder}/ckpt_epoch_0.pth: epoch 1" in printed
     resumed = ckpt.read_checkpoint(str(folder / "ckpt_epoch_1.pth"))["model"]
     assert all(torch.equal(weight, resumed[name]) for name, weight in expected.items())
-    found = figures(run_main("--cfg", folder / "config.yaml", *where, "--eval").stdout)
+    last = ["--eval", "--resume", folder / "ckpt_epoch_1.pth"]
+    found = figures(run_main("--cfg", folder / "config.yaml", *where, *last).stdout)
     last = read_metrics(folder / "metrics.jsonl")[-1]
     assert found == pytest.approx((last["acc1"], last["acc5"], last["val_loss"], 9), abs=1e-3)
 
