@@ -41,25 +41,11 @@ from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
 
-import timm
-import torch
-from matplotlib.figure import Figure
-from timm.layers import set_fused_attn
-from torch.nn.functional import cross_entropy
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import benchmarking
 
-from memory import keep_freed_memory
-from models import compile_model, inference, use_onednn
-from models.attention import BACKENDS
-from models.attention_triton import triton_missing
-from models.deploy import FORMATS, RUNTIMES, Exportable, require_packages, write_checked
-from models.roofline import count_work, least_seconds, machine, machine_limits
-from utils import UserError
-
-DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
+DTYPES = ("float32", "bfloat16", "float16")
 CLASSES = 1000
 # Ways for any model: of computing with it, and of running a file made from it; dtypes for those with limits.
 WAYS = ("plain", "onednn", "compile")
@@ -68,8 +54,8 @@ FILES = dict(int8=("float32",), ort=("float32",), openvino=("float32", "bfloat16
 ONNX = dict(ort="onnxruntime", openvino="openvino")
 
 
-def parse_args():
-    """The command line, with the peer filled in."""
+def usage():
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -96,10 +82,44 @@ def parse_args():
         help="operations and bytes too, and how near to the machine's own limits",
     )
     add("--rounds", type=int, default=15)
-    add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one, else cpu")
     add("--threads", type=int, help="CPU threads; default: PyTorch's choice")
     benchmarking.add_arguments(parser, "output/benchmark")
+    return parser
+
+
+def image_sides(text):
+    """(height, width) in pixels from a side or HEIGHTxWIDTH, as ``--sizes`` takes them."""
+    found = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)
+    sides = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if 0 in sides:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a side in pixels nor HEIGHTxWIDTH")
+    return sides
+
+
+if __name__ == "__main__":
+    usage().parse_args()  # before what takes seconds to import
+
+import timm
+import torch
+from matplotlib.figure import Figure
+from timm.layers import set_fused_attn
+from torch.nn.functional import cross_entropy
+
+from memory import keep_freed_memory
+from models import compile_model, inference, use_onednn
+from models.attention import BACKENDS
+from models.attention_triton import triton_missing
+from models.deploy import FORMATS, RUNTIMES, Exportable, require_packages, write_checked
+from models.roofline import count_work, least_seconds, machine, machine_limits
+from utils import UserError
+
+
+def parse_args():
+    """The command line, with the device and the peer filled in."""
+    parser = usage()
     args = parser.parse_args()
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.peer = args.peer or args.models[min(1, len(args.models) - 1)]
     if args.memory and args.device == "cpu" and not Path("/proc/self/status").exists():
         parser.error("--memory on the CPU needs Linux")
@@ -142,15 +162,6 @@ def require_runtimes(names):
     """Raise a UserError where a package is missing that a candidate needs."""
     needed = dict(int8=["int8"], ort=["onnx"], openvino=["onnx", "openvino"])
     require_packages([kind for name in names for kind in needed.get(variant_of(name), ())])
-
-
-def image_sides(text):
-    """(height, width) in pixels from a side or HEIGHTxWIDTH, as ``--sizes`` takes them."""
-    found = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)
-    sides = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
-    if 0 in sides:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a side in pixels nor HEIGHTxWIDTH")
-    return sides
 
 
 def is_ours(name):
@@ -469,7 +480,7 @@ def plan(args):
         args.sizes or [Setting.sides], args.modes, args.dtypes, args.batch_sizes
     ):
         size = f"{sides[0]}x{sides[1]} px{' maps' * args.maps}, " if args.sizes or args.maps else ""
-        setting = Setting(mode, DTYPES[dtype], batch, args.device, sides, args.maps)
+        setting = Setting(mode, getattr(torch, dtype), batch, args.device, sides, args.maps)
         settings[f"{size}{mode} {dtype}, batch {batch}"] = setting
     return settings
 
@@ -516,7 +527,7 @@ def run(args):
     if differ_in_square_size_alone(plan(args).values()):
         add_growth(result["settings"])
     if args.device == "cpu":
-        result["rates"] = {dtype: machine_limits("cpu", DTYPES[dtype]) for dtype in args.dtypes}
+        result["rates"] = {dtype: machine_limits("cpu", getattr(torch, dtype)) for dtype in args.dtypes}
         # Nobody knows what else runs there: only ratios of the same run mean something.
         for limits in result["limits"].values():
             del limits["teraflops_per_second"], limits["gigabytes_per_second"]

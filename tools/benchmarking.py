@@ -15,10 +15,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
-
-from utils import UserError
+from launch import UserError
 
 
 class Apart:
@@ -139,6 +136,8 @@ def draw_bars(panels, label, form="{:.2f}"):
         label: what the values are.
         form: how to write a value.
     """
+    from matplotlib.figure import Figure
+
     figure = Figure((10, 0.8 + sum(0.5 + 0.3 * len(bars) for bars in panels.values())), layout="constrained")
     heights = [1 + len(bars) for bars in panels.values()]
     columns = figure.subplots(len(panels), 1, squeeze=False, sharex=True, height_ratios=heights)
@@ -162,6 +161,8 @@ def draw_bars(panels, label, form="{:.2f}"):
 
 def shades(is_ours):
     """Colours by name, given for each whether it is ours: blue or grey, the first of either the darkest."""
+    from matplotlib.colors import to_rgb
+
     colours = {}
     for ours, colour in ((True, "tab:blue"), (False, "grey")):
         names = [name for name in is_ours if is_ours[name] == ours]
