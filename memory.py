@@ -98,8 +98,8 @@ def shortage(error, smaller, workers):
     killed = says("is killed by signal: Killed")
     allocation = says("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED", "bad_alloc")
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or killed or allocation:
-        found = re.search(r"tried to allocate [\d.]+ \w+", text, re.IGNORECASE)
-        what = "a data-loading worker was killed" if killed else found and found[0].lower()
+        found = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", text)
+        what = "a data-loading worker was killed" if killed else found and f"tried to allocate {found[1]}"
         keys = f"{smaller}, or lower {workers}" if killed else smaller
         return f"out of memory{f' ({what})' if what else ''}: {keys}"
     return None

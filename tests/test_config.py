@@ -14,9 +14,18 @@ import yaml
 from helpers import ROOT, digits_config
 from timm.layers import to_2tuple
 
-from config import MOST_FILES, ConfigError, default_config, dump_config, get_config, parse_args, parse_config
+from config import (
+    CHOICES,
+    MOST_FILES,
+    ConfigError,
+    default_config,
+    dump_config,
+    get_config,
+    parse_args,
+    parse_config,
+)
 from detection.detector import build_detector
-from models import build_model, count_macs
+from models import build_model, count_macs, deploy, geometry
 from utils import UserError
 
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("configs/**/*.yaml"))
@@ -420,3 +429,12 @@ def test_the_config_that_a_classification_run_writes_has_no_keys_of_detection():
     assert "DET" not in yaml.safe_load(dump_config(classification))
     detection = get_config(argparse.Namespace(cfg=str(ROOT / "configs/coco/shapes.yaml")))
     assert yaml.safe_load(dump_config(detection))["DET"]["CHANNELS"] == 40
+
+
+def test_choices_that_are_read_before_pytorch_are_those_of_the_models(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    import export
+
+    assert {f"MODEL.MSG.{key}": names for key, names in geometry.CHOICES.items()}.items() <= CHOICES.items()
+    assert CHOICES["RUNTIME"] == ("pytorch", *deploy.RUNTIMES, "auto")
+    assert tuple(deploy.FORMATS) == export.FORMAT_NAMES
