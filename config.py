@@ -18,9 +18,7 @@ from pathlib import PurePath
 import yaml
 from yacs.config import CfgNode
 
-from models.geometry import CHOICES as MSG_CHOICES
-from optimizer import optimizer_names
-from utils import UserError
+from launch import UserError, adopt_launcher, telling_errors
 
 # What a config and the BASE files below it may come to: a few lines of a stranger's could unfold to hours.
 MOST_FILES, MOST_BYTES = 100, 100_000
@@ -375,6 +373,16 @@ def default_config():
     return config
 
 
+# Optimizers of timm that a run can resume with, see optimizer.py, and Swin's names for those of apex.
+OPTIMIZERS = """
+    adabelief adadelta adagrad adam adamax adamc adamp adamuon adamw adamwlegacy adan adanw adopt adoptc
+    adoptw cadamc cadamp cadamw cadan cadanw cadopt cadoptc cadoptw clamb clambw claprop clion clionc
+    cmars cnadamc cnadamw crmsproptf csgdc csgdp csgdw fused_adam fused_lamb lamb lambc lambcd lambcw
+    lambw laprop lapropc larc lars lion lionc madgrad madgradw mars momentum muon nadam nadamc nadamlegacy
+    nadamuon nadamw nesterov nesterovw nlarc nlars nmuon novograd novogradc novogradw radabelief radam
+    radamlegacy radamw rmsprop rmsproptf rmsproptfc rmsproptfw sgd sgdc sgdp sgdw
+""".split()  # noqa: SIM905, shorter than a list
+
 # Keys that take one word of a few.
 CHOICES = {
     "DATA.BACKEND": ("pil", "opencv"),
@@ -383,7 +391,11 @@ CHOICES = {
     "DATA.INTERPOLATION": ("bicubic", "bilinear", "lanczos", "nearest", "random"),
     "DATA.ON_ERROR": ("raise", "skip"),
     "MODEL.TYPE": ("msg", "timm"),
-    **{f"MODEL.MSG.{key}": names for key, names in MSG_CHOICES.items()},
+    "MODEL.MSG.MANIP_TYPE": ("shuf", "mean", "shift", "none"),
+    "MODEL.MSG.PATCH_EMBED": ("linear", "conv"),
+    "MODEL.MSG.DOWNSAMPLE": ("linear", "conv"),
+    "MODEL.MSG.ATTENTION": ("auto", "eager", "sdpa", "blocked", "triton"),
+    "MODEL.MSG.HEAD": ("token", "avg"),
     "TRAIN.ON_SAVE_ERROR": ("continue", "stop"),
     "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step", "multistep", "tanh", "poly"),
     "DISTILL.KIND": ("soft", "hard"),
@@ -581,6 +593,7 @@ def parse_args(description, throughput=False, argv=None):
 
     Raises:
         ConfigError: an unknown flag, with the one that was probably meant.
+        UserError: the variables of a launcher do not fit together.
     """
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     flags = ["-h", "--help"]
@@ -621,7 +634,10 @@ def parse_args(description, throughput=False, argv=None):
             flag = dashed
         words.append("=".join([flag, *value]))
     args = parser.parse_args(words)
-    args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank or 0))
+    if args.local_rank is not None and os.environ.get("RANK"):  # launchers of old gave the flag alone
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    adopt_launcher()
+    args.local_rank = int(os.environ.get("LOCAL_RANK") or args.local_rank or 0)
     return args
 
 
@@ -636,6 +652,19 @@ def _flag_hint(flag, flags):
         return f"did you mean {near[0]}?"
     key = _nearest_key(name)
     return f"did you mean --opts {key} VALUE?" if key else "--help lists every flag"
+
+
+def read_command_line(description, dataset, throughput=False):
+    """The config that a program is asked for; a mistake in it ends the program with one message.
+
+    Programs call this before they import what takes seconds, so that usage and mistakes are shown at once.
+
+    Args:
+        description, throughput: see :func:`parse_args`.
+        dataset: see :func:`get_config`.
+    """
+    with telling_errors():
+        return get_config(parse_args(description, throughput), dataset)
 
 
 def get_config(args, dataset=None):
@@ -1135,10 +1164,10 @@ def _check(config, sources):
         lambda value: all(epoch < epochs for epoch, *_ in value),
         f"a list whose first epochs are below TRAIN.EPOCHS, {epochs}",
     )
-    names, name = optimizer_names(), config.TRAIN.OPTIMIZER.NAME
-    near = difflib.get_close_matches(name.lower(), names, 5, 0.5) or ["adamw", "sgd", "lamb", "lion"]
+    near = difflib.get_close_matches(config.TRAIN.OPTIMIZER.NAME.lower(), OPTIMIZERS, 5, 0.5)
+    near = near or ["adamw", "sgd", "lamb", "lion"]
     what = "an optimizer of timm that a run can resume with, such as " + ", ".join(map(repr, near))
-    require("TRAIN.OPTIMIZER.NAME", names.__contains__, what)
+    require("TRAIN.OPTIMIZER.NAME", OPTIMIZERS.__contains__, what)
 
     if config.DATA.DATASET == "coco":
         require("MODEL.TYPE", lambda value: value == "msg", "'msg' for detection")

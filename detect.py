@@ -10,21 +10,25 @@ import math
 import os
 import time
 
+from config import dump_config, read_command_line, set_classes
+
+if __name__ == "__main__":  # before what takes seconds to import
+    CONFIG = read_command_line("Train or evaluate Cascade Mask R-CNN on an MSG-Transformer backbone.", "coco")
+
 import torch
 from torch import nn
 
 import checkpoint as ckpt
 import distributed
 import utils
-from config import dump_config, get_config, parse_args, set_classes
 from data.loaders import turns
 from detection import evaluation
 from detection.detector import build_detector, count_macs, load_pretrained, to_original_size
 from detection.loaders import build_loaders
 from detection.pictures import batch_sheet, draw_curves, draw_detections
 from engine import train_one_epoch
-from logger import DETAIL, FILE, clock, log_progress, start_logging, write_config
-from memory import peak_memory_mb
+from logger import DETAIL, FILE, ProgressBar, clock, log_progress, start_logging, write_config
+from memory import peak_memory_mb, smaller_run
 from models import choose_layer_norm, inference
 from run import Task, build_guard, build_run, check_first, choose_for_evaluation
 
@@ -41,15 +45,14 @@ TASK = Task(
 logger = logging.getLogger("msg_transformer")
 
 
-def main(args):
+def main(config):
     """Set up a run and do it."""
-    config = get_config(args, "coco")
     mode = "eval" if config.EVAL_MODE else "train"
     guard = build_guard(config) if mode == "train" else None
-    rank, world_size = distributed.rank_and_world_size()
     compute = utils.build_compute(config)
     device = compute.device
     distributed.start_process_group(device, config.DIST.TIMEOUT_SECONDS)
+    rank, world_size = distributed.rank_and_world_size()
     if guard is not None:
         distributed.from_rank_0(guard.claim.take)
     distributed.from_rank_0(lambda: check_first(config))
@@ -129,8 +132,8 @@ def evaluate(model, loader, dataset, compute, config):
     files = {record["id"]: (path, record) for record, path in zip(dataset.records, dataset.paths)}
     results, seen, drawn = [], [], []
     begin = time.time()
-    with inference(model, compute.dtype):
-        for step, ((images, sizes), targets) in enumerate(loader):
+    with inference(model, compute.dtype), ProgressBar("evaluation", len(loader)) as bar:
+        for step, ((images, sizes), targets) in enumerate(bar.over(loader)):
             if not targets:
                 continue
             with compute.autocast():
@@ -177,5 +180,4 @@ def evaluate(model, loader, dataset, compute, config):
 
 
 if __name__ == "__main__":
-    description = "Train or evaluate Cascade Mask R-CNN on an MSG-Transformer backbone."
-    distributed.run_command(lambda: main(parse_args(description)))
+    distributed.run_command(lambda: main(CONFIG), smaller_run(CONFIG))

@@ -12,24 +12,14 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from utils import UserError, end_workers
-
-
-def adopt_slurm():
-    """Under ``srun`` with several tasks, take rank and world size from Slurm's variables."""
-    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        for name, slurm in (("RANK", "PROCID"), ("WORLD_SIZE", "STEP_NUM_TASKS"), ("LOCAL_RANK", "LOCALID")):
-            os.environ[name] = os.environ[f"SLURM_{slurm}"]
-        if "MASTER_ADDR" not in os.environ:
-            raise UserError(
-                "srun with several tasks needs MASTER_ADDR and MASTER_PORT set, see scripts/slurm.sh"
-            )
-        os.environ.setdefault("MASTER_PORT", "29500")
+from launch import UserError, adopt_launcher, is_launched, telling_errors
+from memory import shortage
+from utils import end_workers
 
 
 def rank_and_world_size():
-    """This process's rank and the number of processes, as the launcher set them; (0, 1) without one."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """This process's rank in the process group and the number of processes; (0, 1) without a group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def start_process_group(device, timeout_seconds):
@@ -37,11 +27,24 @@ def start_process_group(device, timeout_seconds):
 
     Args:
         timeout_seconds: how long a collective waits for the other processes before it fails.
+
+    Raises:
+        UserError: the launcher's variables do not fit together, or its port is taken.
     """
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+    adopt_launcher()
+    if not is_launched():
         return
     timeout = datetime.timedelta(seconds=timeout_seconds)
-    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    try:
+        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = os.environ["MASTER_PORT"]
+        raise UserError(
+            f"port {port} of this machine, where the processes are to meet, is taken by another program: "
+            "choose another MASTER_PORT (torchrun --master_port), or use torchrun --standalone"
+        ) from error
     name = _agree_on_a_name(store, rank, world_size, timeout)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
@@ -159,28 +162,29 @@ def from_rank_0(make):
     return box[0]
 
 
-def run_command(command):
-    """Call ``command`` as the whole of a program: an expected error is one message, and no worker stays."""
+def run_command(command, smaller, workers="DATA.NUM_WORKERS"):
+    """Call ``command`` as the whole of a program: an expected error is one message, and no worker stays.
+
+    Args:
+        smaller: what makes the program need less memory, in words.
+        workers: the key or flag of its data-loading workers.
+    """
     try:
-        adopt_slurm()
-        command()
-    except UserError as error:
-        # Every process meets the same error: the others wait, so that the launcher ends them before they
-        # repeat it.
-        if rank_and_world_size()[0]:
-            time.sleep(3)
-        # An error of a data-loading worker comes with the worker's traceback in front of the message.
-        message = str(error).strip().rpartition(f"{type(error).__name__}: ")[2]
-        sys.exit(f"error: {message}")
-    except RuntimeError as error:
-        if not lost_contact(error):
+        with telling_errors():
+            adopt_launcher()
+            command()
+    except (RuntimeError, MemoryError, OSError) as error:
+        message = shortage(error, smaller, workers)
+        if message is None and lost_contact(error):
+            reason = str(error).split("\n")[0][:160]
+            message = (
+                f"lost contact with another process ({reason}); look for the first error of any. The same "
+                "command resumes from the latest checkpoint"
+            )
+        if message is None:
             raise
-        logging.getLogger("msg_transformer").debug("lost contact", exc_info=error)
-        reason = str(error).split("\n")[0][:160]
-        sys.exit(
-            f"error: lost contact with another process ({reason}); look for the first error of any. The "
-            "same command resumes from the latest checkpoint"
-        )
+        logging.getLogger("msg_transformer").debug(message, exc_info=error)
+        sys.exit(f"error: {message}")
     finally:
         end_workers()
 

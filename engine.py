@@ -5,7 +5,7 @@ import itertools
 import logging
 import time
 
-from logger import DETAIL, clock, log_progress
+from logger import DETAIL, ProgressBar, clock, log_progress
 from memory import peak_memory_mb
 from optimizer import NonFiniteError
 from utils import seed_everything
@@ -37,24 +37,25 @@ def train_one_epoch(run, loader, losses_of):
     settings, updater, progress, sampler = run.settings, run.updater, run.progress, run.sampler
     log = EpochLog(run)
     run.model.train()
-    for update, micro_batches in enumerate(by_update(loader, sampler.accumulation), log.first):
-        seed_everything("dropout", settings.seed, sampler.rank, progress.epoch, progress.images)
-        means = {}
-        for part, (images, targets) in enumerate(micro_batches):
-            with updater.micro_batch(part):
-                losses = losses_of(images, targets, part)
-                updater.backward(sum(losses.values()))
-            for name, loss in losses.items():
-                means[name] = means.get(name, 0) + loss.detach() / sampler.accumulation
-        run.scheduler.step_update(run.position())
-        try:
-            norm = updater.update()
-        except NonFiniteError as error:  # of the update before
-            raise run.explain(error, loader.paths, max(0, update - log.first - 1)) from error
-        progress.add(sampler.images_per_update, means, norm)
-        if update % settings.print_freq == 0:
-            log.write(update, means, norm)
-        run.after_update()
+    with log.bar as bar:
+        for update, micro_batches in enumerate(bar.over(by_update(loader, sampler.accumulation)), log.first):
+            seed_everything("dropout", settings.seed, sampler.rank, progress.epoch, progress.images)
+            means = {}
+            for part, (images, targets) in enumerate(micro_batches):
+                with updater.micro_batch(part):
+                    losses = losses_of(images, targets, part)
+                    updater.backward(sum(losses.values()))
+                for name, loss in losses.items():
+                    means[name] = means.get(name, 0) + loss.detach() / sampler.accumulation
+            run.scheduler.step_update(run.position())
+            try:
+                norm = updater.update()
+            except NonFiniteError as error:  # of the update before
+                raise run.explain(error, loader.paths, max(0, update - log.first - 1)) from error
+            progress.add(sampler.images_per_update, means, norm)
+            if update % settings.print_freq == 0:
+                log.write(update, means, norm)
+            run.after_update()
     result = log.end()
     loader.check_failures()
     return result
@@ -76,6 +77,7 @@ class EpochLog:
 
     Attributes:
         first: the number of the first update, which is not 0 after a resume.
+        bar: a :class:`~logger.ProgressBar` of the updates.
     """
 
     def __init__(self, run):
@@ -83,6 +85,9 @@ class EpochLog:
         self.updates = self.first + run.sampler.updates
         self.begin = self.printed = time.time()
         self.printed_update = self.first
+        epoch, epochs = run.progress.epoch, run.settings.epochs
+        what = f"epoch {epoch} ({epoch + 1} of {epochs})"
+        self.bar = ProgressBar(what, self.updates, initial=self.first, unit="update")
 
     def write(self, update, losses, norm):
         """Write the log line of an update, and its TensorBoard scalars.
@@ -111,6 +116,7 @@ class EpochLog:
             + ("\t" + " ".join(f"{name} {loss:.4f}" for name, loss in parts.items()) if parts else ""),
             mean_time * (self.updates - self.first),
         )
+        self.bar.set_postfix_str(f"loss {values['loss']:.4f}")
         values.update({f"loss_{name}": loss for name, loss in parts.items()})
         speed = self.run.sampler.images_per_update / time_now
         self.run.record.scalars(self.run.before + update, lr=lr, images_per_second=speed, **values)

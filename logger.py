@@ -13,12 +13,14 @@ import os
 import re
 import shutil
 import sys
+import threading
 import uuid
 
 import numpy as np
 from termcolor import colored
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
+from tqdm import tqdm
 
 from utils import UserError, replacing
 
@@ -78,7 +80,7 @@ def start_logging(folder, rank, training):
         handler.close()
     if rank == 0:
         hidden = ("file", "detail") if training else ("file",)
-        console = logging.StreamHandler(sys.stdout)
+        console = Console(sys.stdout)
         console.setLevel(logging.INFO)
         console.addFilter(lambda record: getattr(record, "kind", None) not in hidden)
         console.setFormatter(ConsoleFormatter())
@@ -86,6 +88,15 @@ def start_logging(folder, rank, training):
     where = "[%(asctime)s] (%(filename)s %(lineno)d)"
     file.setFormatter(logging.Formatter(f"{where}: %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     logger.addHandler(file)
+
+
+class Console(logging.StreamHandler):
+    """Writes lines above a :class:`ProgressBar`, rather than into it."""
+
+    def emit(self, record):
+        """Write a record."""
+        with tqdm.external_write_mode(self.stream) if self.stream.isatty() else contextlib.nullcontext():
+            super().emit(record)
 
 
 class ConsoleFormatter(logging.Formatter):
@@ -99,13 +110,70 @@ class ConsoleFormatter(logging.Formatter):
         return colored(record.levelname, "yellow", force_color=tty, no_color=not tty) + f" {text}"
 
 
+def on_terminal():
+    """Whether this process prints what a person waits for, and to a terminal."""
+    return any(isinstance(handler, Console) and handler.stream.isatty() for handler in logger.handlers)
+
+
 def log_progress(message, seconds):
-    """Log a line of progress; the console shows it where the whole takes longer than :data:`LONG`.
+    """Log a line of progress; a console that is no terminal, which has a :class:`ProgressBar`, shows it too
+    where the whole takes longer than :data:`LONG`.
 
     Args:
         seconds: how long the whole is expected to take.
     """
-    logger.info(message, extra=None if seconds > LONG else FILE, stacklevel=2)
+    shown = seconds > LONG and not on_terminal()
+    logger.info(message, extra=None if shown else FILE, stacklevel=2)
+
+
+class ProgressBar(tqdm):
+    """tqdm's bar on a terminal, redrawn every second; elsewhere it shows nothing.
+
+    Its rate, and so the time left, do not count what comes before the first step is done: workers that start,
+    kernels that are compiled.
+
+    Args:
+        what: is in progress.
+        total: steps in all.
+        options: of tqdm, such as ``initial``, the steps that are done already.
+    """
+
+    monitor_interval = 0  # no thread of tqdm's own
+
+    def __init__(self, what, total, **options):
+        options = dict(dict(disable=not on_terminal(), file=sys.stdout, unit="batch", leave=False), **options)
+        super().__init__(desc=what, total=total, miniters=1, dynamic_ncols=True, **options)
+        self.started, self.closing = False, threading.Event()
+        if not self.disable:
+            self.clock = threading.Thread(target=self._tick, daemon=True)
+            self.clock.start()
+
+    def _tick(self):
+        while not self.closing.wait(1):
+            self.refresh()
+
+    def over(self, items):
+        """Yield ``items``, each of which is a step, done when the next one is asked for."""
+        for item in items:
+            yield item
+            self.update()
+
+    def update(self, n=1):
+        """Count ``n`` steps."""
+        if not self.started and not self.disable:
+            self.started, self.n = True, self.n + n
+            self.initial = self.last_print_n = self.n
+            self.start_t = self.last_print_t = self._time()
+            self.refresh()
+        else:
+            super().update(n)
+
+    def close(self):
+        """Remove the bar; nothing redraws it afterwards."""
+        if not self.disable:
+            self.closing.set()
+            self.clock.join(2)
+        super().close()
 
 
 def write_config(folder, name, text):

@@ -8,6 +8,11 @@ torchrun --nproc_per_node 8 main.py --cfg <config> --data-path <folder> --eval -
 import logging
 import time
 
+from config import dump_config, read_command_line, set_classes
+
+if __name__ == "__main__":  # before what takes seconds to import
+    CONFIG = read_command_line("Train, evaluate or time an MSG-Transformer.", "imagenet", throughput=True)
+
 import torch
 from timm.layers import to_2tuple
 from torch import nn
@@ -16,13 +21,12 @@ from torch.nn.functional import cross_entropy
 import checkpoint as ckpt
 import distributed
 import utils
-from config import dump_config, get_config, parse_args, set_classes
 from data import build_loaders
 from data.mixup import build_augmentation
 from distillation import build_distillation
 from engine import train_one_epoch
-from logger import DETAIL, FILE, clock, log_progress, start_logging, write_config
-from memory import peak_memory_mb
+from logger import DETAIL, FILE, ProgressBar, clock, log_progress, start_logging, write_config
+from memory import peak_memory_mb, smaller_run
 from models import build_model, build_runtime, choose_layer_norm, compile_model, count_macs, inference
 from report import OutcomeCollector, batch_sheet, show_mistakes, write_report
 from run import Task, build_guard, build_run, check_first, choose_for_evaluation
@@ -32,15 +36,14 @@ TASK = Task(base_images=512, score="acc1", score_name="accuracy")
 logger = logging.getLogger("msg_transformer")
 
 
-def main(args):
+def main(config):
     """Set up a run and do it."""
-    config = get_config(args, "imagenet")
     mode = "eval" if config.EVAL_MODE else "throughput" if config.THROUGHPUT_MODE else "train"
     guard = build_guard(config) if mode == "train" else None
-    rank, world_size = distributed.rank_and_world_size()
     compute = utils.build_compute(config)
     device = compute.device
     distributed.start_process_group(device, config.DIST.TIMEOUT_SECONDS)
+    rank, world_size = distributed.rank_and_world_size()
     if guard is not None:
         distributed.from_rank_0(guard.claim.take)
     distributed.from_rank_0(lambda: check_first(config))
@@ -132,7 +135,8 @@ def build_losses(config, run):
 def evaluate(model, loader, compute, print_freq, collector=None):
     """Top-1, top-5 (percent) and mean cross entropy over all images of all processes, each counted once.
 
-    The processes only meet at the end, so they may have different numbers of batches, or none.
+    All processes evaluate with the buffers of rank 0, such as the statistics of BatchNorm, which are those of
+    checkpoints. They only meet before and after, so they may have different numbers of batches, or none.
 
     Args:
         collector: is given every batch, an :class:`~report.OutcomeCollector` or None.
@@ -146,14 +150,17 @@ def evaluate(model, loader, compute, print_freq, collector=None):
     device = compute.float64_device()
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # cross entropy, top-1, top-5, images
     begin = time.time()
-    with inference(model, compute.dtype):
-        for step, (images, targets) in enumerate(loader):
+    distributed.send_buffers(model)
+    with inference(model, compute.dtype), ProgressBar("evaluation", len(loader)) as bar:
+        for step, (images, targets) in enumerate(bar.over(loader)):
             if not len(targets):
                 continue
             with compute.autocast():
                 logits = model(images)
             logits, targets = logits.to(device), targets.to(device)
-            hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]  # B, 5
+            # Equal logits, which are common in bfloat16, rank by class, as in the report.
+            ranked = logits.sort(descending=True, stable=True).indices[:, :5]
+            hits = ranked == targets[:, None]  # B, 5
             loss = cross_entropy(logits.double(), targets, reduction="sum")
             if collector is not None:
                 collector.add(images, targets, logits)
@@ -163,6 +170,7 @@ def evaluate(model, loader, compute, print_freq, collector=None):
             if step % print_freq == 0:
                 loss_mean, acc1, acc5 = (sums[:3] / sums[3]).tolist()
                 mean_time = (time.time() - begin) / (step + 1)
+                bar.set_postfix_str(f"top-1 {100 * acc1:.2f}%")
                 log_progress(
                     f"Test: [{step}/{len(loader)}]\teta {clock((len(loader) - step - 1) * mean_time)}\t"
                     f"Time {mean_time:.3f}\tLoss {loss_mean:.4f}\t"
@@ -196,5 +204,4 @@ def throughput(model, images, compute):
 
 
 if __name__ == "__main__":
-    description = "Train, evaluate or time an MSG-Transformer."
-    distributed.run_command(lambda: main(parse_args(description, throughput=True)))
+    distributed.run_command(lambda: main(CONFIG), smaller_run(CONFIG))

@@ -1,9 +1,10 @@
-"""Memory of this process: what it may take, what it has taken, and what it keeps."""
+"""Memory of this process: what it may take, what it has taken, what it keeps, and how to need less."""
 
 import contextlib
 import ctypes
 import math
 import os
+import re
 import sys
 
 import torch
@@ -55,3 +56,50 @@ def peak_memory_mb(device):
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else math.nan
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def smaller_run(config):
+    """What makes a run of a config need less memory, in words."""
+    trains, detects = not (config.EVAL_MODE or config.THROUGHPUT_MODE), config.DATA.DATASET == "coco"
+    ways = [f"lower DATA.BATCH_SIZE (--batch-size), which is {config.DATA.BATCH_SIZE}"]
+    if trains:
+        ways[0] += ", and raise TRAIN.ACCUMULATION_STEPS as much"
+        ways.append("set TRAIN.USE_CHECKPOINT True (--use-checkpoint)")
+    if detects:
+        ways.append(f"lower {'DET.MIN_SIZES' if trains else 'DET.TEST_SIZE'} and DET.MAX_SIZE")
+    return ", or ".join(ways)
+
+
+def shortage(error, smaller, workers):
+    """What this machine has run out of, and what helps, where ``error`` is of that kind; None elsewhere.
+
+    Args:
+        error: an exception of Python, the system or PyTorch, which may have come from a data-loading worker.
+        smaller: what makes the program need less memory, in words.
+        workers: the key or flag of its data-loading workers.
+    """
+    text = str(error)
+
+    def says(*phrases):
+        return any(phrase in text for phrase in phrases)
+
+    if says("Too many open files", "received 0 items of ancdata"):
+        return (
+            "no file descriptors are left (too many open files): allow this process more, for example with "
+            f"ulimit -n 65536, or lower {workers}"
+        )
+    if says("is killed by signal: Bus error", "allocate shared memory") or (
+        says("No space left on device") and says("</torch_")
+    ):
+        return (
+            "/dev/shm, through which data-loading workers send their batches, is too small: enlarge it "
+            f"(docker run --shm-size 8g, or --ipc host), or lower {workers} (0 needs none)"
+        )
+    killed = says("is killed by signal: Killed")
+    allocation = says("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED", "bad_alloc")
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or killed or allocation:
+        found = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", text)
+        what = "a data-loading worker was killed" if killed else found and f"tried to allocate {found[1]}"
+        keys = f"{smaller}, or lower {workers}" if killed else smaller
+        return f"out of memory{f' ({what})' if what else ''}: {keys}"
+    return None

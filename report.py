@@ -70,7 +70,8 @@ class OutcomeCollector:
     def add(self, images, targets, logits):
         """Take a batch: images (B, C, H, W) as the model saw them, targets (B,), logits (B, classes)."""
         probabilities = logits.double().softmax(1)
-        confidence, predicted = probabilities.max(1)
+        predicted = logits.argmax(1)  # the first of equal ones
+        confidence = probabilities.gather(1, predicted[:, None])[:, 0]
         truth = probabilities.gather(1, targets[:, None])[:, 0]
         losses = cross_entropy(logits.double(), targets, reduction="none")
         columns = targets.double(), predicted.double(), confidence, truth, losses

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from launch import UserError
 from memory import keep_freed_memory
 
 try:
@@ -26,10 +27,6 @@ except ImportError:  # on Windows
 
 # What asks a run to stop: schedulers, Ctrl-C. Windows has no SIGUSR1.
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
-
-
-class UserError(ValueError):
-    """Something that the person who started the run can mend: shown as one message, without a traceback."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import copy
+import errno
 import io
 import logging
 import os
@@ -30,6 +31,7 @@ MAX_PIXELS, MAX_SCANS = 100_000_000, 100
 # What EXIF's orientations from 2 to 8 ask for, so that an image is upright.
 _TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2))
 _LOOKED_AT = 256  # images of a set whose EXIF orientations are counted
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of the machine, which is no fault of a file
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # of a JPEG; within a scan are zeros and restarts
 
 
@@ -39,7 +41,11 @@ class DataError(UserError):
 
 @contextlib.contextmanager
 def decoding(path):
-    """Context that reports whatever goes wrong in it as a DataError that names the file."""
+    """Context that reports whatever goes wrong in it as a DataError that names the file.
+
+    Raises:
+        OSError: the machine has no file descriptors or memory left.
+    """
     try:
         yield
     except DataError:
@@ -48,6 +54,8 @@ def decoding(path):
         raise DataError(f"{path} cannot be read as an image (unknown format): repair or remove it") from error
     # A damaged file can make a decoder raise nearly anything.
     except Exception as error:
+        if getattr(error, "errno", None) in EXHAUSTED:
+            raise
         reason = str(error) or type(error).__name__
         raise DataError(f"{path} cannot be read as an image ({reason}): repair or remove it") from error
 
@@ -392,6 +400,8 @@ def _following(path):
     try:
         yield
     except OSError as error:
+        if error.errno in EXHAUSTED:
+            raise
         raise DataError(
             f"cannot follow {error.filename or path} ({error.strerror}): repair or remove it"
         ) from error

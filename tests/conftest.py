@@ -3,10 +3,10 @@
 import collections
 import itertools
 import signal
-import socket
 
 import pytest
 from helpers import write_images
+from torch.distributed import TCPStore
 
 import utils
 
@@ -33,10 +33,9 @@ def signal_handlers():
 
 @pytest.fixture
 def port():
-    """A port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Port of a store where a group of processes meets, as those of torchrun do at the store of its own."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    yield store.port
 
 
 @pytest.fixture

@@ -91,7 +91,7 @@ def main_command(*arguments, processes=1, torchrun=(), device="cpu"):
     return [*command, "main.py", *map(str, arguments), "--device", device]
 
 
-def run_main(*arguments, processes=1, check=True, timeout=300):
+def run_main(*arguments, processes=1, check=True, timeout=600):
     """Run main.py as a user would; returns the finished process, with stdout and stderr as text."""
     command = main_command(*arguments, processes=processes)
     environment = dict(os.environ, OMP_NUM_THREADS="1")
@@ -135,30 +135,39 @@ class Started:
         """Whether it has not ended yet."""
         return self.process.poll() is None
 
-    def wait_for(self, words, seconds=90):
+    def wait_for(self, words, seconds=600):
         """Wait until it has printed or logged ``words``."""
         end = time.monotonic() + seconds
         while words not in self.told():
             assert self.runs() and time.monotonic() < end, self.text()
             time.sleep(0.02)
 
-    def wait(self, seconds=180):
+    def wait(self, seconds=300):
         """Wait for the end; returns the exit code."""
         return self.process.wait(seconds)
 
 
-def start_ranks(folder, *arguments_of_ranks, **environment):
-    """Processes without a launcher, one for each rank; ``{rank}`` in the environment is its number."""
+def start_ranks(folder, *arguments_of_ranks, change=list, **environment):
+    """Processes without a launcher, one for each rank; ``{rank}`` in the environment is its number.
+
+    Args:
+        change: called with the words of each command, returns those that are run.
+    """
+    commands = [change(main_command(*arguments)) for arguments in arguments_of_ranks]
     return [
-        Started(folder, main_command(*arguments), **{k: v.format(rank=rank) for k, v in environment.items()})
-        for rank, arguments in enumerate(arguments_of_ranks)
+        Started(folder, command, **{k: v.format(rank=rank) for k, v in environment.items()})
+        for rank, command in enumerate(commands)
     ]
 
 
 def group_of_two(port):
     """What a launcher would put into the environment of two processes."""
-    group = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    return dict(group, RANK="{rank}", LOCAL_RANK="{rank}")
+    return dict(meeting_at(port), WORLD_SIZE="2", RANK="{rank}", LOCAL_RANK="{rank}")
+
+
+def meeting_at(port):
+    """What tells processes to meet at the ``port`` of the fixture, as torchrun does."""
+    return dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
 
 
 def silent_record(folder):

@@ -5,6 +5,8 @@ import math
 import os
 import re
 import shlex
+import subprocess
+import sys
 import time
 
 import pytest
@@ -12,9 +14,8 @@ import yaml
 from helpers import ROOT, digits_config
 from timm.layers import to_2tuple
 
-import detect
-import main
 from config import (
+    CHOICES,
     MOST_FILES,
     ConfigError,
     default_config,
@@ -25,7 +26,7 @@ from config import (
     parse_config,
 )
 from detection.detector import build_detector
-from models import build_model, count_macs
+from models import build_model, count_macs, deploy, geometry
 from utils import UserError
 
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("configs/**/*.yaml"))
@@ -303,10 +304,11 @@ def test_half_of_cvpr22_is_refused_unless_both_keys_say_so(tmp_path, key):
 
 
 def test_each_program_refuses_the_configs_of_the_other_before_it_writes(tmp_path):
-    for program, cfg, other in ((main, "coco/shapes", "detect.py"), (detect, "digits", "main.py")):
-        argv = ["--cfg", str(ROOT / f"configs/{cfg}.yaml"), "--output", str(tmp_path), "--data-path", "none"]
-        with pytest.raises(ConfigError, match=f"DATA.DATASET is .* is for {other};"):
-            program.main(parse_args("", argv=argv))
+    for program, cfg, other in (("main", "coco/shapes", "detect.py"), ("detect", "digits", "main.py")):
+        words = [f"{program}.py", "--cfg", f"configs/{cfg}.yaml", "--output", tmp_path, "--data-path", "none"]
+        done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert re.match(f"error: .*DATA.DATASET is .* is for {other};", done.stderr), done.stderr
     assert not list(tmp_path.iterdir())
 
 
@@ -420,7 +422,7 @@ def test_files_that_unfold_or_never_end_are_refused_in_seconds(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     os.symlink("/dev/zero", tmp_path / "zero.yaml")
     (tmp_path / "large.yaml").write_text("a: [" + "1," * 10**6 + "1]")
-    begin = time.monotonic()
+    begin = time.process_time()
     assert f"more than {MOST_FILES} files" in refusal(tmp_path, "BASE: [25.yaml]")
     for name in ("pipe", "zero.yaml", "/dev/zero", "."):
         message = refusal(tmp_path, f"BASE: [{name}]")
@@ -429,7 +431,7 @@ def test_files_that_unfold_or_never_end_are_refused_in_seconds(tmp_path):
     assert "100,000 bytes" in refusal(tmp_path, "\n".join(f"KEY_{i}: 1" for i in range(200_000)))
     assert "unknown key KEY_0" in refusal(tmp_path, "\n".join(f"KEY_{i}: 1" for i in range(6000)))
     assert "not valid YAML" in refusal(tmp_path, "{a: " * 20_000)
-    assert time.monotonic() - begin < 20
+    assert time.process_time() - begin < 20
 
 
 def test_a_diamond_of_base_files_is_no_circle(tmp_path):
@@ -455,3 +457,12 @@ def test_the_config_that_a_classification_run_writes_has_no_keys_of_detection():
     assert "DET" not in yaml.safe_load(dump_config(classification))
     detection = get_config(argparse.Namespace(cfg=str(ROOT / "configs/coco/shapes.yaml")))
     assert yaml.safe_load(dump_config(detection))["DET"]["CHANNELS"] == 40
+
+
+def test_choices_that_are_read_before_pytorch_are_those_of_the_models(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    import export
+
+    assert {f"MODEL.MSG.{key}": names for key, names in geometry.CHOICES.items()}.items() <= CHOICES.items()
+    assert CHOICES["RUNTIME"] == ("pytorch", *deploy.RUNTIMES, "auto")
+    assert tuple(deploy.FORMATS) == export.FORMAT_NAMES

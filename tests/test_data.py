@@ -3,6 +3,7 @@
 import itertools
 import os
 import random
+import resource
 from fractions import Fraction
 
 import numpy as np
@@ -15,7 +16,7 @@ from torchvision.transforms import InterpolationMode
 
 from config import ConfigError
 from data import DataError, build_loaders
-from data.datasets import TrainingSamples, build_dataset, load_image
+from data.datasets import TrainingSamples, build_dataset, list_folder, load_image
 from data.mixup import build_augmentation
 from data.samplers import TrainBatchSampler, evaluation_shard
 from data.transforms import aspect_box, build_transform, covering_size, posterize_from_0_bits
@@ -421,3 +422,22 @@ def test_an_unreadable_image_is_named(tmp_path):
     path.write_bytes(b"not an image")
     with pytest.raises(DataError, match="broken.png cannot be read as an image"):
         load_image(str(path))
+
+
+@pytest.mark.parametrize("backend", ["pil", "opencv"])
+def test_a_good_image_is_not_blamed_where_no_file_descriptors_are_left(backend, data):
+    """With ON_ERROR skip it would be left out, one after another."""
+    config = digits_config("DATA.BACKEND", backend, "DATA.ON_ERROR", "skip", data_path=str(data))
+    train, _, val, _ = build_loaders(config)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with open(os.devnull) as last:
+        free = last.fileno()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+    try:
+        for samples, key in ((train.loader.dataset, (0, 1)), (val.loader.dataset, 1)):
+            with pytest.raises(OSError, match="Too many open files"):
+                samples[key]
+        with pytest.raises(OSError, match="Too many open files"):
+            list_folder(str(data))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)

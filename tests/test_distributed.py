@@ -11,10 +11,12 @@ import json
 import torch
 
 import distributed
-from utils import UserError
+from main import evaluate
+from utils import Compute, UserError
 
+assert distributed.rank_and_world_size() == (0, 1)
+distributed.start_process_group(torch.device("cpu"), 600)
 rank, world_size = distributed.rank_and_world_size()
-distributed.start_process_group(torch.device("cpu"), 60)
 norm = torch.nn.BatchNorm1d(2)
 norm.running_mean.fill_(rank + 5)
 distributed.send_buffers(norm)
@@ -28,6 +30,21 @@ try:
     refusal = distributed.from_rank_0(refuse)
 except UserError as error:
     refusal = str(error)
+
+
+class Batches(list):
+    def check_failures(self):
+        pass
+
+
+# As after an epoch, where every process has taken statistics of its own images.
+model = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.Linear(2, 2))
+with torch.no_grad():
+    model[1].weight.copy_(torch.eye(2))
+    model[1].bias.zero_()
+model[0].running_mean.copy_(torch.tensor([3.0, 0.0]) * rank)
+images = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+evaluated = evaluate(model, Batches([(images, torch.tensor([0, 1]))]), Compute(torch.device("cpu")), 1)
 found = dict(
     total=distributed.sum_over_processes(torch.tensor([1.0, rank])).tolist(),
     largest=distributed.largest_over_processes(15, 10 * rank, 3 - rank),
@@ -36,13 +53,14 @@ found = dict(
     decision=distributed.from_rank_0(lambda: rank),
     refusal=refusal,
     buffers=norm.running_mean.tolist(),
+    evaluated=[round(evaluated["val_loss"], 4), evaluated["acc1"]],
 )
 distributed.stop_process_group()
 print(json.dumps(found))
 """
 
 
-def test_two_processes_agree_on_sums_extremes_lists_and_decisions(tmp_path, port):
+def test_two_processes_agree_on_sums_extremes_lists_decisions_and_figures(tmp_path, port):
     script = tmp_path / "ranks.py"
     script.write_text(SCRIPT)
     group = dict(group_of_two(port), PYTHONPATH=str(ROOT))
@@ -60,4 +78,5 @@ def test_two_processes_agree_on_sums_extremes_lists_and_decisions(tmp_path, port
             decision=0,
             refusal="rank 0 refuses",
             buffers=[5, 5],
+            evaluated=[0.3133, 100],  # log(1 + 1/e), by the statistics of rank 0 on both
         )

@@ -462,10 +462,10 @@ def bombs(path):
 def test_small_files_that_unfold_to_gigabytes_are_refused_in_seconds(tmp_path, count):
     path = str(tmp_path / "bomb.pth")
     for name in bombs(path):
-        memory, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+        memory, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
         with pytest.raises(ckpt.CheckpointError, match="bomb.pth"):
             ckpt.read_weights(path)
-        assert time.monotonic() - begin < 5, name
+        assert time.process_time() - begin < 5, name
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 2**20, name  # KiB
         count("memory bombs refused", 1)
     assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY

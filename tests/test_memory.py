@@ -6,7 +6,10 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, digits_config
+from test_detection import config as shapes_config
+
+from memory import smaller_run
 
 FAULTS = """
 import resource, sys, torch
@@ -35,3 +38,14 @@ def test_freed_memory_is_used_again_unless_variables_of_glibc_say_otherwise():
     released, kept = cleared("default"), cleared("keep")
     assert kept < released / 20
     assert cleared("keep", GLIBC_TUNABLES="glibc.malloc.mmap_threshold=131072") > released / 2
+
+
+def test_what_needs_less_memory_is_told_by_the_keys_that_count():
+    batch = "lower DATA.BATCH_SIZE (--batch-size), which is 5"
+    training = f"{batch}, and raise TRAIN.ACCUMULATION_STEPS as much"
+    training += ", or set TRAIN.USE_CHECKPOINT True (--use-checkpoint)"
+    assert smaller_run(digits_config(batch_size=5)) == training
+    assert smaller_run(digits_config(batch_size=5, eval=True)) == batch
+    assert smaller_run(digits_config(batch_size=5, throughput=True)) == batch
+    found = smaller_run(shapes_config("shapes", "DATA.BATCH_SIZE", 5))
+    assert found == f"{training}, or lower DET.MIN_SIZES and DET.MAX_SIZE"

@@ -12,7 +12,7 @@ from torch import nn
 
 import checkpoint as ckpt
 import optimizer as optimizers
-from config import ConfigError
+from config import OPTIMIZERS, ConfigError
 from data.samplers import TrainBatchSampler
 from engine import learning_rate
 from lr_scheduler import build_scheduler
@@ -384,3 +384,7 @@ def test_norms_are_apexs_where_it_is_installed(monkeypatch, on_gpu):
         nn.LayerNorm, "AMP.FUSED_LAYERNORM: PyTorch's LayerNorm, because apex is for CUDA GPUs"
     )  # fmt: skip
     assert choose_layer_norm(digits_config()) == (nn.LayerNorm, "")
+
+
+def test_the_config_knows_the_names_of_all_optimizers():
+    assert optimizer_names() == OPTIMIZERS

@@ -49,8 +49,9 @@ for name in ("fork", "killpg", "getpgid", "setsid", "uname", "sched_getaffinity"
 if __name__ == "__main__":
     multiprocessing.set_start_method("spawn")
     import distributed, main
-    from config import parse_args
-    distributed.run_command(lambda: main.main(parse_args("", argv=sys.argv[1:])))
+    from config import read_command_line
+    config = read_command_line("", "imagenet")
+    distributed.run_command(lambda: main.main(config), "")
 """
 
 

@@ -178,6 +178,34 @@ def test_images_that_cannot_be_read_are_left_out_and_the_others_keep_their_files
     assert 100 * outcomes.right().mean() == pytest.approx(figures["acc1"])
 
 
+class Batches(list):
+    """A loader of these batches."""
+
+    def check_failures(self):
+        """None failed."""
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_figures_are_those_of_the_report_where_logits_are_equal(dtype):
+    """Of equal logits that of the first class counts as the highest, whatever the batch."""
+    rng = torch.Generator().manual_seed(0)
+    logits = torch.randint(-2, 2, (600, 12), generator=rng).to(dtype)
+    targets = torch.randint(12, (600,), generator=rng)
+    order = [sorted(range(12), key=lambda i: -row[i]) for row in logits.tolist()]  # stable
+    ranks = np.array([row.index(target) for row, target in zip(order, targets.tolist())])
+    model = torch.nn.Linear(1, 1)
+    model.forward = lambda images: images[:, 0, 0]
+    for batch in (1, 40):
+        collector = report.OutcomeCollector()
+        parts = zip(logits.split(batch), targets.split(batch))
+        batches = Batches((part[:, None, None].expand(-1, 3, 1, -1), target) for part, target in parts)
+        figures = evaluate(model, batches, CPU, 100, collector)
+        outcomes = collector.gather(range(600))
+        assert (outcomes.right() == (ranks == 0)).all()
+        assert figures["acc1"] == pytest.approx(100 * outcomes.right().mean())
+        assert figures["acc5"] == pytest.approx(100 * (ranks < 5).mean())
+
+
 @pytest.mark.parametrize("smoothing, classes", [(0.1, 10), (0.1, 1000), (0.3, 2)])
 def test_the_floor_of_label_smoothing_is_the_least_cross_entropy(smoothing, classes):
     """Reached by the logits whose softmax is the smoothed target."""

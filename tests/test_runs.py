@@ -1,6 +1,8 @@
 """main.py as a user runs it: training, resuming, evaluating, timing, and what it says when it cannot."""
 
+import io
 import json
+import logging
 import math
 import os
 import re
@@ -8,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ from torch.nn.functional import cross_entropy
 
 import checkpoint as ckpt
 from data import build_loaders
-from logger import log_progress, read_metrics, start_logging
+from logger import ProgressBar, log_progress, read_metrics, start_logging
 from models import build_model
 from utils import seeded
 
@@ -108,6 +111,75 @@ def test_a_long_epoch_shows_its_progress_on_the_console_too(capsys, tmp_path):
         log_progress(f"a line of {seconds} s", seconds)
     assert capsys.readouterr().out == "a line of 61 s\n"
     assert re.findall(r"\(test_runs.py \d+\): INFO a line of (\d+) s", log_of(tmp_path)) == ["59", "61"]
+
+
+class Terminal(io.StringIO):
+    """What a program shows on a terminal."""
+
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_has_a_bar_and_the_log_file_the_lines(tmp_path, monkeypatch):
+    """Lines stand above the bar, which is gone at the end, an error's too."""
+    monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+    start_logging(str(tmp_path), 0, training=True)
+    with pytest.raises(SystemExit), ProgressBar("epoch 0", 10) as bar:
+        for step in bar.over(range(10)):
+            log_progress(f"line {step}", 3600)
+            if step == 1:
+                logging.getLogger("msg_transformer").warning("careful")
+            if step == 2:
+                sys.exit("stopped")
+    shown = terminal.getvalue()
+    assert "epoch 0:  10%" in shown and "line 1" not in shown
+    assert re.search(r"\r +\r\S*WARNING\S* careful\n\repoch 0", shown), shown
+    assert re.search(r"\r +\r$", shown) and bar.disable and not bar.clock.is_alive()
+    assert re.findall(r"INFO line (\d)", log_of(tmp_path)) == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("rank, terminal", [(1, Terminal()), (0, io.StringIO())])
+def test_other_ranks_and_files_have_no_bar(rank, terminal, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", terminal)
+    start_logging(str(tmp_path), rank, training=True)
+    with ProgressBar("epoch 0", 3) as bar:
+        assert list(bar.over("abc")) == ["a", "b", "c"]
+        log_progress("a line", 3600)
+    assert terminal.getvalue() == ("a line\n" if rank == 0 else "")
+
+
+def test_the_rate_of_a_bar_does_not_count_the_start(monkeypatch):
+    bar = ProgressBar("epoch 0", 10, disable=False, file=io.StringIO(), initial=3)
+    begin = bar.start_t
+    with bar:
+        for seconds in (100, 102, 104):  # the first update waited for the workers
+            monkeypatch.setattr(bar, "_time", lambda seconds=seconds: begin + seconds)
+            bar.update()
+        assert bar.format_dict["n"] == 6 and bar.format_dict["rate"] == pytest.approx(0.5)
+        assert bar.format_dict["elapsed"] == pytest.approx(4)
+        assert "6/10 [00:04<00:08," in str(bar)
+
+
+def test_a_bar_shows_the_time_while_nothing_is_done():
+    screen = io.StringIO()
+    with ProgressBar("epoch 0", 10, disable=False, file=screen):
+        while "0/10 [00:01<" not in screen.getvalue():
+            time.sleep(0.01)
+
+
+PROGRAMS = ["main.py", "detect.py", *sorted(f"tools/{path.name}" for path in ROOT.glob("tools/*.py"))]
+HEAVY = {"torch", "torchvision", "timm", "matplotlib", "cv2", "sklearn"}
+
+
+@pytest.mark.parametrize("program", [name for name in PROGRAMS if name != "tools/benchmarking.py"])
+@pytest.mark.parametrize("words, code", [(["--help"], 0), (["--nonsense", "x", "y"], None)])
+def test_usage_and_mistakes_are_shown_before_anything_heavy_is_imported(program, words, code):
+    command = [sys.executable, "-X", "importtime", program, *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == code if code is not None else done.returncode in (1, 2)
+    imported = set(re.findall(r"^import time:.*\| +(\w+)$", done.stderr, re.MULTILINE))
+    assert "argparse" in imported and not imported & HEAVY
+    assert "usage: " in done.stdout if code == 0 else "error: " in done.stderr
 
 
 def test_the_learning_rate_is_for_the_images_of_all_processes(trained):

@@ -24,21 +24,59 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from matplotlib.figure import Figure  # noqa: E402, below the path
-from timm.layers import to_2tuple  # noqa: E402
-
-from config import APART, flat_config, get_config  # noqa: E402
-from logger import clock, read_metrics  # noqa: E402
-from models import build_model, count_macs  # noqa: E402
-from run import REQUEUE_EXIT_CODE  # noqa: E402
-from utils import UserError  # noqa: E402
-
 # Two-sided 95% quantiles of Student's t for 1 to 30 degrees of freedom.
 STUDENT = (
     (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
     + (2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
     + (2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
 )
+
+
+def parse_args():
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("configs", nargs="+", metavar="CONFIG", help="YAML files")
+    parser.add_argument(
+        "--baseline", metavar="NAME", help="a config's file without .yaml; default: the first"
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... of each config; default: 3")
+    parser.add_argument("--data-path", required=True, metavar="DIR", help="folder of the data")
+    parser.add_argument("--output", default="output/ablations", metavar="DIR", help="default: %(default)s")
+    parser.add_argument(
+        "--devices",
+        nargs="+",
+        default=["cpu"],
+        metavar="DEVICE",
+        help="cpu, mps, cuda:0 cuda:1 ...; default: cpu",
+    )
+    parser.add_argument(
+        "--jobs", type=int, help="runs at once on each device; default: 1, on the CPU one for each core"
+    )
+    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="as those of main.py")
+    args = parser.parse_args()
+    if args.seeds < 1 or (args.jobs is not None and args.jobs < 1):
+        parser.error("--seeds and --jobs must be 1 or more")
+    names = [Path(config).stem for config in args.configs]
+    if len(set(names)) < len(names):
+        parser.error(f"these configs have the same name: {', '.join(names)}")
+    args.baseline = args.baseline or names[0]
+    if args.baseline not in names:
+        parser.error(f"--baseline {args.baseline} is none of {', '.join(names)}")
+    args.configs.sort(key=lambda config: Path(config).stem != args.baseline)
+    return args
+
+
+if __name__ == "__main__":
+    parse_args()  # before what takes seconds to import
+
+from matplotlib.figure import Figure
+from timm.layers import to_2tuple
+
+from config import APART, flat_config, get_config
+from logger import clock, read_metrics
+from models import build_model, count_macs
+from run import REQUEUE_EXIT_CODE
+from utils import UserError
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,40 +121,6 @@ def main():
     print(f"written: {folder / 'ablation.md'}, ablation.json and ablation.png")
     if failed:
         raise UserError("these runs failed: " + "; ".join(failed) + ". The same command tries them again")
-
-
-def parse_args():
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("configs", nargs="+", metavar="CONFIG", help="YAML files")
-    parser.add_argument(
-        "--baseline", metavar="NAME", help="a config's file without .yaml; default: the first"
-    )
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... of each config; default: 3")
-    parser.add_argument("--data-path", required=True, metavar="DIR", help="folder of the data")
-    parser.add_argument("--output", default="output/ablations", metavar="DIR", help="default: %(default)s")
-    parser.add_argument(
-        "--devices",
-        nargs="+",
-        default=["cpu"],
-        metavar="DEVICE",
-        help="cpu, mps, cuda:0 cuda:1 ...; default: cpu",
-    )
-    parser.add_argument(
-        "--jobs", type=int, help="runs at once on each device; default: 1, on the CPU one for each core"
-    )
-    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="as those of main.py")
-    args = parser.parse_args()
-    if args.seeds < 1 or (args.jobs is not None and args.jobs < 1):
-        parser.error("--seeds and --jobs must be 1 or more")
-    names = [Path(config).stem for config in args.configs]
-    if len(set(names)) < len(names):
-        parser.error(f"these configs have the same name: {', '.join(names)}")
-    args.baseline = args.baseline or names[0]
-    if args.baseline not in names:
-        parser.error(f"--baseline {args.baseline} is none of {', '.join(names)}")
-    args.configs.sort(key=lambda config: Path(config).stem != args.baseline)
-    return args
 
 
 def plan(args):

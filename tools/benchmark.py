@@ -40,25 +40,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import timm
-import torch
-from timm.layers import set_fused_attn
-from torch.nn.functional import cross_entropy
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import benchmarking
 import tables
 
-from memory import keep_freed_memory
-from models import compile_model, inference, use_onednn
-from models.attention import BACKENDS
-from models.attention_triton import triton_missing
-from models.deploy import FORMATS, RUNTIMES, Exportable, require_packages, write_checked
-from models.roofline import count_work, least_seconds, machine, machine_limits, versions
-from utils import UserError
-
-DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
+DTYPES = ("float32", "bfloat16", "float16")
 CLASSES = 1000
 # Ways for any model: of computing with it, and of running a file made from it; dtypes for those with limits.
 WAYS = ("plain", "onednn", "compile")
@@ -67,8 +54,8 @@ FILES = dict(int8=("float32",), ort=("float32",), openvino=("float32", "bfloat16
 ONNX = dict(ort="onnxruntime", openvino="openvino")
 
 
-def parse_args():
-    """The command line, with the peer filled in."""
+def usage():
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -96,10 +83,43 @@ def parse_args():
     )
     add("--rounds", type=int, default=11, help="at least; up to three times as many while ratios are vague")
     add("--tables", action="store_true", help="write the tables of README.md and the other pages, and end")
-    add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one, else cpu")
     add("--threads", type=int, help="CPU threads; default: PyTorch's choice")
     benchmarking.add_arguments(parser, "models")
+    return parser
+
+
+def image_sides(text):
+    """(height, width) in pixels from a side or HEIGHTxWIDTH, as ``--sizes`` takes them."""
+    found = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)
+    sides = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if 0 in sides:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a side in pixels nor HEIGHTxWIDTH")
+    return sides
+
+
+if __name__ == "__main__":
+    usage().parse_args()  # before what takes seconds to import
+
+import timm
+import torch
+from timm.layers import set_fused_attn
+from torch.nn.functional import cross_entropy
+
+from memory import keep_freed_memory
+from models import compile_model, inference, use_onednn
+from models.attention import BACKENDS
+from models.attention_triton import triton_missing
+from models.deploy import FORMATS, RUNTIMES, Exportable, require_packages, write_checked
+from models.roofline import count_work, least_seconds, machine, machine_limits, versions
+from utils import UserError
+
+
+def parse_args():
+    """The command line, with the device and the peer filled in."""
+    parser = usage()
     args = parser.parse_args()
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.peer = args.peer or args.models[min(1, len(args.models) - 1)]
     if args.memory and args.device == "cpu" and not Path("/proc/self/status").exists():
         parser.error("--memory on the CPU needs Linux")
@@ -142,15 +162,6 @@ def require_runtimes(names):
     """Raise a UserError where a package is missing that a candidate needs."""
     needed = dict(int8=["int8"], ort=["onnx"], openvino=["onnx", "openvino"])
     require_packages([kind for name in names for kind in needed.get(variant_of(name), ())])
-
-
-def image_sides(text):
-    """(height, width) in pixels from a side or HEIGHTxWIDTH, as ``--sizes`` takes them."""
-    found = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)
-    sides = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
-    if 0 in sides:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a side in pixels nor HEIGHTxWIDTH")
-    return sides
 
 
 def is_ours(name):
@@ -365,7 +376,7 @@ def plan(args):
         args.sizes or [Setting.sides], args.modes, args.dtypes, args.batch_sizes
     ):
         size = f"{sides[0]}x{sides[1]} px{' maps' * args.maps}, " if args.sizes or args.maps else ""
-        setting = Setting(mode, DTYPES[dtype], batch, args.device, sides, args.maps)
+        setting = Setting(mode, getattr(torch, dtype), batch, args.device, sides, args.maps)
         settings[f"{size}{mode} {dtype}, batch {batch}"] = setting
     return settings
 
@@ -389,7 +400,7 @@ def run(args):
         torch.set_num_threads(args.threads)
     found = machine(args.device)
     print(*found.values())
-    rates = {dtype: machine_limits(args.device, DTYPES[dtype]) for dtype in args.dtypes}
+    rates = {dtype: machine_limits(args.device, getattr(torch, dtype)) for dtype in args.dtypes}
     result = dict(machine=found, versions=versions(), peer=args.peer, rates=rates, settings={})
     with tempfile.TemporaryDirectory() as files:
         for name, setting in plan(args).items():

@@ -23,31 +23,10 @@ import time
 from functools import partial
 from pathlib import Path
 
-import cv2
-import PIL
-import torch
-from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
-from torch.utils.data import DataLoader, Dataset, Subset
-from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.transforms import v2
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import benchmarking
 import tables
-
-from config import get_config
-from data.datasets import EvaluationSamples, TrainingSamples
-from data.loaders import Loader, ToDevice, build_reader, collate, start_worker
-from data.mixup import build_augmentation
-from data.opencv import ImageFile
-from data.transforms import augment_operations, posterize_from_0_bits
-from detection.loaders import build_loaders as build_detection_loaders
-from detection.loaders import collate as collate_detection
-from models.roofline import machine, versions
-from utils import UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 CONFIG = CONFIGS / "msg_tiny_p4_win7_224.yaml"
@@ -72,6 +51,31 @@ def parse_args():
         parser.error("give a folder with JPEG images, or --coco and a folder with data in COCO format")
     args.batch_size = args.batch_size or (2 if args.coco else 32)
     return args
+
+
+if __name__ == "__main__":
+    parse_args()  # before what takes seconds to import
+
+import cv2
+import PIL
+import torch
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.transforms import v2
+
+from config import get_config
+from data.datasets import EvaluationSamples, TrainingSamples
+from data.loaders import Loader, ToDevice, build_reader, collate, start_worker
+from data.mixup import build_augmentation
+from data.opencv import ImageFile
+from data.transforms import augment_operations, posterize_from_0_bits
+from detection.loaders import build_loaders as build_detection_loaders
+from detection.loaders import collate as collate_detection
+from models.roofline import machine, versions
+from utils import UserError
 
 
 def find_images(folder, count):

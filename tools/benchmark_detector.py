@@ -16,20 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import timm
-import torch
-from torch import nn
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import benchmarking
 import tables
-
-from config import get_config
-from detection.detector import build_detector
-from models import inference
-from models.roofline import machine, versions
-from utils import build_compute
 
 OURS, PEER = "MSG-Transformer", "Swin (timm)"
 LEVELS = dict(float32="O0", bfloat16="O1")  # AMP_OPT_LEVEL of a dtype
@@ -53,6 +43,20 @@ def parse_args():
     if args.memory and not Path("/proc/self/status").exists():
         parser.error("--memory needs Linux")
     return args
+
+
+if __name__ == "__main__":
+    parse_args()  # before what takes seconds to import
+
+import timm
+import torch
+from torch import nn
+
+from config import get_config
+from detection.detector import build_detector
+from models import inference
+from models.roofline import machine, versions
+from utils import build_compute
 
 
 class SwinBackbone(nn.Module):

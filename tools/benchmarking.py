@@ -23,7 +23,7 @@ import sys
 import time
 from pathlib import Path
 
-from utils import UserError
+from launch import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 TURN = 1.0  # seconds of a turn, at least

@@ -5,6 +5,17 @@ python tools/draw_block.py docs/msg_block.png
 
 import argparse
 
+
+def parse_args():
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("file", help="PNG file to write")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # before what takes seconds to import
+
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import BoxStyle, FancyBboxPatch, Polygon
@@ -17,9 +28,7 @@ ROWS = (25.5, 21.0, 16.5, 12.0)  # heights of the messengers in (b) and of the t
 
 def main():
     """Write the figure."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("file", help="PNG file to write")
-    file = parser.parse_args().file
+    file = parse_args().file
     canvas = FigureCanvasAgg(Figure(figsize=(9, 4.5), dpi=200))
     axes = canvas.figure.add_axes((0, 0, 1, 1), xlim=(0, 90), ylim=(0, 45), frame_on=False)  # in 0.1 inch
     for draw in (draw_flow, draw_attention, draw_shuffle, draw_mlp):

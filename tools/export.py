@@ -25,25 +25,11 @@ import re
 import sys
 from pathlib import Path
 
-from timm.layers import to_2tuple
-from torch.utils.data import DataLoader, Subset
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import benchmarking
+from config import CHOICES
 
-import checkpoint as ckpt
-from config import CHOICES, dump_config
-from data.readers import open_dataset
-from data.transforms import build_transform, describe_evaluation
-from detection.detector import Pyramid
-from detection.ready import build_ready as build_detector
-from detection.transforms import describe_evaluation as describe_detection
-from models.deploy import FORMATS, Exportable, InPyTorch, evaluating, require_packages, write_checked
-from models.ready import build_ready as build_classifier
-from models.ready import read_described
-from utils import UserError
-
+FORMAT_NAMES = ("onnx", "torch_export", "aoti", "safetensors", "int8")
 BATCHES = 1, 2, 5  # numbers of images that files are compared on
 
 
@@ -55,7 +41,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("checkpoint", help="of main.py or detect.py, or a safetensors file of this command")
     formats = ["onnx", "torch_export", "safetensors"]
-    add("--formats", nargs="+", choices=FORMATS, default=formats, help=f"default: {' '.join(formats)}")
+    add("--formats", nargs="+", choices=FORMAT_NAMES, default=formats, help=f"default: {' '.join(formats)}")
     add("--cfg", metavar="FILE", help="config of a checkpoint that holds none, such as an official one")
     add("--weights", choices=CHOICES["TEST.WEIGHTS"], default="auto", help="as TEST.WEIGHTS; default: auto")
     add("--size", type=image_size, metavar="PX", help="a side or HEIGHTxWIDTH; default: that of the config")
@@ -96,6 +82,26 @@ def image_size(text):
     if 0 in sides:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a side in pixels nor HEIGHTxWIDTH")
     return sides
+
+
+if __name__ == "__main__":
+    parse_args()  # before what takes seconds to import
+
+import benchmarking
+from timm.layers import to_2tuple
+from torch.utils.data import DataLoader, Subset
+
+import checkpoint as ckpt
+from config import dump_config
+from data.readers import open_dataset
+from data.transforms import build_transform, describe_evaluation
+from detection.detector import Pyramid
+from detection.ready import build_ready as build_detector
+from detection.transforms import describe_evaluation as describe_detection
+from models.deploy import FORMATS, Exportable, InPyTorch, evaluating, require_packages, write_checked
+from models.ready import build_ready as build_classifier
+from models.ready import read_described
+from utils import UserError
 
 
 def open_checkpoint(path, cfg=None, weights="auto"):

@@ -6,6 +6,17 @@ python tools/make_digits.py datasets/digits
 import argparse
 import os
 
+
+def parse_args():
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", help="train/<digit>/<number>.png and val/<digit>/<number>.png go here")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # before what takes seconds to import
+
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -14,9 +25,7 @@ from sklearn.model_selection import train_test_split
 
 def main():
     """Write the folder; an image that is there already is written again with the same bytes."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", help="train/<digit>/<number>.png and val/<digit>/<number>.png go here")
-    folder = parser.parse_args().folder
+    folder = parse_args().folder
     digits = load_digits()
     numbers = np.arange(len(digits.target))
     train, val = train_test_split(numbers, test_size=360, stratify=digits.target, random_state=0)

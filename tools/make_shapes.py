@@ -12,6 +12,20 @@ import json
 import math
 from pathlib import Path
 
+
+def parse_args():
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("folder", help="train/, val/ and annotations/ go here")
+    add("--train", type=int, default=600, help="training images")
+    add("--val", type=int, default=100, help="validation images")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # before what takes seconds to import
+
 import cv2
 import numpy as np
 
@@ -92,12 +106,7 @@ def draw_image(rng):
 
 def main():
     """Write the folder; the same arguments write the same bytes."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("folder", help="train/, val/ and annotations/ go here")
-    add("--train", type=int, default=600, help="training images")
-    add("--val", type=int, default=100, help="validation images")
-    args = parser.parse_args()
+    args = parse_args()
     folder = Path(args.folder)
     (folder / "annotations").mkdir(parents=True, exist_ok=True)
     for seed, (split, count) in enumerate((("train", args.train), ("val", args.val))):

@@ -20,30 +20,9 @@ import os
 import sys
 from pathlib import Path
 
-import cv2
-import numpy as np
-import torch
-from pycocotools import mask as coco_mask
-from torch.utils.data import DataLoader
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import distributed
 from config import CHOICES
-from data.loaders import start_worker
-from data.sources import Pictures, find_files, frame_rate
-from data.transforms import image_mode
-from detection.detector import to_original_size
-from detection.evaluation import to_results
-from detection.pictures import annotate
-from detection.ready import build_ready as build_detector
-from models import build_runtime, inference
-from models.deploy import RUNTIMES
-from models.ready import build_ready as build_classifier
-from models.ready import read_described
-from report import caption
-from utils import UserError, build_compute, replacing
 
 SKIPPED_EXIT_CODE = 3
 SHOWN = 20  # lines of the table, where all of it goes to a file
@@ -82,6 +61,32 @@ def parse_args():
     return args
 
 
+if __name__ == "__main__":
+    parse_args()  # before what takes seconds to import
+
+import cv2
+import numpy as np
+import torch
+from pycocotools import mask as coco_mask
+from torch.utils.data import DataLoader
+
+import distributed
+from data.loaders import start_worker
+from data.sources import Pictures, find_files, frame_rate
+from data.transforms import image_mode
+from detection.detector import to_original_size
+from detection.evaluation import to_results
+from detection.pictures import annotate
+from detection.ready import build_ready as build_detector
+from logger import ProgressBar
+from models import build_runtime, inference
+from models.deploy import RUNTIMES
+from models.ready import build_ready as build_classifier
+from models.ready import read_described
+from report import caption
+from utils import UserError, build_compute, replacing
+
+
 def main():
     """Predict, show and write."""
     args = parse_args()
@@ -103,7 +108,8 @@ def main():
     mode = image_mode(config.MODEL.MSG.IN_CHANS)
     pictures = Pictures(paths, transform, args.every, keep=drawn is not None, mode=mode)
     results = []
-    bar = tqdm(total=pictures.count(), unit="image", disable=None)
+    shown = dict(unit="image", disable=None, file=sys.stderr, leave=True)
+    bar = ProgressBar(None, pictures.count(), **shown)
     with inference(model, compute.dtype), bar, Drawings(paths, drawn, args) as drawings:
         for batch in load(pictures, min(args.batch_size, task.most_at_once), args.workers):
             skipped.update({paths[picture.place]: picture.problem for picture in batch if picture.problem})
@@ -405,4 +411,4 @@ def writing(path, **options):
 if __name__ == "__main__":
     logging.basicConfig(format="%(message)s")
     logging.getLogger("msg_transformer").setLevel(logging.INFO)
-    distributed.run_command(main)
+    distributed.run_command(main, "lower --batch-size, or take --device cpu", "--workers")

@@ -21,27 +21,9 @@ import os
 import sys
 from pathlib import Path
 
-import numpy as np
-from matplotlib import colormaps
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize, TwoSlopeNorm, to_rgba
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from PIL import Image
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import distributed
 from config import CHOICES
-from data.datasets import load_image
-from data.sources import find_files, is_video
-from data.transforms import build_transform, image_mode
-from models.messenger_curves import markdown, measure, summarize
-from models.messengers import check_messengers, examine, grids, influence
-from models.ready import build_ready, read_described
-from report import shown
-from utils import UserError, build_compute, replacing
 
 BLUE, ORANGE, GREY = "#0072b2", "#e69f00", "#d9d9d9"  # blue and orange of Okabe and Ito
 PANEL = 2.5  # inches
@@ -87,6 +69,29 @@ def pair(text):
     return first, second
 
 
+if __name__ == "__main__":
+    parse_args()  # before what takes seconds to import
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize, TwoSlopeNorm, to_rgba
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from PIL import Image
+
+import distributed
+from data.datasets import load_image
+from data.sources import find_files, is_video
+from data.transforms import build_transform, image_mode
+from logger import ProgressBar
+from models.messenger_curves import markdown, measure, summarize
+from models.messengers import check_messengers, examine, grids, influence
+from models.ready import build_ready, read_described
+from report import shown
+from utils import UserError, build_compute, replacing
+
+
 def main():
     """Look, draw and write."""
     args = parse_args()
@@ -114,9 +119,11 @@ def write_curves(model, transform, mode, args):
         paths[i] for i in np.linspace(0, len(paths) - 1, min(args.most, len(paths))).round().astype(int)
     ]
     measured = []
-    for number, path in enumerate(tqdm(chosen, unit="image", disable=None)):
-        image = transform(load_image(path, mode=mode)).to(next(model.parameters()))
-        measured.append(measure(model, image, seed=number))
+    shown = dict(unit="image", disable=None, file=sys.stderr, leave=True)
+    with ProgressBar(None, len(chosen), **shown) as bar:
+        for number, path in enumerate(bar.over(chosen)):
+            image = transform(load_image(path, mode=mode)).to(next(model.parameters()))
+            measured.append(measure(model, image, seed=number))
     summary = summarize(measured)
     tables = markdown(summary)
     about = f"`{args.checkpoint}` on {len(chosen):,} of {len(paths):,} images of `{args.curves}`"
@@ -503,4 +510,4 @@ def writing(path):
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(message)s")
-    distributed.run_command(main)
+    distributed.run_command(main, "lower --size, or take --device cpu")
