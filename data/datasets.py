@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torchvision
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 from torch.utils.data import Dataset, get_worker_info
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -147,7 +147,29 @@ def load_image(path, max_pixels=MAX_PIXELS, max_scans=MAX_SCANS, mode="RGB", sto
         DataError: the file cannot be decoded, or only beyond the limits.
     """
     with decoding(path), open_image(path, max_pixels, max_scans, stored)[0] as image:
+        return in_8_bits(image, mode, path)
+
+
+def in_8_bits(image, mode, path):
+    """An image as :func:`open_image` returns it, in a PIL mode of 8 bits.
+
+    Values of 16 bits keep the upper 8 in grey too, as Pillow does it for colours.
+
+    Raises:
+        DataError: the values are floats or of 32 bits, and the file does not say which one is white.
+    """
+    if image.mode[0] not in "IF":
         return image.convert(mode)
+    # Pillow opens PGM files of 16 bits as 32, and brings them to the whole range.
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+        values = "floats" if image.mode == "F" else "signed or 32-bit numbers"
+        raise DataError(
+            f"{path} cannot be read as an image: its values are {values}, and no value is known to be white: "
+            "convert it to 8 or 16 bits, or remove it"
+        )
+    (bits,) = getattr(image, "tag_v2", {}).get(TiffImagePlugin.BITSPERSAMPLE, (16,))  # 12 are possible
+    values = np.right_shift(image, bits - 8).astype(np.uint8)
+    return Image.fromarray(values).convert(mode)
 
 
 class ImageFolder(torchvision.datasets.ImageFolder):
