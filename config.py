@@ -20,7 +20,7 @@ from yacs.config import CfgNode
 
 from models.geometry import CHOICES as MSG_CHOICES
 from optimizer import optimizer_names
-from utils import UserError
+from utils import UserError, printable
 
 # What a config and the BASE files below it may come to: a few lines of a stranger's could unfold to hours.
 MOST_FILES, MOST_BYTES = 100, 100_000
@@ -86,7 +86,8 @@ def default_config():
     # JPEG (progressive ones have about 10). What decodes for minutes or needs gigabytes is beyond that.
     config.DATA.MAX_PIXELS = 100_000_000
     config.DATA.MAX_SCANS = 100
-    # Data-loading worker processes for each training process; 0 loads in the training process itself.
+    # Data-loading worker processes for each training process, no more than it has cores; 0 loads in the
+    # training process itself.
     config.DATA.NUM_WORKERS = 8
 
     config.MODEL = CfgNode()
@@ -102,7 +103,8 @@ def default_config():
     config.MODEL.RESUME = ""
     # Checkpoint file whose weights start a new run (fine-tuning). The head is new if the classes differ.
     config.MODEL.PRETRAINED = ""
-    # Classes; taken from the data folder where there is one.
+    # Classes; taken from the data folder where there is one. A set of a single class is refused unless this
+    # is 1.
     config.MODEL.NUM_CLASSES = 1000
     # Dropout probability, in the residual branches and after the embedding.
     config.MODEL.DROP_RATE = 0.0
@@ -673,6 +675,11 @@ def get_config(args, dataset=None):
     if (timed or handed_over) and not {"AMP_OPT_LEVEL", "AMP_DTYPE"} & sources.keys():
         config.AMP_OPT_LEVEL = "O0"
     config.OUTPUT = os.path.join(config.OUTPUT, config.MODEL.NAME, config.TAG)
+    if printable(config.OUTPUT) != config.OUTPUT:
+        raise ConfigError(
+            f"the output folder {printable(config.OUTPUT)} has a name that is no UTF-8, and TensorBoard "
+            "cannot write there: choose another --output or --tag"
+        )
     config.freeze()
     return config
 

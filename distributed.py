@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from utils import UserError, end_workers
+from utils import UserError, end_workers, print_any_name
 
 
 def adopt_slurm():
@@ -161,6 +161,7 @@ def from_rank_0(make):
 
 def run_command(command):
     """Call ``command`` as the whole of a program: an expected error is one message, and no worker stays."""
+    print_any_name()
     try:
         adopt_slurm()
         command()

@@ -42,7 +42,7 @@ from detection.transforms import describe_evaluation as describe_detection
 from models.deploy import FORMATS, Exportable, InPyTorch, evaluating, require_packages, write_checked
 from models.ready import build_ready as build_classifier
 from models.ready import read_described
-from utils import UserError
+from utils import UserError, print_any_name
 
 BATCHES = 1, 2, 5  # numbers of images that files are compared on
 
@@ -240,6 +240,7 @@ def export(args):
 
 def main(argv=None):
     """Run the command; returns its exit code."""
+    print_any_name()
     try:
         return 0 if export(parse_args(argv)) else 1
     except (UserError, OSError) as error:
