@@ -4,6 +4,7 @@ import collections
 import contextlib
 import copy
 import io
+import itertools
 import logging
 import os
 import re
@@ -18,7 +19,7 @@ from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 from torch.utils.data import Dataset, get_worker_info
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from utils import UserError, seeded
+from utils import UserError, advice_on_look_alikes, seeded
 
 from .progressive import place_of_phase
 
@@ -27,6 +28,7 @@ from .progressive import place_of_phase
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 # DATA.MAX_PIXELS and DATA.MAX_SCANS of those who have no config.
 MAX_PIXELS, MAX_SCANS = 100_000_000, 100
+SPLITS = ("train", "val", "test")
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # of a JPEG; within a scan are zeros and restarts
 
 
@@ -210,6 +212,11 @@ class ImageFolder(torchvision.datasets.ImageFolder):
         report_found(
             f"{self.root}: {len(self.samples):,} images in {len(self.classes):,} classes", self.ignored
         )
+        for folder in (os.path.join(self.root, name) for name in self.classes if name in SPLITS):
+            if list_folder(folder)[0]:
+                logging.getLogger("msg_transformer").warning(
+                    f"{folder}, which holds folders, is taken for a class: if it is a set of its own, move it"
+                )
 
 
 def report_found(found, ignored):
@@ -294,6 +301,7 @@ def class_names(folder, ignored=None):
     if not os.path.isdir(folder):
         raise DataError(
             f"{folder} is not a folder: --data-path must hold train/<class>/<image> and val/<class>/<image>"
+            + _root_nearby(os.path.dirname(folder))
         )
     folders, files = list_folder(folder)
     names = sorted(entry.name for entry in folders if not entry.name.startswith("."))
@@ -307,13 +315,49 @@ def class_names(folder, ignored=None):
     return names
 
 
+def _root_nearby(root):
+    """Advice to take the folder above ``root``, or one in it, where that has train and val; else nothing."""
+    root = os.path.abspath(root)
+    nearby = [os.path.dirname(root)]
+    with contextlib.suppress(OSError):
+        nearby += sorted(entry.path for entry in os.scandir(root))
+    found = (path for path in nearby if all(os.path.isdir(os.path.join(path, s)) for s in ("train", "val")))
+    return "".join(f"; {path} does: --data-path {path}" for path in itertools.islice(found, 1))
+
+
+def require_classes(dataset, number):
+    """Refuse a set of one class, whose loss would be 0: mostly its class folders are one level too deep.
+
+    Args:
+        dataset: has ``root`` and ``classes``.
+        number: ``MODEL.NUM_CLASSES``, which asks for such a set if it is 1.
+
+    Raises:
+        DataError: there is one class.
+    """
+    if len(dataset.classes) > 1 or number == 1:
+        return
+    root, (name,) = dataset.root, dataset.classes
+    folder, advice = os.path.join(root, name), ""
+    folders = list_folder(folder)[0] if os.path.isdir(folder) else []
+    if below := sorted(entry.name for entry in folders if not entry.name.startswith(".")):
+        listed = f"{', '.join(below[:3])}{' ...' if len(below) > 3 else ''}"
+        advice = f"; {folder} holds the folders {listed}: if they are the classes, "
+        if {"train", "val"} <= {*below}:
+            advice += f"take --data-path {folder}"
+        else:
+            split = os.path.basename(root)
+            advice += f"--data-path must hold {split}/{below[0]} and not {split}/{name}/{below[0]}"
+    raise DataError(f"{root} has a single class, {name}{advice}; MODEL.NUM_CLASSES 1 asks for a single class")
+
+
 def is_image(name):
-    """Whether a file name ends like that of an image."""
-    return name.lower().endswith(IMG_EXTENSIONS)
+    """Whether a file name ends like that of an image; the notes of a Mac on one (``._1.png``) are none."""
+    return name.lower().endswith(IMG_EXTENSIONS) and not os.path.basename(name).startswith("._")
 
 
 def find_images(folder, name, ignored, wanted=is_image):
-    """Paths of the images of a class, in the order of torchvision's ImageFolder.
+    """Paths of the images of a class, in the order of torchvision's ImageFolder; hidden folders are left out.
 
     Links are followed, except to a folder that holds them, which would show its images again and again.
 
@@ -336,6 +380,9 @@ def find_images(folder, name, ignored, wanted=is_image):
         found.append((path, sorted(filter(wanted, files))))
         ignored.update(ending(name) for name in files if not wanted(name))
         for entry in folders:
+            if entry.name.startswith("."):
+                ignored["hidden folders"] += 1
+                continue
             below = os.path.join(path, entry.name)
             inside = _with_parents(below) if entry.is_symlink() else [_identity(below)]
             if inside[0] in holders:
@@ -389,6 +436,8 @@ def _is_folder(entry):
 
 def ending(name):
     """The ending of a file name, in lower case, for a count."""
+    if os.path.basename(name).startswith("._"):
+        return "notes of a Mac (._*)"
     return os.path.splitext(name)[1].lower() or "no ending"
 
 
@@ -409,7 +458,11 @@ def require_same_classes(here, classes, there, other_classes):
     if other_classes == classes:
         return
     difference = sorted(set(classes) ^ set(other_classes))
-    listed = f"only one of them has {', '.join(difference[:5])}{' ...' if len(difference) > 5 else ''}"
+    advice = advice_on_look_alikes(difference)
+    if advice:
+        difference = sorted(map(ascii, difference))
+    names = ", ".join(difference[:5])
+    listed = f"only one of them has {names}{' ...' if len(difference) > 5 else ''}{advice}"
     raise DataError(
         f"{here} and {there} have different classes ({len(classes)} and {len(other_classes)}): "
         + (listed if difference else "they are in another order")
