@@ -217,7 +217,6 @@ def files_in(path, nested=False):
             raise DataError(f"{path} has {name} as a sparse file: make the tar without --sparse")
         if member.islnk():
             target = member.linkname  # its file as it is now, whatever replaces that later
-            target = links.get(target, target)
         elif member.issym():
             target = posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))
         if target in files and member.islnk():

@@ -413,6 +413,13 @@ def test_links_to_no_file_of_the_tar_are_refused(tmp_path, kind, target):
     assert "val.tar has dog/" in words and "no file in the tar: make the tar with --dereference" in words
 
 
+def test_names_above_the_folder_and_notes_on_tars_are_as_tar_unpacks_them(tmp_path):
+    tar_of(tmp_path / "val.tar", **{"../a/1.png": png(), "._b.tar": b"a note"})
+    dataset = open_dataset("tar", str(tmp_path), "val", None)
+    assert dataset.paths == [str(tmp_path / "val.tar/a/1.png")]
+    assert dataset.source.ignored == {"notes of a Mac (._*)": 1}
+
+
 def test_sparse_images_are_refused(tmp_path):
     member = tarfile.TarInfo("cat/1.png")
     member.type = tarfile.GNUTYPE_SPARSE
