@@ -30,7 +30,7 @@ from timm.models import clean_state_dict
 
 from memory import memory_limit
 from models.loading import fit_weights
-from utils import UserError, replacing, sync_folder
+from utils import UserError, advice_on_look_alikes, replacing, sync_folder
 
 BEST = "best.pth"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)
@@ -686,7 +686,7 @@ def class_difference(saved, own):
         if names:
             some = ", ".join(map(_short, names[:3]))
             parts.append(f"only {where} has {some}{' ...' if len(names) > 3 else ''}")
-    return "; ".join(parts)
+    return "; ".join(parts) + advice_on_look_alikes([*lost, *new])
 
 
 def _short(value):

@@ -18,7 +18,7 @@ from pathlib import PurePath
 import yaml
 from yacs.config import CfgNode
 
-from launch import UserError, adopt_launcher, telling_errors
+from launch import UserError, adopt_launcher, printable, telling_errors
 
 # What a config and the BASE files below it may come to: a few lines of a stranger's could unfold to hours.
 MOST_FILES, MOST_BYTES = 100, 100_000
@@ -94,7 +94,8 @@ def default_config():
     # Photos that are stored turned and carry an EXIF orientation: ignore it, as the official code does, or
     # apply it in training and evaluation. Predictions and pictures of messengers always apply it.
     config.DATA.EXIF_ORIENTATION = "ignore"
-    # Data-loading worker processes for each training process; 0 loads in the training process itself.
+    # Data-loading worker processes for each training process, no more than it has cores; 0 loads in the
+    # training process itself.
     config.DATA.NUM_WORKERS = 8
 
     config.MODEL = CfgNode()
@@ -110,7 +111,8 @@ def default_config():
     config.MODEL.RESUME = ""
     # Checkpoint file whose weights start a new run (fine-tuning). The head is new if the classes differ.
     config.MODEL.PRETRAINED = ""
-    # Classes; taken from the data folder where there is one.
+    # Classes; taken from the data folder where there is one. A set of a single class is refused unless this
+    # is 1.
     config.MODEL.NUM_CLASSES = 1000
     # Dropout probability, in the residual branches and after the embedding.
     config.MODEL.DROP_RATE = 0.0
@@ -721,6 +723,11 @@ def get_config(args, dataset=None):
     if (timed or handed_over) and not {"AMP_OPT_LEVEL", "AMP_DTYPE"} & sources.keys():
         config.AMP_OPT_LEVEL = "O0"
     config.OUTPUT = os.path.join(config.OUTPUT, config.MODEL.NAME, config.TAG)
+    if printable(config.OUTPUT) != config.OUTPUT:
+        raise ConfigError(
+            f"the output folder {printable(config.OUTPUT)} has a name that is no UTF-8, and TensorBoard "
+            "cannot write there: choose another --output or --tag"
+        )
     config.freeze()
     return config
 

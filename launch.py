@@ -16,6 +16,7 @@ class UserError(ValueError):
 @contextlib.contextmanager
 def telling_errors():
     """Context that ends the program with one message and exit code 1 where a UserError is raised in it."""
+    print_any_name()
     try:
         yield
     except UserError as error:
@@ -26,6 +27,17 @@ def telling_errors():
         # An error of a data-loading worker comes with the worker's traceback in front of the message.
         message = str(error).strip().rpartition(f"{type(error).__name__}: ")[2]
         sys.exit(f"error: {message}")
+
+
+def printable(text):
+    """Text that every file and console takes: what is no UTF-8, in a file name, becomes escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def print_any_name():
+    """Let the names of files that are no UTF-8 be printed, with escapes, rather than end the program."""
+    with contextlib.suppress(AttributeError):  # a notebook's output takes them
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def is_launched():

@@ -22,7 +22,8 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-from utils import UserError, replacing
+from launch import UserError, printable
+from utils import replacing
 
 DRAWN = ("epoch", "train_loss", "val_loss", "acc1", "acc5", "lr")  # of the metrics of an epoch
 PROJECT = "msg-transformer"  # of tracked runs
@@ -310,7 +311,9 @@ def write_image(folder, tag, picture):
 def write_hyperparameters(board, values, drawn):
     """Write hyper-parameters for TensorBoard, which sets them beside the last of the scalars ``drawn``."""
     # Truth values would become 0 and 1.
-    plain = {key: value if type(value) in (int, float, str) else str(value) for key, value in values.items()}
+    plain = {
+        key: value if type(value) in (int, float) else printable(str(value)) for key, value in values.items()
+    }
     scores = dict.fromkeys((f"epoch/{name}" for name in drawn if name not in ("epoch", "lr")), 0)
     for summary in hparams(plain, scores):
         board.file_writer.add_summary(summary)

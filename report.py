@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import functools
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.nn.functional import cross_entropy
@@ -221,7 +223,7 @@ def write_report(folder, outcomes, names, paths, about):
             json.dump(content, file, indent=1)
         with (
             replacing(os.path.join(folder, FILES[1])) as temporary,
-            open(temporary, "w", encoding="utf-8", newline="") as file,
+            open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file,
         ):
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
@@ -351,6 +353,7 @@ def draw_confusions(outcomes, names, path):
 
 
 def _short(name, most=26):
+    name = drawable(name)
     return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
@@ -431,7 +434,22 @@ def contact_sheet(tiles, title, columns=6, side=208):
 
 def font(size):
     """The font of all text on images, which comes with matplotlib; ``size`` in pixels."""
-    return ImageFont.truetype(os.path.join(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), size)
+    return ImageFont.truetype(_font_file(), size)
+
+
+def _font_file():
+    return os.path.join(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")
+
+
+@functools.cache
+def _characters():
+    return FT2Font(_font_file()).get_charmap().keys()
+
+
+def drawable(text):
+    """The text of a picture, with an escape (``\\u732b``) for each character that the font does not have."""
+    known = (ord(letter) in _characters() or letter.isspace() for letter in text)
+    return "".join(c if k else c.encode("ascii", "backslashreplace").decode() for c, k in zip(text, known))
 
 
 def enlarged(image, side=224):
@@ -470,7 +488,7 @@ def caption(image, scores):
 
 def fitting(text, letters, width):
     """The text, or as much of its beginning as fits into ``width`` pixels of the font ``letters``."""
-    text = " ".join(text.split())
+    text = drawable(" ".join(text.split()))
     if letters.getlength(text) <= width:
         return text
     while text and letters.getlength(text + "…") > width:

@@ -3,11 +3,13 @@
 Whatever differs between Linux, macOS and Windows is here.
 """
 
+import collections
 import contextlib
 import multiprocessing
 import os
 import random
 import signal
+import unicodedata
 import uuid
 import zlib
 from dataclasses import dataclass
@@ -113,6 +115,24 @@ def seeded(purpose, *numbers, restore=True):
 
 def _seed_of(purpose, numbers):
     return int(np.random.SeedSequence([zlib.crc32(purpose.encode()), *numbers]).generate_state(1)[0])
+
+
+def advice_on_look_alikes(names):
+    """What to do about names that differ in Unicode's form only and look alike; empty where none do.
+
+    Accents may be part of a letter (NFC) or follow it (NFD, as some systems of Apple write file names).
+    """
+    forms = collections.defaultdict(list)
+    for name in sorted(names):
+        forms[unicodedata.normalize("NFC", name)].append(name)
+    alike = next((found for found in forms.values() if len(found) > 1), None)
+    if alike is None:
+        return ""
+    pair = " and ".join(map(ascii, alike[:2]))
+    return (
+        f"; {pair} are both {alike[0]!r}, in two Unicode forms (NFC and NFD): rename the folders of one "
+        "set, for example with convmv -r -f utf8 -t utf8 --nfc --notest <folder>"
+    )
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import contextlib
 import copy
 import errno
 import io
+import itertools
 import logging
 import os
 import re
@@ -15,11 +16,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torchvision
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 from torch.utils.data import Dataset, get_worker_info
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from utils import UserError, seeded
+from utils import UserError, advice_on_look_alikes, seeded
 
 from .progressive import place_of_phase
 
@@ -32,6 +33,7 @@ MAX_PIXELS, MAX_SCANS = 100_000_000, 100
 _TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2))
 _LOOKED_AT = 256  # images of a set whose EXIF orientations are counted
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of the machine, which is no fault of a file
+SPLITS = ("train", "val", "test")
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # of a JPEG; within a scan are zeros and restarts
 
 
@@ -171,9 +173,31 @@ def load_image(path, max_pixels=MAX_PIXELS, max_scans=MAX_SCANS, mode="RGB", sto
         DataError: the file cannot be decoded, or only beyond the limits.
     """
     with decoding(path), open_image(path, max_pixels, max_scans, stored)[0] as image:
-        converted = image.convert(mode)
+        converted = in_8_bits(image, mode, path)
         orientation = orientation_of(image) if turn else 1
         return converted.transpose(_TURNS[orientation]) if orientation > 1 else converted
+
+
+def in_8_bits(image, mode, path):
+    """An image as :func:`open_image` returns it, in a PIL mode of 8 bits.
+
+    Values of 16 bits keep the upper 8 in grey too, as Pillow does it for colours.
+
+    Raises:
+        DataError: the values are floats or of 32 bits, and the file does not say which one is white.
+    """
+    if image.mode[0] not in "IF":
+        return image.convert(mode)
+    # Pillow opens PGM files of 16 bits as 32, and brings them to the whole range.
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+        values = "floats" if image.mode == "F" else "signed or 32-bit numbers"
+        raise DataError(
+            f"{path} cannot be read as an image: its values are {values}, and no value is known to be white: "
+            "convert it to 8 or 16 bits, or remove it"
+        )
+    (bits,) = getattr(image, "tag_v2", {}).get(TiffImagePlugin.BITSPERSAMPLE, (16,))  # 12 are possible
+    values = np.right_shift(image, bits - 8).astype(np.uint8)
+    return Image.fromarray(values).convert(mode)
 
 
 class ImageFolder(torchvision.datasets.ImageFolder):
@@ -214,6 +238,11 @@ class ImageFolder(torchvision.datasets.ImageFolder):
         report_found(
             f"{self.root}: {len(self.samples):,} images in {len(self.classes):,} classes", self.ignored
         )
+        for folder in (os.path.join(self.root, name) for name in self.classes if name in SPLITS):
+            if list_folder(folder)[0]:
+                logging.getLogger("msg_transformer").warning(
+                    f"{folder}, which holds folders, is taken for a class: if it is a set of its own, move it"
+                )
 
 
 def report_orientations(paths, stored, turn):
@@ -326,6 +355,7 @@ def class_names(folder, ignored=None):
     if not os.path.isdir(folder):
         raise DataError(
             f"{folder} is not a folder: --data-path must hold train/<class>/<image> and val/<class>/<image>"
+            + _root_nearby(os.path.dirname(folder))
         )
     folders, files = list_folder(folder)
     names = sorted(entry.name for entry in folders if not entry.name.startswith("."))
@@ -339,13 +369,49 @@ def class_names(folder, ignored=None):
     return names
 
 
+def _root_nearby(root):
+    """Advice to take the folder above ``root``, or one in it, where that has train and val; else nothing."""
+    root = os.path.abspath(root)
+    nearby = [os.path.dirname(root)]
+    with contextlib.suppress(OSError):
+        nearby += sorted(entry.path for entry in os.scandir(root))
+    found = (path for path in nearby if all(os.path.isdir(os.path.join(path, s)) for s in ("train", "val")))
+    return "".join(f"; {path} does: --data-path {path}" for path in itertools.islice(found, 1))
+
+
+def require_classes(dataset, number):
+    """Refuse a set of one class, whose loss would be 0: mostly its class folders are one level too deep.
+
+    Args:
+        dataset: has ``root`` and ``classes``.
+        number: ``MODEL.NUM_CLASSES``, which asks for such a set if it is 1.
+
+    Raises:
+        DataError: there is one class.
+    """
+    if len(dataset.classes) > 1 or number == 1:
+        return
+    root, (name,) = dataset.root, dataset.classes
+    folder, advice = os.path.join(root, name), ""
+    folders = list_folder(folder)[0] if os.path.isdir(folder) else []
+    if below := sorted(entry.name for entry in folders if not entry.name.startswith(".")):
+        listed = f"{', '.join(below[:3])}{' ...' if len(below) > 3 else ''}"
+        advice = f"; {folder} holds the folders {listed}: if they are the classes, "
+        if {"train", "val"} <= {*below}:
+            advice += f"take --data-path {folder}"
+        else:
+            split = os.path.basename(root)
+            advice += f"--data-path must hold {split}/{below[0]} and not {split}/{name}/{below[0]}"
+    raise DataError(f"{root} has a single class, {name}{advice}; MODEL.NUM_CLASSES 1 asks for a single class")
+
+
 def is_image(name):
-    """Whether a file name ends like that of an image."""
-    return name.lower().endswith(IMG_EXTENSIONS)
+    """Whether a file name ends like that of an image; the notes of a Mac on one (``._1.png``) are none."""
+    return name.lower().endswith(IMG_EXTENSIONS) and not os.path.basename(name).startswith("._")
 
 
 def find_images(folder, name, ignored, wanted=is_image):
-    """Paths of the images of a class, in the order of torchvision's ImageFolder.
+    """Paths of the images of a class, in the order of torchvision's ImageFolder; hidden folders are left out.
 
     Links are followed, except to a folder that holds them, which would show its images again and again.
 
@@ -368,6 +434,9 @@ def find_images(folder, name, ignored, wanted=is_image):
         found.append((path, sorted(filter(wanted, files))))
         ignored.update(ending(name) for name in files if not wanted(name))
         for entry in folders:
+            if entry.name.startswith("."):
+                ignored["hidden folders"] += 1
+                continue
             below = os.path.join(path, entry.name)
             inside = _with_parents(below) if entry.is_symlink() else [_identity(below)]
             if inside[0] in holders:
@@ -423,6 +492,8 @@ def _is_folder(entry):
 
 def ending(name):
     """The ending of a file name, in lower case, for a count."""
+    if os.path.basename(name).startswith("._"):
+        return "notes of a Mac (._*)"
     return os.path.splitext(name)[1].lower() or "no ending"
 
 
@@ -443,7 +514,11 @@ def require_same_classes(here, classes, there, other_classes):
     if other_classes == classes:
         return
     difference = sorted(set(classes) ^ set(other_classes))
-    listed = f"only one of them has {', '.join(difference[:5])}{' ...' if len(difference) > 5 else ''}"
+    advice = advice_on_look_alikes(difference)
+    if advice:
+        difference = sorted(map(ascii, difference))
+    names = ", ".join(difference[:5])
+    listed = f"only one of them has {names}{' ...' if len(difference) > 5 else ''}{advice}"
     raise DataError(
         f"{here} and {there} have different classes ({len(classes)} and {len(other_classes)}): "
         + (listed if difference else "they are in another order")

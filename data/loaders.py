@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+import os
 import signal
 import sys
 
@@ -20,6 +21,7 @@ from .datasets import (
     TrainingSamples,
     load_image,
     report_orientations,
+    require_classes,
     require_same_classes,
 )
 from .progressive import build_phases, place_of_phase
@@ -28,6 +30,7 @@ from .samplers import TrainBatchSampler, evaluation_shard
 from .transforms import build_transform, image_mode
 
 LARGEST_FAILED_SHARE = 0.01
+LARGEST_SHARE_LEFT_OUT = 0.1  # of the images of an epoch, without a warning
 
 
 class Loader:
@@ -38,14 +41,16 @@ class Loader:
         paths: the file of every index.
         to_device: moves an iterable of batches to the device, as :class:`ToDevice` does.
         turn: whether images are turned as EXIF says, for the log.
+        workers: ``DATA.NUM_WORKERS``, where the log is to say that there are fewer.
 
     Raises:
         DataError: while iterating, once this process alone has failed to read more than 1% of all files;
             :meth:`check_failures` counts the failures of all processes.
     """
 
-    def __init__(self, loader, paths, to_device, turn=False):
-        self.loader, self.paths, self.to_device, self.turn = loader, paths, to_device, turn
+    def __init__(self, loader, paths, to_device, turn=False, workers=0):
+        self.loader, self.paths, self.to_device = loader, paths, to_device
+        self.turn, self.workers = turn, workers
         self.failed, self.failed_now = set(), set()
         self.phase = None  # of progressive resizing, the one that the log knows of
 
@@ -108,9 +113,22 @@ class Loader:
                 f"images, others each time, up to {sampler.repeats} times each"
             )
         elif isinstance(sampler, TrainBatchSampler) and (left := sampler.length % sampler.images_per_update):
-            logging.getLogger("msg_transformer").info(
+            level, advice = logging.INFO, ""
+            if left > (most := LARGEST_SHARE_LEFT_OUT * sampler.length):
+                per_image = sampler.images_per_update // sampler.batch_size
+                sizes = range(1, sampler.length // per_image + 1)
+                enough = [size for size in sizes if sampler.length % (size * per_image) <= most]
+                better = min(enough, key=lambda size: abs(size - sampler.batch_size), default=None)
+                advice = f"--batch-size {better}" if better else "a lower TRAIN.ACCUMULATION_STEPS"
+                level, advice = logging.WARNING, f": {advice} leaves out fewer"
+            logging.getLogger("msg_transformer").log(
+                level,
                 f"{left:,} of these images, others each time, are left out of an epoch: they do not fill an "
-                f"update of {sampler.parts()}"
+                f"update of {sampler.parts()}{advice}",
+            )
+        if self.workers > self.loader.num_workers:
+            logging.getLogger("msg_transformer").info(
+                f"DATA.NUM_WORKERS {self.workers} -> {self.loader.num_workers}, the cores of each process"
             )
 
     def _report(self, index):
@@ -203,11 +221,17 @@ def start_worker(worker):
         sys.modules["cv2"].setNumThreads(0)
 
 
+def cores_of_process():
+    """The cores that the system gives this process, shared with the others of a launcher on this machine."""
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, found // int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+
+
 def worker_options(config, device):
-    """Arguments of a DataLoader that concern its workers."""
+    """Arguments of a DataLoader that concern its workers; there are no more of them than cores."""
     return dict(
         worker_init_fn=start_worker,
-        num_workers=config.DATA.NUM_WORKERS,
+        num_workers=min(config.DATA.NUM_WORKERS, cores_of_process()),
         persistent_workers=config.DATA.NUM_WORKERS > 0,
         pin_memory=device.type == "cuda" and config.DATA.PIN_MEMORY,
         # Without a generator of its own, a loader draws from the one that dropout uses, in every epoch.
@@ -280,9 +304,10 @@ def build_loaders(config, rank=0, world_size=1, device="cpu"):
     to_device, options = ToDevice(device), dict(worker_options(config, device), collate_fn=collate)
     read, transform = build_reader(config, is_train=False)
     val = open_dataset(kind, root, "val", transform, read)
+    require_classes(val, config.MODEL.NUM_CLASSES)
     shard = evaluation_shard(len(val), rank, world_size)
     loader = DataLoader(EvaluationSamples(val, skip), config.DATA.BATCH_SIZE, sampler=shard, **options)
-    val_loader = Loader(loader, val.paths, to_device, turn=turns(config))
+    val_loader = Loader(loader, val.paths, to_device, turns(config), config.DATA.NUM_WORKERS)
     if config.EVAL_MODE or config.THROUGHPUT_MODE:
         return None, None, val_loader, val.classes
     read, transform = build_reader(config, is_train=True)

@@ -16,7 +16,7 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolation, interp_mode_to_str
 from torchvision import transforms
 
-from .datasets import MAX_PIXELS, MAX_SCANS, decoding, open_image, orientation_of
+from .datasets import MAX_PIXELS, MAX_SCANS, decoding, in_8_bits, open_image, orientation_of
 from .opencv_operations import FASTER, Flip, ThroughPillow, interpolate, resize, to_tensor
 from .transforms import aspect_box, augment_operations, covering_size, evaluation_sizes
 from .transforms import build_transform as build_for_pillow
@@ -71,7 +71,7 @@ class ImageFile:
         reduction = next((factor for factor in (8, 4, 2) if 2 * factor <= scale), 1)
         with decoding(self.path):
             pixels = self._decode_jpeg(reduction) if self.is_sound else None
-            by_pillow = None if pixels is not None else np.array(self.image.convert("RGB"))
+            by_pillow = None if pixels is not None else np.array(in_8_bits(self.image, "RGB", self.path))
         if by_pillow is not None:
             by_pillow = turned(by_pillow, self.orientation)
             return by_pillow[top : top + height, left : left + width]

@@ -11,6 +11,7 @@ import concurrent.futures
 import functools
 import io
 import os
+import posixpath
 import re
 import tarfile
 from typing import NamedTuple
@@ -37,6 +38,7 @@ from .datasets import (
 # What files of a split may be called; the test set only where there is no other.
 NAMES = dict(train=("train", "training"), val=("val", "valid", "validation", "eval", "evaluation", "test"))
 MOST_CLASSES = 10**6  # as MODEL.NUM_CLASSES may have
+HIDDEN_FOLDER = re.compile(r"(?:[^/]*/)*?\.[^/]*/")  # the first one of a path in a tar
 
 
 def open_dataset(kind, root, split, transform, loader=load_image):
@@ -165,7 +167,8 @@ def find_archives(root, split):
     """
 
     def tars_in(folder):
-        return sorted(entry.path for entry in os.scandir(folder) if entry.name.lower().endswith(".tar"))
+        shown = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+        return sorted(entry.path for entry in shown if entry.name.lower().endswith(".tar"))
 
     for name in NAMES[split]:
         whole, folder = os.path.join(root, f"{name}.tar"), os.path.join(root, name)
@@ -192,11 +195,59 @@ def index_tars(archives, index):
         return list(pool.map(index, archives))
 
 
-def members_of(path, nested=False):
-    """Yield the files in a tar as (tar, member, first byte of the file in ``path``).
+def files_in(path, nested=False):
+    """The files that an unpacked tar would have, with links followed: ({name: (first byte, bytes)}, Counter).
+
+    The Counter has what is ignored already: all but the last member of a name, and what is no file.
 
     Args:
-        nested: also the files of tars in it; their member names then begin with that of the tar.
+        nested: also the files of tars in it; their names then begin with that of the tar.
+
+    Raises:
+        DataError: the tar is damaged or compressed, has a sparse image, or a link to what is no file in it.
+    """
+    files, links, ignored = {}, {}, collections.Counter()
+    for member, start in members_of(path, nested):
+        name, target = member.name, None
+        if member.isdir():
+            continue
+        if files.pop(name, None) or links.pop(name, None):
+            ignored["members that a later one replaces"] += 1
+        if member.issparse() and is_image(name):
+            raise DataError(f"{path} has {name} as a sparse file: make the tar without --sparse")
+        if member.islnk():
+            target = member.linkname  # its file as it is now, whatever replaces that later
+        elif member.issym():
+            target = posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))
+        if target in files and member.islnk():
+            files[name] = files[target]
+        elif target is not None:
+            links[name] = target
+        elif member.isfile() and not member.issparse():
+            files[name] = start, member.size
+        else:
+            ignored[ending(name)] += 1
+    for name in links:
+        target, passed = links[name], {name}
+        while target in links and target not in passed:
+            passed.add(target)
+            target = links[target]
+        is_lock = posixpath.basename(name).startswith(".") and not is_image(name)  # of an editor
+        if target in files:
+            files[name] = files[target]
+        elif not is_lock and not HIDDEN_FOLDER.match(name):
+            raise DataError(
+                f"{path} has {name}, a link to {links[name]}, which is no file in the tar: make the tar with "
+                "--dereference"
+            )
+    return files, ignored
+
+
+def members_of(path, nested=False):
+    """Yield what is in a tar as (member, first byte of the file in ``path``), named as it would be unpacked.
+
+    Args:
+        nested: also the members of tars in it; their names then begin with that of the tar.
 
     Raises:
         DataError: it is damaged or compressed.
@@ -216,55 +267,66 @@ def _members(tar, start, nested):
     last = -1
     while (member := tar.next()) is not None:
         tar.members = []  # it would keep all of them
-        member.name = member.name.lstrip("/")
+        member.name = _unpacked(member.name)
+        if member.islnk():
+            member.linkname = _unpacked(member.linkname)
         if member.offset <= last:  # of a false size, tarfile might go round in circles
             raise tarfile.ReadError("a member begins before the one that precedes it")
         last = member.offset
-        if not member.isfile() or member.issparse():
-            continue
-        if nested and member.name.lower().endswith(".tar"):
+        is_tar = member.isfile() and member.name.lower().endswith(".tar")
+        if nested and is_tar and not posixpath.basename(member.name).startswith("."):
+            folder = member.name[: -len(".tar")]
             with tarfile.open(fileobj=tar.extractfile(member), mode="r:") as inner:
-                for inside in _members(inner, start + member.offset_data, nested=False):
-                    inside[1].name = os.path.join(member.name[: -len(".tar")], inside[1].name)
-                    yield inside
+                for inside, place in _members(inner, start + member.offset_data, nested=False):
+                    inside.name = posixpath.join(folder, inside.name)
+                    if inside.islnk():
+                        inside.linkname = posixpath.join(folder, inside.linkname)
+                    yield inside, place
         else:
-            yield tar, member, start + member.offset_data
+            yield member, start + member.offset_data
+
+
+def _unpacked(name):
+    """The path below the current folder to which tar unpacks a member."""
+    return re.sub(r"^/*(\.\./)*", "", posixpath.normpath(name))
 
 
 def index_folders(archives):
     """The images of tars whose class folders are classes, in the order of an ImageFolder of the same images.
 
-    As in timm, the class of an image is the folder that holds it, or its tar where it is in no folder.
+    As in timm, the class of an image is the folder that holds it, or its tar where it is in no folder. Hidden
+    folders are left out.
 
     Returns:
         The values of an :class:`Archives`.
 
     Raises:
-        DataError: a tar cannot be read, or the only tar has an image outside of class folders.
+        DataError: a tar cannot be read, or the only tar has no class folders.
     """
 
     def index(path):
-        found, ignored = {}, collections.Counter()
-        for _, member, start in members_of(path, nested=True):
-            name = os.path.normpath(member.name)
-            folder, base = os.path.split(name)
-            if not is_image(name) or base.startswith("._"):  # the Mac's notes on a file
+        found, hidden = {}, set()
+        files, ignored = files_in(path, nested=True)
+        for name, place in files.items():
+            folder, base = posixpath.split(name)
+            if inside := HIDDEN_FOLDER.match(name):
+                hidden.add(inside[0])
+            elif not is_image(name):
                 ignored[ending(name)] += 1
-                continue
-            if not folder and len(archives) == 1:
-                raise DataError(f"{path} has {name} outside of the class folders: they must be in the tar")
-            of_tar = os.path.splitext(os.path.basename(path))[0]
-            found[folder, base] = (
-                os.path.basename(folder) or of_tar,
-                start,
-                member.size,
-            )  # the last one counts
+            elif not folder and len(archives) == 1:
+                ignored["images outside the class folders"] += 1
+            else:
+                of_tar = os.path.splitext(os.path.basename(path))[0]
+                found[folder, base] = posixpath.basename(folder) or of_tar, *place
+        ignored.update(["hidden folders"] * len(hidden))
         return found, ignored
 
     images, ignored = [], collections.Counter()
     for number, (found, others) in enumerate(index_tars(archives, index)):
         ignored.update(others)
         images += [(name, folder, base, number, *place) for (folder, base), (name, *place) in found.items()]
+    if not images and ignored["images outside the class folders"]:
+        raise DataError(f"{archives[0]} has no class folders: images belong in <class>/<image>")
     images.sort()
     names, folders, bases, numbers, starts, sizes = zip(*images) if images else [()] * 6
     classes, targets = np.unique(np.array(names, dtype=object), return_inverse=True)
@@ -287,19 +349,21 @@ def index_samples(archives, root):
     """
 
     def index(path):
-        images, labels, ignored = {}, {}, collections.Counter()
-        for tar, member, start in members_of(path):
-            match = re.fullmatch(r"(?:\./)?((?:.*/)?[^./]+)\.([^/]*)", member.name, re.DOTALL)
-            key, kind = match.groups() if match else (member.name, "")
-            if f".{kind.lower()}" in IMG_EXTENSIONS:
-                if key in images:
-                    raise DataError(f"{path} has two images of the name {key}: keep one")
-                images[key] = kind, start, member.size
-            elif kind == "cls":
-                tar.fileobj.seek(start)
-                labels[key] = _label(tar.fileobj.read(min(member.size, 20)), f"{path}/{key}.cls")
-            else:
-                ignored[ending(member.name)] += 1
+        images, labels = {}, {}
+        files, ignored = files_in(path)
+        with open(path, "rb") as tar:
+            for name, (start, size) in files.items():
+                match = re.fullmatch(r"((?:.*/)?[^./]+)\.([^/]*)", name, re.DOTALL)
+                key, kind = match.groups() if match and not HIDDEN_FOLDER.match(name) else (name, "")
+                if f".{kind.lower()}" in IMG_EXTENSIONS:
+                    if key in images:
+                        raise DataError(f"{path} has two images of the name {key}: keep one")
+                    images[key] = kind, start, size
+                elif kind == "cls":
+                    tar.seek(start)
+                    labels[key] = _label(tar.read(min(size, 20)), f"{path}/{key}.cls")
+                else:
+                    ignored[ending(name)] += 1
         if missing := next((key for key in images if key not in labels), None):
             raise DataError(f"{path} has no {missing}.cls, which would hold the class index of its image")
         return images, labels, ignored

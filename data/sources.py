@@ -89,7 +89,7 @@ def read_frames(path):
         DataError: OpenCV cannot decode it, or it ends long before it says, after its whole frames; what a
             file says of its length may be off by a few frames.
     """
-    video, count = cv2.VideoCapture(path), 0
+    video, count = _open_video(path), 0
     try:
         if video.get(cv2.CAP_PROP_FRAME_WIDTH) * video.get(cv2.CAP_PROP_FRAME_HEIGHT) > MAX_PIXELS:
             raise DataError(f"{path} cannot be used: its frames have more than {MAX_PIXELS:,} pixels")
@@ -107,7 +107,7 @@ def read_frames(path):
 
 def frame_rate(path):
     """Frames per second of a video; 25 where it does not say."""
-    video = cv2.VideoCapture(path)
+    video = _open_video(path)
     try:
         rate = video.get(cv2.CAP_PROP_FPS)
     finally:
@@ -115,8 +115,12 @@ def frame_rate(path):
     return rate if 0 < rate < 1000 else 25.0
 
 
+def _open_video(path):
+    return cv2.VideoCapture(os.fsencode(path))  # text that is no UTF-8 would end the process
+
+
 def _frames_of(path):
-    video = cv2.VideoCapture(path)
+    video = _open_video(path)
     try:
         return int(min(max(0, video.get(cv2.CAP_PROP_FRAME_COUNT)), 10**9))
     finally:
@@ -124,8 +128,8 @@ def _frames_of(path):
 
 
 def is_video(path):
-    """Whether a file name ends like that of a video."""
-    return path.lower().endswith(VIDEOS)
+    """Whether a file name ends like that of a video; the notes of a Mac on one are none."""
+    return path.lower().endswith(VIDEOS) and not os.path.basename(path).startswith("._")
 
 
 def find_files(words):

@@ -90,7 +90,7 @@ def build_loaders(config, rank=0, world_size=1, device="cpu"):
     shard = evaluation_shard(len(val), rank, world_size)
     # One image at a time: the padding of a batch would change what convolutions see at the borders.
     loader = DataLoader(EvaluationSamples(val, skip), 1, sampler=shard, **options)
-    val_loader = Loader(loader, val.paths, to_device, turn=turns(config))
+    val_loader = Loader(loader, val.paths, to_device, turns(config), config.DATA.NUM_WORKERS)
     if config.EVAL_MODE:
         return None, None, val_loader, val
     transform = build_transform(config, True, change_pixels)

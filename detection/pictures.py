@@ -14,7 +14,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_segmentation_masks
 
 from data.datasets import load_image
-from report import contact_sheet, enlarged, fitting, font, shown
+from report import contact_sheet, drawable, enlarged, fitting, font, shown
 from utils import replacing
 
 from .dataset import read_annotated
@@ -49,7 +49,7 @@ def draw_detections(samples, names, path, smallest_score=0.5, turn=False):
         _draw(left, image, truth, names)
         draw_crowd(left, truth.get("crowd"))
         _draw(right, image, {name: value[kept] for name, value in detection.items()}, names)
-        left.set_title(f"{os.path.basename(file)}: ground truth", fontsize=8, parse_math=False)
+        left.set_title(drawable(f"{os.path.basename(file)}: ground truth"), fontsize=8, parse_math=False)
         right.set_title(f"detections of score {smallest_score} and more", fontsize=8)
         if not kept.any():
             words = f"no detection of score {smallest_score} and more"
@@ -70,7 +70,7 @@ def _draw(axes, image, objects, names):
     ):
         x1, y1, x2, y2 = box
         axes.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], color=colour, lw=1)
-        name = names[label - 1]
+        name = drawable(names[label - 1])
         text = (name if len(name) <= 24 else f"{name[:23]}…") + ("" if score != score else f" {score:.2f}")
         background = dict(fc=colour, ec="none", pad=0.8)
         # Inside the image: to the left of its right half's corners, and below an edge at the top.

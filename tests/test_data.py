@@ -14,6 +14,7 @@ from helpers import digits_config, write_images
 from PIL import Image, ImageDraw
 from torchvision.transforms import InterpolationMode
 
+from checkpoint import class_difference
 from config import ConfigError
 from data import DataError, build_loaders
 from data.datasets import TrainingSamples, build_dataset, list_folder, load_image
@@ -350,9 +351,118 @@ def test_images_are_found_in_torchvisions_order(tmp_path):
         "val/c -> ../other/y", "val/b/again -> d", "val/A/lost.png -> nowhere", "val/A/.#lock -> me@here",
     )  # fmt: skip
     expected = torchvision.datasets.ImageFolder(os.path.join(root, "val"))
+    expected.samples = [sample for sample in expected.samples if "/.hidden/" not in sample[0]]
     found = build_dataset(root, "val", None)
-    assert found.samples == expected.samples and len(found.samples) == 16
-    assert found.targets == expected.targets and found.classes == expected.classes == ["A", "b", "b-c", "c"]
+    assert found.samples == expected.samples and len(found.samples) == 15
+    assert found.targets == [target for _, target in expected.samples]
+    assert found.classes == expected.classes == ["A", "b", "b-c", "c"]
+
+
+def test_hidden_folders_and_notes_of_a_mac_are_no_images(tmp_path):
+    root = tree(
+        tmp_path, "val/a/1.png", "val/a/.cache/1.png", "val/a/b/.trash/b/2.png", "val/a/._1.png",
+        "val/a/b/._2.JPG", "val/a/.shown.png", "val/._3.png",
+    )  # fmt: skip
+    dataset = build_dataset(root, "val", None)
+    assert [os.path.basename(path) for path in dataset.paths] == [".shown.png", "1.png"]
+    assert dataset.ignored == {"hidden folders": 2, "notes of a Mac (._*)": 3}
+
+
+def test_a_single_class_is_refused_unless_it_is_asked_for(tmp_path):
+    def found(*opts):
+        return build_loaders(digits_config(*opts, data_path=str(tmp_path), batch_size=1))[3]
+
+    for split in ("train", "val"):
+        tree(tmp_path / split, "images/cat/1.png", "images/dog/1.png", "images/.git/1")
+    advice = "holds the folders cat, dog: if they are the classes, --data-path must hold val/cat and not "
+    with pytest.raises(DataError, match=f"has a single class, images; .*val/images {advice}val/images/cat;"):
+        found()
+    assert found("MODEL.NUM_CLASSES", 1) == ["images"]
+    tree(tmp_path / "val/images", "train/1", "val/1")
+    with pytest.raises(DataError, match=f"take --data-path {tmp_path}/val/images; MODEL.NUM_CLASSES 1 asks"):
+        found()
+    for split in ("train", "val"):
+        tree(tmp_path / split, "more/1.png")
+    assert found() == ["images", "more"]
+
+
+def test_a_single_class_without_folders_is_refused_too(tmp_path):
+    write_images(tmp_path / "val", 1, classes=("a",))
+    assert refusal(tmp_path).endswith(
+        "val has a single class, a; MODEL.NUM_CLASSES 1 asks for a single class"
+    )
+
+
+@pytest.mark.parametrize("off", ["", "set/train"])
+def test_a_data_path_that_is_a_folder_off_is_told(tmp_path, off):
+    tree(tmp_path, "set/train/a/1.png", "set/train/b/1.png", "set/val/a/1.png", "set/val/b/1.png", "z/1", "1")
+    assert refusal(tmp_path / off).endswith(f"; {tmp_path}/set does: --data-path {tmp_path}/set")
+    assert "does:" not in refusal(tmp_path / "z")
+
+
+def test_a_set_within_a_set_is_told(tmp_path, caplog):
+    root = tree(tmp_path, "train/a/1.png", "train/val/1.png", "train/train/a/1.png", "train/train/b/1.png")
+    build_dataset(root, "train", None).report()
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warning.startswith(f"{root}/train/train, which holds folders, is taken for a class")
+
+
+def test_names_in_two_unicode_forms_are_told_apart(tmp_path):
+    composed, apart = "caf\xe9", "cafe\u0301"
+    tree(
+        tmp_path,
+        f"train/{composed}/1.png",
+        "train/x/1.png",
+        f"val/{apart}/1.png",
+        "val/x/1.png",
+        "val/y/1.png",
+    )
+    words = refusal(tmp_path)
+    assert "'caf\\xe9', 'cafe\\u0301', 'y';" in words and "(NFC and NFD): rename" in words
+    assert "'cafe\\u0301' and 'caf\\xe9' are both" in class_difference([composed, "x"], [apart, "x"])
+    assert "Unicode" not in class_difference(["caf\xe8"], [composed])
+
+
+@pytest.mark.parametrize(
+    "images, batch, accumulation, advice",
+    [
+        (150, 100, 1, "--batch-size 75 leaves out fewer"),
+        (23, 10, 1, "--batch-size 11 leaves out fewer"),
+        (23, 10, 2, "--batch-size 11 leaves out fewer"),
+        (23, 2, 6, "a lower TRAIN.ACCUMULATION_STEPS leaves out fewer"),
+        (100, 90, 1, None),
+        (100, 50, 1, None),
+    ],
+)
+def test_more_than_a_tenth_left_out_is_a_warning_with_a_better_batch_size(
+    tmp_path, caplog, images, batch, accumulation, advice
+):
+    tree(tmp_path, *(f"{split}/{i % 2}/{i}.png" for split in ("train", "val") for i in range(images)))
+    opts = ["DATA.NUM_WORKERS", 0, "TRAIN.ACCUMULATION_STEPS", accumulation]
+    train = build_loaders(digits_config(*opts, data_path=str(tmp_path), batch_size=batch))[0]
+    with caplog.at_level("INFO"):
+        train.report()
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(told) == bool(advice)
+    assert not advice or told[0].endswith(f"{accumulation} accumulated: {advice}")
+
+
+def test_workers_are_as_many_as_the_cores_and_the_log_says_so(folder, caplog, monkeypatch):
+    def workers(asked, **environment):
+        caplog.clear()
+        with monkeypatch.context() as patch, caplog.at_level("INFO"):
+            patch.setattr(os, "sched_getaffinity", lambda process: set(range(6)), raising=False)
+            for key, value in environment.items():
+                patch.setenv(key, value)
+            config = digits_config("DATA.NUM_WORKERS", asked, data_path=folder, batch_size=4)
+            train, _, val, _ = build_loaders(config)
+            train.report(), val.report()
+        assert train.loader.num_workers == val.loader.num_workers
+        return train.loader.num_workers, [line for line in caplog.messages if "NUM_WORKERS" in line]
+
+    assert workers(0) == (0, []) and workers(6) == (6, [])
+    assert workers(8) == (6, ["DATA.NUM_WORKERS 8 -> 6, the cores of each process"])
+    assert workers(8, LOCAL_WORLD_SIZE="2")[0] == 3 and workers(8, LOCAL_WORLD_SIZE="7")[0] == 1
 
 
 def test_links_to_a_parent_do_not_multiply_images(tmp_path):
@@ -406,7 +516,7 @@ def test_what_is_found_and_ignored_is_said(tmp_path, caplog):
         assert sorted(listed.split(", ")) == sorted([*ignored.split(", "), "no ending 1"])
     assert left == (
         "2 of these images, others each time, are left out of an epoch: they do not fill an update of 3 per "
-        "process, 1 processes, 1 accumulated"
+        "process, 1 processes, 1 accumulated: --batch-size 2 leaves out fewer"
     )
 
 

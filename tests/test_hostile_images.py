@@ -138,7 +138,6 @@ def readable_files():
         "animated_gif_named.png": encoded(picture("L"), "GIF", **frames),
         "animated.png": encoded(picture(), "PNG", **frames),
         "animated.webp": encoded(picture(), "WEBP", **frames),
-        "float.tif": encoded(picture("F"), "TIFF"),
         "cmyk.tiff": encoded(picture("CMYK"), "TIFF"),
         "1x1.png": encoded(picture(size=(1, 1)), "PNG"),
         "1x1.jpg": encoded(picture(size=(1, 1)), "JPEG"),
@@ -178,6 +177,8 @@ def unreadable_files():
         "tall.png": png_file([png_header(1, 10**7), (b"IDAT", rows), (b"IEND", b"")]),
         "scans.jpg": with_scans(encoded(picture(), "JPEG", progressive=True), 3000),
         "sequential_scans.jpg": with_scans(sequential_jpeg(), 3000),
+        "float.tif": encoded(picture("F"), "TIFF"),
+        "32_bit.tif": encoded(picture("I"), "TIFF"),
         "text_bomb.png": png_file([png_header(40, 28), (b"zTXt", text), (b"IDAT", data[b"IDAT"])]),
     }
 
@@ -207,9 +208,62 @@ def test_odd_images_are_used_as_pillow_converts_them(tmp_path):
     for name in os.listdir(tmp_path):
         image = load_image(str(tmp_path / name), turn=False)
         with Image.open(tmp_path / name) as file:
-            expected = file.convert("RGB")
+            grey_16 = file.mode == "I;16"
+            expected = (Image.fromarray((np.asarray(file) // 256).astype("u1")) if grey_16 else file).convert(
+                "RGB"
+            )
         assert image.mode == "RGB" and image.size == expected.size, name
         assert image.tobytes() == expected.tobytes(), name
+
+
+def tiff_of_12_bits(values):
+    """A TIFF file of one row of 12-bit grey."""
+    data = sum(value << 12 * place for place, value in enumerate(reversed(values)))
+    tags = [(256, len(values)), (257, 1), (258, 12), (259, 1), (262, 1), (273, 8 + 2 + 9 * 12 + 4), (277, 1)]
+    tags += [(278, 1), (279, len(values) * 12 // 8)]
+    entries = b"".join(struct.pack("<HHII", tag, 4 if tag == 273 else 3, 1, value) for tag, value in tags)
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+    return head + data.to_bytes(len(values) * 12 // 8, "big")
+
+
+def files_of_more_than_8_bits():
+    """Name to bytes of files whose upper 8 bits count from 0 to 255 in a row."""
+    ramp = np.arange(0, 2**16, 256, dtype=np.uint16)[None] + 200
+    colours = png_file(
+        [
+            (b"IHDR", struct.pack(">IIBBBBB", 256, 1, 16, 2, 0, 0, 0)),
+            (b"IDAT", zlib.compress(b"\0" + ramp.repeat(3, 1).astype(">u2").tobytes())),
+            (b"IEND", b""),
+        ]
+    )
+    return {
+        "grey.png": encoded(Image.fromarray(ramp), "PNG"),
+        "colours.png": colours,
+        "grey.tif": encoded(Image.fromarray(ramp), "TIFF"),
+        "big_endian.tif": encoded(Image.fromarray(ramp.astype(">u2")), "TIFF"),
+        "12_bits.tif": tiff_of_12_bits([int(value) >> 4 for value in ramp[0]]),
+        "grey.pgm": b"P5 256 1 65535\n" + ramp.astype(">u2").tobytes(),
+    }
+
+
+@pytest.mark.parametrize("name", files_of_more_than_8_bits())
+def test_of_more_than_8_bits_the_upper_8_are_kept(tmp_path, name):
+    write_files(tmp_path, files_of_more_than_8_bits())
+    path, expected = str(tmp_path / name), np.arange(256)
+    for mode in ("L", "RGB", "RGBA"):
+        image = load_image(path, mode=mode)
+        assert image.mode == mode
+        np.testing.assert_array_equal(np.asarray(image.convert("RGB"))[0], expected[:, None].repeat(3, 1))
+    np.testing.assert_array_equal(ImageFile(path).crop(0, 0, 256, 1, 1)[0], expected[:, None].repeat(3, 1))
+
+
+@pytest.mark.parametrize("mode, what", [("F", "floats"), ("I", "signed or 32-bit numbers")])
+def test_values_without_a_known_white_are_refused(tmp_path, mode, what):
+    path = str(tmp_path / "depth.tif")
+    picture(mode).save(path)
+    for read in (load_image, lambda path: ImageFile(path).crop(0, 0, 9, 9, 1)):
+        with pytest.raises(DataError, match=f"values are {what}, and no value is .* convert it to 8 or 16"):
+            read(path)
 
 
 def test_rotation_is_left_alone_and_animations_give_their_first_frame(tmp_path):

@@ -2,7 +2,10 @@
 
 import csv
 import json
+import os
+import shutil
 import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -121,6 +124,27 @@ def test_what_cannot_be_read_is_listed_and_the_exit_code_says_so(
     bad = {*(str(folder / name) for name in ("half.png", "words.jpg", "no.mp4")), str(tmp_path / "none*.png")}
     assert set(content["skipped"]) == bad and "skipped 4 of 5 files" in told and "ignored: .txt 1" in told
     assert all(path in told for path in bad)
+
+
+def test_files_of_names_that_are_no_utf_8_are_read_and_listed(checkpoint, data, tmp_path, monkeypatch):
+    name = os.fsdecode(b"\xc2\xed")
+    write_video(tmp_path / "clip.avi", [9, 99], "MJPG")
+    os.rename(tmp_path / "clip.avi", tmp_path / f"{name}.avi")
+    shutil.copy(data / "val" / "a" / "0.png", tmp_path / f"{name}.png")
+    (tmp_path / "._clip.mp4").write_bytes(b"a note of a Mac")
+    options = ["--workers", 0, "--csv", tmp_path / "p.csv", "--json", tmp_path / "p.json"]
+    assert run(monkeypatch, checkpoint, tmp_path, *options, "--pictures", tmp_path / "drawn") == 0
+    rows = (tmp_path / "p.csv").read_text("utf-8").splitlines()
+    assert [row.split(",")[:2] for row in rows[1:]] == [
+        [rf"{tmp_path}/\udcc2\udced.avi", "0"],
+        [rf"{tmp_path}/\udcc2\udced.avi", "1"],
+        [rf"{tmp_path}/\udcc2\udced.png", ""],
+    ]
+    content = json.loads((tmp_path / "p.json").read_text())
+    assert [Path(entry["file"]).name for entry in content["predictions"]] == [f"{name}.avi"] * 2 + [
+        f"{name}.png"
+    ]
+    assert (tmp_path / "drawn" / f"{name}.png").exists()
 
 
 def test_frames_of_videos_are_taken_in_order_and_a_torn_video_is_a_problem(tmp_path):

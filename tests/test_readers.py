@@ -28,6 +28,7 @@ from data import DataError, build_loaders
 from data.datasets import ImageFolder, build_dataset
 from data.readers import open_dataset
 
+ONE_CLASS = ["MODEL.NUM_CLASSES", 1]
 RECIPE = ["AUG.AUTO_AUGMENT", "rand-m9-mstd0.5-inc1", "AUG.HFLIP", 0.5, "DATA.NUM_WORKERS", 0]
 
 
@@ -307,13 +308,144 @@ def png(size=8):
     return file.getvalue()
 
 
+def link(tar, name, target, kind=tarfile.SYMTYPE):
+    """Add a link to an open tar."""
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, target
+    tar.addfile(member)
+
+
+def found_in(dataset, root):
+    """The images of a dataset: (path below its root, name of the class, pixels)."""
+    entries = [(path, *dataset[i]) for i, path in enumerate(dataset.paths)]
+    return [
+        (os.path.relpath(path, root), dataset.classes[target], pixels) for path, pixels, target in entries
+    ]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_tar_gives_exactly_what_its_unpacked_folder_gives(tmp_path, nested):
+    path = tmp_path / "val.tar"
+    with tarfile.open(path, "w") as tar:
+        add(tar, "cat/1.png", png())
+        add(tar, "cat/1.txt", b"notes")
+        add(tar, "./cat/2.PNG", png())
+        add(tar, "cat/1.png", png())  # the last one counts
+        add(tar, "/cat//3.jpg", png())
+        add(tar, "cat/sub/../4.png", png())
+        add(tar, "cat/._1.png", b"a note")
+        add(tar, "._5.png", b"a note")
+        add(tar, "cat/.shown.png", png())
+        add(tar, "cat/.cache/1.png", png())
+        add(tar, "cat/.cache/deeper/6.png", png())
+        add(tar, ".git/7.png", png())
+        add(tar, "outside.png", png())
+        add(tar, "README", b"pictures")
+        link(tar, "dog/1.png", "./cat/2.PNG", tarfile.LNKTYPE)
+        link(tar, "dog/2.png", "../cat/1.png")
+        link(tar, "dog/3.png", "2.png")
+        link(tar, "dog/.#lock", "me@here")
+        link(tar, "dog/again.txt", "../cat/1.txt")
+        link(tar, ".git/head", "nowhere")
+        link(tar, "dog/4.png", "nowhere")
+        add(tar, "dog/4.png", png())
+        add(tar, "b\udcc2\udced/1.png", png())
+    with tarfile.open(path) as tar:
+        for member in tar:
+            member.name = os.path.normpath(member.name.lstrip("/"))
+            (tmp_path / "val" / member.name).unlink(missing_ok=True)  # as the tar of a shell does
+            tar.extract(member, tmp_path / "val", filter="tar")
+    if nested:
+        with tarfile.open(tmp_path / "outer.tar", "w") as outer:
+            outer.add(path, "deep.TAR")
+        (tmp_path / "outer.tar").rename(path)
+    pixels = lambda image: image.tobytes()  # noqa: E731
+    folder, tar = (open_dataset(kind, str(tmp_path), "val", pixels) for kind in ("imagenet", "tar"))
+    expected = found_in(folder, tmp_path / "val")
+    if nested:  # as in timm, an image in no folder is of the class that its tar is called
+        expected = [("deep/" + name, *rest) for name, *rest in expected]
+        outside = [entry for entry in found_in(tar, path) if entry[1] == "deep"]
+        assert [name for name, *_ in outside] == ["deep/outside.png"]
+        expected += outside
+    assert sorted(found_in(tar, path)) == sorted(expected) and len(expected) == 10 + nested
+    if not nested:
+        assert found_in(tar, path) == expected
+        assert tar.source.ignored == {
+            "members that a later one replaces": 2,
+            "notes of a Mac (._*)": 2,
+            "hidden folders": 2,
+            "images outside the class folders": 1,
+            ".txt": 2,
+            "no ending": 1,
+        }
+        del tar.source.ignored["members that a later one replaces"]
+        folder.ignored["no ending"] -= 1  # the lock of an editor
+        assert folder.ignored == tar.source.ignored
+
+
+@pytest.mark.parametrize("kind", ["tar", "wds"])
+def test_the_last_member_of_a_name_counts_whatever_it_is(tmp_path, kind):
+    images = [png() for _ in range(4)]
+    with tarfile.open(tmp_path / "val.tar", "w") as tar:
+        for name in ("a/1", "a/2", "a/3", "a/4"):
+            add(tar, f"{name}.cls", b"0")
+        add(tar, "a/1.png", images[0])
+        link(tar, "a/2.png", "a/1.png", tarfile.LNKTYPE)  # of what is there now
+        add(tar, "a/1.png", images[1])
+        add(tar, "a/3.png", images[2])
+        link(tar, "a/3.png", "1.png")
+        link(tar, "a/4.png", "a/3.png", tarfile.LNKTYPE)
+    dataset = open_dataset(kind, str(tmp_path), "val", lambda image: image.tobytes())
+    decoded = [Image.open(io.BytesIO(images[i])).tobytes() for i in (1, 0, 1, 1)]
+    found = {os.path.basename(name): pixels for name, _, pixels in found_in(dataset, tmp_path)}
+    assert found == dict(zip(("1.png", "2.png", "3.png", "4.png"), decoded))
+
+
+@pytest.mark.parametrize("kind", ["tar", "wds"])
+@pytest.mark.parametrize("target", ["../../cat/1.png", "/etc/hosts", "../cat", "1.png", "2.png"])
+def test_links_to_no_file_of_the_tar_are_refused(tmp_path, kind, target):
+    with tarfile.open(tmp_path / "val.tar", "w") as tar:
+        add(tar, "cat/1.png", png())
+        add(tar, "cat/1.cls", b"0")
+        link(tar, "dog/1.png", target)
+        link(tar, "dog/2.png", "1.png")
+    words = refusal(kind, tmp_path, eval=True)
+    assert "val.tar has dog/" in words and "no file in the tar: make the tar with --dereference" in words
+
+
+def test_names_above_the_folder_and_notes_on_tars_are_as_tar_unpacks_them(tmp_path):
+    tar_of(tmp_path / "val.tar", **{"../a/1.png": png(), "._b.tar": b"a note"})
+    dataset = open_dataset("tar", str(tmp_path), "val", None)
+    assert dataset.paths == [str(tmp_path / "val.tar/a/1.png")]
+    assert dataset.source.ignored == {"notes of a Mac (._*)": 1}
+
+
+def test_sparse_images_are_refused(tmp_path):
+    member = tarfile.TarInfo("cat/1.png")
+    member.type = tarfile.GNUTYPE_SPARSE
+    with tarfile.open(tmp_path / "val.tar", "w") as tar:
+        tar.addfile(member)
+    assert "val.tar has cat/1.png as a sparse file: make the tar without --sparse" in refusal("tar", tmp_path)
+
+
+def test_shards_leave_out_notes_of_a_mac_and_hidden_folders(tmp_path):
+    (tmp_path / "val").mkdir()
+    names = ("x/1", "x/._2", "._3", ".git/4")
+    files = {f"{name}.{end}": png() if end == "JPG" else b"1" for name in names for end in ("JPG", "cls")}
+    tar_of(tmp_path / "val" / "a.TAR", **files)
+    tar_of(tmp_path / "val" / "._a.tar", **{"x/5.png": b"a note"})
+    dataset = open_dataset("wds", str(tmp_path), "val", None)
+    assert [os.path.basename(path) for path in dataset.paths] == ["1.JPG"]
+    assert dataset.source.ignored == {"notes of a Mac (._*)": 4, ".jpg": 1, ".cls": 1}
+
+
 def test_tars_that_cannot_be_used_are_named(tmp_path):
     path, words = tmp_path / "val.tar", f"{tmp_path}/val.tar cannot be read as an uncompressed tar"
     tar_of(path)
     assert "val.tar holds no images" in refusal("tar", tmp_path)
     assert "val.tar holds no images" in refusal("wds", tmp_path)
-    tar_of(path, **{"a/1.png": png(), "2.png": png()})
-    assert "val.tar has 2.png outside of the class folders" in refusal("tar", tmp_path)
+    tar_of(path, **{"1.png": png(), "2.png": png()})
+    assert "val.tar has no class folders: images belong in <class>/<image>" in refusal("tar", tmp_path)
     tar_of(path, **{"a/1.png": png(64), "a/2.png": png(64)})
     whole = path.read_bytes()
     for content in (b"", b"no tar" * 200, whole[:3000], whole[:13000], b"\x1f\x8b" + whole):
@@ -365,17 +497,17 @@ def test_limits_hold_for_images_in_archives(tmp_path, backend):
     tar_of(tmp_path / "train.tar", **{f"a/{i}.png": png() for i in range(8)})
     words = {2000: "64x64 pixels, and DATA.MAX_PIXELS is 2000", 10: r"bytes \(8 for a pixel are allowed\)"}
     for limit, what in words.items():
-        opts = ["DATA.MAX_PIXELS", limit, "DATA.BACKEND", backend]
+        opts = ["DATA.MAX_PIXELS", limit, "DATA.BACKEND", backend, *ONE_CLASS]
         with pytest.raises(DataError, match=f"val.tar/a/1.png cannot be read as an image: it has .*{what}"):
             list(loaders("tar", tmp_path, *opts)[2])
     with pytest.raises(DataError, match="val.tar/a/2.png cannot be read as an image"):
-        list(loaders("tar", tmp_path, "DATA.BACKEND", backend)[2])
+        list(loaders("tar", tmp_path, "DATA.BACKEND", backend, *ONE_CLASS)[2])
 
 
 def test_broken_images_are_skipped_and_counted(tmp_path):
     tar_of(tmp_path / "train.tar", **{f"a/{i:03d}.png": png() if i else b"broken" for i in range(120)})
     tar_of(tmp_path / "val.tar", **{f"a/{i:03d}.png": png() if i else b"broken" for i in range(120)})
-    train, _, val, _ = loaders("tar", tmp_path, "DATA.ON_ERROR", "skip")
+    train, _, val, _ = loaders("tar", tmp_path, "DATA.ON_ERROR", "skip", *ONE_CLASS)
     assert sum(len(targets) for _, targets in val) == 119 and val.indices_seen() == list(range(1, 120))
     assert sum(len(targets) for _, targets in train) == 120 and train.failed == {0}
 

@@ -1,6 +1,10 @@
 """What an evaluation leaves: calibration, classes, confusions, mistakes."""
 
+import contextlib
+import io
 import json
+import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +16,15 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix, precision_score, recall_score
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.nn.functional import cross_entropy
+from torch.utils.tensorboard import SummaryWriter
 from torchvision.transforms.functional import normalize, to_tensor
 
 import report
+from checkpoint import read_weights, save_checkpoint
+from config import ConfigError
 from data import build_loaders, loaders
-from logger import draw_curves, smoothing_floor
+from distributed import run_command
+from logger import draw_curves, smoothing_floor, write_hyperparameters
 from main import evaluate
 from models import build_model
 from utils import Compute
@@ -140,6 +148,57 @@ def test_reports_of_few_and_of_many_classes_are_written(tmp_path, classes, count
     for name in ("eval_confusions.png", "eval_mistakes.png"):
         with Image.open(tmp_path / name) as image:
             assert image.width > 1000 and len(np.unique(np.asarray(image.convert("L")))) > 2
+
+
+NO_UTF8 = os.fsdecode(b"\xc2\xed")
+
+
+def test_reports_survive_names_that_are_no_utf_8(tmp_path):
+    outcomes, _, _ = random_outcomes(40, 3)
+    paths = [f"{NO_UTF8}/{i}.png" for i in range(40)]
+    report.write_report(tmp_path, outcomes, ["a", NO_UTF8, "\u732b"], paths, dict(data=NO_UTF8))
+    content = json.loads((tmp_path / "eval.json").read_text())
+    assert content["data"] == content["classes"][1]["class"] == NO_UTF8
+    assert content["mistakes"][0]["file"] in paths
+    lines = (tmp_path / "eval_classes.csv").read_text("utf-8").splitlines()
+    assert [line.split(",")[0] for line in lines] == ["class", "a", r"\udcc2\udced", "\u732b"]
+    assert all((tmp_path / name).exists() for name in report.FILES)
+
+
+def test_pictures_have_escapes_for_what_the_font_lacks_and_nobody_is_warned(tmp_path, monkeypatch):
+    assert report.drawable("caf\u00e9 e\u0301 \u0416\n\u05d0") == "caf\u00e9 e\u0301 \u0416\n\u05d0"
+    escaped = report.drawable(f"a {NO_UTF8} \u732b\U0001f9a9")
+    assert escaped == r"a \udcc2\udced \u732b" + r"\U0001f9a9"
+    outcomes, _, _ = random_outcomes(40, 2)
+    images, targets = torch.zeros(2, 3, 8, 8), torch.tensor([0, 1])
+    found = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for names in (["\u732b", NO_UTF8], [r"\u732b", r"\udcc2\udced"]):
+            report.draw_confusions(outcomes, names, tmp_path / "drawn.png")
+            sheets = [report.mistakes_sheet(outcomes, names), report.batch_sheet(images, targets, names)]
+            sheets += [Image.open(tmp_path / "drawn.png"), report.caption(sheets[1], [(names[0], 0.5)])]
+            found.append([np.asarray(sheet).tobytes() for sheet in sheets])
+    assert found[0] == found[1]
+
+
+def test_hyperparameters_and_consoles_take_names_that_are_no_utf_8(tmp_path, monkeypatch):
+    with contextlib.closing(SummaryWriter(tmp_path)) as board:
+        write_hyperparameters(board, {"DATA.DATA_PATH": NO_UTF8, "SEED": 1}, ["acc1"])
+    (events,) = tmp_path.iterdir()
+    assert rb"\udcc2\udced" in events.read_bytes()
+    console = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr("sys.stdout", console)
+    run_command(lambda: print(f"{NO_UTF8}: \u732b", flush=True))
+    assert console.buffer.getvalue().decode() == "\\udcc2\\udced: \u732b\n"
+    with pytest.raises(ConfigError, match=r"\\udcc2.* is no UTF-8.* choose another --output or --tag"):
+        digits_config(tag=NO_UTF8)
+
+
+def test_checkpoints_keep_class_names_that_are_no_utf_8(tmp_path):
+    checkpoint = dict(model={"head.bias": torch.zeros(2)}, classes=[NO_UTF8, "\u732b"])
+    save_checkpoint(str(tmp_path / f"{NO_UTF8}.pth"), checkpoint)
+    assert read_weights(str(tmp_path / f"{NO_UTF8}.pth"))["classes"] == checkpoint["classes"]
 
 
 def test_an_earlier_report_of_something_else_is_kept(tmp_path):

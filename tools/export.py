@@ -98,10 +98,10 @@ from data.transforms import build_transform, describe_evaluation
 from detection.detector import Pyramid
 from detection.ready import build_ready as build_detector
 from detection.transforms import describe_evaluation as describe_detection
+from launch import UserError, print_any_name
 from models.deploy import FORMATS, Exportable, InPyTorch, evaluating, require_packages, write_checked
 from models.ready import build_ready as build_classifier
 from models.ready import read_described
-from utils import UserError
 
 
 def open_checkpoint(path, cfg=None, weights="auto"):
@@ -248,6 +248,7 @@ def export(args):
 
 def main(argv=None):
     """Run the command; returns its exit code."""
+    print_any_name()
     try:
         return 0 if export(parse_args(argv)) else 1
     except (UserError, OSError) as error:

@@ -402,7 +402,8 @@ def writing(path, **options):
     """Context that yields a text file, which becomes ``path`` in the end."""
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", **options) as file:
+        options.update(encoding="utf-8", errors="backslashreplace")
+        with replacing(path) as temporary, open(temporary, "w", **options) as file:
             yield file
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error

@@ -84,12 +84,13 @@ import distributed
 from data.datasets import load_image
 from data.sources import find_files, is_video
 from data.transforms import build_transform, image_mode
+from launch import UserError, printable
 from logger import ProgressBar
 from models.messenger_curves import markdown, measure, summarize
 from models.messengers import check_messengers, examine, grids, influence
 from models.ready import build_ready, read_described
-from report import shown
-from utils import UserError, build_compute, replacing
+from report import drawable, shown
+from utils import build_compute, replacing
 
 
 def main():
@@ -126,7 +127,7 @@ def write_curves(model, transform, mode, args):
             measured.append(measure(model, image, seed=number))
     summary = summarize(measured)
     tables = markdown(summary)
-    about = f"`{args.checkpoint}` on {len(chosen):,} of {len(paths):,} images of `{args.curves}`"
+    about = printable(f"`{args.checkpoint}` on {len(chosen):,} of {len(paths):,} images of `{args.curves}`")
     with writing(os.path.join(args.output, "curves.md")) as temporary:
         Path(temporary).write_text(f"# What messengers carry\n\n{about}\n\n{tables}", encoding="utf-8")
     with writing(os.path.join(args.output, "curves.json")) as temporary:
@@ -182,7 +183,8 @@ def title(found, path, names):
     share = found.scores.softmax(0)[found.target]
     row, column = found.window
     score = f"score {found.scores[found.target]:.2f} (logit less the mean logit), probability {share:.3f}"
-    return f"{os.path.basename(path)}: {names[found.target]}, {score}. Chosen window: {row},{column} (black)"
+    what = drawable(f"{os.path.basename(path)}: {names[found.target]}")
+    return f"{what}, {score}. Chosen window: {row},{column} (black)"
 
 
 def page_data(model, image, window, head):
@@ -465,7 +467,7 @@ def draw_curves(summary, about, path):
     columns = len(stages) + 1
     figure = Figure(figsize=(4.2 * columns + 1, 8), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(about.replace("`", ""), fontsize=11, parse_math=False)
+    figure.suptitle(drawable(about.replace("`", "")), fontsize=11, parse_math=False)
     axes = figure.subplots(2, columns, squeeze=False)
     for column, (stage, of_stage) in enumerate(stages.items()):
         for row, kind in enumerate(("deletion", "insertion")):
