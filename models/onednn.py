@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .export import exporting
+from .export import exporting, plain_backward
 
 
 def has_onednn():
@@ -116,16 +116,16 @@ class _Differentiated(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x, weight, bias)
         return plain_linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
+        if plain_backward(grad):
+            given = [tensor for tensor in ctx.saved_tensors if tensor is not None]
+            return (*torch.func.vjp(F.linear, *given)[1](grad), None)[:3]
+        x, weight, _ = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        if torch.is_grad_enabled():  # a gradient of this gradient is wanted, which oneDNN does not have
-            grads = grad @ weight, grad.flatten(0, -2).T @ x.flatten(0, -2), grad.flatten(0, -2).sum(0)
-            return tuple(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad))
         grad_x = plain_linear(grad, weight.T, None) if needs_x else None
         grad, x = grad.flatten(0, -2), x.flatten(0, -2)
         return (

@@ -1,16 +1,19 @@
 """What makes the model fast changes its numbers by rounding only, and never with stale weights."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from helpers import micro
 from timm.layers import Mlp
-from torch import nn
+from torch import func, nn
 from torch._dynamo.utils import counters
+from torch.autograd import forward_ad
+from torch.autograd.functional import jacobian
 
 from models import inference, use_onednn
-from models.mlp import ROWS
+from models.mlp import ROWS, _BlockedMlp
 from models.onednn import has_onednn
 
 needs_onednn = pytest.mark.skipif(not has_onednn(), reason="needs oneDNN on x86")
@@ -79,6 +82,64 @@ def test_training_an_mlp_by_blocks_gives_the_gradients_of_the_whole(rows, amp):
         assert a.shape == b.shape and a.dtype == b.dtype
         errors = [((y.double() - c).norm() / c.norm()).item() for y in (a, b)]
         assert errors[0] < 1.5 * errors[1] + 1e-6, errors  # no worse than PyTorch's own
+
+
+@pytest.mark.parametrize("size", [32, 36])
+def test_hessians_times_vectors_in_input_and_weights_are_those_of_the_formula(size):
+    """With all that is fast, at a size of whole regions and another."""
+    fast, plain = micro(), micro(attention="eager").double()
+    use_onednn(fast)
+    x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+    products = []
+    for model, images in ((fast, x), (plain, x.double())):
+        inputs = [images.requires_grad_(), *model.parameters()]
+        first = torch.autograd.grad(model(images).logsumexp(1).sum(), inputs, create_graph=True)
+        inner = sum((gradient * tensor.detach()).sum() for gradient, tensor in zip(first, inputs))
+        products.append(torch.autograd.grad(inner, inputs))
+    for a, b in zip(*products):
+        assert (a - b).norm() <= 1e-4 * b.norm() + 1e-6
+
+
+@pytest.mark.parametrize("size", [32, 36])
+def test_transforms_of_torch_func_see_the_formula(size):
+    fast, plain = micro(), micro(attention="eager").double()
+    use_onednn(fast)
+    x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+    def loss(weights, image, model=fast):
+        return func.functional_call(model, weights, (image[None],)).logsumexp(1).sum()
+
+    weights = [{name: p.detach() for name, p in model.named_parameters()} for model in (fast, plain)]
+    of_loss = partial(loss, weights[0])
+    exact = x.double().requires_grad_()
+    (gradients,) = torch.autograd.grad(plain(exact).logsumexp(1).sum(), exact, create_graph=True)
+    (hessian,) = torch.autograd.grad((gradients * x).sum(), exact)
+    gradients = gradients.detach()
+    directional = (gradients * x)[0].sum()
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(of_loss(forward_ad.make_dual(x[0], x[0]))).tangent
+    found = {
+        "vmap of grad": (func.vmap(func.grad(of_loss))(x), gradients),
+        "jacrev": (func.jacrev(of_loss)(x[0]), gradients[0]),
+        "jvp": (func.jvp(of_loss, (x[0],), (x[0],))[1], directional),
+        "jvp of grad": (func.jvp(func.grad(of_loss), (x[0],), (x[0],))[1], hessian[0]),
+        "dual numbers": (dual, directional),
+        "stacked gradients": (jacobian(lambda x: fast(x).logsumexp(1), x, vectorize=True).sum(0), gradients),
+    }
+    for what, (result, expected) in found.items():
+        assert (result - expected).norm() < 1e-4 * expected.norm(), what
+    per_image = func.vmap(func.grad(loss), (None, 0))(weights[0], x)
+    for i in range(2):
+        expected = func.grad(loss)(weights[1], x[i].double(), plain)
+        for name, gradient in per_image.items():
+            assert (gradient[i] - expected[name]).norm() <= 1e-4 * expected[name].norm() + 1e-6, name
+
+
+def test_gradients_of_gradients_of_an_mlp_by_blocks():
+    shapes = (5, 3), (4, 3), (4,), (2, 4), (2,)
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    assert torch.autograd.gradcheck(_BlockedMlp.apply, inputs)
+    assert torch.autograd.gradgradcheck(_BlockedMlp.apply, inputs)
 
 
 @needs_onednn
