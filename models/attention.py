@@ -13,10 +13,9 @@ All read queries, keys and values where the qkv linear layer wrote them, and wri
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from .attention_triton import triton, triton_builds, triton_obstacle
-from .export import exporting
+from .export import exporting, plain_backward
 
 BACKENDS = ("auto", "eager", "sdpa", "blocked", "triton")
 BLOCK = 64  # windows whose scores stay in the cache
@@ -98,7 +97,10 @@ def _blocks(bias, hidden, *tensors):
 
 
 class _Blocked(torch.autograd.Function):
-    """As :func:`blocked`, with its gradients; only the probabilities are stored."""
+    """As :func:`blocked`, with its gradients; only the probabilities are stored.
+
+    Gradients of these gradients are those of the plain formula.
+    """
 
     @staticmethod
     def forward(ctx, qkv, bias, scale, hidden):
@@ -110,17 +112,22 @@ class _Blocked(torch.autograd.Function):
             q, k, v = copied_heads(part, heads)
             p.copy_(probabilities(q, k, of_block, scale))
             heads_of(result, heads).copy_(p @ v)
-        ctx.save_for_backward(qkv, stored)
-        ctx.scale, ctx.bias_dtype = scale, bias.dtype
+        ctx.save_for_backward(qkv, bias, hidden, stored)
+        ctx.scale = scale
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
-        qkv, stored = ctx.saved_tensors
+        qkv, bias, hidden, stored = ctx.saved_tensors
+        if plain_backward(grad):
+
+            def formula(qkv, bias):
+                return eager(qkv, bias if hidden is None else hide(bias, hidden), ctx.scale)
+
+            return *torch.func.vjp(formula, qkv, bias)[1](grad), None, None
         heads = stored.shape[1]
         grad_qkv = torch.empty_like(qkv)
-        wide = torch.promote_types(ctx.bias_dtype, torch.float32)
+        wide = torch.promote_types(bias.dtype, torch.float32)
         grad_bias = torch.zeros(stored.shape[1:], dtype=wide, device=qkv.device)
         blocks = (tensor.split(BLOCK) for tensor in (qkv, grad_qkv, stored, grad))
         for part, grad_part, p, grad_out in zip(*blocks):
@@ -133,7 +140,7 @@ class _Blocked(torch.autograd.Function):
             grad_scores *= ctx.scale
             grad_q.copy_(grad_scores @ k)
             grad_k.copy_(grad_scores.transpose(-1, -2) @ q)
-        return grad_qkv, grad_bias.to(ctx.bias_dtype), None, None
+        return grad_qkv, grad_bias.to(bias.dtype), None, None
 
 
 def windowed_attention(qkv, bias, scale, backend="auto", hidden=None, dropout=0.0):
@@ -163,7 +170,7 @@ def windowed_attention(qkv, bias, scale, backend="auto", hidden=None, dropout=0.
         backend = "sdpa" if backend == "triton" else backend  # the kernels have one bias for all windows
     if backend == "eager":
         return eager(qkv, bias, scale, dropout)
-    return (sdpa if backend == "sdpa" else triton)(qkv, bias, scale)
+    return sdpa(qkv, bias, scale) if backend == "sdpa" else triton(qkv, bias, scale, eager)
 
 
 def choose_backend(qkv, heads):

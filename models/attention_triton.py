@@ -6,18 +6,21 @@ import logging
 import os
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from utils import UserError
 
+from .export import plain_backward
 
-def triton(qkv, bias, scale):
-    """The kernels for GPUs, or in Triton's interpreter."""
+
+def triton(qkv, bias, scale, formula):
+    """The kernels for GPUs, or in Triton's interpreter; ``formula`` is what they compute, in plain operators."""
     head_dim = qkv.shape[2] // (3 * bias.shape[0])
     obstacle = triton_obstacle(qkv.device, qkv.dtype, qkv.shape[1], head_dim)
     if obstacle:
         raise UserError(f"MODEL.MSG.ATTENTION is triton, but {obstacle}: use sdpa or auto")
-    return (_triton if torch.compiler.is_compiling() else _Triton.apply)(qkv, bias, float(scale))
+    if torch.compiler.is_compiling():
+        return _triton(qkv, bias, float(scale))
+    return _Triton.apply(qkv, bias, float(scale), formula)
 
 
 def triton_obstacle(device, dtype, tokens, head_dim):
@@ -61,7 +64,7 @@ def triton_builds():
     """Whether kernels can be built here, which also takes a C compiler, and run; if not, the log says why."""
     try:
         qkv = torch.zeros(1, 16, 48, device="cuda", dtype=torch.bfloat16)
-        _Triton.apply(qkv, torch.zeros(1, 16, 16, device="cuda"), 1.0)
+        _Triton.apply(qkv, torch.zeros(1, 16, 16, device="cuda"), 1.0, None)
         torch.cuda.synchronize()
     except Exception as error:  # Triton, its driver and the C compiler raise many kinds
         why = str(error).strip().splitlines() or [type(error).__name__]
@@ -75,23 +78,26 @@ def triton_builds():
 class _Triton(torch.autograd.Function):
     """The kernels, called directly: an operator takes longer to call than they take for a few images.
 
-    Their file, which needs Triton, is imported by the first call.
+    Their file, which needs Triton, is imported by the first call. Gradients of the gradients are those of the
+    plain formula.
     """
 
     @staticmethod
-    def forward(ctx, qkv, bias, scale):
+    def forward(ctx, qkv, bias, scale, formula):
         from .attention_kernels import attend
 
         ctx.save_for_backward(qkv, bias)
-        ctx.scale = scale
+        ctx.scale, ctx.formula = scale, formula
         return attend(qkv, bias, scale)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         from .attention_kernels import attend_backward
 
-        return *attend_backward(grad, *ctx.saved_tensors, ctx.scale), None
+        if plain_backward(grad):
+            formula = functools.partial(ctx.formula, scale=ctx.scale)
+            return *torch.func.vjp(formula, *ctx.saved_tensors)[1](grad), None, None
+        return *attend_backward(grad, *ctx.saved_tensors, ctx.scale), None, None
 
 
 # The kernels are opaque to torch.compile.

@@ -1,25 +1,45 @@
-"""What a trace, an export or a counter of operations sees of the model: the plain formulas and layers."""
+"""What a trace, an export, a counter of operations or ``torch.func`` sees of the model: the plain formulas."""
 
 import contextlib
 import warnings
 
 import torch
+from torch.autograd import forward_ad
 
 
 def exporting():
-    """Whether the operations of this call are recorded or watched rather than just computed.
+    """Whether the operations of this call are recorded, watched or transformed rather than just computed.
 
     That is so in ``torch.jit.trace``, ``torch.export``, both ONNX exporters and ``make_fx``, and inside
-    counters such as ``FlopCounterMode``. They know PyTorch's own operators only, and some record writes into
-    parts of a tensor wrongly: what is faster than the plain formula stands aside. ``torch.compile`` is not
-    among them.
+    counters such as ``FlopCounterMode``; in ``torch.func`` (grad, vmap, jvp and the others) and in forward-mode
+    differentiation. They know PyTorch's own operators only, and some record writes into parts of a tensor
+    wrongly: what is faster than the plain formula stands aside. ``torch.compile`` is not among them.
     """
     if torch.jit.is_tracing():
         return True
     if torch.compiler.is_compiling():
         # What is_exporting() reads: in PyTorch 2.10 and 2.11 it says yes in torch.compile as well.
         return torch.compiler._is_exporting_flag
-    return torch._C._len_torch_dispatch_stack() > 0
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return transformed or torch._C._len_torch_dispatch_stack() > 0
+
+
+def plain_backward(grad):
+    """Whether a backward needs PyTorch's own operators: it is differentiated again, or maps over gradients.
+
+    Grad mode is on inside a backward that was called with ``create_graph=True``.
+
+    Args:
+        grad: of the output. It has no storage where ``torch.vmap`` or ``is_grads_batched=True`` stack several.
+    """
+    if torch.is_grad_enabled() or exporting():
+        return True
+    if not torch.compiler.is_compiling():
+        try:
+            grad.untyped_storage()
+        except NotImplementedError:
+            return True
+    return False
 
 
 def replace_messengers(x, messengers):

@@ -6,10 +6,9 @@ import torch
 import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _has_any_global_hook
 
-from .export import exporting
+from .export import exporting, plain_backward
 from .onednn import is_onednn_layer, layer_forward, linear_into, plain_linear, weight_gradient
 
 ROWS = 4096  # tokens whose hidden channels stay in the cache
@@ -56,10 +55,16 @@ def _hooked(module):
     return bool(forward or module._forward_pre_hooks or backward or module._backward_pre_hooks)
 
 
+def _plain_mlp(x, *weights):
+    weight1, bias1, weight2, bias2 = (tensor.to(x.dtype) for tensor in weights)
+    return F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)
+
+
 class _BlockedMlp(torch.autograd.Function):
     """Linear, GELU, linear on (rows, C) with their gradients; only the channels before the GELU are stored.
 
-    The gradients of the weights are added up in float32 at least.
+    The gradients of the weights are added up in float32 at least. Gradients of these gradients are those of
+    the plain layers.
     """
 
     @staticmethod
@@ -69,14 +74,15 @@ class _BlockedMlp(torch.autograd.Function):
         for rows, before, result in zip(x.split(ROWS), hidden.split(ROWS), out.split(ROWS)):
             linear_into(before, rows, *cast[:2])
             linear_into(result, F.gelu(before), *cast[2:])
-        ctx.save_for_backward(x, hidden, cast[0], cast[2])
+        ctx.save_for_backward(x, hidden, cast[0], cast[2], weight1, bias1, weight2, bias2)
         ctx.dtype = weight1.dtype
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
-        x, hidden, weight1, weight2 = ctx.saved_tensors
+        x, hidden, weight1, weight2, *given = ctx.saved_tensors
+        if plain_backward(grad):
+            return torch.func.vjp(_plain_mlp, x, *given)[1](grad)
         grad_x = torch.empty_like(x)
         shapes = weight1.shape, weight1.shape[:1], weight2.shape, weight2.shape[:1]
         sums = [torch.zeros(shape, dtype=ctx.dtype) for shape in shapes]

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from .attention import at_least_float32, windowed_attention
 from .exchange import OTHER_EXCHANGES
 from .export import exporting, plain_sizes, replace_messengers
+from .fixed_weights import Fixed, are_plain
 from .geometry import Geometry, check_choices, known_pool, require_size
 from .padding import Layouts, pad_to_even, pad_to_patches, resample_positions
 from .timm_interface import TimmInterface, feature_info
@@ -110,7 +111,7 @@ class LocalAttention(nn.Module):
 
     def __init__(self, dim, heads, options):
         super().__init__()
-        self.backend, self.attn_drop_rate, self.fixed_bias = options.attention, options.attn_drop_rate, None
+        self.backend, self.attn_drop_rate, self.fixed = options.attention, options.attn_drop_rate, Fixed()
         self.scale = options.qk_scale or (dim // heads) ** -0.5
         offsets = (2 * options.window_size - 1) ** 2
         self.relative_position_bias_table = nn.Parameter(torch.empty(offsets, heads))
@@ -137,12 +138,15 @@ class LocalAttention(nn.Module):
         return torch.cat([from_messenger, of_patches], dim=1)  # heads, 1+w*w, 1+w*w
 
     def fix_weights(self, dtype):
-        """Keep the expanded bias, or none for None; see :func:`models.inference`."""
-        self.fixed_bias = at_least_float32(self.bias().detach()) if dtype else None
+        """Keep the expanded bias; see :func:`models.inference`."""
+        if are_plain(self.relative_position_bias_table, self.rel_pos_msg):
+            bias = at_least_float32(self.bias().detach())
+            self.fixed.keep(bias, self.relative_position_bias_table, self.rel_pos_msg)
 
     def forward(self, x, read=None, layout=None):
         """Attend within windows: (B*regions, windows, tokens, C) to the same shape, or to ``read`` tokens."""
-        bias = self.bias() if self.fixed_bias is None or exporting() else self.fixed_bias
+        fixed = self.fixed.of(self.relative_position_bias_table, self.rel_pos_msg)
+        bias = self.bias() if fixed is None or exporting() else fixed
         dropout = self.attn_drop_rate if self.training else 0.0
         settings = dict(scale=self.scale, backend=self.backend, dropout=dropout)
         attend = partial(windowed_attention, bias=bias, **settings)

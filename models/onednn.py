@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .export import exporting
+from .export import exporting, plain_backward
+from .fixed_weights import Fixed, are_plain
 
 
 def has_onednn():
@@ -22,7 +23,7 @@ def has_onednn():
 
 def use_onednn_layer(layer):
     """Give an ``nn.Linear`` the forward of this file, and weights that can be fixed."""
-    layer.packed = None  # weight and bias as oneDNN likes them, while weights are fixed
+    layer.fixed = Fixed()  # weight and bias as oneDNN likes them
     layer.forward, layer.fix_weights = partial(layer_forward, layer), partial(_pack, layer)
 
 
@@ -33,14 +34,14 @@ def is_onednn_layer(layer):
 
 
 def _pack(layer, dtype):
-    """Keep packed weights of a dtype, or none for None; see :func:`models.inference`."""
-    layer.packed = None
+    """Keep packed weights of a dtype; see :func:`models.inference`."""
     packable = dtype == torch.float32 or (
         dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
-    if packable and type(layer.weight) is nn.Parameter and layer.weight.device.type == "cpu":
+    if packable and are_plain(layer.weight, layer.bias) and layer.weight.device.type == "cpu":
         weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().to(dtype))
-        layer.packed = weight, None if layer.bias is None else layer.bias.detach().to(dtype)
+        bias = None if layer.bias is None else layer.bias.detach().to(dtype)
+        layer.fixed.keep((weight, bias), layer.weight, layer.bias)
 
 
 def layer_forward(layer, x, gelu=False):
@@ -49,8 +50,9 @@ def layer_forward(layer, x, gelu=False):
     if x.device.type == "cpu" and _is_plain(weight) and not exporting():
         autocast = torch.is_autocast_enabled("cpu")
         dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
-        if layer.packed is not None and layer.packed[0].dtype == dtype:
-            return _linear(x.to(dtype), *layer.packed, gelu, layer.out_features)
+        packed = layer.fixed.of(weight, bias)
+        if packed is not None and packed[0].dtype == dtype:
+            return _linear(x.to(dtype), *packed, gelu, layer.out_features)
         if dtype == torch.float32 and torch.is_grad_enabled():
             x = _Differentiated.apply(x.float(), weight, bias)
             return F.gelu(x) if gelu else x
@@ -73,6 +75,8 @@ def _linear(x, weight, bias, gelu, out_features):
 def _onednn_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gelu: bool, out_features: int
 ) -> torch.Tensor:
+    if not x.numel():  # a batch of no images, which oneDNN refuses
+        return x.new_zeros(*x.shape[:-1], out_features)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu" if gelu else "none", [], "none")
 
 
@@ -116,16 +120,16 @@ class _Differentiated(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x, weight, bias)
         return plain_linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
+        if plain_backward(grad):
+            given = [tensor for tensor in ctx.saved_tensors if tensor is not None]
+            return (*torch.func.vjp(F.linear, *given)[1](grad), None)[:3]
+        x, weight, _ = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        if torch.is_grad_enabled():  # a gradient of this gradient is wanted, which oneDNN does not have
-            grads = grad @ weight, grad.flatten(0, -2).T @ x.flatten(0, -2), grad.flatten(0, -2).sum(0)
-            return tuple(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad))
         grad_x = plain_linear(grad, weight.T, None) if needs_x else None
         grad, x = grad.flatten(0, -2), x.flatten(0, -2)
         return (

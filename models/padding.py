@@ -17,6 +17,7 @@ the whole batch in the rows, except where operations are recorded: there it is t
 what is exported takes any number of them.
 """
 
+import functools
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
@@ -262,12 +263,12 @@ class Layout:
         """
         x = patches.reshape(-1, self.images * self.extent.height * self.extent.width, patches.shape[3])
         if messengers is not None:
+            rows, columns = self.extent.windows(self.window_size)
             if messengers.dim() == 3:
-                rows, columns = self.extent.windows(self.window_size)
                 times = -(-rows // messengers.shape[0]), -(-columns // messengers.shape[1])
                 messengers = messengers.repeat(*times, 1)[:rows, :columns]
                 messengers = messengers.expand(patches.shape[0], -1, -1, -1)
-            x = torch.cat([x, messengers.reshape(x.shape[0], -1, x.shape[2])], dim=1)
+            x = torch.cat([x, messengers.reshape(-1, self.images * rows * columns, x.shape[2])], dim=1)
         return _take(x, self.rows, self.maps)
 
     def restore(self, x):
@@ -318,7 +319,7 @@ class Layout:
         if self.padded:
             x = _take(of_padded, self.filled, self.gathered)  # N, padded*tokens, 3C
             x = x.unflatten(1, (self.padded, self.tokens)).flatten(0, 1)  # N*padded, tokens, 3C
-            hidden = self.hidden.repeat(qkv.shape[0], 1) if exporting() else self.hidden
+            hidden = self.hidden.repeat(qkv.shape[0], 1) if exporting() or not qkv.shape[0] else self.hidden
             x = attend(x, hidden=hidden).unflatten(0, (-1, self.padded))  # N, padded, tokens, C
             x = _take(x.flatten(1, 2), self.gathered, self.spread) if read is None else x[:, :, 0]
             parts.append(x)
@@ -345,7 +346,7 @@ class Layout:
     def _exchanged(self, x, exchange):
         """The messengers (N, regions * windows, C) of rows, after an exchange (N*regions, windows, C)."""
         messengers = exchange(self.read_messengers(x)[:, :, 0])
-        return messengers.reshape(x.shape[0], -1, x.shape[2])
+        return messengers.reshape(-1, self.regions * self.windows, x.shape[2])
 
 
 class _Exchange(torch.autograd.Function):
@@ -403,7 +404,7 @@ class Layouts:
     """The layouts of the sizes that a model saw last; copies of a model begin without them."""
 
     def __init__(self):
-        self.kept = {}
+        self.kept = functools.lru_cache(KEPT)(_layout)  # which threads may share
 
     def __reduce__(self):
         return Layouts, ()
@@ -413,7 +414,7 @@ class Layouts:
         if extent.whole(stage.window_size * stage.shuffle_size):
             return None
         recorded = exporting()
-        images = 1 if recorded and extent.sizes is None else x.shape[0]
+        images = 1 if extent.sizes is None and (recorded or not x.shape[0]) else x.shape[0]
         asked = images, extent, stage.window_size, stage.shuffle_size, stage.tokens
         if recorded:  # what is made here belongs to the recording
             with unwarned_trace():
@@ -422,18 +423,16 @@ class Layouts:
             sizes = extent.height, extent.width, extent.sizes
             parts = _constant_parts(images, sizes, *asked[2:], str(x.device))
             return Layout(parts[0], extent, *parts[1:])
-        key = *asked, x.device
-        with torch.inference_mode(False):  # or no training could use it
-            layout = self.kept.pop(key, None) or Layout.build(*asked).to(x.device)
-        self.kept[key] = layout  # the last one asked for is the last one dropped
-        while len(self.kept) > KEPT:
-            del self.kept[next(iter(self.kept))]
-        return layout
+        return self.kept(*asked, x.device)
+
+
+def _layout(images, extent, window_size, shuffle_size, has_messengers, device):
+    with torch.inference_mode(False):  # or no training could use it
+        return Layout.build(images, extent, window_size, shuffle_size, has_messengers).to(device)
 
 
 @torch.compiler.assume_constant_result
 def _constant_parts(images, sizes, window_size, shuffle_size, has_messengers, device):
     """The fields of a layout without its extent: torch.compile takes no other objects for constants."""
-    with torch.inference_mode(False):
-        layout = Layout.build(images, Extent(*sizes), window_size, shuffle_size, has_messengers).to(device)
+    layout = _layout(images, Extent(*sizes), window_size, shuffle_size, has_messengers, device)
     return tuple(getattr(layout, field.name) for field in fields(Layout) if field.name != "extent")

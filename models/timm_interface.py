@@ -226,7 +226,6 @@ def _set_window(attention, window_size):
     table, device = attention.relative_position_bias_table, attention.relative_position_index.device
     attention.relative_position_bias_table = _like(table, resize_table(table.detach(), window_size))
     attention.relative_position_index = gen_relative_position_index((window_size, window_size)).to(device)
-    attention.fixed_bias = None  # of the old windows
 
 
 def feature_info(stages, patch_size):

@@ -82,6 +82,21 @@ def test_backends_stay_within_the_rounding_of_their_dtype(backend, dtype):
         assert error < 4 * torch.finfo(dtype).eps, error
 
 
+@pytest.mark.parametrize("backend", ["auto", "blocked"])
+@pytest.mark.parametrize("is_hidden", [False, True])
+def test_gradients_of_gradients_are_those_of_the_formula(backend, is_hidden):
+    qkv, bias, grad = attention_case(BLOCK + 1, 3, 2, 2)
+    hidden = torch.arange(3).expand(BLOCK + 1, 3) > 1 if is_hidden else None
+    seconds = []
+    for name in ("eager", backend):
+        out = windowed_attention(qkv, bias, 0.3, name, hidden)
+        first = torch.autograd.grad(out, (qkv, bias), grad, create_graph=True)
+        seconds.append(torch.autograd.grad(sum(x.square().sum() for x in first), (qkv, bias)))
+    torch.testing.assert_close(*seconds, rtol=1e-10, atol=1e-12)
+    few = (qkv[:2], bias) if hidden is None else (qkv[:2], bias, 0.3, backend, hidden[:2])
+    assert torch.autograd.gradgradcheck(lambda q, b: windowed_attention(q, b, 0.3, backend, *few[4:]), few[:2])
+
+
 def relative_errors(shape, dtype, backend, device="cpu"):
     """Norms of the errors of output and gradients over those of float64, in units of the dtype's epsilon."""
     qkv, bias, grad = attention_case(*shape)
@@ -125,18 +140,20 @@ def triton_errors():
     errors = [relative_errors(shape, dtype, "triton") for shape, dtype in cases]
     attention_kernels.windows_per_program = lambda windows, heads: 2
     errors += [relative_errors(shape, dtype, "triton") for shape, dtype in cases]
-    attention_triton._Triton = SimpleNamespace(apply=attention_triton._triton)
+    attention_triton._Triton = SimpleNamespace(apply=lambda *args: attention_triton._triton(*args[:3]))
     return errors + [relative_errors(shape, dtype, "triton") for shape, dtype in cases[:4]]
 
 
 def triton_micro_errors():
-    """Differences of the micro model's logits and gradients between the kernels and the formula."""
+    """Differences of the micro model between the kernels and the formula: logits, gradients, second ones."""
     results = []
     for attention in ("triton", "eager"):
         model = micro(attention=attention)
+        weights = list(model.parameters())
         logits = model(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
-        logits.square().sum().backward()
-        results.append([logits, *(parameter.grad for parameter in model.parameters())])
+        first = torch.autograd.grad(logits.square().sum(), weights, create_graph=True)
+        second = torch.autograd.grad(first[0].square().sum(), weights[:-1])  # the head's bias has none
+        results.append([logits, *first, *second])
     return [((a - b).norm() / b.norm().clamp(min=1)).item() for a, b in zip(*results)]
 
 
@@ -155,7 +172,7 @@ def test_triton_kernels_compute_the_formula_and_its_gradients():
 
 
 @interpreted
-def test_a_model_on_triton_kernels_has_the_gradients_of_the_formula():
+def test_a_model_on_triton_kernels_has_the_first_and_second_gradients_of_the_formula():
     errors = in_interpreter("import json, test_attention as t; print(json.dumps(t.triton_micro_errors()))")
     assert max(errors) < 1e-5, errors
 

@@ -235,7 +235,7 @@ def test_a_model_trains_after_it_was_evaluated_with_fixed_weights():
     model, x = micro(), torch.randn(1, 3, 37, 26)
     with inference(model):
         expected = model(x)
-    assert model.layouts.kept
+    assert model.layouts.kept.cache_info().currsize
     logits = model(x)
     logits.sum().backward()
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
@@ -245,12 +245,28 @@ def test_a_model_remembers_the_last_sizes_and_its_copies_none():
     model = micro(depths=(1, 1, 1))
     for side in range(40, 40 + 2 * KEPT, 2):
         model(torch.zeros(1, 3, 20, side))
-    assert len(model.layouts.kept) == KEPT
-    kept = dict(model.layouts.kept)
+    kept = model.layouts.kept.cache_info()
+    assert kept.currsize == KEPT
     model(torch.zeros(1, 3, 20, side))
-    assert all(model.layouts.kept[key] is layout for key, layout in kept.items())
+    assert model.layouts.kept.cache_info().misses == kept.misses
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert not twin.layouts.kept
+        assert not twin.layouts.kept.cache_info().currsize
+
+
+@pytest.mark.parametrize("is_fast", [False, True])
+@pytest.mark.parametrize("size", [(32, 32), (37, 26)])
+@pytest.mark.parametrize("name", ["v1", "positions", "no_messengers", "mean"])
+def test_a_batch_of_no_images_gives_no_logits_and_no_gradients(name, size, is_fast):
+    model = micro(**VARIANTS[name], depths=(1, 1, 1)).train()
+    if is_fast:
+        use_onednn(model)
+    images = torch.zeros(0, 3, *size, requires_grad=True)
+    logits = model(images)
+    logits.sum().backward()
+    assert logits.shape == (0, 10) and images.grad.shape == images.shape
+    assert not any(parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
+    with inference(model):
+        assert model(images).shape == (0, 10)
 
 
 def test_drop_path_drops_whole_regions():
