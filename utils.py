@@ -3,6 +3,9 @@
 Whatever differs between Linux, macOS and Windows is here.
 """
 
+import environment  # noqa: F401
+
+# isort: split
 import contextlib
 import multiprocessing
 import os

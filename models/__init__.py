@@ -2,6 +2,8 @@
 builds it, how it comes back from a checkpoint (``ready.py``), and what makes it fast, computes in its place
 (``runtime.py``) or says how fast it could be."""
 
+import environment  # noqa: F401
+
 from . import timm_names
 from .apex import choose_layer_norm
 from .build import build_model
