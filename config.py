@@ -5,7 +5,7 @@ as ``--cfg``, ``--opts KEY VALUE ...``, the other command-line flags. Keys and d
 official release.
 """
 
-import environment  # noqa: F401
+import check_environment  # noqa: F401
 
 # isort: split
 import argparse

@@ -3,7 +3,7 @@
 Whatever differs between Linux, macOS and Windows is here.
 """
 
-import environment  # noqa: F401
+import check_environment  # noqa: F401
 
 # isort: split
 import contextlib

@@ -29,6 +29,13 @@ and batch size also show how time and memory grow with the image. Of a CPU the r
 a large copy reach are noted too, because machines of one name differ.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import check_environment  # noqa: E402, F401
+
+# isort: split
 import argparse
 import contextlib
 import itertools

@@ -10,6 +10,13 @@ file: images, categories and annotations with scores.
 Exit code: 0; 3 where files were skipped because they cannot be read, which are listed; 1 with an error.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import check_environment  # noqa: E402, F401
+
+# isort: split
 import argparse
 import contextlib
 import csv
