@@ -5,6 +5,9 @@ as ``--cfg``, ``--opts KEY VALUE ...``, the other command-line flags. Keys and d
 official release.
 """
 
+import check_environment  # noqa: F401
+
+# isort: split
 import argparse
 import ast
 import difflib

@@ -5,6 +5,9 @@ torchrun --nproc_per_node 8 detect.py --cfg <config> --data-path <coco> --pretra
 torchrun --nproc_per_node 8 detect.py --cfg <config> --data-path <coco> --eval --resume <checkpoint>
 """
 
+import check_environment  # noqa: F401
+
+# isort: split
 import logging
 import math
 import os

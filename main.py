@@ -5,6 +5,9 @@ torchrun --nproc_per_node 8 main.py --cfg <config> --data-path <folder> --batch-
 torchrun --nproc_per_node 8 main.py --cfg <config> --data-path <folder> --eval --resume <checkpoint>
 """
 
+import check_environment  # noqa: F401
+
+# isort: split
 import logging
 import time
 

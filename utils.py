@@ -3,6 +3,9 @@
 Whatever differs between Linux, macOS and Windows is here.
 """
 
+import check_environment  # noqa: F401
+
+# isort: split
 import collections
 import contextlib
 import multiprocessing

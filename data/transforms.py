@@ -83,6 +83,7 @@ def evaluation_sizes(config):
 def describe_evaluation(config):
     """What evaluation does to an image, in plain values, for whoever runs an exported model."""
     cover, size, mode = evaluation_sizes(config)
+    mean, std = normalization(config.MODEL.MSG.IN_CHANS)
     return dict(
         layout="batch, channels, height, width",
         channels="RGB" if config.MODEL.MSG.IN_CHANS == 3 else config.MODEL.MSG.IN_CHANS,
@@ -91,8 +92,8 @@ def describe_evaluation(config):
         interpolation=mode.value,
         centre_crop=size if cover else None,
         divide_by=255,
-        mean=IMAGENET_DEFAULT_MEAN,
-        std=IMAGENET_DEFAULT_STD,
+        mean=mean,
+        std=std,
     )
 
 

@@ -2,6 +2,11 @@
 builds it, how it comes back from a checkpoint (``ready.py``), and what makes it fast, computes in its place
 (``runtime.py``) or says how fast it could be."""
 
+try:
+    import check_environment  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ImportError(f"put the folder above {__path__[0]} into PYTHONPATH or sys.path") from error
+
 from . import timm_names
 from .apex import choose_layer_norm
 from .build import build_model

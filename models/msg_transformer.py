@@ -208,7 +208,9 @@ class PatchMerging(nn.Module):
         x = pad_to_even(x)
         if self.kind == "conv":
             return self.norm(self.reduction(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-        x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # B, H/2, row offset, W/2, column offset, C
+        height, width = plain_sizes(*x.shape[1:3])
+        # Not unflatten, after which the older ONNX exporter takes B for a constant.
+        x = x.reshape(x.shape[0], height // 2, 2, width // 2, 2, x.shape[3])  # offsets of rows, columns
         x = x.permute(0, 1, 3, 4, 2, 5).flatten(3)  # B, H/2, W/2, 4C: column offset, row offset, C
         return self.reduction(self.norm(x))  # B, H/2, W/2, 2C
 

@@ -265,7 +265,8 @@ class Layout:
         if messengers is not None:
             rows, columns = self.extent.windows(self.window_size)
             if messengers.dim() == 3:
-                times = -(-rows // messengers.shape[0]), -(-columns // messengers.shape[1])
+                region = plain_sizes(*messengers.shape[:2])
+                times = -(-rows // region[0]), -(-columns // region[1])
                 messengers = messengers.repeat(*times, 1)[:rows, :columns]
                 messengers = messengers.expand(patches.shape[0], -1, -1, -1)
             x = torch.cat([x, messengers.reshape(-1, self.images * rows * columns, x.shape[2])], dim=1)
@@ -375,7 +376,9 @@ def _take(x, rows, back):
 
 
 def _rows_of(x, rows):
-    return x.index_select(1, rows.index).index_fill_(1, rows.blank, 0)
+    x = x.index_select(1, rows.index)
+    # Not with an empty index, which OpenVINO cannot read.
+    return x.index_fill_(1, rows.blank, 0) if any(plain_sizes(*rows.blank.shape)) else x
 
 
 class _Take(torch.autograd.Function):

@@ -11,6 +11,8 @@ import pickle
 import warnings
 from contextlib import nullcontext
 
+import onnxruntime
+import openvino
 import pytest
 import timm
 import torch
@@ -68,13 +70,19 @@ def save_strict_program(model, x):
 
 def load_onnx(file):
     """ONNX Runtime's session of a file, as a function of tensors."""
-    session = pytest.importorskip("onnxruntime").InferenceSession(file.getvalue())
+    session = onnxruntime.InferenceSession(file.getvalue())
     return lambda x: torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+
+
+def load_openvino(file):
+    """What OpenVINO compiles of a file, as a function of tensors."""
+    core = openvino.Core()
+    model = core.compile_model(core.read_model(file), "CPU", dict(INFERENCE_PRECISION_HINT="f32"))
+    return lambda x: torch.from_numpy(model(x.numpy())[0])
 
 
 def save_onnx(model, x):
     """An ONNX file by the exporter that is built on torch.export, and how to load it."""
-    pytest.importorskip("onnxscript")
     file = io.BytesIO()
     torch.onnx.export(model, (x,), dynamic_shapes=({0: "count"},), dynamo=True, verbose=False).save(file)
     return file, load_onnx
@@ -82,7 +90,6 @@ def save_onnx(model, x):
 
 def save_legacy_onnx(model, x):
     """An ONNX file by the exporter that is built on traces, and how to load it."""
-    pytest.importorskip("onnx")
     file = io.BytesIO()
     names = dict(input_names=["x"], dynamic_axes={"x": {0: "count"}})
     torch.onnx.export(model, (x,), file, dynamo=False, **names)
@@ -127,6 +134,17 @@ def assert_saved_model_is_right(save, model, plain, when="fresh", size=16):
 def test_saved_models_compute_the_same_for_any_number_of_images(save, family, attention, when):
     changes = FAMILIES[family]
     assert_saved_model_is_right(save, small(attention, **changes), micro(**SMALL, **changes), when)
+
+
+@pytest.mark.parametrize("save", [save_onnx, save_legacy_onnx])
+def test_both_runtimes_compute_what_the_model_does_where_windows_reach_over_the_edge(save):
+    model, size = small(), 18
+    file, load = save(model, images(2, size))
+    for run in (load(file), load_openvino(file)):
+        for count in (1, 2, 5):
+            x = images(count, size)
+            with torch.no_grad():
+                torch.testing.assert_close(run(x), model(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow

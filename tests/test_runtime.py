@@ -4,7 +4,10 @@ import argparse
 import importlib.util
 import json
 import re
+from types import SimpleNamespace
 
+import onnxruntime
+import openvino
 import pytest
 import torch
 from helpers import ROOT, digits_config, fill_weights, logged, run_folder, run_main
@@ -12,7 +15,7 @@ from helpers import ROOT, digits_config, fill_weights, logged, run_folder, run_m
 import checkpoint as ckpt
 import models
 from config import ConfigError, dump_config, get_config, parse_config
-from models.deploy import run_onnxruntime
+from models.deploy import run_onnxruntime, run_openvino
 from models.runtime import HandedOver, build_runtime, choose_runtime, hand_over
 from utils import Compute, UserError
 
@@ -38,11 +41,9 @@ def written():
 
 @pytest.fixture
 def handed_over(written):
-    """A function that gives the small model and the same in a runtime, not yet compared; skips without it."""
+    """A function that gives the small model and the same in a runtime, not yet compared."""
 
     def load(name, dtype=torch.float32):
-        pytest.importorskip(name)
-        pytest.importorskip("onnxscript")
         model = small()
         if (name, dtype) not in written:
             written[name, dtype] = hand_over(model, name, (3, 32, 32), dtype).run
@@ -137,8 +138,6 @@ def figures_of_pytorch(evaluate):
 
 @pytest.mark.parametrize("name, processes", [("onnxruntime", 2), ("openvino", 1)])
 def test_evaluation_by_a_runtime_gives_the_figures_of_pytorch(evaluate, figures_of_pytorch, name, processes):
-    pytest.importorskip(name)
-    pytest.importorskip("onnxscript")
     figures, printed = evaluate(name, processes)
     assert f"RUNTIME {name}: " in printed and "off PyTorch in float32, on 4 images" in printed
     assert figures["acc1"] == figures_of_pytorch["acc1"] and figures["images"] == 9
@@ -148,20 +147,10 @@ def test_evaluation_by_a_runtime_gives_the_figures_of_pytorch(evaluate, figures_
 
 
 def test_throughput_by_a_runtime_names_it(tmp_path):
-    pytest.importorskip("onnxscript")
     arguments = ["--cfg", "configs/digits.yaml", "--throughput", "--batch-size", 2, "--output", tmp_path]
     printed = run_main(*arguments, "--opts", *SMALL, "RUNTIME", "onnxruntime").stdout
     assert re.search(r"RUNTIME onnxruntime: ONNX Runtime [\d.]+ in float32, 1 threads", printed)
     assert float(re.search(r"batch_size 2 throughput ([\d.]+) images/s in float32", printed)[1]) > 0
-
-
-def test_a_runtime_that_is_not_installed_is_one_message(tmp_path):
-    if importlib.util.find_spec("openvino"):
-        pytest.skip("OpenVINO is installed")
-    arguments = ["--cfg", "configs/digits.yaml", "--throughput", "--output", tmp_path]
-    done = run_main(*arguments, "--opts", "RUNTIME", "openvino", check=False)
-    assert done.returncode == 1
-    assert done.stderr == "error: RUNTIME openvino: missing packages: pip install openvino\n"
 
 
 @pytest.fixture
@@ -229,15 +218,29 @@ def test_detection_refuses_a_runtime():
 
 
 def test_a_runtime_has_the_threads_of_pytorch(monkeypatch):
-    onnxruntime, found = pytest.importorskip("onnxruntime"), []
+    found = []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     monkeypatch.setattr(onnxruntime, "InferenceSession", lambda path, options, **_: found.append(options))
     run_onnxruntime("x.onnx")
     assert found[0].intra_op_num_threads == 3
+    compile_model = SimpleNamespace(compile_model=lambda path, device, settings: found.append(settings))
+    monkeypatch.setattr(openvino, "Core", lambda: compile_model)
+    for dtype, hint in ((torch.float32, "f32"), (torch.bfloat16, "bf16")):
+        run_openvino("x.onnx", dtype)
+        settings = dict(INFERENCE_NUM_THREADS=3, ENABLE_CPU_PINNING=False, INFERENCE_PRECISION_HINT=hint)
+        assert found[-1] == settings
+
+
+def test_a_runtime_is_given_the_images_and_the_precision_of_the_config(monkeypatch):
+    found = []
+    monkeypatch.setattr("models.runtime.hand_over", lambda *given: found.append(given[1:]))
+    config = digits_config("RUNTIME", "openvino", "MODEL.MSG.IN_CHANS", 1, "DATA.IMG_SIZE", "[40, 48]")
+    for compute in (CPU, ROUNDED):
+        build_runtime(config, None, compute)
+    assert found == [("openvino", (1, 40, 48), dtype) for dtype in (torch.float32, torch.bfloat16)]
 
 
 def test_a_loaded_model_can_be_a_runtimes(checkpoint):
-    pytest.importorskip("onnxscript")
     model, _, names = models.load(checkpoint, runtime="onnxruntime")
     assert names == [*"abc"] and not model.training
     with torch.no_grad():

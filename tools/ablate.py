@@ -6,6 +6,13 @@ Differences are to the baseline, the first config unless ``--baseline`` names an
 again, and interrupted ones go on where they were: the same command continues.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import check_environment  # noqa: E402, F401
+
+# isort: split
 import argparse
 import json
 import os

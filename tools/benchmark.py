@@ -28,6 +28,13 @@ Models whose name has "swin" in it, and ours, are built for the size. The rates 
 large copy reach on the machine are noted too, because machines of one name differ.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import check_environment  # noqa: E402, F401
+
+# isort: split
 import argparse
 import contextlib
 import itertools

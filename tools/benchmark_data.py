@@ -15,6 +15,13 @@ CocoDetection, with images of Pillow, as by default, or tensors; its model's nor
 by the main process, as ours are. Ours leaves out the crops, DET.CROP_SIZES, which torchvision does not make.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import check_environment  # noqa: E402, F401
+
+# isort: split
 import argparse
 import contextlib
 import io

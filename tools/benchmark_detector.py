@@ -9,6 +9,13 @@ pass, and AdamW's update. Weights are random. Every image has 1000 proposals and
 masks, as at most in evaluation; in training two objects.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import check_environment  # noqa: E402, F401
+
+# isort: split
 import argparse
 import contextlib
 import sys

@@ -3,6 +3,13 @@
 python tools/draw_block.py docs/msg_block.png
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import check_environment  # noqa: E402, F401
+
+# isort: split
 import argparse
 
 

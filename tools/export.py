@@ -17,6 +17,13 @@ spread of the outputs. What differs more is deleted. Of a detector it is the bac
 that are written. docs/deploy.md says what the files expect.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import check_environment  # noqa: E402, F401
+
+# isort: split
 import argparse
 import functools
 import json

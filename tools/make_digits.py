@@ -3,6 +3,13 @@
 python tools/make_digits.py datasets/digits
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import check_environment  # noqa: E402, F401
+
+# isort: split
 import argparse
 import os
 

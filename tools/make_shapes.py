@@ -6,6 +6,13 @@ Masks cover the visible part of a shape: polygons where nothing covers it, run l
 hold a crowd of dots, annotated as one; a few hold nothing.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import check_environment  # noqa: E402, F401
+
+# isort: split
 import argparse
 import itertools
 import json

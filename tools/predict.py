@@ -11,6 +11,13 @@ scores. With --pictures, a video becomes an annotated video (MPEG-4, without sou
 Exit code: 0; 3 where files were skipped because they cannot be read, which are listed; 1 with an error.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import check_environment  # noqa: E402, F401
+
+# isort: split
 import argparse
 import contextlib
 import csv

@@ -10,6 +10,13 @@ block, (c) which windows send it which channels, and (d) which messengers the cl
 messengers, and how much of the score crosses windows. docs/messengers.md explains all of them.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import check_environment  # noqa: E402, F401
+
+# isort: split
 import argparse
 import base64
 import contextlib
