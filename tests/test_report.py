@@ -199,11 +199,15 @@ def test_curves_count_epochs_as_checkpoints_do_and_leave_out_what_says_nothing(
 
     monkeypatch.setattr(Figure, "savefig", save)
     rows = [
-        dict(epoch=i, train_loss=2.0, val_loss=1.0, acc1=50.0 + i, acc5=99.0, lr=1.0) for i in range(epochs)
+        dict(epoch=i, train_loss=2.0, val_loss=1.0, acc1=50.0 + i, acc5=99.0, lr=1e-5) for i in range(epochs)
     ]
     about = {"MODEL.NUM_CLASSES": classes, "MODEL.LABEL_SMOOTHING": smoothing}
     draw_curves(rows, str(tmp_path / "curves.png"), about)
+    figures[0].draw_without_rendering()  # places titles
+    assert len({axes.title.get_window_extent().y0 for axes in figures[0].axes}) == 1
     loss, accuracy, _ = figures[0].axes
+    (best,) = [line for line in accuracy.lines if line.get_label().startswith("best top-1")]
+    assert list(best.get_xydata()[0]) == [epochs - 1, 49.0 + epochs]
     assert [line.get_label() for line in accuracy.lines[:2]] == ["top-1", "top-5"] or classes == 5
     assert any(line.get_label() == "top-5" for line in accuracy.lines) == (classes > 5)
     assert list(accuracy.lines[0].get_xdata()) == list(range(epochs))
