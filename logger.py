@@ -495,7 +495,7 @@ def draw_curves(epochs, path, hyperparameters):
     x = [row["epoch"] for row in epochs]
     classes = hyperparameters.get("MODEL.NUM_CLASSES", math.inf)
     smoothing = hyperparameters.get("MODEL.LABEL_SMOOTHING", 0)
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    figure = Figure(figsize=(10, 3.3), layout="constrained")
     FigureCanvasAgg(figure)
     loss, accuracy, rate = figure.subplots(1, 3)
     marker = "o" if len(x) < 40 else ""
@@ -506,7 +506,6 @@ def draw_curves(epochs, path, hyperparameters):
         label = f"floor of label smoothing {smoothing:g}"
         loss.axhline(smoothing_floor(smoothing, classes), color="C0", lw=0.9, ls="--", label=label)
     loss.set(title="Cross entropy", ylim=(0, None))
-    loss.legend(fontsize=8)
     ema = [row.get("ema_acc1", math.nan) for row in epochs]
     scores = [max(row["acc1"], row.get("ema_acc1", 0)) for row in epochs]
     best, best_epoch = max(scores), epochs[scores.index(max(scores))]["epoch"]
@@ -515,18 +514,20 @@ def draw_curves(epochs, path, hyperparameters):
         accuracy.plot(x, [row["acc5"] for row in epochs], marker=marker, ms=3, label="top-5")
     if not all(map(math.isnan, ema)):
         accuracy.plot(x, ema, marker=marker, ms=3, label="top-1 of the average (EMA)")
-    accuracy.axhline(best, color="grey", lw=0.8, ls=":")
-    title = f"Validation: best top-1 {best:.2f}% (epoch {best_epoch})"
-    accuracy.set(title=title, ylabel="%")
-    accuracy.legend(loc="lower right", fontsize=8)
-    rate.plot(x, [row["lr"] for row in epochs], marker=marker, ms=3, color="tab:green")
+    accuracy.plot(best_epoch, best, "*", ms=11, color="black", label=f"best top-1, epoch {best_epoch}")
+    accuracy.set(title=f"Validation: best top-1 {best:.2f}% (epoch {best_epoch})", ylabel="%")
+    rate.plot(x, [row["lr"] for row in epochs], marker=marker, ms=3, color="black")
     rate.set(title="Learning rate at the end of the epoch", ylim=(0, None))
-    rate.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
+    rate.yaxis.set_major_formatter("{x:.3g}")  # not 0.2 and a factor above the axis, which moves the title
     for axes in (loss, accuracy, rate):
-        axes.set_xlabel("epoch, counted as in the names of checkpoints")
+        axes.set_title(axes.get_title(), fontsize=10)
+        axes.set_xlabel("epoch, as in the names of checkpoints")
+        axes.axvline(best_epoch, color="black", lw=0.8, ls=":")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if len(x) < 3:  # no ticks between epochs, and none for epochs to come
             axes.set(xticks=x, xlim=(x[0] - 0.5, x[-1] + 0.5))
         axes.grid(alpha=0.3)
+    for axes in (loss, accuracy):
+        axes.legend(fontsize=8.5)
     with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
+        figure.savefig(temporary, dpi=166, format="png")

@@ -13,6 +13,7 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
@@ -24,7 +25,6 @@ from logger import DETAIL, write_image
 from utils import replacing
 
 BAR, INK, PAPER = "#9dc3ea", "#22262b", "#ffffff"
-RIGHT, WRONG = "#1b7f4d", "#b3372f"
 FILES = ("eval.json", "eval_classes.csv", "eval_confusions.png", "eval_mistakes.png")
 BINS = 15  # of the expected calibration error
 MOST_DRAWN, MOST_LISTED, MOST_MISTAKES = 30, 20, 24  # classes, confusions, images
@@ -306,10 +306,10 @@ def chosen_classes(pairs, count, most=MOST_DRAWN):
 
 
 def draw_confusions(outcomes, names, path):
-    """Draw which classes are taken for which to a PNG file, and list the most frequent confusions.
+    """Draw which classes are taken for which to a PNG file, above the most frequent confusions.
 
-    The matrix counts images, of each class in a row; beyond :data:`MOST_DRAWN` classes it shows those of the
-    most frequent confusions, and the rest in a last column.
+    Rows of the matrix are percentages of the images of a class; beyond :data:`MOST_DRAWN` classes it shows
+    those of the most frequent confusions, and the rest in a last column. It is as large as its classes need.
     """
     pairs = confusions(outcomes)
     classes = chosen_classes(pairs, len(names))
@@ -319,18 +319,25 @@ def draw_confusions(outcomes, names, path):
     counts = np.zeros((side + 1, side + 1), np.int64)
     np.add.at(counts, (place_of[outcomes.target], place_of[outcomes.predicted]), 1)
     counts = counts[:side] if not all_shown else counts[:side, :side]
-    share = counts / np.maximum(1, counts.sum(1, keepdims=True))
-    diagonal = np.eye(*counts.shape, dtype=bool)
-    wrong = np.where(diagonal, np.nan, share)
+    shares = 100 * counts / np.maximum(1, counts.sum(1, keepdims=True))
+    listed = pairs[:MOST_LISTED]
 
-    figure = Figure(figsize=(17, 10), layout="constrained")
+    cell = min(1.2, 5.8 / counts.shape[1])  # inches
+    size = min(9, 35 * cell)  # points
+    heights = cell * side + 2, 0.2 * len(listed) + 0.9
+    figure = Figure(figsize=(8.3, sum(heights)), layout="constrained")
     FigureCanvasAgg(figure)
-    matrix, bars = figure.subplots(1, 2, width_ratios=(2, 1))
-    matrix.imshow(np.where(diagonal, share, np.nan), cmap="Greens", vmin=0, vmax=1.6)
-    matrix.imshow(wrong, cmap="Oranges", vmin=0, vmax=1.7 * max(0.01, np.nanmax(wrong, initial=0)))
-    size = min(10, 230 / max(side, 1))
+    # Each with margins of its own, which leaves the matrix more room.
+    matrix, bars = (part.subplots() for part in figure.subfigures(2, 1, height_ratios=heights))
+    # The root shows mistakes of a few percent, on the scale of the diagonal.
+    drawn = matrix.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 100))
     for row, column in zip(*counts.nonzero()):
-        matrix.text(column, row, f"{counts[row, column]}", ha="center", va="center", fontsize=size)
+        value = shares[row, column]
+        colour = "white" if value > 40 else "black"
+        text = f"{value:.0f}" if value >= 0.5 else "<1"
+        matrix.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
+    scale = matrix.figure.colorbar(drawn, ax=matrix, ticks=[0, 5, 25, 50, 100])
+    scale.set_label("% of the target's images")
     labels = [_short(names[number]) for number in classes]
     matrix.set_yticks(range(side), labels, fontsize=size, parse_math=False)
     columns = labels if all_shown else [*labels, "other classes"]
@@ -338,18 +345,20 @@ def draw_confusions(outcomes, names, path):
     matrix.set(xlabel="predicted", ylabel="target")
     accuracy = f"top-1 {100 * outcomes.right().mean():.2f}% of {len(outcomes.index):,} images"
     what = "all classes" if all_shown else f"{side} of {len(names):,} classes, the most confused"
-    matrix.set_title(f"{accuracy}; {what}", fontsize=11)
+    matrix.figure.suptitle(f"{accuracy}; {what}", fontsize=11)
 
-    listed = pairs[:MOST_LISTED]
-    bars.barh(range(len(listed)), [number for *_, number in listed], color="#f2a65a")
+    drawn = bars.barh(range(len(listed)), [number for *_, number in listed], color="#6baed6")
+    bars.bar_label(drawn, padding=2, fontsize=9)
     texts = [f"{_short(names[target])} → {_short(names[said])}" for target, said, _ in listed]
     bars.set_yticks(range(len(listed)), texts, fontsize=9, parse_math=False)
-    bars.set_ylim(MOST_LISTED - 0.5, -0.5)
+    bars.invert_yaxis()
     bars.xaxis.get_major_locator().set_params(integer=True)
-    bars.set_title("most frequent confusions (target → predicted)" if listed else "no mistakes", fontsize=11)
+    title = "most frequent confusions (target → predicted)" if listed else "no mistakes"
+    bars.figure.suptitle(title, fontsize=11)
+    bars.margins(x=0.08)
     bars.set_xlabel("images")
     with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
+        figure.savefig(temporary, dpi=160, format="png")
 
 
 def _short(name, most=26):
@@ -360,16 +369,16 @@ def _short(name, most=26):
 def mistakes_sheet(outcomes, names):
     """The mistakes of the highest loss as a PIL image, each as the model saw it, above both classes."""
     wrong = int((~outcomes.right()).sum())
-    title = f"{len(outcomes.worst)} of {wrong:,} mistakes, by loss: predicted (red) and target (green)"
+    title = f"{len(outcomes.worst)} of {wrong:,} mistakes, by loss, with the probabilities of both classes"
     tiles = []
     for place, pixels in outcomes.worst:
         said, meant = names[outcomes.predicted[place]], names[outcomes.target[place]]
         below = (
-            (f"{outcomes.confidence[place]:.3f} {said}", WRONG),
-            (f"{outcomes.truth[place]:.3f} {meant}", RIGHT),
+            f"predicted {outcomes.confidence[place]:.2f} {said}",
+            f"target {outcomes.truth[place]:.2f} {meant}",
         )
         tiles.append((Image.fromarray(pixels), below))
-    return contact_sheet(tiles, title if wrong else "no mistakes")
+    return contact_sheet(tiles, title if wrong else "no mistakes", 4)
 
 
 def show_mistakes(record, collector, loader, names):
@@ -403,15 +412,15 @@ def batch_sheet(images, targets, names, most=48):
             lines = [f"{share:.2f} {names[number]}" for share, number in pairs if share >= 0.05]
         else:
             lines = [names[target]]
-        tiles.append((Image.fromarray(shown(image)), [(line, INK) for line in lines]))
+        tiles.append((Image.fromarray(shown(image)), lines))
     return contact_sheet(tiles, f"{len(tiles)} of the {len(images)} images of the first batch", 8)
 
 
-def contact_sheet(tiles, title, columns=6, side=208):
+def contact_sheet(tiles, title, columns, side=208):
     """PIL images in rows below a title, as one.
 
     Args:
-        tiles: (PIL image, lines below it) each; a line is a text and its colour, and there are two at most.
+        tiles: (PIL image, lines of text below it) each, two lines at most.
         side: of a tile, in pixels; images are made to fit.
     """
     size = 14
@@ -426,9 +435,9 @@ def contact_sheet(tiles, title, columns=6, side=208):
         image, _ = enlarged(image, side)
         image.thumbnail((side, side))
         sheet.paste(image, (x + (side - image.width) // 2, y + (side - image.height) // 2))
-        for number, (text, colour) in enumerate(lines):
+        for number, text in enumerate(lines):
             place = (x, y + side + 2 + number * line)
-            draw.text(place, fitting(text, letters, side), fill=colour, font=letters)
+            draw.text(place, fitting(text, letters, side), fill=INK, font=letters)
     return sheet
 
 

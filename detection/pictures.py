@@ -164,7 +164,7 @@ def draw_curves(epochs, path, hyperparameters=None):
         hyperparameters: not used.
     """
     x = [row["epoch"] for row in epochs]
-    figure = Figure(figsize=(15, 6.8), layout="constrained")
+    figure = Figure(figsize=(11, 6), layout="constrained")
     FigureCanvasAgg(figure)
     groups = ["proposals", "classes", "boxes", "masks"]
     panels = figure.subplot_mosaic([["total", "precision", "precision", "rate"], groups])
@@ -187,13 +187,16 @@ def draw_curves(epochs, path, hyperparameters=None):
     for name in ("box_AP", "box_AP50", "mask_AP", "mask_AP50", *(["ema_box_AP", "ema_mask_AP"] * averaged)):
         values = [row.get(name, float("nan")) for row in epochs]
         precision.plot(x, values, marker=marker, ms=3, label=name.replace("_", " "))
+    precision.plot(best_epoch, best, "*", ms=11, color="black", label=f"best box AP, epoch {best_epoch}")
     precision.set(title=f"Best box AP {best:.1f}% (epoch {best_epoch})", ylabel="%", ylim=(0, 100))
     precision.legend(fontsize=8)
-    rate.plot(x, [row["lr"] for row in epochs], marker=marker, ms=3, color="tab:green")
-    rate.set(title="Learning rate at the end of the epoch", ylim=(0, None))
-    rate.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
+    rate.plot(x, [row["lr"] for row in epochs], marker=marker, ms=3, color="black")
+    rate.set(title="Learning rate, epoch's end", ylim=(0, None))
+    rate.yaxis.set_major_formatter("{x:.3g}")  # not 0.2 and a factor above the axis, which moves the title
     for axes in panels.values():
-        axes.set_xlabel("epoch, as in the names of checkpoints")
+        axes.set_title(axes.get_title(), fontsize=10)
+        axes.set_xlabel("epoch, as in checkpoint names", fontsize=9)
+        axes.axvline(best_epoch, color="black", lw=0.8, ls=":")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if len(x) < 3:
             axes.set(xticks=x, xlim=(x[0] - 0.5, x[-1] + 0.5))

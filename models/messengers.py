@@ -454,7 +454,7 @@ class Findings:
         scores: of the classes, (classes,), see :func:`class_scores`.
         attention: of each stage's last block, as a map of pixels, see :func:`patch_weights`.
         drops: for each stage, what ablating each messenger takes from the score: ``shown``.
-        attention_map, gradient_map: of pixels.
+        gradient_map: of pixels.
         influence: of the window, (stage, block) to patches (H, W) and messengers (rows, columns).
         routes: (stage, block) of the first block of stages that exchange, to what its window there receives:
             pairs of :class:`Sent` and how far what is sent is from a blank image's, as a norm.
@@ -466,7 +466,6 @@ class Findings:
     scores: torch.Tensor
     attention: list
     drops: list
-    attention_map: torch.Tensor
     gradient_map: torch.Tensor
     influence: dict
     routes: dict
@@ -508,7 +507,6 @@ def examine(model, image, window=None):
             for stage, block in enumerate(last)
         ],
         drops=drops,
-        attention_map=attention_map(model, image),
         gradient_map=gradient_map(model, image, target),
         influence={
             place: tuple(kind[0] for kind in kinds)

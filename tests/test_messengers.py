@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from helpers import CVPR22, digits_config, fill_weights, micro, write_images
+from matplotlib.axes import Axes
+from matplotlib.text import Text
 from PIL import Image
 from test_detection import config as shapes_config
 from torch.nn import functional
@@ -327,13 +329,13 @@ def show(monkeypatch):
     return run
 
 
-def test_a_sheet_for_every_image(tmp_path, checkpoint, show, capsys):
+def test_a_sheet_for_every_image(tmp_path, checkpoint, show, capsys, monkeypatch):
+    monkeypatch.setattr(visualize, "draw_sheet", lambda found, pixels, head, path: drawn.append(head))
+    drawn = []
     write_images(tmp_path / "images", 1, ("a", "b"))
     path = checkpoint()
     show(path, tmp_path / "images", "--output", tmp_path / "out", "--size", "30,40")
-    assert sorted(os.listdir(tmp_path / "out")) == ["0-2.png", "0.png"]
-    with Image.open(tmp_path / "out" / "0-2.png") as sheet:
-        assert min(sheet.size) > 1000
+    assert len(drawn) == 2 and all(head.startswith("0.png: ") for head in drawn)
     assert f"{tmp_path}/images/b/0.png: {tmp_path}/out/0-2.png" in capsys.readouterr().out
 
 
@@ -349,6 +351,23 @@ def test_findings_are_what_the_functions_give():
     assert [len(route) for route in place.routes.values()] == [16, 4]  # of the regions of both stages
     (part, _) = place.routes[1, 0][0]
     assert part.sent == list(range(48, 72))  # window (2, 1) is in window (1, 0) of stage 2, its third of four
+
+
+def test_a_sheet_is_readable_at_the_width_of_a_page(monkeypatch):
+    """830 px wide, its letters have 10 px; every colour bar says what it shows, and no box hides anything."""
+    figures = []
+    monkeypatch.setattr(visualize, "save", lambda figure, path: figures.append(figure))
+    found = examine(micro().double(), image_of((27, 44)))
+    visualize.draw_sheet(found, np.zeros((27, 44, 3), np.uint8), "long_$name_^" * 20, "sheet.png")
+    (figure,) = figures
+    figure.draw_without_rendering()
+    texts = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
+    assert min(text.get_fontsize() for text in texts) / 72 * 830 / figure.get_figwidth() > 10
+    assert not any(text.get_bbox_patch() for text in texts)
+    assert max(text.get_window_extent().x1 for text in texts if text.figure is figure) < figure.bbox.width
+    axes = [ax for ax in figure.findobj(Axes) if ax.axison]
+    bars = [ax for ax in axes if getattr(ax, "_colorbar", None)]
+    assert len(bars) == 6 and all(ax.get_ylabel() for ax in bars)  # (a), (b), two of (c), two of (d)
 
 
 @pytest.mark.parametrize(
@@ -463,7 +482,7 @@ def test_curves_of_a_folder(tmp_path, checkpoint, show, capsys):
 def page(tmp_path_factory):
     """A page of an image that reaches into a second row of regions, its text and the data in it."""
     model, image = micro().double(), image_of((40, 27))
-    data = visualize.page_data(model, image, (4, 2), '</script>\'s "<name>". Chosen window: 4,2')
+    data = visualize.page_data(model, image, (4, 2), '</script>\'s "<name>"')
     text = visualize.build_page(data)
     path = tmp_path_factory.mktemp("page") / "page.html"
     path.write_text(text, encoding="utf-8")

@@ -32,6 +32,19 @@ from utils import Compute
 CPU = Compute(torch.device("cpu"))
 
 
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are saved, not written."""
+    figures = []
+
+    def save(figure, path, **_):
+        figures.append(figure)
+        Path(path).touch()
+
+    monkeypatch.setattr(Figure, "savefig", save)
+    return figures
+
+
 def outcomes_of(logits, targets, batch=7):
     """What is collected of logits (N, classes) and targets (N,); image i is all of grey i."""
     collector = report.OutcomeCollector()
@@ -147,7 +160,32 @@ def test_reports_of_few_and_of_many_classes_are_written(tmp_path, classes, count
     assert len((tmp_path / "eval_classes.csv").read_text().splitlines()) == classes + 1
     for name in ("eval_confusions.png", "eval_mistakes.png"):
         with Image.open(tmp_path / name) as image:
-            assert image.width > 1000 and len(np.unique(np.asarray(image.convert("L")))) > 2
+            assert image.width > 800 and len(np.unique(np.asarray(image.convert("L")))) > 2
+
+
+def test_the_matrix_has_percentages_on_one_labelled_scale_and_grows_with_its_classes(drawn, tmp_path):
+    for classes in (2, 10):
+        outcomes, _, _ = random_outcomes(300, classes)
+        report.draw_confusions(outcomes, [f"class $_{i}^" for i in range(classes)], tmp_path / "matrix.png")
+    small, large = drawn
+    assert small.get_figheight() < large.get_figheight() / 2
+    matrix, scale = large.subfigs[0].axes
+    (image,) = matrix.images
+    assert image.norm.vmin == 0 and image.norm.vmax == 100 and "%" in scale.get_ylabel()
+    rows = image.get_array()
+    np.testing.assert_allclose(rows.sum(1), 100)
+    texts = {text.get_position()[::-1]: text.get_text() for text in matrix.texts}
+    assert texts[3, 3] == f"{rows[3, 3]:.0f}" and len(texts) == np.count_nonzero(rows)
+
+
+def test_mistakes_say_which_class_was_predicted_and_which_is_the_target(monkeypatch):
+    outcomes, logits, targets = random_outcomes(20, 3)
+    monkeypatch.setattr(report, "contact_sheet", lambda tiles, *_: tiles)
+    place, _ = outcomes.worst[0]
+    shares = logits[place].double().softmax(0)
+    said, meant = int(logits[place].argmax()), int(targets[place])
+    lines = [f"predicted {shares[said]:.2f} {'abc'[said]}", f"target {shares[meant]:.2f} {'abc'[meant]}"]
+    assert list(report.mistakes_sheet(outcomes, list("abc"))[0][1]) == lines
 
 
 NO_UTF8 = os.fsdecode(b"\xc2\xed")
@@ -276,21 +314,18 @@ def test_the_floor_of_label_smoothing_is_the_least_cross_entropy(smoothing, clas
 
 @pytest.mark.parametrize("epochs, classes, smoothing", [(1, 5, 0.1), (2, 6, 0.0), (3, 6, 0.1)])
 def test_curves_count_epochs_as_checkpoints_do_and_leave_out_what_says_nothing(
-    epochs, classes, smoothing, tmp_path, monkeypatch
+    epochs, classes, smoothing, tmp_path, drawn
 ):
-    figures = []
-
-    def save(figure, path, **_):
-        figures.append(figure)
-        Path(path).touch()
-
-    monkeypatch.setattr(Figure, "savefig", save)
     rows = [
-        dict(epoch=i, train_loss=2.0, val_loss=1.0, acc1=50.0 + i, acc5=99.0, lr=1.0) for i in range(epochs)
+        dict(epoch=i, train_loss=2.0, val_loss=1.0, acc1=50.0 + i, acc5=99.0, lr=1e-5) for i in range(epochs)
     ]
     about = {"MODEL.NUM_CLASSES": classes, "MODEL.LABEL_SMOOTHING": smoothing}
     draw_curves(rows, str(tmp_path / "curves.png"), about)
-    loss, accuracy, _ = figures[0].axes
+    drawn[0].draw_without_rendering()  # places titles
+    assert len({axes.title.get_window_extent().y0 for axes in drawn[0].axes}) == 1
+    loss, accuracy, _ = drawn[0].axes
+    (best,) = [line for line in accuracy.lines if line.get_label().startswith("best top-1")]
+    assert list(best.get_xydata()[0]) == [epochs - 1, 49.0 + epochs]
     assert [line.get_label() for line in accuracy.lines[:2]] == ["top-1", "top-5"] or classes == 5
     assert any(line.get_label() == "top-5" for line in accuracy.lines) == (classes > 5)
     assert list(accuracy.lines[0].get_xdata()) == list(range(epochs))

@@ -26,6 +26,7 @@ import logging
 import math
 import os
 import sys
+import textwrap
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -33,8 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from config import CHOICES
 
 BLUE, ORANGE, GREY = "#0072b2", "#e69f00", "#d9d9d9"  # blue and orange of Okabe and Ito
-PANEL = 2.5  # inches
-ACROSS = 7  # panels in a row, at most
+ACROSS = 6  # panels of (b) in a row
 LEAST = 1e-4  # influence of the darkest colour
 
 
@@ -82,7 +82,7 @@ if __name__ == "__main__":
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize, TwoSlopeNorm, to_rgba
+from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
@@ -188,10 +188,9 @@ def sheet_names(paths):
 def title(found, path, names):
     """What an image is, in a line."""
     share = found.scores.softmax(0)[found.target]
-    row, column = found.window
     score = f"score {found.scores[found.target]:.2f} (logit less the mean logit), probability {share:.3f}"
     what = drawable(f"{os.path.basename(path)}: {names[found.target]}")
-    return f"{what}, {score}. Chosen window: {row},{column} (black)"
+    return f"{what}, {score}"
 
 
 def page_data(model, image, window, head):
@@ -223,7 +222,7 @@ def page_data(model, image, window, head):
         for stage, block in found
     ]
     return dict(
-        title=head.rpartition(". Chosen")[0],
+        title=head,
         size=list(image.shape[1:]),
         windows=[rows, columns],
         side=places[0].side,
@@ -249,6 +248,26 @@ def build_page(data):
     return template.replace("@DATA@", json.dumps(data).replace("<", "\\u003c"))
 
 
+WIDTH = 8.3  # inches of a picture, which at a README's width of 830 px makes a point 1.4 px
+
+ATTENTION = (
+    "(a) What each messenger attends to in its window, in the last block of each stage (mean of the heads)."
+)
+INFLUENCE = (
+    "(b) Where the content of the chosen window has travelled after each block: change of tokens if it is\n"
+    "blank. The square in the middle of a window is its messenger. Grey: not reached."
+)
+ROUTES = (
+    "(c) Exchange in the first block of a stage, in the shuffle region of the chosen window: channels\n"
+    "(from 0) that each window sends to the chosen one → channels that they become there. Colour: how\n"
+    "far what is sent is from what a blank image sends (norm)."
+)
+ABLATION = (
+    "(d) What the class score loses if the messenger of a window is silenced, in each stage. Right:\n"
+    "gradient times input. It need not agree, and neither need the attention of the last stage in (a)."
+)
+
+
 def draw_sheet(found, pixels, head, path):
     """Draw a sheet to a PNG file.
 
@@ -257,94 +276,78 @@ def draw_sheet(found, pixels, head, path):
         pixels: the image as the model saw it, (height, width, 3), uint8.
         head: the headline.
     """
-    stages, blocks = len(found.grids), len(found.influence)
-    of_influence = -(-blocks // ACROSS)
-    rows = [1, of_influence, 1, 1] if found.routes else [1, of_influence, 1]
-    across = max(min(ACROSS, max(blocks, 4)), stages + 2)
-    heights = [count * (PANEL + 0.25) + 0.75 for count in rows]
-    if found.routes:
-        heights[2] += PANEL  # for what is written in it
-    figure = Figure(figsize=(across * (PANEL + 0.25) + 0.4, sum(heights) + 0.5), layout="constrained")
+    stages, (height, width) = len(found.grids), found.gradient_map.shape
+    lines = [*textwrap.wrap(head, 80), f"Chosen window: {found.window[0]},{found.window[1]} (outlined)"]
+    tall = min(2, max(0.5, height / width))
+    parts = [
+        (draw_attention, ATTENTION, 1, stages + 1, tall),
+        (draw_influence, INFLUENCE, -(-len(found.influence) // ACROSS), ACROSS, tall),
+        (draw_routes, ROUTES, 1, max(3, len(found.routes)), 1),
+        (draw_ablation, ABLATION, 1, stages + 1, tall),
+    ]
+    if not found.routes:
+        del parts[2]
+    heights = [rows * (0.82 * shape * WIDTH / columns + 0.25) + 0.65 for *_, rows, columns, shape in parts]
+    figure = Figure(figsize=(WIDTH, sum(heights) + 0.5), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(head, x=0.01, ha="left", fontsize=13, parse_math=False)
-    parts = iter(figure.subfigures(len(rows), 1, height_ratios=heights, squeeze=False)[:, 0])
-    draw_attention(found, pixels, panels(next(parts), 1, across, ATTENTION))
-    draw_influence(found, pixels, panels(next(parts), of_influence, across, INFLUENCE))
-    if found.routes:
-        draw_routes(found, pixels, panels(next(parts), 1, max(2, across // 2), ROUTES))
-    draw_ablation(found, pixels, panels(next(parts), 1, across, ABLATION))
+    figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=11, parse_math=False)
+    for place, (draw, caption, rows, columns, _) in zip(
+        figure.subfigures(len(parts), 1, height_ratios=heights), parts
+    ):
+        place.suptitle(caption, x=0.01, ha="left", fontsize=9.5)
+        axes = place.subplots(rows, columns, squeeze=False).ravel()
+        for ax in axes:
+            ax.set_axis_off()
+        draw(found, pixels, axes)
     save(figure, path)
 
 
-ATTENTION = (
-    "(a) What each messenger attends to in its window, in the last block of each stage, as the mean of the "
-    "heads.\n1: as much as if it looked at all tokens of the window evenly."
-)
-INFLUENCE = (
-    "(b) Where the content of the chosen window has travelled after each block: relative change of tokens "
-    "if the window is blank.\nThe square in the middle of a window is its messenger. Grey: not reached."
-)
-ROUTES = (
-    "(c) Exchange in the first block of a stage: which channels (from 0) each window sends to the chosen one "
-    "(blue), and where they arrive.\nWidth of an arrow: how far it is from what a blank image sends."
-)
-ABLATION = (
-    "(d) What the class score loses (orange) or gains (blue) if the messenger of a window is silenced in a "
-    "stage.\nRight: maps of attention and of the gradient, which need not agree with it."
-)
+def frame(ax, found, stage, words, whole=True):
+    """Prepare axes for a stage: its windows, in pixels of the image, and the one of the chosen window.
 
-
-def panels(part, rows, columns, caption):
-    """A list of axes in rows below a caption."""
-    part.suptitle(caption, x=0.01, ha="left", fontsize=11)
-    axes = part.subplots(rows, columns, squeeze=False).ravel()
-    for ax in axes:
-        ax.set_axis_off()
-    return list(axes)
-
-
-def frame(ax, found, stage, words, pixels=None):
-    """Prepare axes for a stage: its windows, in pixels of the image, and the chosen window."""
-    grid, (height, width) = found.grids[stage], found.attention_map.shape
+    Args:
+        whole: outline the stage's window that holds the chosen one, not the chosen one itself.
+    """
+    grid, (height, width) = found.grids[stage], found.gradient_map.shape
     ax.set_axis_on()
     ax.set(xlim=(0, grid.columns * grid.side), ylim=(grid.rows * grid.side, 0), aspect="equal")
     ax.set(xticks=[], yticks=[])
-    ax.set_title(words, fontsize=10)
+    ax.set_title(words, fontsize=8.5)
     if grid.rows * grid.side > height or grid.columns * grid.side > width:
-        box = Rectangle((0, 0), grid.columns * grid.side, grid.rows * grid.side)
-        box.set(facecolor="white", edgecolor=GREY, hatch="///", linewidth=0, zorder=-2)
-        ax.add_patch(box)
+        ax.set_facecolor("white")
+        ax.patch.set(hatch="///", edgecolor=GREY)
         ax.add_patch(Rectangle((0, 0), width, height, facecolor="white", edgecolor="none", zorder=-1))
-    if pixels is not None:
-        ax.imshow(pixels, extent=(0, width, height, 0), interpolation="nearest", zorder=0)
-    for i in range(1, grid.rows):
-        ax.axhline(i * grid.side, color="white", lw=1.6 if i % grid.region == 0 else 0.5, zorder=3)
-    for i in range(1, grid.columns):
-        ax.axvline(i * grid.side, color="white", lw=1.6 if i % grid.region == 0 else 0.5, zorder=3)
-    outline(ax, found.grids[0], found.window)
+    for line, count in ((ax.axhline, grid.rows), (ax.axvline, grid.columns)):
+        for i in range(1, count):
+            line(i * grid.side, color="white", lw=1.6 if i % grid.region == 0 else 0.5, zorder=3)
+    row, column = window_of(found, stage) if whole else found.window
+    side = grid.side if whole else found.grids[0].side
+    for line, colour in ((4, "white"), (2, "black")):  # shows on any colour
+        style = dict(fill=False, edgecolor=colour, lw=line, zorder=4)
+        ax.add_patch(Rectangle((column * side, row * side), side, side, **style))
 
 
-def outline(ax, grid, window, colour="black"):
-    """Outline a window, so that it shows on any colour."""
-    corner = window[1] * grid.side, window[0] * grid.side
-    for width, edge in ((4, "white"), (2, colour)):
-        box = Rectangle(corner, grid.side, grid.side, fill=False, edgecolor=edge, lw=width, zorder=6)
-        ax.add_patch(box)
+def window_of(found, stage):
+    """The window (row, column) of a stage that holds the chosen one."""
+    return tuple(index >> stage for index in found.window)
+
+
+def by_window(ax, values, grid, words=None, **style):
+    """Draw an array (rows, columns) of values of windows, and in each its words."""
+    rows, columns = values.shape
+    extent = (0, columns * grid.side, rows * grid.side, 0)
+    drawn = ax.imshow(values, extent=extent, zorder=0, **style)
+    for (row, column), text in np.ndenumerate([] if words is None else words):
+        place = (column + 0.5) * grid.side, (row + 0.5) * grid.side
+        dark = np.dot(drawn.to_rgba(values[row, column])[:3], (0.3, 0.6, 0.1)) < 0.45
+        style = dict(fontsize=7.5, color="white" if dark else "black", zorder=5, clip_on=True)
+        ax.text(*place, text, ha="center", va="center", **style)
+    return drawn
 
 
 def array(tensor):
     """A tensor as float64 in numpy."""
     return tensor.detach().cpu().double().numpy()
-
-
-def blue_to_orange():
-    """A colour map: blue, white, orange."""
-    return LinearSegmentedColormap.from_list("blue_to_orange", [BLUE, "white", ORANGE])
-
-
-def dimmed(pixels):
-    """A paler image."""
-    return (255 - 0.45 * (255 - pixels.astype(float))).astype(np.uint8)
 
 
 def span(channels):
@@ -355,23 +358,24 @@ def span(channels):
 
 def draw_attention(found, pixels, axes):
     """Panels (a)."""
-    frame(axes[0], found, 0, "the image, windows of stage 1", pixels)
-    for stage, weights in enumerate(found.attention):
-        ax = axes[1 + stage]
+    height, width = found.gradient_map.shape
+    extent = (0, width, height, 0)
+    frame(axes[0], found, 0, "image, stage 1")
+    axes[0].imshow(pixels, extent=extent, interpolation="nearest", zorder=0)
+    norm = Normalize(0, max(float(weights.max()) for weights in found.attention))
+    for stage, (ax, weights) in enumerate(zip(axes[1:], found.attention)):
         frame(ax, found, stage, f"stage {stage + 1}")
-        weights = array(weights)
-        height, width = weights.shape
-        drawn = ax.imshow(weights, "viridis", Normalize(0, None), extent=(0, width, height, 0), zorder=0)
-        bar(drawn, ax)
+        drawn = ax.imshow(array(weights), "viridis", norm, extent=extent, zorder=0)
+    bar(drawn, axes, "attention (even: 1)")
 
 
 def draw_influence(found, pixels, axes):
     """Panels (b)."""
-    height, width = found.attention_map.shape
+    height, width = found.gradient_map.shape
     most = max(float(kind.max()) for kinds in found.influence.values() for kind in kinds)
     style = dict(cmap="cividis", norm=LogNorm(LEAST, max(most, 10 * LEAST)))
     for ax, ((stage, block), kinds) in zip(axes, found.influence.items()):
-        frame(ax, found, stage, f"stage {stage + 1}, block {block + 1}")
+        frame(ax, found, stage, f"stage {stage + 1}, block {block + 1}", whole=False)
         patches, messengers = map(array, kinds)
         grid = found.grids[stage]
         stride = grid.side / grid.window_size
@@ -379,85 +383,55 @@ def draw_influence(found, pixels, axes):
         values = np.ma.masked_equal(patches, 0).clip(LEAST)
         extent = (0, patches.shape[1] * stride, patches.shape[0] * stride, 0)
         drawn = ax.imshow(values, extent=extent, interpolation="nearest", zorder=0, **style)
-        rows, columns = np.indices(messengers.shape).reshape(2, -1)
-        size = (0.3 * PANEL * 72 / max(messengers.shape)) ** 2
-        values = messengers.ravel()
-        colours = np.where((values > 0)[:, None], drawn.to_rgba(values.clip(LEAST)), to_rgba(GREY))
-        places = (columns + 0.5) * grid.side, (rows + 0.5) * grid.side
-        ax.scatter(*places, size, colours, marker="s", edgecolors="white", linewidths=0.8, zorder=5)
+        for (row, column), value in np.ndenumerate(messengers):
+            colour = drawn.to_rgba(max(value, LEAST)) if value > 0 else GREY
+            corner = (column + 0.35) * grid.side, (row + 0.35) * grid.side
+            side = 0.3 * grid.side
+            ax.add_patch(Rectangle(corner, side, side, facecolor=colour, edgecolor="white", lw=0.8, zorder=5))
         ax.set(xlim=(0, grid.columns * grid.side), ylim=(grid.rows * grid.side, 0))
-    bar(drawn, axes)
+    bar(drawn, axes, "relative change")
 
 
 def draw_routes(found, pixels, axes):
     """Panels (c)."""
     for ax, ((stage, block), route) in zip(axes, found.routes.items()):
-        grid = found.grids[stage]
-        mine = tuple(index >> stage for index in found.window)
-        region, _ = grid.number_of(*mine)
-        letters = max(len(span(part.received)) for part, _ in route) + 1
-        size = min(9, 2 * PANEL * 72 / max(grid.rows, grid.columns) / (0.65 * letters))
-        frame(ax, found, stage, f"stage {stage + 1}, block {block + 1}", dimmed(pixels))
-        outline(ax, grid, mine, BLUE)
-        most = max([strength for _, strength in route] + [1e-12])
-        end = (mine[1] + 0.5) * grid.side, (mine[0] + 0.5) * grid.side
+        grid, mine = found.grids[stage], window_of(found, stage)
+        frame(ax, found, stage, f"stage {stage + 1}, block {block + 1}")
+        values = np.full((grid.rows, grid.columns), np.nan)
+        words = np.full(values.shape, "", object)
         for part, strength in route:
-            row, column = grid.window_at(region, part.source)
-            start = (column + 0.5) * grid.side, (row + 0.5) * grid.side
-            if (row, column) != mine:  # a window sends to itself as well
-                style = dict(arrowstyle="-|>", mutation_scale=8, lw=0.4 + 2.6 * strength / most)
-                style.update(color=BLUE, alpha=0.75, shrinkA=4, shrinkB=2.2 * size)
-                ax.annotate("", end, start, arrowprops=style, zorder=5)
-            words = f"{span(part.sent)}\n→{span(part.received)}"
-            box = dict(facecolor="white", alpha=0.8, pad=0.8, edgecolor="none")
-            ax.text(
-                *start, words, fontsize=size, ha="center", va="center", bbox=box, zorder=7, linespacing=0.95
-            )
+            place = grid.window_at(grid.number_of(*mine)[0], part.source)
+            values[place], words[place] = strength, f"{span(part.sent)}\n→ {span(part.received)}"
+        norm = Normalize(0, np.nanmax(values) or 1)
+        bar(by_window(ax, values, grid, words, cmap="Blues", norm=norm), ax, "difference from blank")
+        top, left = (index // grid.region * grid.region * grid.side for index in mine)
+        ax.set(xlim=(left, left + grid.region * grid.side), ylim=(top + grid.region * grid.side, top))
 
 
 def draw_ablation(found, pixels, axes):
     """Panels (d)."""
     most = max(float(drops.abs().max()) for drops in found.drops) or 1.0
-    height, width = found.attention_map.shape
+    colours = LinearSegmentedColormap.from_list("blue_to_orange", [BLUE, "white", ORANGE])
     decimals = max(2, 1 - math.floor(math.log10(most)))
-    for stage, drops in enumerate(found.drops):
-        ax, grid, drops = axes[stage], found.grids[stage], array(drops)
-        frame(ax, found, stage, f"stage {stage + 1}: messengers silenced")
-        extent = (0, drops.shape[1] * grid.side, drops.shape[0] * grid.side, 0)
-        style = dict(cmap=blue_to_orange(), norm=TwoSlopeNorm(0, -most, most), extent=extent)
-        drawn = ax.imshow(drops, interpolation="nearest", zorder=0, **style)
-        for place, drop in np.ndenumerate(drops):
-            where = [(i + 0.5) * grid.side for i in place[::-1]]
-            if max(drops.shape) <= 8:
-                size = 9 if max(drops.shape) <= 4 else 6
-                box = dict(facecolor="white", alpha=0.7, pad=0.6, edgecolor="none")
-                ax.text(
-                    *where,
-                    f"{round(drop, decimals) + 0.0:.{decimals}f}",
-                    ha="center",
-                    va="center",
-                    fontsize=size,
-                    bbox=box,
-                    zorder=7,
-                )
-    bar(drawn, axes[: len(found.drops)])
-    ax = axes[len(found.drops)]
-    frame(ax, found, 0, "attention, last block")
-    style = dict(extent=(0, width, height, 0), zorder=0, interpolation="nearest")
-    bar(ax.imshow(array(found.attention_map), "viridis", Normalize(0, None), **style), ax)
-    ax = axes[len(found.drops) + 1]
-    frame(ax, found, 0, "gradient x input, by window")
+    for stage, (ax, drops) in enumerate(zip(axes, map(array, found.drops))):
+        frame(ax, found, stage, f"stage {stage + 1}")
+        words = None
+        if max(drops.shape) <= 5:
+            words = np.vectorize(lambda drop: f"{round(drop, decimals) + 0.0:.{decimals}f}")(drops)
+        drawn = by_window(ax, drops, found.grids[stage], words, cmap=colours, norm=Normalize(-most, most))
+    bar(drawn, axes[:-1], "score lost")
+    frame(axes[-1], found, 0, "gradient x input, by window")
     means = array(found.grids[0].means(found.gradient_map))
-    side, most = found.grids[0].side, float(abs(means).max()) or 1.0
-    extent = (0, means.shape[1] * side, means.shape[0] * side, 0)
-    style = dict(norm=TwoSlopeNorm(0, -most, most), extent=extent, zorder=0, interpolation="nearest")
-    bar(ax.imshow(means, blue_to_orange(), **style), ax)
+    most = float(abs(means).max()) or 1.0
+    drawn = by_window(axes[-1], means, found.grids[0], cmap=colours, norm=Normalize(-most, most))
+    bar(drawn, axes[-1], "score, per pixel")
 
 
-def bar(drawn, axes):
-    """A colour bar."""
-    some = axes if isinstance(axes, list) else [axes]
-    some[0].figure.colorbar(drawn, ax=axes, fraction=0.046, pad=0.02, shrink=0.9).ax.tick_params(labelsize=8)
+def bar(drawn, axes, words):
+    """A colour bar that says what its numbers are."""
+    scale = drawn.figure.colorbar(drawn, ax=axes, fraction=0.06, pad=0.01, aspect=15, format="%.3g")
+    scale.ax.tick_params(labelsize=7.5)
+    scale.set_label(words, fontsize=8)
 
 
 LINES = {  # colours of Okabe and Ito
@@ -471,39 +445,38 @@ LINES = {  # colours of Okabe and Ito
 def draw_curves(summary, about, path):
     """Draw the curves and the shares of a summary to a PNG file."""
     stages, exchange = summary["curves"], summary["exchange"]
-    columns = len(stages) + 1
-    figure = Figure(figsize=(4.2 * columns + 1, 8), layout="constrained")
+    heights = [2.6] * len(stages) + [0.17 * len(exchange) + 0.9]
+    figure = Figure(figsize=(WIDTH, sum(heights) + 0.5), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(drawable(about.replace("`", "")), fontsize=11, parse_math=False)
-    axes = figure.subplots(2, columns, squeeze=False)
-    for column, (stage, of_stage) in enumerate(stages.items()):
-        for row, kind in enumerate(("deletion", "insertion")):
-            ax = axes[row, column]
+    lines = textwrap.wrap(about.replace("`", ""), 80)
+    figure.suptitle(drawable("\n".join(lines)), fontsize=11, parse_math=False)
+    axes = figure.subplots(len(heights), 2, height_ratios=heights, sharey="row", squeeze=False)
+    for row, (stage, of_stage) in zip(axes, stages.items()):
+        row[0].set_ylabel("score of the predicted class")
+        for ax, kind, left in zip(row, ("deletion", "insertion"), ("silenced", "left")):
             for name, kinds in of_stage["orders"].items():
                 curve = kinds[kind]["curve"]
                 label = f"{name}, area {kinds[kind]['area']:.2f}"
                 ax.plot(np.linspace(0, 1, len(curve)), curve, label=label, markersize=4, **LINES[name])
             ax.set_title(f"stage {stage + 1}: {kind}", fontsize=10)
-            ax.set_xlabel(f"share of messengers {('silenced', 'left')[row]}", fontsize=9)
-            ax.set_ylabel("score of the predicted class", fontsize=9)
-            ax.legend(fontsize=8)
-    for row, (kind, words) in enumerate(
-        dict(off="every window keeps its messenger", withheld="others send a blank image's").items()
-    ):
-        ax, shares = axes[row, -1], [100 * kinds[kind]["share"] for kinds in exchange.values()]
-        ax.barh(range(len(shares)), shares, color=[ORANGE if "block" in name else BLUE for name in exchange])
-        ax.set_yticks(range(len(shares)), exchange, fontsize=8)
-        ax.invert_yaxis()
+            ax.set_xlabel(f"share of messengers {left}")
+            ax.legend(fontsize=8.5)
+    kinds = dict(off="every window keeps its messenger", withheld="others send a blank image's")
+    for ax, (kind, words) in zip(axes[-1], kinds.items()):
+        shares = [100 * entry[kind]["share"] for entry in exchange.values()]
+        ax.barh(list(exchange), shares, color=[ORANGE if "block" in name else BLUE for name in exchange])
         ax.axvline(0, color="black", lw=0.8)
-        ax.set_xlabel("share of the score lost (%)", fontsize=9)
+        ax.set_xlabel("share of the score lost (%)")
         ax.set_title(f"exchange off: {words}", fontsize=10)
+        ax.tick_params(axis="y", labelsize=8.5)
+    axes[-1, 0].invert_yaxis()  # shared
     save(figure, path)
 
 
 def save(figure, path):
     """Write a figure as PNG."""
     with writing(path) as temporary:
-        figure.savefig(temporary, dpi=100, format="png")
+        figure.savefig(temporary, dpi=200, format="png")
 
 
 @contextlib.contextmanager
