@@ -48,8 +48,8 @@ def inference(model, dtype=None):
     or evaluation mode as it was before the first.
 
     Args:
-        dtype: in which it will compute, that of autocast; None for that of the weights. Where several contexts
-            share a model, layers are packed for the first one's.
+        dtype: in which it will compute, that of autocast; None for that of the weights. Where several
+            contexts share a model, layers are packed for the first one's.
     """
     modules = list(model.modules())
     dtype = dtype or next(model.parameters()).dtype

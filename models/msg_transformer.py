@@ -128,8 +128,8 @@ class LocalAttention(nn.Module):
     def set_index(self, window_size):
         """Keep the place of each pair of patches in the table, beside the table.
 
-        The state_dict has it, as official checkpoints do, but it is no buffer: ``AveragedModel`` would average
-        it, and round the result down.
+        The state_dict has it, as official checkpoints do, but it is no buffer: ``AveragedModel`` would
+        average it, and round the result down.
         """
         device = self.relative_position_bias_table.device
         with torch.device("cpu" if device.type == "meta" else device):
