@@ -13,7 +13,7 @@ from .export import plain_backward
 
 
 def triton(qkv, bias, scale, formula):
-    """The kernels for GPUs, or in Triton's interpreter; ``formula`` is what they compute, in plain operators."""
+    """The kernels for GPUs, or in Triton's interpreter; ``formula`` computes the same in plain operators."""
     head_dim = qkv.shape[2] // (3 * bias.shape[0])
     obstacle = triton_obstacle(qkv.device, qkv.dtype, qkv.shape[1], head_dim)
     if obstacle:

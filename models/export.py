@@ -1,4 +1,4 @@
-"""What a trace, an export, a counter of operations or ``torch.func`` sees of the model: the plain formulas."""
+"""What a trace, an export, a counter of operations or ``torch.func`` sees: the plain formulas and layers."""
 
 import contextlib
 import warnings
@@ -10,10 +10,10 @@ from torch.autograd import forward_ad
 def exporting():
     """Whether the operations of this call are recorded, watched or transformed rather than just computed.
 
-    That is so in ``torch.jit.trace``, ``torch.export``, both ONNX exporters and ``make_fx``, and inside
-    counters such as ``FlopCounterMode``; in ``torch.func`` (grad, vmap, jvp and the others) and in forward-mode
-    differentiation. They know PyTorch's own operators only, and some record writes into parts of a tensor
-    wrongly: what is faster than the plain formula stands aside. ``torch.compile`` is not among them.
+    That is so in ``torch.jit.trace``, ``torch.export``, both ONNX exporters and ``make_fx``, inside counters
+    such as ``FlopCounterMode``, in the transforms of ``torch.func`` and in forward-mode differentiation. They
+    know PyTorch's own operators only, and some record writes into parts of a tensor wrongly: what is faster
+    than the plain formula stands aside. ``torch.compile`` is not among them.
     """
     if torch.jit.is_tracing():
         return True
@@ -30,7 +30,7 @@ def plain_backward(grad):
     Grad mode is on inside a backward that was called with ``create_graph=True``.
 
     Args:
-        grad: of the output. It has no storage where ``torch.vmap`` or ``is_grads_batched=True`` stack several.
+        grad: of the output. Where ``is_grads_batched=True`` stacks several, it has no storage.
     """
     if torch.is_grad_enabled() or exporting():
         return True

@@ -12,7 +12,7 @@ _USED = weakref.WeakKeyDictionary()  # modules in use: by how many contexts, and
 
 
 class Fixed:
-    """What a module computed from weights that stay as they are, or nothing; copies of a module begin without."""
+    """What a module computed from weights that stay as they are; copies of the module begin with nothing."""
 
     def __init__(self):
         self.kept = None
@@ -42,13 +42,14 @@ def inference(model, dtype=None):
     """Evaluation without gradients, and the promise that the weights stay as they are inside this context.
 
     So what depends on them alone is computed once rather than in every call: expanded position biases, linear
-    layers packed for the CPU. Weights that are sharded or offloaded are used as they come. Contexts may be
-    nested, and threads may share a model: after the last one, every module has the mode that it had before the
-    first (training or evaluation).
+    layers packed for the CPU. Weights that are sharded or offloaded are used as they come.
+
+    Contexts may be nested, and threads may share a model. When the last one ends, every module is in training
+    or evaluation mode as it was before the first.
 
     Args:
-        dtype: in which it will compute, that of autocast; None for that of the weights. Of several contexts at
-            the same time the first one decides what is packed.
+        dtype: in which it will compute, that of autocast; None for that of the weights. Where several
+            contexts share a model, layers are packed for the first one's.
     """
     modules = list(model.modules())
     dtype = dtype or next(model.parameters()).dtype

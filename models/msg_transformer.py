@@ -116,8 +116,8 @@ class LocalAttention(nn.Module):
         offsets = (2 * options.window_size - 1) ** 2
         self.relative_position_bias_table = nn.Parameter(torch.empty(offsets, heads))
         self.rel_pos_msg = nn.Parameter(torch.empty(heads, 2, 1, 1)) if options.tokens else None
-        index = gen_relative_position_index((options.window_size, options.window_size))  # w*w, w*w
-        self.register_buffer("relative_position_index", index)
+        self.relative_position_index = None  # w*w, w*w
+        self.set_index(options.window_size)
         self.qkv = nn.Linear(dim, 3 * dim, bias=options.qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(options.proj_drop_rate)
@@ -125,10 +125,36 @@ class LocalAttention(nn.Module):
         if options.tokens:
             trunc_normal_(self.rel_pos_msg, std=0.02)
 
+    def set_index(self, window_size):
+        """Keep the place of each pair of patches in the table, beside the table.
+
+        The state_dict has it, as official checkpoints do, but it is no buffer: ``AveragedModel`` would
+        average it, and round the result down.
+        """
+        device = self.relative_position_bias_table.device
+        with torch.device("cpu" if device.type == "meta" else device):
+            self.relative_position_index = gen_relative_position_index((window_size, window_size))
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.set_index(math.isqrt(len(self.relative_position_index)))
+        return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}relative_position_index"] = self.relative_position_index
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        index = f"{prefix}relative_position_index"
+        weights = {name: value for name, value in state_dict.items() if name != index}
+        super()._load_from_state_dict(weights, prefix, *args)
+
     def bias(self):
         """The additive attention bias: (heads, tokens, tokens), query rows and key columns."""
-        bias = self.relative_position_bias_table[self.relative_position_index]  # w*w, w*w, heads
-        bias = bias.movedim(2, 0)  # heads, w*w, w*w
+        table, index = self.relative_position_bias_table, self.relative_position_index
+        if index.device != table.device:  # what moved the weights left it behind, as replicas of a model do
+            index = index.to(table.device)
+        bias = table[index].movedim(2, 0)  # heads, w*w, w*w
         if self.rel_pos_msg is None:
             return bias
         patches = bias.shape[1]

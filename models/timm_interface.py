@@ -1,6 +1,6 @@
 """What timm's users expect of a model, besides ``forward_features`` and ``forward_head``."""
 
-from timm.layers import gen_relative_position_index, resample_abs_pos_embed, trunc_normal_
+from timm.layers import resample_abs_pos_embed, trunc_normal_
 from torch import nn
 
 import checkpoint as ckpt
@@ -223,9 +223,9 @@ def _like(parameter, values):
 
 def _set_window(attention, window_size):
     """Resize the position biases of a LocalAttention to windows of ``window_size`` tokens on a side."""
-    table, device = attention.relative_position_bias_table, attention.relative_position_index.device
+    table = attention.relative_position_bias_table
     attention.relative_position_bias_table = _like(table, resize_table(table.detach(), window_size))
-    attention.relative_position_index = gen_relative_position_index((window_size, window_size)).to(device)
+    attention.set_index(window_size)
 
 
 def feature_info(stages, patch_size):

@@ -21,6 +21,7 @@ from helpers import (
     reference,
 )
 from torch.nn.functional import cross_entropy
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from config import get_config
 from models import build_model
@@ -370,6 +371,29 @@ def test_dropout_follows_the_embedding_the_projections_and_both_layers_of_every_
         f"layers.{stage}.blocks.{i}.{name}" for stage in range(3) for i in (0, 1) for name in of_a_block
     ]
     assert calls == ["pos_drop", *blocks]
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.9999])
+def test_averages_with_buffers_keep_the_position_index(decay):
+    model = micro(depths=(1, 1, 1))
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    for _ in range(3):
+        average.update_parameters(model)
+    kept, own = average.module.state_dict(), model.state_dict()
+    assert all(torch.equal(kept[name], index) for name, index in own.items() if name.endswith("index"))
+    images = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(average(images), model(images), rtol=1e-5, atol=1e-5)
+
+
+def test_the_position_index_survives_the_meta_device_and_moves_with_the_weights():
+    model = micro(depths=(1, 1, 1))
+    with torch.device("meta"):
+        empty = MSGTransformer(**dict(MICRO, depths=(1, 1, 1))).eval()
+    empty = empty.to_empty(device="cpu")
+    empty.load_state_dict(model.state_dict())
+    images = torch.randn(1, 3, 32, 32)
+    assert torch.equal(empty(images), model(images))
+    assert model.to("meta")(images.to("meta")).shape == (1, 10)
 
 
 def test_initialisation_is_that_of_the_specification():
