@@ -265,7 +265,12 @@ def _as_tuple(outputs):
 def _export(exportable):
     """The model as a program of torch.export, for any number of images."""
     batch = {0: torch.export.Dim("batch")}
-    return torch.export.export(exportable.model, (exportable.images(2),), dynamic_shapes=(batch,))
+    program = torch.export.export(exportable.model, (exportable.images(2),), dynamic_shapes=(batch,))
+    # Where windows are padded, there are empty lists of rows, from NumPy: torch.export.save fails on these.
+    for name, value in program.constants.items():
+        if isinstance(value, torch.Tensor) and value.numel() == 0:
+            program.constants[name] = torch.zeros_like(value)
+    return program
 
 
 def _write_program(exportable, path):

@@ -106,7 +106,8 @@ def test_openvino_computes_in_bfloat16_to_within_its_rounding(handed_over):
         expected = model(images(6))
     with logged() as lines, models.inference(runtime, torch.bfloat16), ROUNDED.autocast():
         error = (runtime(images(6)) - expected).square().mean().sqrt() / expected.std()
-    assert 1e-4 < error < 0.05
+    rounds = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    assert (1e-4 if rounds else 0) < error < 0.05  # processors without bfloat16 compute in float32
     assert re.fullmatch(r"RUNTIME openvino: \d.\d% of the spread .* in float32, on 6 images", lines[0])
     runtime.compared = False
     with torch.no_grad():
