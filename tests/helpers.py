@@ -1,16 +1,23 @@
 """What several test files need: reference numbers, small models, small image folders, runs of main.py."""
 
 import argparse
+import atexit
 import contextlib
 import itertools
 import json
 import logging
+import multiprocessing.reduction
 import os
+import runpy
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 import zlib
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -93,14 +100,65 @@ def main_command(*arguments, processes=1, torchrun=(), device="cpu"):
 
 def run_main(*arguments, processes=1, check=True, timeout=600):
     """Run main.py as a user would; returns the finished process, with stdout and stderr as text."""
-    command = main_command(*arguments, processes=processes)
-    environment = dict(os.environ, OMP_NUM_THREADS="1")
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
-    )
+    done = run_forked("main.py", *arguments, "--device", "cpu", processes=processes, timeout=timeout)
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def run_forked(program, *arguments, processes=1, timeout=300):
+    """Run a program of the repository in processes forked from one that has imported torch and main.py.
+
+    Importing them takes longer than most runs in tests. For what must be a Python or a torchrun of its own
+    there is :func:`main_command`.
+
+    Args:
+        program: its path below the repository.
+        processes: more than one get what torchrun puts into their environment.
+    """
+    context = multiprocessing.get_context("forkserver")
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    if processes > 1:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(processes))
+    command, started = [str(ROOT / program), *map(str, arguments)], []
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as error:
+        with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):
+            context.set_forkserver_preload(["main", "torch.utils.tensorboard"])
+            for rank in range(processes):
+                if processes > 1:
+                    environment.update(RANK=str(rank), LOCAL_RANK=str(rank))
+                files = [multiprocessing.reduction.DupFd(file.fileno()) for file in (out, error)]
+                started.append(context.Process(target=_run_program, args=(command, dict(environment), files)))
+                started[-1].start()
+        end = time.monotonic() + timeout
+        for process in started:
+            process.join(max(0, end - time.monotonic()))
+        for process in started:
+            if process.exitcode is None:
+                process.kill()
+                raise subprocess.TimeoutExpired(command, timeout)
+        texts = [file.seek(0) or file.read() for file in (out, error)]
+        code = next((process.exitcode for process in started if process.exitcode), 0)
+        return subprocess.CompletedProcess(command, code, *texts)
+
+
+def _run_program(command, environment, outputs):
+    for number, output in zip((1, 2), outputs):
+        os.dup2(output.detach(), number)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    multiprocessing.set_start_method(None, force=True)  # the default again
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.argv[:] = command
+    sys.path[:0] = [os.path.dirname(command[0]), *filter(None, environment.get("PYTHONPATH", "").split(":"))]
+    try:
+        runpy.run_path(command[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()
 
 
 class Started:
