@@ -108,7 +108,7 @@ class EpochLog:
         log_progress(
             f"Train: [{progress.epoch}/{epochs}][{update}/{self.updates}]\t"
             f"eta {clock(left * mean_time)} (run {clock(left_in_run * mean_time)}) "
-            f"lr {lr:.6f}\ttime {time_now:.4f} ({mean_time:.4f})\t"
+            f"lr {lr:.3g}\ttime {time_now:.4f} ({mean_time:.4f})\t"
             f"loss {values['loss']:.4f} ({progress.loss.item() / progress.updates:.4f})\t"
             f"grad_norm {values['grad_norm']:.4f} ({progress.norm.item() / progress.updates:.4f})\t"
             f"mem {peak_memory_mb(self.run.device):.0f}MB"

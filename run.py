@@ -458,7 +458,11 @@ class Run:
         self.guard.start()
         self.first, self.begin = first, time.time()
         images = self.sampler.images_per_update
-        logger.info(f"{epochs} epochs of {per_epoch} updates with {images} images each, to {settings.folder}")
+        rate = max(self.scheduler.base_values)
+        logger.info(
+            f"{epochs} epochs of {per_epoch} updates with {images} images each, at a learning rate of up to "
+            f"{rate:.3g} (TRAIN.BASE_LR for {settings.task.base_images} images), to {settings.folder}"
+        )
         for epoch in range(first, epochs):
             self.start_epoch(epoch)
             yield epoch

@@ -92,7 +92,8 @@ def test_a_short_run_prints_what_it_trains_a_line_an_epoch_and_the_result(traine
         f"train on 2 x cpu, PyTorch {torch.__version__}\n",
         f"\n{data}/train: 72 images in 3 classes\n",
         f"\ndigits: {parameters:,} parameters, ",
-        f"\n2 epochs of 9 updates with 8 images each, to {folder}\n",
+        "\n2 epochs of 9 updates with 8 images each, at a learning rate of up to 0.000125 "
+        f"(TRAIN.BASE_LR for 512 images), to {folder}\n",
     ):
         assert words in start
     for line in (first, second):
