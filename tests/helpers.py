@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import json
 import logging
-import multiprocessing.reduction
+import multiprocessing
 import os
 import runpy
 import signal
@@ -124,30 +124,29 @@ def run_forked(program, *arguments, processes=1, timeout=300):
             port = probe.getsockname()[1]
         environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(processes))
     command, started = [str(ROOT / program), *map(str, arguments)], []
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as error:
+    with tempfile.NamedTemporaryFile("w+") as out, tempfile.NamedTemporaryFile("w+") as error:
         with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):
-            context.set_forkserver_preload(["main", "torch.utils.tensorboard"])
+            context.set_forkserver_preload(["main", "detect", "torch.utils.tensorboard"])
             for rank in range(processes):
                 if processes > 1:
                     environment.update(RANK=str(rank), LOCAL_RANK=str(rank))
-                files = [multiprocessing.reduction.DupFd(file.fileno()) for file in (out, error)]
-                started.append(context.Process(target=_run_program, args=(command, dict(environment), files)))
+                given = command, dict(environment), [out.name, error.name]
+                started.append(context.Process(target=_run_program, args=given))
                 started[-1].start()
         end = time.monotonic() + timeout
         for process in started:
             process.join(max(0, end - time.monotonic()))
-        for process in started:
-            if process.exitcode is None:
-                process.kill()
-                raise subprocess.TimeoutExpired(command, timeout)
-        texts = [file.seek(0) or file.read() for file in (out, error)]
+        late = [process.kill() for process in started if process.exitcode is None]
+        if late:
+            raise subprocess.TimeoutExpired(command, timeout)
+        texts = [file.read() for file in (out, error)]
         code = next((process.exitcode for process in started if process.exitcode), 0)
         return subprocess.CompletedProcess(command, code, *texts)
 
 
 def _run_program(command, environment, outputs):
-    for number, output in zip((1, 2), outputs):
-        os.dup2(output.detach(), number)
+    for number, path in enumerate(outputs, 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)

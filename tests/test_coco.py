@@ -15,7 +15,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, Started
+from helpers import ROOT, Started, run_forked
 from matplotlib.figure import Figure
 from PIL import Image
 from pycocotools import mask as coco_mask
@@ -636,11 +636,8 @@ def command(*arguments, processes=1):
 
 def detect(*arguments, processes=1, check=True):
     """Run detect.py as a user would."""
-    environment = dict(os.environ, OMP_NUM_THREADS="1")
-    done = subprocess.run(
-        command(*arguments, processes=processes), cwd=ROOT, env=environment, capture_output=True, text=True,
-        timeout=300, check=False,
-    )  # fmt: skip
+    words = ["--cfg", "configs/coco/shapes.yaml", "--device", "cpu", *arguments]
+    done = run_forked("detect.py", *words, processes=processes)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
