@@ -90,7 +90,7 @@ def parallelize(model, device):
     """
     ids = [device] if device.type == "cuda" else None
     model = DistributedDataParallel(model, ids, gradient_as_bucket_view=True, find_unused_parameters=True)
-    # Buffers, such as those of BatchNorm in timm's models, are sent when they are needed.
+    # The classifier's only buffers are constant indices; those of BatchNorm are sent when they are needed.
     # The constructor's option for this has another name since PyTorch 2.13, the attribute has not.
     model.broadcast_buffers = False
     return model

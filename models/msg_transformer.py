@@ -116,7 +116,6 @@ class LocalAttention(nn.Module):
         offsets = (2 * options.window_size - 1) ** 2
         self.relative_position_bias_table = nn.Parameter(torch.empty(offsets, heads))
         self.rel_pos_msg = nn.Parameter(torch.empty(heads, 2, 1, 1)) if options.tokens else None
-        self.relative_position_index = None  # w*w, w*w
         self.set_index(options.window_size)
         self.qkv = nn.Linear(dim, 3 * dim, bias=options.qkv_bias)
         self.proj = nn.Linear(dim, dim)
@@ -126,32 +125,28 @@ class LocalAttention(nn.Module):
             trunc_normal_(self.rel_pos_msg, std=0.02)
 
     def set_index(self, window_size):
-        """Keep the place of each pair of patches in the table, beside the table.
+        """Set ``position_index`` (w*w, w*w): the row of the table for each pair of patches.
 
-        The state_dict has it, as official checkpoints do, but it is no buffer: ``AveragedModel`` would
-        average it, and round the result down.
+        Checkpoints hold it as the buffer ``relative_position_index``. Nothing reads the buffer, because
+        ``torch.optim.swa_utils.AveragedModel`` averages buffers, which rounds indices down.
         """
         device = self.relative_position_bias_table.device
         with torch.device("cpu" if device.type == "meta" else device):
-            self.relative_position_index = gen_relative_position_index((window_size, window_size))
+            self.position_index = gen_relative_position_index((window_size, window_size))
+        self.register_buffer("relative_position_index", self.position_index.clone())
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        self.set_index(math.isqrt(len(self.relative_position_index)))
+        self.set_index(math.isqrt(len(self.position_index)))
         return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}relative_position_index"] = self.relative_position_index
-
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        index = f"{prefix}relative_position_index"
-        weights = {name: value for name, value in state_dict.items() if name != index}
-        super()._load_from_state_dict(weights, prefix, *args)
+        destination[f"{prefix}relative_position_index"] = self.position_index
 
     def bias(self):
         """The additive attention bias: (heads, tokens, tokens), query rows and key columns."""
-        table, index = self.relative_position_bias_table, self.relative_position_index
+        table, index = self.relative_position_bias_table, self.position_index
         if index.device != table.device:  # what moved the weights left it behind, as replicas of a model do
             index = index.to(table.device)
         bias = table[index].movedim(2, 0)  # heads, w*w, w*w
