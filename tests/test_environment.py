@@ -6,7 +6,8 @@ import sys
 import pytest
 from helpers import ROOT
 
-PROGRAMS = ["main.py", "detect.py", *(f"tools/{path.name}" for path in ROOT.glob("tools/*.py"))]
+SHARED = ("benchmarking.py", "tables.py")  # of tools/, which are no programs
+TOOLS = [f"tools/{path.name}" for path in ROOT.glob("tools/*.py") if path.name not in SHARED]
 
 
 def run(folder, *arguments):
@@ -15,7 +16,7 @@ def run(folder, *arguments):
     return done.returncode, done.stderr.splitlines()
 
 
-@pytest.mark.parametrize("program", [path for path in PROGRAMS if "benchmarking" not in path])
+@pytest.mark.parametrize("program", ["main.py", "detect.py", *TOOLS])
 def test_a_python_without_pytorch_is_told_what_to_activate(program):
     code, lines = run(ROOT, "-S", program, "x")  # without the installed packages
     assert code == 1 and len(lines) == 1, lines

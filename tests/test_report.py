@@ -227,7 +227,7 @@ def test_hyperparameters_and_consoles_take_names_that_are_no_utf_8(tmp_path, mon
     assert rb"\udcc2\udced" in events.read_bytes()
     console = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     monkeypatch.setattr("sys.stdout", console)
-    run_command(lambda: print(f"{NO_UTF8}: \u732b", flush=True))
+    run_command(lambda: print(f"{NO_UTF8}: \u732b", flush=True), "nothing")
     assert console.buffer.getvalue().decode() == "\\udcc2\\udced: \u732b\n"
     with pytest.raises(ConfigError, match=r"\\udcc2.* is no UTF-8.* choose another --output or --tag"):
         digits_config(tag=NO_UTF8)
