@@ -29,11 +29,11 @@ from detection import evaluation
 from detection.detector import build_detector, count_macs, load_pretrained, to_original_size
 from detection.loaders import build_loaders
 from detection.pictures import batch_sheet, draw_curves, draw_detections
-from engine import train_one_epoch
 from logger import DETAIL, FILE, ProgressBar, clock, log_progress, start_logging, write_config
 from memory import peak_memory_mb, smaller_run
 from models import choose_layer_norm, inference
-from run import Task, build_guard, build_run, check_first, choose_for_evaluation
+from training.engine import train_one_epoch
+from training.run import Task, build_guard, build_run, check_first, choose_for_evaluation
 
 TASK = Task(
     base_images=16,
@@ -102,7 +102,7 @@ def main(config):
 
 
 def build_losses(run):
-    """What :func:`~engine.train_one_epoch` minimises: the detector's own losses, by name."""
+    """What :func:`~training.engine.train_one_epoch` minimises: the detector's own losses, by name."""
     updater = run.updater
 
     def losses_of(images, targets, part):

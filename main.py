@@ -24,15 +24,15 @@ from torch.nn.functional import cross_entropy
 import checkpoint as ckpt
 import distributed
 import utils
+from analysis.report import OutcomeCollector, batch_sheet, show_mistakes, write_report
 from data import build_loaders
 from data.mixup import build_augmentation
-from distillation import build_distillation
-from engine import train_one_epoch
 from logger import DETAIL, FILE, ProgressBar, clock, log_progress, start_logging, write_config
 from memory import peak_memory_mb, smaller_run
 from models import build_model, build_runtime, choose_layer_norm, compile_model, count_macs, inference
-from report import OutcomeCollector, batch_sheet, show_mistakes, write_report
-from run import Task, build_guard, build_run, check_first, choose_for_evaluation
+from training.distillation import build_distillation
+from training.engine import train_one_epoch
+from training.run import Task, build_guard, build_run, check_first, choose_for_evaluation
 
 TASK = Task(base_images=512, score="acc1", score_name="accuracy")
 
@@ -117,7 +117,7 @@ def main(config):
 
 
 def build_losses(config, run):
-    """What :func:`~engine.train_one_epoch` minimises, of augmented micro-batches."""
+    """What :func:`~training.engine.train_one_epoch` minimises, of augmented micro-batches."""
     updater, compute = run.updater, run.updater.compute
     augment = build_augmentation(config, run.sampler.rank, compute.device)
     # Mixup smooths the labels itself.
@@ -142,7 +142,7 @@ def evaluate(model, loader, compute, print_freq, collector=None):
     checkpoints. They only meet before and after, so they may have different numbers of batches, or none.
 
     Args:
-        collector: is given every batch, an :class:`~report.OutcomeCollector` or None.
+        collector: is given every batch, an :class:`~analysis.report.OutcomeCollector` or None.
 
     Returns:
         dict of val_loss, acc1, acc5.

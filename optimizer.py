@@ -9,7 +9,7 @@ from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers,
 from timm.utils import ModelEmaV3
 from torch import nn, optim
 
-from models.apex import find_apex
+from models.fast.apex import find_apex
 from utils import UserError
 
 # Names of timm's that are not taken: they need second derivatives, a run that resumed would not end with the

@@ -15,6 +15,7 @@ from config import ConfigError
 from distributed import from_rank_0, gather_lists, rank_and_world_size
 from utils import STOP_SIGNALS
 
+from .archives import open_dataset
 from .datasets import (
     DataError,
     EvaluationSamples,
@@ -25,7 +26,6 @@ from .datasets import (
     require_same_classes,
 )
 from .progressive import build_phases, place_of_phase
-from .readers import open_dataset
 from .samplers import TrainBatchSampler, evaluation_shard
 from .transforms import build_transform, image_mode
 
@@ -271,8 +271,8 @@ def build_reader(config, is_train, phase=None):
         limits.update(mode=image_mode(config.MODEL.MSG.IN_CHANS))
         return functools.partial(load_image, **limits), build_transform(config, is_train, phase)
     with needing_opencv():
-        from .opencv import ImageFile
-        from .opencv import build_transform as build_for_opencv
+        from .opencv.transforms import ImageFile
+        from .opencv.transforms import build_transform as build_for_opencv
     return functools.partial(ImageFile, **limits), build_for_opencv(config, is_train, phase)
 
 

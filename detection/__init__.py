@@ -1,5 +1,5 @@
 """COCO detection: Cascade Mask R-CNN on an MSG-Transformer backbone."""
 
-from .ready import load
+from .from_checkpoint import load
 
 __all__ = ["load"]

@@ -159,7 +159,7 @@ def load_pretrained(detector, checkpoint, path):
     Args:
         checkpoint: what ``read_checkpoint`` returned: of a classifier, for the backbone; or of a detector,
             whose class and mask predictors are left out where the classes differ. Other sizes are fitted as
-            :func:`models.loading.fit_weights` does.
+            :func:`checkpoint.resize.fit_weights` does.
         path: its file, for messages.
 
     Raises:

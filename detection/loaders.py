@@ -60,7 +60,7 @@ def build_reader(config):
     if config.DATA.BACKEND == "pil":
         return functools.partial(load_image, **limits), change_pillow
     with needing_opencv():
-        from data.opencv import ImageFile
+        from data.opencv.transforms import ImageFile
 
         from .opencv import change_file
     return functools.partial(ImageFile, **limits), change_file

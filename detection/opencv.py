@@ -2,13 +2,13 @@
 
 import cv2
 
-from data.opencv_operations import resize, to_tensor
+from data.opencv.operations import resize, to_tensor
 
 from .transforms import Crop, Flip, Resize
 
 
 def change_file(file, steps):
-    """The steps done to an :class:`~data.opencv.ImageFile`: (3, H, W), uint8.
+    """The steps done to an :class:`~data.opencv.transforms.ImageFile`: (3, H, W), uint8.
 
     A JPEG that shrinks to a quarter or less is decoded at a reduced size.
     """

@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_segmentation_masks
 
+from analysis.report import contact_sheet, drawable, enlarged, fitting, font, shown
 from data.datasets import load_image
-from report import contact_sheet, drawable, enlarged, fitting, font, shown
 from utils import replacing
 
 from .dataset import read_annotated

@@ -8,14 +8,14 @@ except ModuleNotFoundError as error:
     raise ImportError(f"put the folder above {__path__[0]} into PYTHONPATH or sys.path") from error
 
 from . import timm_names
-from .apex import choose_layer_norm
 from .build import build_model
-from .compiled import compile_model
-from .cpu import use_onednn
-from .fixed_weights import inference
+from .deploy.runtime import build_runtime
+from .fast.apex import choose_layer_norm
+from .fast.compiled import compile_model
+from .fast.cpu import use_onednn
+from .fast.fixed_weights import inference
+from .from_checkpoint import load
 from .macs import count_macs
-from .ready import load
-from .runtime import build_runtime
 
 __all__ = [
     "build_model",

@@ -14,8 +14,8 @@ All read queries, keys and values where the qkv linear layer wrote them, and wri
 import torch
 import torch.nn.functional as F
 
-from .attention_triton import triton, triton_builds, triton_obstacle
-from .export import exporting, plain_backward
+from .fast.attention_triton import triton, triton_builds, triton_obstacle
+from .tracing import exporting, plain_backward
 
 BACKENDS = ("auto", "eager", "sdpa", "blocked", "triton")
 BLOCK = 64  # windows whose scores stay in the cache

@@ -8,8 +8,8 @@ from timm.layers import to_2tuple
 
 from utils import UserError
 
-from .apex import choose_layer_norm
-from .cpu import use_onednn
+from .fast.apex import choose_layer_norm
+from .fast.cpu import use_onednn
 from .geometry import known_sides, patch_grid
 from .msg_transformer import MSGTransformer
 

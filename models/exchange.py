@@ -2,7 +2,7 @@
 
 import torch
 
-from .export import plain_sizes
+from .tracing import plain_sizes
 
 
 def average_messengers(messengers):

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from timm.layers import to_2tuple
 
 from .attention import BACKENDS
-from .attention_triton import triton_missing
-from .export import image_size
+from .fast.attention_triton import triton_missing
+from .tracing import image_size
 
 # The keys of MODEL.MSG that take one word of a few.
 CHOICES = {

@@ -21,11 +21,11 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import at_least_float32, windowed_attention
 from .exchange import OTHER_EXCHANGES
-from .export import exporting, plain_sizes, replace_messengers
-from .fixed_weights import Fixed, are_plain
+from .fast.fixed_weights import Fixed, are_plain
 from .geometry import Geometry, check_choices, known_pool, require_size
 from .padding import Layouts, pad_to_even, pad_to_patches, resample_positions
 from .timm_interface import TimmInterface, feature_info
+from .tracing import exporting, plain_sizes, replace_messengers
 
 
 class PatchEmbed(nn.Module):

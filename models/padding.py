@@ -26,7 +26,7 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch.nn import functional
 
-from .export import exporting, image_size, plain_sizes, unwarned_trace
+from .tracing import exporting, image_size, plain_sizes, unwarned_trace
 
 KEPT = 64  # layouts that a model remembers
 

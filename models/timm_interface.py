@@ -4,9 +4,9 @@ from timm.layers import resample_abs_pos_embed, trunc_normal_
 from torch import nn
 
 import checkpoint as ckpt
+from checkpoint.resize import resize_table
 
 from .geometry import known_pool, known_sides, known_window, patch_grid
-from .loading import resize_table
 from .macs import classifier_macs
 
 

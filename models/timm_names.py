@@ -17,9 +17,10 @@ from timm.layers import get_norm_layer, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
+from checkpoint.resize import fit_on_load
+
 from .fx_tracing import TraceableMSGTransformer
 from .geometry import known_window
-from .loading import fit_on_load
 
 _UNTRAINED = dict(
     num_classes=1000,

@@ -14,7 +14,7 @@ from helpers import ROOT, logged, micro
 from packaging.version import Version
 
 from models.attention import BLOCK, choose_backend, windowed_attention
-from models.attention_triton import triton_builds
+from models.fast.attention_triton import triton_builds
 from models.msg_transformer import MSGTransformer
 from utils import UserError
 
@@ -136,7 +136,7 @@ def triton_errors():
     Those of the operator that torch.compile sees follow. Triton's interpreter multiplies the bits of bfloat16
     numbers rather than the numbers.
     """
-    from models import attention_kernels, attention_triton
+    from models.fast import attention_kernels, attention_triton
 
     cases = [(shape, dtype) for shape in TRITON_SHAPES for dtype in (torch.float32, torch.float16)]
     errors = [relative_errors(shape, dtype, "triton") for shape, dtype in cases]
@@ -186,7 +186,7 @@ def test_triton_kernels_compile_for_gpus_within_their_shared_memory(tokens, dim,
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from models import attention_kernels as kernels
+    from models.fast import attention_kernels as kernels
 
     _, constants = kernels._launch(torch.empty(64, tokens, 9 * dim), torch.empty(3, tokens, tokens))
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
@@ -240,7 +240,7 @@ def test_a_gpu_without_a_compiler_takes_pytorchs_kernels(monkeypatch):
     def fails(*_):
         raise RuntimeError("Failed to find C compiler.")
 
-    monkeypatch.setattr("models.attention_triton._Triton", SimpleNamespace(apply=fails))
+    monkeypatch.setattr("models.fast.attention_triton._Triton", SimpleNamespace(apply=fails))
     triton_builds.cache_clear()
     with logged() as lines:
         assert not triton_builds()

@@ -4,6 +4,7 @@ import argparse
 import functools
 import hashlib
 import http.server
+import logging
 import os
 import pickle
 import shutil
@@ -23,10 +24,10 @@ from yacs.config import CfgNode
 import checkpoint as ckpt
 from config import dump_config, flat_config, function_difference, get_config
 from models.build import build_model
+from models.from_checkpoint import read_described
 from models.msg_transformer import MSGTransformer
-from models.ready import read_described
 from optimizer import build_optimizer
-from run import check_first, choose_for_evaluation
+from training.run import check_first, choose_for_evaluation
 
 
 def official_checkpoint(path, old_torch):
@@ -361,10 +362,10 @@ def test_other_classes_are_refused_with_what_differs(names, words):
 def test_fine_tuning_says_whether_the_head_is_new(classes, kept, words, caplog):
     source, target = micro(), MSGTransformer(**MICRO)
     target.classes, head = list("abcdefghij"), target.head.weight.clone()
-    ckpt.logger.addHandler(caplog.handler)
+    logging.getLogger("msg_transformer").addHandler(caplog.handler)
     caplog.set_level("INFO", "msg_transformer")
     ckpt.load_weights(target, dict(model=source.state_dict(), classes=classes), "c.pth", new_head=True)
-    ckpt.logger.removeHandler(caplog.handler)
+    logging.getLogger("msg_transformer").removeHandler(caplog.handler)
     assert torch.equal(target.head.weight, source.head.weight if kept else head)
     assert torch.equal(target.norm.weight, source.norm.weight)
     assert all(word in caplog.text for word in words), caplog.text

@@ -26,7 +26,8 @@ from config import (
     parse_config,
 )
 from detection.detector import build_detector
-from models import build_model, count_macs, deploy, geometry
+from models import build_model, count_macs, geometry
+from models.deploy import files as deploy
 from utils import UserError
 
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("configs/**/*.yaml"))

@@ -20,7 +20,7 @@ import checkpoint as ckpt
 import models
 from config import dump_config, get_config
 from detection.detector import build_detector
-from models.deploy import (
+from models.deploy.files import (
     FORMATS,
     Exportable,
     Format,

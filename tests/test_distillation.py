@@ -10,7 +10,7 @@ from torch import nn
 
 import checkpoint as ckpt
 from data.transforms import normalization
-from distillation import Distillation, build_distillation, distillation_loss
+from training.distillation import Distillation, build_distillation, distillation_loss
 from utils import Compute, UserError
 
 CLASSES = ["a", "b", "c"]

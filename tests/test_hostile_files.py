@@ -29,7 +29,7 @@ import checkpoint as ckpt
 from config import ConfigError, get_config
 from data.samplers import TrainBatchSampler
 from optimizer import Updater, build_optimizer
-from run import Guard, Run, Settings
+from training.run import Guard, Run, Settings
 from utils import Compute
 
 pytestmark = [

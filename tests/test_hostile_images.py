@@ -22,7 +22,7 @@ from timm.layers import to_2tuple
 from data import DataError, build_loaders
 from data.datasets import EvaluationSamples, build_dataset, load_image
 from data.loaders import build_reader
-from data.opencv import ImageFile
+from data.opencv.transforms import ImageFile
 from data.samplers import TrainBatchSampler, evaluation_shard
 from data.transforms import build_transform
 from main import evaluate

@@ -1,6 +1,7 @@
 """Weights that start models of other sizes, against the library's functions, in every way of loading them."""
 
 import argparse
+import logging
 import subprocess
 import sys
 
@@ -17,12 +18,12 @@ from torch.optim.swa_utils import AveragedModel
 
 import checkpoint as ckpt
 import hubconf
+from checkpoint.resize import fit_weights, resize_table
 from config import get_config
 from detection.backbone import MSGBackbone
 from detection.detector import build_detector, load_pretrained
-from models.loading import fit_weights, resize_table
 from models.msg_transformer import MSGTransformer
-from run import Task
+from training.run import Task
 
 NAME = "msg_tiny_p4_win7_224"
 SMALL = dict(embed_dim=48, depths=(1, 2, 1, 1))
@@ -31,10 +32,10 @@ SMALL = dict(embed_dim=48, depths=(1, 2, 1, 1))
 @pytest.fixture
 def log(caplog):
     """What is logged under the project's name."""
-    ckpt.logger.addHandler(caplog.handler)
+    logging.getLogger("msg_transformer").addHandler(caplog.handler)
     caplog.set_level("INFO", "msg_transformer")
     yield caplog
-    ckpt.logger.removeHandler(caplog.handler)
+    logging.getLogger("msg_transformer").removeHandler(caplog.handler)
 
 
 def create(seed=0, **arguments):

@@ -20,13 +20,8 @@ from PIL import Image
 from test_detection import config as shapes_config
 from torch.nn import functional
 
-from config import dump_config
-from models import build_model
-from models.attention import BACKENDS
-from models.exchange import OTHER_EXCHANGES
-from models.geometry import CHOICES
-from models.messenger_curves import ORDERS, curve, markdown, measure, summarize, switch_off
-from models.messengers import (
+from analysis.messenger_curves import ORDERS, curve, markdown, measure, summarize, switch_off
+from analysis.messengers import (
     ablate,
     ablate_each,
     attention_map,
@@ -43,6 +38,11 @@ from models.messengers import (
     trace,
     without_exchange,
 )
+from config import dump_config
+from models import build_model
+from models.attention import BACKENDS
+from models.exchange import OTHER_EXCHANGES
+from models.geometry import CHOICES
 from models.msg_transformer import MSGTransformer, partition_windows, shuffle_messengers
 from tools import visualize
 from utils import UserError

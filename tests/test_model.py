@@ -26,7 +26,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from config import get_config
 from models import build_model
 from models.exchange import OTHER_EXCHANGES
-from models.export import replace_messengers
 from models.msg_transformer import (
     Block,
     BlockOptions,
@@ -35,6 +34,7 @@ from models.msg_transformer import (
     partition_windows,
     shuffle_messengers,
 )
+from models.tracing import replace_messengers
 
 SIZES = [  # name, parameters, GMACs and drop path of the specification
     ("msg_tiny_p4_win7_224", 28_290_166, 4.589, 0.2),

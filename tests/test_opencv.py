@@ -24,12 +24,13 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import to_2tuple
 
 from config import ConfigError
-from data import DataError, build_loaders, opencv
+from data import DataError, build_loaders
 from data import transforms as pillow
 from data.datasets import load_image
 from data.loaders import ToDevice
 from data.mixup import build_augmentation
-from data.opencv import ImageFile
+from data.opencv import transforms as opencv
+from data.opencv.transforms import ImageFile
 from data.transforms import augment_operations
 from detection import loaders as detection_loaders
 from detection.transforms import build_transform as build_detection_transform

@@ -13,22 +13,15 @@ from timm.scheduler import create_scheduler_v2
 from torch import nn
 
 import checkpoint as ckpt
-import engine
 from config import ConfigError
 from data.samplers import TrainBatchSampler
-from engine import train_one_epoch
 from lr_scheduler import build_scheduler
 from main import evaluate
 from models import build_model, inference
-from optimizer import (
-    NonFiniteError,
-    Updater,
-    WeightAverage,
-    build_average,
-    build_optimizer,
-    parameter_groups,
-)
-from run import Guard, Progress, Run, Settings, Task, build_run
+from optimizer import NonFiniteError, Updater, WeightAverage, build_average, build_optimizer, parameter_groups
+from training import engine
+from training.engine import train_one_epoch
+from training.run import Guard, Progress, Run, Settings, Task, build_run
 from utils import Compute
 
 CPU = Compute(torch.device("cpu"))

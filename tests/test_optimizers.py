@@ -14,12 +14,13 @@ import checkpoint as ckpt
 import optimizer as optimizers
 from config import OPTIMIZERS, ConfigError
 from data.samplers import TrainBatchSampler
-from engine import learning_rate
 from lr_scheduler import build_scheduler
-from models import apex, build_model, choose_layer_norm
+from models import build_model, choose_layer_norm
+from models.fast import apex
 from models.msg_transformer import MSGTransformer
 from optimizer import Updater, build_optimizer, optimizer_names, parameter_groups
-from run import Guard, Run, Settings
+from training.engine import learning_rate
+from training.run import Guard, Run, Settings
 from utils import Compute, UserError
 
 TESTED = ("adamw", "sgd", "lamb", "lion", "muon", "nadamw")

@@ -11,7 +11,7 @@ from helpers import micro
 from matplotlib import colormaps
 from PIL import Image
 
-from models.messengers import influence
+from analysis.messengers import influence
 from tools import visualize
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium, such as Debian's package chromium")

@@ -20,14 +20,14 @@ from test_detection import config as shapes_config
 import detect
 import detection
 import models
+from analysis.report import BAR, caption
 from config import dump_config
-from data.sources import Pictures, find_files, frame_rate, read_frames
 from detection.detector import build_detector
 from detection.loaders import build_loaders
 from detection.pictures import annotate
 from models import build_model
-from report import BAR, caption
 from tools import predict
+from tools.sources import Pictures, find_files, frame_rate, read_frames
 from utils import Compute, UserError
 
 SHAPES = "MODEL.MSG.EMBED_DIM 16 MODEL.MSG.DEPTHS [1,1,1] MODEL.MSG.NUM_HEADS [1,2,4] DET.CHANNELS 16"

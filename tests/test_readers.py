@@ -25,8 +25,8 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
 from config import ConfigError
 from data import DataError, build_loaders
+from data.archives import open_dataset
 from data.datasets import ImageFolder, build_dataset
-from data.readers import open_dataset
 
 ONE_CLASS = ["MODEL.NUM_CLASSES", 1]
 RECIPE = ["AUG.AUTO_AUGMENT", "rand-m9-mstd0.5-inc1", "AUG.HFLIP", 0.5, "DATA.NUM_WORKERS", 0]

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.transforms.functional import normalize, to_tensor
 
-import report
+from analysis import report
 from checkpoint import read_weights, save_checkpoint
 from config import ConfigError
 from data import build_loaders, loaders

@@ -37,7 +37,7 @@ from data.samplers import TrainBatchSampler
 from logger import read_metrics
 from lr_scheduler import build_scheduler
 from optimizer import Updater, WeightAverage, build_optimizer
-from run import Guard, Run, Settings, choose_for_evaluation
+from training.run import Guard, Run, Settings, choose_for_evaluation
 from utils import Compute, be_deterministic
 
 ARGUMENTS = shlex.split(

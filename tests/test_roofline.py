@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.attention import windowed_attention
-from models.roofline import Work, count_work, least_seconds
+from tools.roofline import Work, count_work, least_seconds
 
 
 class Attention(nn.Module):

@@ -15,8 +15,8 @@ from helpers import ROOT, digits_config, fill_weights, logged, run_folder, run_m
 import checkpoint as ckpt
 import models
 from config import ConfigError, dump_config, get_config, parse_config
-from models.deploy import run_onnxruntime, run_openvino
-from models.runtime import HandedOver, build_runtime, choose_runtime, hand_over
+from models.deploy.files import run_onnxruntime, run_openvino
+from models.deploy.runtime import HandedOver, build_runtime, choose_runtime, hand_over
 from utils import Compute, UserError
 
 SMALL = ["MODEL.NUM_CLASSES", 3, "MODEL.MSG.DEPTHS", "[1, 1]", "MODEL.MSG.NUM_HEADS", "[3, 6]"]
@@ -234,7 +234,7 @@ def test_a_runtime_has_the_threads_of_pytorch(monkeypatch):
 
 def test_a_runtime_is_given_the_images_and_the_precision_of_the_config(monkeypatch):
     found = []
-    monkeypatch.setattr("models.runtime.hand_over", lambda *given: found.append(given[1:]))
+    monkeypatch.setattr("models.deploy.runtime.hand_over", lambda *given: found.append(given[1:]))
     config = digits_config("RUNTIME", "openvino", "MODEL.MSG.IN_CHANS", 1, "DATA.IMG_SIZE", "[40, 48]")
     for compute in (CPU, ROUNDED):
         build_runtime(config, None, compute)

@@ -16,16 +16,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import nn
 
-import report
+from analysis import report
 from config import flat_config
 from data import build_loaders
 from data.mixup import build_augmentation
 from data.samplers import TrainBatchSampler
-from engine import train_one_epoch
 from logger import DRAWN, RunRecord, Tracker, draw_curves, read_metrics, require_tracker
 from lr_scheduler import build_scheduler
 from optimizer import Updater, build_optimizer
-from run import Guard, Run, Settings
+from training.engine import train_one_epoch
+from training.run import Guard, Run, Settings
 from utils import Compute, UserError, seeded
 
 ARGUMENTS = ["--cfg", "configs/digits.yaml", "--batch-size", 8, "--opts", "DATA.NUM_WORKERS", 0]

@@ -62,7 +62,7 @@ from torch import nn
 from config import get_config
 from detection.detector import build_detector
 from models import inference
-from models.roofline import machine, versions
+from tools.roofline import machine, versions
 from utils import build_compute
 
 

@@ -100,15 +100,15 @@ from torch.utils.data import DataLoader, Subset
 
 import checkpoint as ckpt
 from config import dump_config
-from data.readers import open_dataset
+from data.archives import open_dataset
 from data.transforms import build_transform, describe_evaluation
 from detection.detector import Pyramid
-from detection.ready import build_ready as build_detector
+from detection.from_checkpoint import build_ready as build_detector
 from detection.transforms import describe_evaluation as describe_detection
 from launch import UserError, print_any_name
-from models.deploy import FORMATS, Exportable, InPyTorch, evaluating, require_packages, write_checked
-from models.ready import build_ready as build_classifier
-from models.ready import read_described
+from models.deploy.files import FORMATS, Exportable, InPyTorch, evaluating, require_packages, write_checked
+from models.from_checkpoint import build_ready as build_classifier
+from models.from_checkpoint import read_described
 
 
 def open_checkpoint(path, cfg=None, weights="auto"):

@@ -78,19 +78,19 @@ from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader
 
 import distributed
+from analysis.report import caption
 from data.loaders import start_worker
-from data.sources import Pictures, find_files, frame_rate
 from data.transforms import image_mode
 from detection.detector import to_original_size
 from detection.evaluation import to_results
+from detection.from_checkpoint import build_ready as build_detector
 from detection.pictures import annotate
-from detection.ready import build_ready as build_detector
 from logger import ProgressBar
 from models import build_runtime, inference
-from models.deploy import RUNTIMES
-from models.ready import build_ready as build_classifier
-from models.ready import read_described
-from report import caption
+from models.deploy.files import RUNTIMES
+from models.from_checkpoint import build_ready as build_classifier
+from models.from_checkpoint import read_described
+from tools.sources import Pictures, find_files, frame_rate
 from utils import UserError, build_compute, replacing
 
 
@@ -341,7 +341,7 @@ class Drawings:
             self._close(*video, whole=kind is None)
 
     def add(self, picture, image):
-        """Write the annotated image of a :class:`~data.sources.Picture`; frames of a video come in order."""
+        """Write the annotated image of a :class:`~tools.sources.Picture`; frames of a video come in order."""
         name = self.names[picture.place]
         if picture.frame is None:
             save_picture(image, name)

@@ -88,15 +88,15 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 import distributed
+from analysis.messenger_curves import markdown, measure, summarize
+from analysis.messengers import check_messengers, examine, grids, influence
+from analysis.report import drawable, shown
 from data.datasets import load_image
-from data.sources import find_files, is_video
 from data.transforms import build_transform, image_mode
 from launch import UserError, printable
 from logger import ProgressBar
-from models.messenger_curves import markdown, measure, summarize
-from models.messengers import check_messengers, examine, grids, influence
-from models.ready import build_ready, read_described
-from report import drawable, shown
+from models.from_checkpoint import build_ready, read_described
+from tools.sources import find_files, is_video
 from utils import build_compute, replacing
 
 
@@ -272,7 +272,7 @@ def draw_sheet(found, pixels, head, path):
     """Draw a sheet to a PNG file.
 
     Args:
-        found: the :class:`~models.messengers.Findings`.
+        found: the :class:`~analysis.messengers.Findings`.
         pixels: the image as the model saw it, (height, width, 3), uint8.
         head: the headline.
     """

@@ -3,8 +3,8 @@
 from timm.layers import Mlp
 from torch import nn
 
+from .linear import has_onednn, use_onednn_layer
 from .mlp import use_blocked_mlp
-from .onednn import has_onednn, use_onednn_layer
 
 
 def use_onednn(model):

@@ -21,7 +21,7 @@ def train_one_epoch(run, loader, losses_of):
     undisturbed one would.
 
     Args:
-        run: a :class:`~run.Run` that has started the epoch.
+        run: a :class:`~training.run.Run` that has started the epoch.
         losses_of: called with the images and targets of a micro-batch and its number in the update; returns
             the mean losses by name, whose sum is minimised.
 

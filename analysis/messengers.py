@@ -19,11 +19,10 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
+from models.attention import hide, probabilities, qkv_heads
+from models.msg_transformer import merge_windows, partition_windows
+from models.padding import Extent
 from utils import UserError
-
-from .attention import hide, probabilities, qkv_heads
-from .msg_transformer import merge_windows, partition_windows
-from .padding import Extent
 
 AT_ONCE = 16  # variants of an image in a batch
 NOTHING = 1e-10  # relative change in float64 that is rounding

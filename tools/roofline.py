@@ -18,8 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from .cpu import use_onednn
-from .fixed_weights import inference
+from models.fast.cpu import use_onednn
+from models.fast.fixed_weights import inference
 
 ADAMW = 7 * 4  # bytes for a float32 parameter: read with its gradient and two moments, written with these
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from utils import UserError
 
-from .deploy import (
+from .files import (
     CLOSE,
     FORMATS,
     RUNTIMES,

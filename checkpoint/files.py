@@ -29,8 +29,9 @@ from safetensors.torch import save
 from timm.models import clean_state_dict
 
 from memory import memory_limit
-from models.loading import fit_weights
 from utils import UserError, advice_on_look_alikes, replacing, sync_folder
+
+from .resize import fit_weights
 
 BEST = "best.pth"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)
@@ -630,7 +631,7 @@ def load_weights(model, checkpoint, path, new_head=False):
         path: its file, for messages.
         new_head: for a new run (fine-tuning): leave the model's own head where the classes differ, its own
             head and last norm where it is the backbone of a larger model, and fit weights for other
-            sizes as :func:`models.loading.fit_weights` does; the log says so.
+            sizes as :func:`checkpoint.resize.fit_weights` does; the log says so.
 
     Raises:
         CheckpointError: weights of another architecture or of other classes, with what differs.

@@ -12,7 +12,7 @@ import checkpoint as ckpt
 from config import flat_config, function_difference
 from data.transforms import normalization
 from distributed import from_rank_0
-from models.ready import build_ready, read_described
+from models.from_checkpoint import build_ready, read_described
 from utils import UserError
 
 logger = logging.getLogger("msg_transformer")

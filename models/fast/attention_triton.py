@@ -9,7 +9,7 @@ import torch
 
 from utils import UserError
 
-from .export import plain_backward
+from ..tracing import plain_backward
 
 
 def triton(qkv, bias, scale, formula):

@@ -29,19 +29,10 @@ from distributed import (
     rank_and_world_size,
     sum_over_processes,
 )
-from logger import (
-    DETAIL,
-    DRAWN,
-    RunRecord,
-    build_tracker,
-    clock,
-    draw_curves,
-    require_tracker,
-    write_config,
-)
+from logger import DETAIL, DRAWN, RunRecord, build_tracker, clock, draw_curves, require_tracker, write_config
 from lr_scheduler import build_scheduler
-from models.ready import compare_config
-from models.runtime import choose_runtime
+from models.deploy.runtime import choose_runtime
+from models.from_checkpoint import compare_config
 from optimizer import NonFiniteError, Updater, build_average, build_optimizer
 from utils import STOP_SIGNALS, UserError, build_compute, lock_file
 
@@ -201,7 +192,7 @@ def choose_for_evaluation(config):
     That is ``--resume``, or else the best checkpoint of the run's folder, or else its latest.
 
     Raises:
-        CheckpointError: there is none, or it is of another config, see :func:`~models.ready.compare_config`.
+        CheckpointError: there is none, or it is of another config; see ``compare_config``.
     """
     path, best = config.MODEL.RESUME, os.path.join(config.OUTPUT, ckpt.BEST)
     if path or os.path.exists(best):

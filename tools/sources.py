@@ -9,7 +9,7 @@ import cv2
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
-from .datasets import MAX_PIXELS, DataError, find_images, is_image, load_image, without_pillows_limit
+from data.datasets import MAX_PIXELS, DataError, find_images, is_image, load_image, without_pillows_limit
 
 # What OpenCV's builds can mostly decode.
 VIDEOS = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv")

@@ -13,7 +13,7 @@ from PIL import Image
 from timm.data import auto_augment
 from torch.nn import functional
 
-from .transforms import posterize_from_0_bits
+from ..transforms import posterize_from_0_bits
 
 _WARP = {
     Image.Resampling.NEAREST: cv2.INTER_NEAREST,

@@ -5,7 +5,7 @@ import os
 import torch
 
 import checkpoint as ckpt
-from models.ready import Ready, read_described
+from models.from_checkpoint import Ready, read_described
 
 from .detector import build_detector
 from .loaders import BatchToDevice, collate
@@ -41,7 +41,7 @@ def load(path, cfg=None, weights="auto"):
         path, cfg, weights: as for :func:`models.load`.
 
     Returns:
-        A :class:`~models.ready.Ready`, with an :class:`ImageToBatch` as its transform.
+        A :class:`~models.from_checkpoint.Ready`, with an :class:`ImageToBatch` as its transform.
 
     Raises:
         CheckpointError: no such file, damaged, without a config or the names of its classes, or of a
@@ -52,7 +52,10 @@ def load(path, cfg=None, weights="auto"):
 
 
 def build_ready(config, checkpoint, path):
-    """The :class:`~models.ready.Ready` of what ``read_described`` returned; ``path`` is for messages."""
+    """The :class:`~models.from_checkpoint.Ready` of what ``read_described`` returned.
+
+    ``path`` is for messages.
+    """
     if config.DATA.DATASET != "coco":
         raise ckpt.CheckpointError(f"{path} is of a classifier: use models.load")
     names = checkpoint["classes"]

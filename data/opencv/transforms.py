@@ -16,10 +16,10 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolation, interp_mode_to_str
 from torchvision import transforms
 
-from .datasets import MAX_PIXELS, MAX_SCANS, decoding, in_8_bits, open_image, orientation_of
-from .opencv_operations import FASTER, Flip, ThroughPillow, interpolate, resize, to_tensor
-from .transforms import aspect_box, augment_operations, covering_size, evaluation_sizes
-from .transforms import build_transform as build_for_pillow
+from ..datasets import MAX_PIXELS, MAX_SCANS, decoding, in_8_bits, open_image, orientation_of
+from ..transforms import aspect_box, augment_operations, covering_size, evaluation_sizes
+from ..transforms import build_transform as build_for_pillow
+from .operations import FASTER, Flip, ThroughPillow, interpolate, resize, to_tensor
 
 # JPEG markers that have no place in a scan: all but restarts and the end. In a progressive file, tables,
 # scans and comments have a place there too.

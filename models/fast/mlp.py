@@ -8,8 +8,8 @@ from timm.layers import Mlp
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .export import exporting, plain_backward
-from .onednn import is_onednn_layer, layer_forward, linear_into, plain_linear, weight_gradient
+from ..tracing import exporting, plain_backward
+from .linear import is_onednn_layer, layer_forward, linear_into, plain_linear, weight_gradient
 
 ROWS = 4096  # tokens whose hidden channels stay in the cache
 

@@ -18,7 +18,7 @@ from torch import nn
 import checkpoint as ckpt
 from utils import UserError, sync_folder
 
-from .fixed_weights import inference
+from ..fast.fixed_weights import inference
 
 # Largest error of a float32 file: times the largest output, where that is above 1.
 CLOSE = 1e-4

@@ -13,7 +13,7 @@ import checkpoint as ckpt
 from utils import Compute
 
 from .build import build_model
-from .runtime import build_runtime
+from .deploy.runtime import build_runtime
 
 logger = logging.getLogger("msg_transformer")
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .export import exporting, plain_backward
+from ..tracing import exporting, plain_backward
 from .fixed_weights import Fixed, are_plain
 
 

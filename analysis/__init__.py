@@ -1,0 +1,1 @@
+"""What people look at: evaluation reports, pictures, curves, and what messengers do."""

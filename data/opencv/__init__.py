@@ -1,0 +1,1 @@
+"""``DATA.BACKEND opencv``: images read and augmented by OpenCV."""

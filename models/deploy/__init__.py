@@ -1,0 +1,1 @@
+"""Files for other programs, and runtimes that compute in place of PyTorch."""
