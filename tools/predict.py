@@ -366,7 +366,7 @@ class Drawings:
             raise UserError(f"cannot write {name}: {error.strerror or error}") from error
         size = tuple(side + side % 2 for side in size)  # the format has no odd sides
         rate = frame_rate(self.paths[place]) / self.args.every
-        writer = cv2.VideoWriter(partly(name), cv2.VideoWriter_fourcc(*"mp4v"), rate, size)
+        writer = cv2.VideoWriter(os.fsencode(partly(name)), cv2.VideoWriter_fourcc(*"mp4v"), rate, size)
         if not writer.isOpened():
             raise UserError(f"cannot write {name}: OpenCV opens no video there for writing")
         return name, writer, size
