@@ -22,6 +22,16 @@ def data(tmp_path_factory):
     return folder
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    """Reports without halves of characters, which tests of odd names log, and which pytest-xdist cannot send."""
+    report = yield
+    report.sections = [
+        (name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report.sections
+    ]
+    return report
+
+
 @pytest.fixture(autouse=True)
 def signal_handlers():
     """Give pytest back the signals that a Guard takes."""
