@@ -24,11 +24,10 @@ def data(tmp_path_factory):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport():
-    """Reports without halves of characters, which tests of odd names log, and which pytest-xdist cannot send."""
+    """Reports without halves of characters, which tests of odd names log and pytest-xdist cannot send."""
     report = yield
-    report.sections = [
-        (name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report.sections
-    ]
+    sections = report.sections
+    report.sections = [(name, text.encode("utf-8", "backslashreplace").decode()) for name, text in sections]
     return report
 
 
