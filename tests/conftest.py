@@ -22,6 +22,15 @@ def data(tmp_path_factory):
     return folder
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    """Reports without halves of characters, which tests of odd names log and pytest-xdist cannot send."""
+    report = yield
+    sections = report.sections
+    report.sections = [(name, text.encode("utf-8", "backslashreplace").decode()) for name, text in sections]
+    return report
+
+
 @pytest.fixture(autouse=True)
 def signal_handlers():
     """Give pytest back the signals that a Guard takes."""

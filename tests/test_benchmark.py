@@ -24,7 +24,7 @@ from utils import UserError
 
 
 def benchmark(*arguments):
-    command = [sys.executable, "tools/benchmark.py", "--device", "cpu", "--rounds", "3", *map(str, arguments)]
+    command = [sys.executable, "tools/benchmark.py", "--device", "cpu", "--rounds", "1", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
@@ -46,7 +46,7 @@ def test_models_are_compared_with_their_peer(tmp_path):
     result = written(tmp_path)
     assert list(result["settings"]) == ["inference float32, batch 1", "train float32, batch 1"]
     for ours, peer in result["settings"].values():
-        assert len(ours["turns"]) == len(peer["turns"]) >= 3 and ours["memory"] > 0
+        assert len(ours["turns"]) == len(peer["turns"]) >= 1 and ours["memory"] > 0
         for row in (ours, peer):
             assert all(steps >= 1 and seconds >= 1 for steps, seconds in row["turns"])
             assert 0 < row["least_seconds"] < min(seconds / steps for steps, seconds in row["turns"])
@@ -55,14 +55,14 @@ def test_models_are_compared_with_their_peer(tmp_path):
 
 def test_training_steps_for_maps_of_any_size_are_compared_with_swins(tmp_path):
     models = ["msg_cvpr22_tiny_p4_win7_224", "swin_tiny_patch4_window7_224"]
-    done = benchmark("--models", *models, "--dtypes", "bfloat16", "--modes", "train", "--maps",
+    done = benchmark("--models", *models, "--dtypes", "float32", "--modes", "train", "--maps",
                      "--sizes", "40x64", "--output", tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
     result = written(tmp_path)
     ((setting, (ours, peer)),) = result["settings"].items()
-    assert setting == "40x64 px maps, train bfloat16, batch 1" and result["peer"] == peer["model"]
-    flops, size = result["rates"]["bfloat16"]
-    assert flops > 1e9 and size > 1e8 and len(ours["turns"]) == len(peer["turns"]) >= 3
+    assert setting == "40x64 px maps, train float32, batch 1" and result["peer"] == peer["model"]
+    flops, size = result["rates"]["float32"]
+    assert flops > 1e9 and size > 1e8 and len(ours["turns"]) == len(peer["turns"]) >= 1
 
 
 @pytest.mark.parametrize(

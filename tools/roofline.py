@@ -87,7 +87,7 @@ def machine_limits(device, dtype):
         device: cpu or cuda.
         dtype: of the linear layer, which runs as those of our models do.
     """
-    side, size, calls = (8192, 2**30, 10) if device == "cuda" else (4096, 2**28, 1)
+    side, size, calls = (8192, 2**30, 10) if device == "cuda" else (2048, 2**28, 1)
     layer = nn.Sequential(nn.Linear(side, side, bias=False)).to(device, dtype)
     use_onednn(layer)
     x = torch.randn(side, side, device=device, dtype=dtype)
