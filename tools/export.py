@@ -14,7 +14,7 @@ Files take any number of images of one size. Next to the checkpoint, or in --out
 
 A float32 file may be 1e-4 off PyTorch (of its largest output, where that is above 1), an int8 file 10% of the
 spread of the outputs. What differs more is deleted. Of a detector it is the backbone and the feature pyramid
-that are written. docs/deploy.md says what the files expect.
+that are written. docs/use.md says what the files expect.
 """
 
 import sys

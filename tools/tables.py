@@ -215,10 +215,12 @@ def markdown(columns, rows):
 
 PAGES = {
     "README.md": dict(speed=speed),
-    "benchmarks/README.md": dict(results=results, cifar10=lambda: ablation("cifar10")),
-    "docs/messengers.md": dict(
+    "benchmarks/README.md": dict(results=results),
+    "docs/ablations.md": dict(
         digits=lambda: ablation("ablation_digits"),
         cifar10=lambda: ablation("cifar10"),
+    ),
+    "docs/messengers.md": dict(
         orders=lambda: orders("messengers_cifar10"),
         exchange=lambda: exchange("messengers_cifar10"),
     ),
