@@ -33,7 +33,9 @@ from logger import DETAIL, FILE, ProgressBar, clock, log_progress, start_logging
 from memory import peak_memory_mb, smaller_run
 from models import choose_layer_norm, inference
 from training.engine import train_one_epoch
-from training.run import Task, build_guard, build_run, check_first, choose_for_evaluation
+from training.guard import build_guard
+from training.run import Task, build_run
+from training.setup import check_first, choose_for_evaluation
 
 TASK = Task(
     base_images=16,

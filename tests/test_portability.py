@@ -16,7 +16,7 @@ import utils
 from config import get_config, parse_args
 from data import build_loaders
 from logger import read_metrics
-from training.run import FolderClaim
+from training.guard import FolderClaim
 from utils import Compute, UserError, build_compute
 
 # Windows as far as it can be played: spawned workers read this file too. The libraries come first, since they

@@ -82,7 +82,7 @@ from timm.layers import to_2tuple
 from config import APART, flat_config, get_config
 from logger import clock, read_metrics
 from models import build_model, count_macs
-from training.run import REQUEUE_EXIT_CODE
+from training.guard import REQUEUE_EXIT_CODE
 from utils import UserError
 
 
