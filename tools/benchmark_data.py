@@ -79,8 +79,7 @@ from data.loaders import Loader, ToDevice, build_reader, collate, start_worker
 from data.mixup import build_augmentation
 from data.opencv.transforms import ImageFile
 from data.transforms import augment_operations, posterize_from_0_bits
-from detection.loaders import build_loaders as build_detection_loaders
-from detection.loaders import collate as collate_detection
+from detection.loaders import build_detection_loaders, collate_detection
 from tools.roofline import machine, versions
 from utils import UserError
 

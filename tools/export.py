@@ -103,12 +103,11 @@ from config import dump_config
 from data.archives import open_dataset
 from data.transforms import build_transform, describe_evaluation
 from detection.detector import Pyramid
-from detection.from_checkpoint import build_ready as build_detector
-from detection.transforms import describe_evaluation as describe_detection
+from detection.from_checkpoint import build_ready_detector
+from detection.transforms import describe_detection
 from launch import UserError, print_any_name
 from models.deploy.files import FORMATS, Exportable, InPyTorch, evaluating, require_packages, write_checked
-from models.from_checkpoint import build_ready as build_classifier
-from models.from_checkpoint import read_described
+from models.from_checkpoint import build_ready, read_described
 
 
 def open_checkpoint(path, cfg=None, weights="auto"):
@@ -127,8 +126,8 @@ def open_checkpoint(path, cfg=None, weights="auto"):
     """
     config, checkpoint = read_described(path, cfg, weights)
     if config.DATA.DATASET == "coco":
-        return config, checkpoint, Pyramid(build_detector(config, checkpoint, path).model).eval()
-    return config, checkpoint, build_classifier(config, checkpoint, path).model
+        return config, checkpoint, Pyramid(build_ready_detector(config, checkpoint, path).model).eval()
+    return config, checkpoint, build_ready(config, checkpoint, path).model
 
 
 def build_exportable(args):

@@ -83,13 +83,12 @@ from data.loaders import start_worker
 from data.transforms import image_mode
 from detection.detector import to_original_size
 from detection.evaluation import to_results
-from detection.from_checkpoint import build_ready as build_detector
+from detection.from_checkpoint import build_ready_detector
 from detection.pictures import annotate
 from logger import ProgressBar
 from models import build_runtime, inference
 from models.deploy.files import RUNTIMES
-from models.from_checkpoint import build_ready as build_classifier
-from models.from_checkpoint import read_described
+from models.from_checkpoint import build_ready, read_described
 from tools.sources import Pictures, find_files, frame_rate
 from utils import UserError, build_compute, replacing
 
@@ -100,7 +99,7 @@ def main():
     paths, skipped, ignored = find_files(args.paths)
     drawn = picture_names(paths, args.pictures) if args.pictures else None
     config, checkpoint = read_described(args.checkpoint, args.cfg, args.weights)
-    build, kind = (build_detector, Objects) if config.DATA.DATASET == "coco" else (build_classifier, Classes)
+    build, kind = (build_ready_detector, Objects) if config.DATA.DATASET == "coco" else (build_ready, Classes)
     config.defrost()
     config.DEVICE, config.RUNTIME = args.device or "", args.runtime or config.RUNTIME
     if config.RUNTIME != "pytorch" and kind is Objects:
