@@ -84,7 +84,7 @@ from tools.roofline import machine, versions
 from utils import UserError
 
 
-def find_images(folder, count):
+def find_jpegs(folder, count):
     """The first ``count`` JPEG files below a folder.
 
     Raises:
@@ -261,7 +261,7 @@ def run(args):
         train, *_ = build_detection_loaders(coco_config(args.coco, "pil"))
         result.update(peer=COCO_PEER, images=min(args.images, len(train.paths)))
     else:
-        paths = find_images(args.folder, args.images)
+        paths = find_jpegs(args.folder, args.images)
         settings = candidates(paths, args.batch_size)
         result.update(peer=PEER, images=len(paths))
     result["settings"] = {}

@@ -51,7 +51,7 @@ def parse_args(argv=None):
     add("--formats", nargs="+", choices=FORMAT_NAMES, default=formats, help=f"default: {' '.join(formats)}")
     add("--cfg", metavar="FILE", help="config of a checkpoint that holds none, such as an official one")
     add("--weights", choices=CHOICES["TEST.WEIGHTS"], default="auto", help="as TEST.WEIGHTS; default: auto")
-    add("--size", type=image_size, metavar="PX", help="a side or HEIGHTxWIDTH; default: that of the config")
+    add("--size", type=parse_size, metavar="PX", help="a side or HEIGHTxWIDTH; default: that of the config")
     add("--data-path", metavar="DIR", help="compare top-1 too, over DIR/val/<class>/<image>")
     add(
         "--images",
@@ -77,7 +77,7 @@ def at_least(least):
     return parse
 
 
-def image_size(text):
+def parse_size(text):
     """(height, width) in pixels from a side or HEIGHTxWIDTH, as ``--size`` takes them."""
     found = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)
     sides = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
