@@ -404,7 +404,7 @@ def test_a_tracker_state_that_cannot_be_read_is_one_warning(stand_in, tmp_path):
     (tmp_path / "tracker.json").write_text("{")
     tracker = Tracker("trackio", str(tmp_path), "digits")
     with logged() as lines:
-        tracker.start(5, {})
+        tracker.start(5, 3, {})
         tracker.log("train", {"train/loss": 1.0}, 6)
         tracker.finish()
     assert len(lines) == 1 and "from here on the run is not tracked" in lines[0]
