@@ -26,14 +26,16 @@ import distributed
 import utils
 from data.loaders import turns
 from detection import evaluation
-from detection.detector import build_detector, count_macs, load_pretrained, to_original_size
-from detection.loaders import build_loaders
-from detection.pictures import batch_sheet, draw_curves, draw_detections
+from detection.detector import build_detector, count_detector_macs, load_pretrained, to_original_size
+from detection.loaders import build_detection_loaders
+from detection.pictures import detection_batch_sheet, draw_detection_curves, draw_detections
 from logger import DETAIL, FILE, ProgressBar, clock, log_progress, start_logging, write_config
 from memory import peak_memory_mb, smaller_run
 from models import choose_layer_norm, inference
 from training.engine import train_one_epoch
-from training.run import Task, build_guard, build_run, check_first, choose_for_evaluation
+from training.guard import build_guard
+from training.run import Task, build_run
+from training.setup import check_first, choose_for_evaluation
 
 TASK = Task(
     base_images=16,
@@ -41,7 +43,7 @@ TASK = Task(
     score_name="box AP",
     shown=(("box_AP", "box AP"), ("mask_AP", "mask AP")),
     load_pretrained=load_pretrained,
-    draw=draw_curves,
+    draw=draw_detection_curves,
     drawn=("epoch", "train_loss", "box_AP", "mask_AP", "lr"),
 )
 
@@ -62,7 +64,7 @@ def main(config):
     utils.seed_everything("model", config.SEED)
     if config.DETERMINISTIC:
         utils.be_deterministic()
-    train_loader, sampler, val_loader, val = build_loaders(config, rank, world_size, device)
+    train_loader, sampler, val_loader, val = build_detection_loaders(config, rank, world_size, device)
     names = [category["name"] for category in val.annotations.categories]
     set_classes(config, len(names))
     model = build_detector(config, len(names)).to(device)
@@ -77,7 +79,7 @@ def main(config):
         if loader is not None:
             loader.report()
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    macs = count_macs(model, 800, 1280) / 1e9
+    macs = count_detector_macs(model, 800, 1280) / 1e9
     logger.info(f"{config.MODEL.NAME}: {parameters:,} parameters, {macs:.1f} GMACs per image of 1280x800")
     if config.AMP.FUSED_LAYERNORM:
         logger.info(choose_layer_norm(config)[1])
@@ -107,7 +109,7 @@ def build_losses(run):
 
     def losses_of(images, targets, part):
         images, sizes = images
-        run.record.first_batch(lambda: batch_sheet(images, sizes, targets, run.model.classes))
+        run.record.first_batch(lambda: detection_batch_sheet(images, sizes, targets, run.model.classes))
         with updater.compute.autocast():
             return updater.model(images, sizes, targets)
 

@@ -32,7 +32,9 @@ from memory import peak_memory_mb, smaller_run
 from models import build_model, build_runtime, choose_layer_norm, compile_model, count_macs, inference
 from training.distillation import build_distillation
 from training.engine import train_one_epoch
-from training.run import Task, build_guard, build_run, check_first, choose_for_evaluation
+from training.guard import build_guard
+from training.run import Task, build_run
+from training.setup import check_first, choose_for_evaluation
 
 TASK = Task(base_images=512, score="acc1", score_name="accuracy")
 

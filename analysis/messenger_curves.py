@@ -23,7 +23,7 @@ ORDERS = ("ablation", "attention", "gradient", "random")
 STEPS = 8  # of a curve, at most
 
 
-def measure(model, image, seed=0):
+def measure_curves(model, image, seed=0):
     """What a class score depends on, for one image and the class that is predicted for it.
 
     Args:
@@ -105,7 +105,7 @@ def summarize(measured):
     """Figures over images.
 
     Args:
-        measured: what :func:`measure` returned for each.
+        measured: what :func:`measure_curves` returned for each.
 
     Returns:
         A dict of ``images``; ``score`` and ``blank``, means; ``curves``, for each stage and order the mean
@@ -160,7 +160,7 @@ def _error(values):
     return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
 
 
-def markdown(summary):
+def curve_tables(summary):
     """The tables of a summary as Markdown."""
 
     def plus_minus(entry, key):

@@ -19,9 +19,10 @@ from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.nn.functional import cross_entropy
+from torch.utils.tensorboard import SummaryWriter
 
 from distributed import gather_lists
-from logger import DETAIL, write_image
+from logger import DETAIL
 from utils import replacing
 
 BAR, INK, PAPER = "#9dc3ea", "#22262b", "#ffffff"
@@ -385,7 +386,7 @@ def show_mistakes(record, collector, loader, names):
     """Write the worst mistakes of the last evaluation of a run for TensorBoard; all processes must call it.
 
     Args:
-        record: the run's :class:`~logger.RunRecord`.
+        record: the run's :class:`~training.tracking.RunRecord`.
         collector: was given that evaluation.
         loader: gave its images.
         names: of the classes.
@@ -503,3 +504,12 @@ def fitting(text, letters, width):
     while text and letters.getlength(text + "…") > width:
         text = text[:-1]
     return text + "…"
+
+
+def write_image(folder, tag, picture):
+    """Write a PIL image to a TensorBoard file of its own in ``folder``.
+
+    A second file beside that of a run would keep TensorBoard from reading on in the first.
+    """
+    with contextlib.closing(SummaryWriter(folder)) as board:
+        board.add_image(tag, np.asarray(picture), dataformats="HWC")

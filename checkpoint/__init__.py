@@ -1,16 +1,11 @@
 """Checkpoint files: writing and reading them, what may stand in them, loading them into a model."""
 
+from .contents import NEW_RUN, CheckpointError, better_of, own_config, weights_and_classes, weights_of
 from .files import (
     BEST,
-    CheckpointError,
-    better_of,
-    class_difference,
     epoch_name,
     fetch_checkpoint,
     in_order,
-    load_optimizer,
-    load_weights,
-    own_config,
     place_of,
     read_checkpoint,
     read_latest,
@@ -22,15 +17,14 @@ from .files import (
     save_in_folder,
     save_weights,
     score_of_best,
-    weights_and_classes,
-    weights_of,
     within_epoch_name,
-    without_prefix,
 )
+from .loading import class_difference, load_optimizer, load_weights, without_prefix
 
 __all__ = [
     "BEST",
     "CheckpointError",
+    "NEW_RUN",
     "better_of",
     "class_difference",
     "epoch_name",

@@ -271,9 +271,8 @@ def build_reader(config, is_train, phase=None):
         limits.update(mode=image_mode(config.MODEL.MSG.IN_CHANS))
         return functools.partial(load_image, **limits), build_transform(config, is_train, phase)
     with needing_opencv():
-        from .opencv.transforms import ImageFile
-        from .opencv.transforms import build_transform as build_for_opencv
-    return functools.partial(ImageFile, **limits), build_for_opencv(config, is_train, phase)
+        from .opencv.transforms import ImageFile, build_opencv_transform
+    return functools.partial(ImageFile, **limits), build_opencv_transform(config, is_train, phase)
 
 
 def require_an_update(sampler, where):

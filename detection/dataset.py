@@ -526,7 +526,7 @@ def _check_ids(path, section, ids):
         known.add(number)
 
 
-def build_dataset(root, images, annotations, transform, skip, **options):
+def build_detection_dataset(root, images, annotations, transform, skip, **options):
     """The images of ``root/images`` with the annotations ``root/annotations``.
 
     Args:

@@ -72,7 +72,7 @@ class Pyramid(nn.Module):
         return tuple(self.fpn(OrderedDict((str(i), x) for i, x in enumerate(maps))).values())
 
 
-def count_macs(detector, height, width, boxes=1000, masks=100):
+def count_detector_macs(detector, height, width, boxes=1000, masks=100):
     """Multiply-accumulate operations for an image, in the way of the paper's tables.
 
     These count: the backbone (:meth:`MSGBackbone.macs`), and every convolution and linear layer of the

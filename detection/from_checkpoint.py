@@ -8,8 +8,8 @@ import checkpoint as ckpt
 from models.from_checkpoint import Ready, read_described
 
 from .detector import build_detector
-from .loaders import BatchToDevice, collate
-from .transforms import build_transform
+from .loaders import BatchToDevice, collate_detection
+from .transforms import build_detection_transform
 
 
 class ImageToBatch:
@@ -26,7 +26,7 @@ class ImageToBatch:
     def __call__(self, image):
         """Returns (1, 3, H, W), resized and normalised, and a list of its (H, W)."""
         resized, _ = self.transform(image, {})
-        batch, targets, _ = collate([(resized, {}, [])])
+        batch, targets, _ = collate_detection([(resized, {}, [])])
         return self.to_device.move((batch, targets))[0]
 
 
@@ -48,10 +48,10 @@ def load(path, cfg=None, weights="auto"):
             classifier.
         ConfigError: its config cannot be used.
     """
-    return build_ready(*read_described(path, cfg, weights), path)
+    return build_ready_detector(*read_described(path, cfg, weights), path)
 
 
-def build_ready(config, checkpoint, path):
+def build_ready_detector(config, checkpoint, path):
     """The :class:`~models.from_checkpoint.Ready` of what ``read_described`` returned.
 
     ``path`` is for messages.
@@ -62,4 +62,4 @@ def build_ready(config, checkpoint, path):
     model = build_detector(config, config.MODEL.NUM_CLASSES)
     model.classes = names
     ckpt.load_weights(model, checkpoint, os.fspath(path))
-    return Ready(model.eval(), ImageToBatch(build_transform(config, is_train=False)), names)
+    return Ready(model.eval(), ImageToBatch(build_detection_transform(config, is_train=False)), names)

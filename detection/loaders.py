@@ -9,11 +9,11 @@ from data.datasets import DataError, EvaluationSamples, TrainingSamples, load_im
 from data.loaders import Loader, ToDevice, needing_opencv, require_an_update, turns, worker_options
 from data.samplers import TrainBatchSampler, evaluation_shard
 
-from .dataset import build_dataset
-from .transforms import build_transform, change_pillow
+from .dataset import build_detection_dataset
+from .transforms import build_detection_transform, change_pillow
 
 
-def collate(samples):
+def collate_detection(samples):
     """Join samples (image, target, failed) to ((images, sizes), targets, failed).
 
     Images (3, H, W) become one tensor (B, 3, H, W), each at the top left; sizes are their (H, W). Samples
@@ -46,7 +46,7 @@ class BatchToDevice(ToDevice):
         return (images, sizes), targets
 
 
-def build_reader(config):
+def build_detection_reader(config):
     """How ``DATA.BACKEND`` reads an image file.
 
     Returns:
@@ -66,7 +66,7 @@ def build_reader(config):
     return functools.partial(ImageFile, **limits), change_file
 
 
-def build_loaders(config, rank=0, world_size=1, device="cpu"):
+def build_detection_loaders(config, rank=0, world_size=1, device="cpu"):
     """Loaders over the COCO data of ``DATA.DATA_PATH``, whose batches are on ``device``.
 
     Returns:
@@ -80,21 +80,23 @@ def build_loaders(config, rank=0, world_size=1, device="cpu"):
     root, skip = config.DATA.DATA_PATH, config.DATA.ON_ERROR == "skip"
     if not root:
         raise DataError("no data: give --data-path, a folder with images and annotations in COCO format")
-    options = dict(worker_options(config, device), collate_fn=collate)
+    options = dict(worker_options(config, device), collate_fn=collate_detection)
     to_device = BatchToDevice(device)
-    read, change_pixels = build_reader(config)
-    transform = build_transform(config, False, change_pixels)
+    read, change_pixels = build_detection_reader(config)
+    transform = build_detection_transform(config, False, change_pixels)
     # Evaluation takes the objects from the annotations, in the pixels of the file.
     options_of_val = dict(with_objects=False, read=read, per_image=det.PER_IMAGE)
-    val = build_dataset(root, det.VAL_IMAGES, det.VAL_JSON, transform, skip, **options_of_val)
+    val = build_detection_dataset(root, det.VAL_IMAGES, det.VAL_JSON, transform, skip, **options_of_val)
     shard = evaluation_shard(len(val), rank, world_size)
     # One image at a time: the padding of a batch would change what convolutions see at the borders.
     loader = DataLoader(EvaluationSamples(val, skip), 1, sampler=shard, **options)
     val_loader = Loader(loader, val.paths, to_device, turns(config), config.DATA.NUM_WORKERS)
     if config.EVAL_MODE:
         return None, None, val_loader, val
-    transform = build_transform(config, True, change_pixels)
-    train = build_dataset(root, det.TRAIN_IMAGES, det.TRAIN_JSON, transform, skip, is_train=True, read=read)
+    transform = build_detection_transform(config, True, change_pixels)
+    train = build_detection_dataset(
+        root, det.TRAIN_IMAGES, det.TRAIN_JSON, transform, skip, is_train=True, read=read
+    )
     named = [{(c["id"], c["name"]) for c in part.annotations.categories} for part in (train, val)]
     if named[0] != named[1]:
         number, name = min(named[0] ^ named[1], key=str)

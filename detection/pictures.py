@@ -127,7 +127,7 @@ def annotate(image, detection, names):
     return picture
 
 
-def batch_sheet(images, sizes, targets, names, most=12):
+def detection_batch_sheet(images, sizes, targets, names, most=12):
     """The first images of a training batch with their objects, as one PIL image.
 
     Args:
@@ -155,7 +155,7 @@ def group_of_loss(name):
     return "classes"
 
 
-def draw_curves(epochs, path, hyperparameters=None):
+def draw_detection_curves(epochs, path, hyperparameters=None):
     """Draw the losses and the average precision of a run over its epochs to a PNG file.
 
     Args:

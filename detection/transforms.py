@@ -176,7 +176,7 @@ def change_objects(target, size, steps):
     return dict(target, boxes=boxes, labels=target["labels"][large[seen]], masks=masks)
 
 
-def describe_evaluation(config):
+def describe_detection(config):
     """What evaluation does to an image, in plain values, for whoever runs an exported model."""
     return dict(
         layout="batch, channels, height, width",
@@ -191,7 +191,7 @@ def describe_evaluation(config):
     )
 
 
-def build_transform(config, is_train, change_pixels=change_pillow):
+def build_detection_transform(config, is_train, change_pixels=change_pillow):
     """The :class:`Transform` of training or evaluation.
 
     Training: flip; resize to a random short side; half of the time resize and crop before that.

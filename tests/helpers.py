@@ -24,9 +24,11 @@ import torch
 from PIL import Image
 
 import checkpoint as ckpt
+from analysis.curves import draw_curves
 from config import get_config
-from logger import DRAWN, RunRecord, draw_curves
+from logger import DRAWN
 from models.msg_transformer import MSGTransformer
+from training.tracking import RunRecord
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = Path(__file__).parent / "reference"

@@ -51,7 +51,7 @@ def keeping_signals():
 @pytest.mark.parametrize("count", [2, 3, 5, 31, 60])
 def test_intervals_are_those_of_students_t(ablate, count):
     values = dict(enumerate(np.random.default_rng(count).normal(90, 2, count).tolist()))
-    found = ablate.interval(values)
+    found = ablate.mean_and_interval(values)
     numbers = list(values.values())
     low, high = stats.t.interval(0.95, count - 1, np.mean(numbers), stats.sem(numbers))
     assert found["mean"] - found["half"] == pytest.approx(low, rel=1e-3)
@@ -60,8 +60,8 @@ def test_intervals_are_those_of_students_t(ablate, count):
 
 
 def test_one_seed_has_no_interval_and_none_has_no_mean(ablate):
-    assert ablate.interval({0: 3.0}) == dict(by_seed={0: 3.0}, mean=3.0, std=None, half=None)
-    assert ablate.interval({})["mean"] is None
+    assert ablate.mean_and_interval({0: 3.0}) == dict(by_seed={0: 3.0}, mean=3.0, std=None, half=None)
+    assert ablate.mean_and_interval({})["mean"] is None
 
 
 def test_differences_are_of_the_same_seeds(ablate):

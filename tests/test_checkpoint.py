@@ -27,7 +27,7 @@ from models.build import build_model
 from models.from_checkpoint import read_described
 from models.msg_transformer import MSGTransformer
 from optimizer import build_optimizer
-from training.run import check_first, choose_for_evaluation
+from training.setup import check_first, choose_for_evaluation
 
 
 def official_checkpoint(path, old_torch):

@@ -26,9 +26,9 @@ from test_detection import config
 import checkpoint as ckpt
 from data import DataError
 from data.samplers import TrainBatchSampler, group
-from detection.dataset import Annotations, build_dataset, runs_of
+from detection.dataset import Annotations, build_detection_dataset, runs_of
 from detection.evaluation import METRICS, average_precision, table, to_results
-from detection.loaders import BatchToDevice, build_loaders, collate
+from detection.loaders import BatchToDevice, build_detection_loaders, collate_detection
 from detection.pictures import draw_crowd, draw_detections
 from detection.transforms import Transform, change_pillow
 from logger import read_metrics
@@ -83,7 +83,7 @@ keep = Transform(lambda size: [], change_pillow)
 
 
 def test_masks_and_boxes_are_those_of_pycocotools(shapes):
-    dataset = build_dataset(str(shapes), "train", "annotations/train.json", keep, skip=False)
+    dataset = build_detection_dataset(str(shapes), "train", "annotations/train.json", keep, skip=False)
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO(str(shapes / "annotations" / "train.json"))
     kinds = set()
@@ -215,7 +215,7 @@ def test_crowds_are_counted_and_a_warning_where_they_are_many(tmp_path, shapes, 
         DataError, match=rf"has no objects: {whole} crowds \(ids 1, 2, 3, 4, 5 ...; the first"
     ):
         write_json(tmp_path, changed(content, lambda item, place: dict(iscrowd=1)))
-        build_dataset(str(tmp_path), "images", "annotations.json", keep, skip=False)
+        build_detection_dataset(str(tmp_path), "images", "annotations.json", keep, skip=False)
 
 
 def test_a_set_without_masks_is_refused_with_the_reason(tmp_path, shapes):
@@ -223,7 +223,7 @@ def test_a_set_without_masks_is_refused_with_the_reason(tmp_path, shapes):
     with pytest.raises(
         DataError, match=r"has no objects: \d+ without a mask \(.*; docs/detection.md says what"
     ):
-        build_dataset(str(tmp_path), "images", "annotations.json", keep, skip=False)
+        build_detection_dataset(str(tmp_path), "images", "annotations.json", keep, skip=False)
 
 
 def test_wrong_parts_of_a_polygon_are_left_out_and_the_object_stays(small, caplog):
@@ -321,7 +321,7 @@ def used(folder, content):
     """All that a run does with a COCO file: its dataset, and its figures for perfect detections."""
     path = folder / "annotations.json"
     path.write_text(json.dumps(content))
-    dataset = build_dataset(str(folder), "images", path.name, keep, skip=False)
+    dataset = build_detection_dataset(str(folder), "images", path.name, keep, skip=False)
     for index in range(len(dataset)):
         dataset[index]
     annotations = dataset.annotations
@@ -416,7 +416,7 @@ def test_impossible_sizes_are_refused(small, sides):
 
 def test_images_for_detection_have_the_limits_of_all_others(shapes):
     settings = config("shapes", "DATA.MAX_PIXELS", 99, "DATA.NUM_WORKERS", 0, "DATA.DATA_PATH", shapes)
-    loader, _, val_loader, _ = build_loaders(settings)
+    loader, _, val_loader, _ = build_detection_loaders(settings)
     for each in (loader, val_loader):
         with pytest.raises(DataError, match=r"\d.png cannot be read .* DATA.MAX_PIXELS is 99"):
             next(iter(each))
@@ -425,7 +425,7 @@ def test_images_for_detection_have_the_limits_of_all_others(shapes):
 def test_an_annotation_file_that_is_a_pipe_is_refused(small):
     os.mkfifo(small / "pipe.json")
     with pytest.raises(DataError, match="pipe.json: it is not a file"):
-        build_dataset(str(small), "images", "pipe.json", keep, skip=False)
+        build_detection_dataset(str(small), "images", "pipe.json", keep, skip=False)
 
 
 def test_a_set_without_objects_is_refused(tmp_path, shapes):
@@ -433,7 +433,7 @@ def test_a_set_without_objects_is_refused(tmp_path, shapes):
     content = dict(content_of(shapes), annotations=[])
     (tmp_path / "copy" / "annotations" / "train.json").write_text(json.dumps(content))
     with pytest.raises(DataError, match="train.json has no objects"):
-        build_dataset(str(tmp_path / "copy"), "train", "annotations/train.json", keep, skip=False)
+        build_detection_dataset(str(tmp_path / "copy"), "train", "annotations/train.json", keep, skip=False)
 
 
 def test_missing_files_and_wrong_sizes_are_named(tmp_path, shapes):
@@ -441,8 +441,8 @@ def test_missing_files_and_wrong_sizes_are_named(tmp_path, shapes):
     shutil.copytree(shapes, folder)
     (folder / "train" / "00003.png").unlink()
     with pytest.raises(DataError, match="1 of the 24 images .* are missing, such as .*00003.png"):
-        build_dataset(str(folder), "train", "annotations/train.json", keep, skip=False)
-    dataset = build_dataset(str(folder), "train", "annotations/train.json", keep, skip=True)
+        build_detection_dataset(str(folder), "train", "annotations/train.json", keep, skip=False)
+    dataset = build_detection_dataset(str(folder), "train", "annotations/train.json", keep, skip=True)
     with pytest.raises(DataError, match="00003.png"):
         dataset[3]
     Image.new("RGB", (9, 7)).save(folder / "train" / "00004.png")
@@ -455,7 +455,9 @@ def test_batches_hold_images_at_the_top_left_and_zeros_elsewhere():
         torch.full((3, 5, 9), 200, dtype=torch.uint8),
         torch.full((3, 8, 6), 100, dtype=torch.uint8),
     )
-    (images, sizes), targets, failed = collate([(small, {}, []), (None, None, [4]), (large, {}, [])])
+    (images, sizes), targets, failed = collate_detection(
+        [(small, {}, []), (None, None, [4]), (large, {}, [])]
+    )
     assert (
         images.shape == (2, 3, 8, 9) and sizes == [(5, 9), (8, 6)] and failed == [4] and targets == [{}, {}]
     )
@@ -566,7 +568,7 @@ def test_other_limits_of_detections_than_coco_has_and_too_low_ones_are_told(smal
             "AP counts up to 150 detections of an image, as DET.PER_IMAGE says; COCO's own figures count 100",
         ),
     ):
-        dataset = build_dataset(
+        dataset = build_detection_dataset(
             str(small), "images", "annotations.json", keep, skip=False, per_image=per_image
         )
         text = told(dataset, caplog)
@@ -690,7 +692,7 @@ def test_training_and_validation_have_the_same_categories(shapes, tmp_path, diff
     (tmp_path / "copy" / "annotations" / "val.json").write_text(json.dumps(content))
     of_copy = ["DATA.DATA_PATH", str(tmp_path / "copy"), "DATA.NUM_WORKERS", 0]
     with pytest.raises(DataError, match="train.json and .*val.json have different categories"):
-        build_loaders(config("shapes", *of_copy))
+        build_detection_loaders(config("shapes", *of_copy))
 
 
 def figures_of(done):

@@ -22,11 +22,11 @@ from torch import nn
 
 import detect
 from data import DataError
-from detection.dataset import Annotations, build_dataset
+from detection.dataset import Annotations, build_detection_dataset
 from detection.evaluation import Evaluation, average_precision, to_results
-from detection.loaders import build_loaders, build_reader
+from detection.loaders import build_detection_loaders, build_detection_reader
 from detection.masks import take_masks
-from detection.transforms import RandomCrop, build_transform
+from detection.transforms import RandomCrop, build_detection_transform
 from utils import Compute, seeded
 
 
@@ -122,7 +122,7 @@ def test_the_work_for_an_image_grows_with_its_objects_and_by_little_for_each(fol
 
         def use(many=many):
             (folder / "many.json").write_text(json.dumps(content))
-            dataset = build_dataset(str(folder), "images", "many.json", keep, skip=False)
+            dataset = build_detection_dataset(str(folder), "images", "many.json", keep, skip=False)
             assert len(dataset[0][1]["masks"]) == many
             results = detections_of(dataset.annotations, 0, random.Random(0))[:100]
             figures, _ = average_precision(dataset.annotations.as_coco(), results, [0, 1])
@@ -196,7 +196,7 @@ def test_categories_whose_ids_are_of_another_kind_are_named(tmp_path):
     content["categories"][0]["id"] = content["annotations"][0]["category_id"] = "1"
     path.write_text(json.dumps(content))
     with pytest.raises(DataError, match="have different categories: only one of them has 'a' with the id 1"):
-        build_loaders(config("shapes", "DATA.DATA_PATH", tmp_path, "DATA.NUM_WORKERS", 0))
+        build_detection_loaders(config("shapes", "DATA.DATA_PATH", tmp_path, "DATA.NUM_WORKERS", 0))
 
 
 SIZES = [(7, 3000), (3000, 7), (1, 500), (33, 47), (64, 64), (101, 37), (48, 369), (246, 108), (245, 175)]
@@ -278,8 +278,8 @@ def codes_of(masks):
 def test_augmentation_is_that_of_a_loop_over_pixels(size, backend, tmp_path):
     opts = [word for key, value in RECIPE.items() for word in (f"DET.{key}", str(value))]
     settings = config("shapes", *opts, "DATA.BACKEND", backend)
-    read, change_pixels = build_reader(settings)
-    transform = build_transform(settings, True, change_pixels)
+    read, change_pixels = build_detection_reader(settings)
+    transform = build_detection_transform(settings, True, change_pixels)
     rng = np.random.default_rng(size)
     height, width = size
     dropped = 0
@@ -372,7 +372,7 @@ TRAINED = [1, 5, 6, 8]
 def test_training_leaves_out_images_without_objects_and_small_ones(tmp_path, caplog):
     content = write_set(tmp_path, MIXED)
     of_set = ["DATA.DATA_PATH", tmp_path, "DATA.NUM_WORKERS", 0, "DATA.BATCH_SIZE", 1]
-    loader, sampler, val_loader, val = build_loaders(config("shapes", *of_set))
+    loader, sampler, val_loader, val = build_detection_loaders(config("shapes", *of_set))
     train = loader.loader.dataset.dataset
     assert train.records == [content["images"][i] for i in TRAINED] and len(train) == 4
     assert loader.paths == train.paths == [str(tmp_path / "train" / f"{i}.png") for i in TRAINED]
@@ -405,7 +405,9 @@ def test_training_leaves_out_images_without_objects_and_small_ones(tmp_path, cap
 def test_a_set_that_leaves_nothing_to_train_on_is_refused(tmp_path, images, words):
     write_set(tmp_path, images)
     with pytest.raises(DataError, match=words):
-        build_dataset(str(tmp_path), "train", "annotations/train.json", keep, skip=False, is_train=True)
+        build_detection_dataset(
+            str(tmp_path), "train", "annotations/train.json", keep, skip=False, is_train=True
+        )
 
 
 class Oracle(nn.Module):
@@ -424,7 +426,7 @@ class Oracle(nn.Module):
 def test_evaluation_counts_every_image_and_draws_each_with_its_own_objects(tmp_path, monkeypatch, caplog):
     content = write_set(tmp_path, MIXED)
     of_set = ["DATA.DATA_PATH", tmp_path, "DATA.NUM_WORKERS", 0, "DATA.BATCH_SIZE", 1]
-    _, _, loader, val = build_loaders(config("shapes", *of_set))
+    _, _, loader, val = build_detection_loaders(config("shapes", *of_set))
     samples = []
     monkeypatch.setattr(detect, "draw_detections", lambda drawn, *_, **__: samples.extend(drawn))
     settings = config("shapes", "OUTPUT", tmp_path, "DET.PICTURES", 8)

@@ -13,7 +13,7 @@ import checkpoint as ckpt
 from config import ConfigError, get_config
 from detection.backbone import MSGBackbone
 from detection.cascade import CascadeHeads, CascadeStage, DetectionLimits, HeadLayers, Samples
-from detection.detector import build_detector, count_macs, load_pretrained, to_original_size
+from detection.detector import build_detector, count_detector_macs, load_pretrained, to_original_size
 from models import build_model
 
 LAYERS, LIMITS = HeadLayers(8, 4, 1, [16], 1), DetectionLimits(0.05, 0.5, 100)
@@ -443,7 +443,7 @@ def test_parameters_and_macs_are_the_official_ones(folder, size, parameters, mac
     with torch.device("meta"):
         detector = build_detector(settings, 80)
     assert round(sum(p.numel() for p in detector.parameters()) / 1e6) == parameters
-    assert count_macs(detector, 800, 1280) / 1e9 == pytest.approx(macs, rel=0.03)
+    assert count_detector_macs(detector, 800, 1280) / 1e9 == pytest.approx(macs, rel=0.03)
 
 
 def test_position_tables_messengers_and_norms_are_not_decayed():

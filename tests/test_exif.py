@@ -12,7 +12,7 @@ from test_detection import config as shapes_config
 from data.datasets import Stored, load_image
 from data.loaders import build_loaders
 from data.opencv.transforms import ImageFile
-from detection.loaders import build_loaders as build_detection_loaders
+from detection.loaders import build_detection_loaders
 from tools.sources import Pictures
 
 TAG = 0x0112

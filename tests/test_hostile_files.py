@@ -29,7 +29,8 @@ import checkpoint as ckpt
 from config import ConfigError, get_config
 from data.samplers import TrainBatchSampler
 from optimizer import Updater, build_optimizer
-from training.run import Guard, Run, Settings
+from training.guard import Guard
+from training.run import Run, Settings
 from utils import Compute
 
 pytestmark = [

@@ -20,7 +20,7 @@ from PIL import Image
 from test_detection import config as shapes_config
 from torch.nn import functional
 
-from analysis.messenger_curves import ORDERS, curve, markdown, measure, summarize, switch_off
+from analysis.messenger_curves import ORDERS, curve, curve_tables, measure_curves, summarize, switch_off
 from analysis.messengers import (
     ablate,
     ablate_each,
@@ -416,7 +416,7 @@ def test_curves_silence_messengers_in_order(size):
 
 def test_measured_orders_are_those_of_the_maps():
     model, image = micro().double(), image_of((32, 32))
-    measured = measure(model, image)
+    measured = measure_curves(model, image)
     assert measured["curves"].keys() == {0, 1}  # the last stage has one window
     with torch.no_grad():
         scores = class_scores(model, image[None])[0]
@@ -463,7 +463,7 @@ def test_summary_of_two_images():
     assert off["share"] == pytest.approx(5 / 6) and off["kept"] == 0.5
     assert off["drop"] == pytest.approx(2.5) and off["error"] == pytest.approx(0.5)
     assert summary["exchange"]["all"]["withheld"]["share"] == 0
-    tables = markdown(summary)
+    tables = curve_tables(summary)
     assert "| attention | 0.31 | 0.75 ± 0.25 | 0.50 | 0.00 ± 0.00 |" in tables
     assert "| all | 83.3% | 2.50 ± 0.50 | 50.0% | 0.0% | 0.00 ± 0.00 | 100.0% |" in tables
 

@@ -25,15 +25,13 @@ from timm.layers import to_2tuple
 
 from config import ConfigError
 from data import DataError, build_loaders
-from data import transforms as pillow
 from data.datasets import load_image
 from data.loaders import ToDevice
 from data.mixup import build_augmentation
-from data.opencv import transforms as opencv
-from data.opencv.transforms import ImageFile
-from data.transforms import augment_operations
+from data.opencv.transforms import ImageFile, build_opencv_transform
+from data.transforms import augment_operations, build_transform
 from detection import loaders as detection_loaders
-from detection.transforms import build_transform as build_detection_transform
+from detection.transforms import build_detection_transform
 from utils import seeded
 
 RECIPE = ["AUG.AUTO_AUGMENT", "rand-m9-mstd0.5-inc1", "AUG.HFLIP", 0.5]
@@ -59,7 +57,7 @@ def jpeg(path, image, **options):
 def transforms(is_train, *opts):
     """The transform of each backend: (pil, opencv)."""
     config = digits_config(*opts, "AUG.REPROB", 0.0)
-    return [backend.build_transform(config, is_train) for backend in (pillow, opencv)]
+    return [build(config, is_train) for build in (build_transform, build_opencv_transform)]
 
 
 def values(images):
@@ -320,7 +318,7 @@ def test_detection_draws_the_same_and_sees_nearly_the_same_pixels(tmp_path, is_t
             for backend in ("pil", "opencv"):
                 opts = [*RECIPES[is_train], "DET.CROP_SIZES", "[40, 80]", "DATA.BACKEND", backend]
                 config = detection_config("shapes", *opts)
-                read, change_pixels = detection_loaders.build_reader(config)
+                read, change_pixels = detection_loaders.build_detection_reader(config)
                 transform = build_detection_transform(config, is_train, change_pixels)
                 with seeded("test", seed, again):
                     images.append((transform(read(path), {})[0].float(), torch.rand(1)))
@@ -346,7 +344,7 @@ def shapes(tmp_path_factory):
 def detection_batches(folder, backend, workers, epoch=0):
     """Batches of training and evaluation."""
     opts = ["DATA.DATA_PATH", folder, "DATA.NUM_WORKERS", workers, "DATA.BATCH_SIZE", 2]
-    loader, sampler, val, _ = detection_loaders.build_loaders(
+    loader, sampler, val, _ = detection_loaders.build_detection_loaders(
         detection_config("shapes", *opts, "DATA.BACKEND", backend)
     )
     sampler.start(epoch)

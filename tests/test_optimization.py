@@ -21,7 +21,8 @@ from models import build_model, inference
 from optimizer import NonFiniteError, Updater, WeightAverage, build_average, build_optimizer, parameter_groups
 from training import engine
 from training.engine import train_one_epoch
-from training.run import Guard, Progress, Run, Settings, Task, build_run
+from training.guard import Guard
+from training.run import Progress, Run, Settings, Task, build_run
 from utils import Compute
 
 CPU = Compute(torch.device("cpu"))

@@ -20,7 +20,8 @@ from models.fast import apex
 from models.msg_transformer import MSGTransformer
 from optimizer import Updater, build_optimizer, optimizer_names, parameter_groups
 from training.engine import learning_rate
-from training.run import Guard, Run, Settings
+from training.guard import Guard
+from training.run import Run, Settings
 from utils import Compute, UserError
 
 TESTED = ("adamw", "sgd", "lamb", "lion", "muon", "nadamw")

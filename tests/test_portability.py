@@ -16,7 +16,7 @@ import utils
 from config import get_config, parse_args
 from data import build_loaders
 from logger import read_metrics
-from training.run import FolderClaim
+from training.guard import FolderClaim
 from utils import Compute, UserError, build_compute
 
 # Windows as far as it can be played: spawned workers read this file too. The libraries come first, since they
@@ -97,7 +97,7 @@ def test_what_a_worker_is_given_can_be_pickled(backend, data, tmp_path):
     if backend.startswith("coco"):
         write_set(tmp_path, [(40, 40, "object")] * 4)
         of_set = ["DATA.DATA_PATH", tmp_path, "DATA.BATCH_SIZE", 1, "DATA.BACKEND", backend.split()[1]]
-        train, _, val, _ = detection.loaders.build_loaders(coco_config("shapes", *of_set))
+        train, _, val, _ = detection.loaders.build_detection_loaders(coco_config("shapes", *of_set))
     else:
         train, _, val, _ = build_loaders(digits_config("DATA.BACKEND", backend, data_path=str(data)))
     for part, key in ((train.loader, (0, 1)), (val.loader, 1)):

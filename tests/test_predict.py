@@ -23,7 +23,7 @@ import models
 from analysis.report import BAR, caption
 from config import dump_config
 from detection.detector import build_detector
-from detection.loaders import build_loaders
+from detection.loaders import build_detection_loaders
 from detection.pictures import annotate
 from models import build_model
 from tools import predict
@@ -282,7 +282,7 @@ def test_a_detector_finds_what_its_evaluation_finds_and_writes_a_coco_file(tmp_p
     path = tmp_path / "detector.pth"
     torch.save(dict(model=detector.state_dict(), config=dump_config(config), classes=names), path)
 
-    _, _, loader, val = build_loaders(config)
+    _, _, loader, val = build_detection_loaders(config)
     (tmp_path / "shapes" / "default").mkdir(parents=True)
     detect.evaluate(detector, loader, val, CPU, config)
     expected = json.loads((tmp_path / "shapes" / "default" / "detections.json").read_text())

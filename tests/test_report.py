@@ -20,13 +20,14 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.transforms.functional import normalize, to_tensor
 
 from analysis import report
+from analysis.curves import draw_curves, smoothing_floor
 from checkpoint import read_weights, save_checkpoint
 from config import ConfigError
 from data import build_loaders, loaders
 from distributed import run_command
-from logger import draw_curves, smoothing_floor, write_hyperparameters
 from main import evaluate
 from models import build_model
+from training.tracking import write_hyperparameters
 from utils import Compute
 
 CPU = Compute(torch.device("cpu"))

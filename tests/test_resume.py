@@ -37,7 +37,9 @@ from data.samplers import TrainBatchSampler
 from logger import read_metrics
 from lr_scheduler import build_scheduler
 from optimizer import Updater, WeightAverage, build_optimizer
-from training.run import Guard, Run, Settings, choose_for_evaluation
+from training.guard import Guard
+from training.run import Run, Settings
+from training.setup import choose_for_evaluation
 from utils import Compute, be_deterministic
 
 ARGUMENTS = shlex.split(

@@ -17,15 +17,18 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import nn
 
 from analysis import report
+from analysis.curves import draw_curves
 from config import flat_config
 from data import build_loaders
 from data.mixup import build_augmentation
 from data.samplers import TrainBatchSampler
-from logger import DRAWN, RunRecord, Tracker, draw_curves, read_metrics, require_tracker
+from logger import DRAWN, read_metrics
 from lr_scheduler import build_scheduler
 from optimizer import Updater, build_optimizer
 from training.engine import train_one_epoch
-from training.run import Guard, Run, Settings
+from training.guard import Guard
+from training.run import Run, Settings
+from training.tracking import RunRecord, Tracker, require_tracker
 from utils import Compute, UserError, seeded
 
 ARGUMENTS = ["--cfg", "configs/digits.yaml", "--batch-size", 8, "--opts", "DATA.NUM_WORKERS", 0]
@@ -401,7 +404,7 @@ def test_a_tracker_state_that_cannot_be_read_is_one_warning(stand_in, tmp_path):
     (tmp_path / "tracker.json").write_text("{")
     tracker = Tracker("trackio", str(tmp_path), "digits")
     with logged() as lines:
-        tracker.start(5, {})
+        tracker.start(5, 3, {})
         tracker.log("train", {"train/loss": 1.0}, 6)
         tracker.finish()
     assert len(lines) == 1 and "from here on the run is not tracked" in lines[0]

@@ -82,7 +82,7 @@ from timm.layers import to_2tuple
 from config import APART, flat_config, get_config
 from logger import clock, read_metrics
 from models import build_model, count_macs
-from training.run import REQUEUE_EXIT_CODE
+from training.guard import REQUEUE_EXIT_CODE
 from utils import UserError
 
 
@@ -113,7 +113,7 @@ class Planned:
 
 def main():
     args = parse_args()
-    runs = plan(args)
+    runs = plan_runs(args)
     for run in runs:
         require_same_config(run)
     left = [run for run in runs if len(run.rows()) < run.epochs]
@@ -122,15 +122,15 @@ def main():
     result = summarise(runs, args)
     folder = Path(args.output)
     (folder / "ablation.json").write_text(json.dumps(result, indent=1) + "\n")
-    (folder / "ablation.md").write_text(table(result))
+    (folder / "ablation.md").write_text(ablation_table(result))
     draw(result).savefig(folder / "ablation.png", dpi=150)
-    print(table(result))
+    print(ablation_table(result))
     print(f"written: {folder / 'ablation.md'}, ablation.json and ablation.png")
     if failed:
         raise UserError("these runs failed: " + "; ".join(failed) + ". The same command tries them again")
 
 
-def plan(args):
+def plan_runs(args):
     """The :class:`Planned` runs, those of the first seed first.
 
     Raises:
@@ -284,10 +284,10 @@ def summarise(runs, args):
                 parameters=sum(parameter.numel() for parameter in model.parameters()),
                 macs=count_macs(model, shape),
                 images_per_second=statistics.median(speeds) if speeds else None,
-                best=interval(best),
-                last=interval(last),
-                best_difference=interval(differences(best, baseline["best"])),
-                last_difference=interval(differences(last, baseline["last"])),
+                best=mean_and_interval(best),
+                last=mean_and_interval(last),
+                best_difference=mean_and_interval(differences(best, baseline["best"])),
+                last_difference=mean_and_interval(differences(last, baseline["last"])),
             )
         )
     command = shlex.join(["python", "tools/ablate.py", *sys.argv[1:]])
@@ -300,7 +300,7 @@ def differences(values, baseline):
     return {seed: value - baseline[seed] for seed, value in values.items() if seed in baseline}
 
 
-def interval(values):
+def mean_and_interval(values):
     """Mean, standard deviation and 95% interval of the mean, by Student's t, of values by seed.
 
     Returns:
@@ -317,7 +317,7 @@ def interval(values):
     return dict(by_seed=values, mean=mean, std=std, half=half)
 
 
-def table(result):
+def ablation_table(result):
     """A result in Markdown."""
 
     def value(numbers, form="{:.2f}"):

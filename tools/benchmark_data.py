@@ -79,13 +79,12 @@ from data.loaders import Loader, ToDevice, build_reader, collate, start_worker
 from data.mixup import build_augmentation
 from data.opencv.transforms import ImageFile
 from data.transforms import augment_operations, posterize_from_0_bits
-from detection.loaders import build_loaders as build_detection_loaders
-from detection.loaders import collate as collate_detection
+from detection.loaders import build_detection_loaders, collate_detection
 from tools.roofline import machine, versions
 from utils import UserError
 
 
-def find_images(folder, count):
+def find_jpegs(folder, count):
     """The first ``count`` JPEG files below a folder.
 
     Raises:
@@ -262,7 +261,7 @@ def run(args):
         train, *_ = build_detection_loaders(coco_config(args.coco, "pil"))
         result.update(peer=COCO_PEER, images=min(args.images, len(train.paths)))
     else:
-        paths = find_images(args.folder, args.images)
+        paths = find_jpegs(args.folder, args.images)
         settings = candidates(paths, args.batch_size)
         result.update(peer=PEER, images=len(paths))
     result["settings"] = {}

@@ -51,7 +51,7 @@ def parse_args(argv=None):
     add("--formats", nargs="+", choices=FORMAT_NAMES, default=formats, help=f"default: {' '.join(formats)}")
     add("--cfg", metavar="FILE", help="config of a checkpoint that holds none, such as an official one")
     add("--weights", choices=CHOICES["TEST.WEIGHTS"], default="auto", help="as TEST.WEIGHTS; default: auto")
-    add("--size", type=image_size, metavar="PX", help="a side or HEIGHTxWIDTH; default: that of the config")
+    add("--size", type=parse_size, metavar="PX", help="a side or HEIGHTxWIDTH; default: that of the config")
     add("--data-path", metavar="DIR", help="compare top-1 too, over DIR/val/<class>/<image>")
     add(
         "--images",
@@ -77,7 +77,7 @@ def at_least(least):
     return parse
 
 
-def image_size(text):
+def parse_size(text):
     """(height, width) in pixels from a side or HEIGHTxWIDTH, as ``--size`` takes them."""
     found = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)
     sides = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
@@ -103,12 +103,11 @@ from config import dump_config
 from data.archives import open_dataset
 from data.transforms import build_transform, describe_evaluation
 from detection.detector import Pyramid
-from detection.from_checkpoint import build_ready as build_detector
-from detection.transforms import describe_evaluation as describe_detection
+from detection.from_checkpoint import build_ready_detector
+from detection.transforms import describe_detection
 from launch import UserError, print_any_name
 from models.deploy.files import FORMATS, Exportable, InPyTorch, evaluating, require_packages, write_checked
-from models.from_checkpoint import build_ready as build_classifier
-from models.from_checkpoint import read_described
+from models.from_checkpoint import build_ready, read_described
 
 
 def open_checkpoint(path, cfg=None, weights="auto"):
@@ -127,8 +126,8 @@ def open_checkpoint(path, cfg=None, weights="auto"):
     """
     config, checkpoint = read_described(path, cfg, weights)
     if config.DATA.DATASET == "coco":
-        return config, checkpoint, Pyramid(build_detector(config, checkpoint, path).model).eval()
-    return config, checkpoint, build_classifier(config, checkpoint, path).model
+        return config, checkpoint, Pyramid(build_ready_detector(config, checkpoint, path).model).eval()
+    return config, checkpoint, build_ready(config, checkpoint, path).model
 
 
 def build_exportable(args):

@@ -62,7 +62,7 @@ def fill(corners, height, width):
     return cv2.fillPoly(np.zeros((height, width), np.uint8), [np.round(corners).astype(np.int32)], 1)
 
 
-def annotate(mask, category, corners=None, crowd=0):
+def annotation_of(mask, category, corners=None, crowd=0):
     """A COCO annotation of a mask, as run lengths or, where its corners are given, as a polygon."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     box = [columns[0], rows[0], columns[-1] + 1 - columns[0], rows[-1] + 1 - rows[0]]
@@ -90,7 +90,7 @@ def draw_image(rng):
         for place in centre + rng.normal(0, 12, (25, 2)):
             dots |= fill(outline("circle", rng, place, 3), height, width)
         picture[dots > 0] = rng.uniform(150, 255, 3)
-        annotations.append(annotate(dots, 1, crowd=1))
+        annotations.append(annotation_of(dots, 1, crowd=1))
     for _ in range(rng.integers(0, 6) if rng.random() < 0.95 else 0):
         category = int(rng.integers(3)) + 1
         corners = outline(
@@ -107,7 +107,7 @@ def draw_image(rng):
         inside = (corners >= 0).all() and (corners < [width, height]).all()
         if seen.sum() >= 60 and seen.sum() > 0.3 * whole.sum():
             uncovered = inside and seen.sum() == whole.sum()
-            annotations.append(annotate(seen, category, corners if uncovered else None))
+            annotations.append(annotation_of(seen, category, corners if uncovered else None))
     return picture.clip(0, 255).astype(np.uint8), annotations
 
 

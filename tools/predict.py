@@ -83,13 +83,12 @@ from data.loaders import start_worker
 from data.transforms import image_mode
 from detection.detector import to_original_size
 from detection.evaluation import to_results
-from detection.from_checkpoint import build_ready as build_detector
+from detection.from_checkpoint import build_ready_detector
 from detection.pictures import annotate
 from logger import ProgressBar
 from models import build_runtime, inference
 from models.deploy.files import RUNTIMES
-from models.from_checkpoint import build_ready as build_classifier
-from models.from_checkpoint import read_described
+from models.from_checkpoint import build_ready, read_described
 from tools.sources import Pictures, find_files, frame_rate
 from utils import UserError, build_compute, replacing
 
@@ -100,7 +99,7 @@ def main():
     paths, skipped, ignored = find_files(args.paths)
     drawn = picture_names(paths, args.pictures) if args.pictures else None
     config, checkpoint = read_described(args.checkpoint, args.cfg, args.weights)
-    build, kind = (build_detector, Objects) if config.DATA.DATASET == "coco" else (build_classifier, Classes)
+    build, kind = (build_ready_detector, Objects) if config.DATA.DATASET == "coco" else (build_ready, Classes)
     config.defrost()
     config.DEVICE, config.RUNTIME = args.device or "", args.runtime or config.RUNTIME
     if config.RUNTIME != "pytorch" and kind is Objects:
@@ -109,7 +108,7 @@ def main():
         config.AMP_OPT_LEVEL = "O0"
     compute = build_compute(config)
     model, transform, names = build(config, checkpoint, args.checkpoint)
-    names = class_names(names, args.class_names, config.MODEL.NUM_CLASSES)
+    names = names_to_show(names, args.class_names, config.MODEL.NUM_CLASSES)
     model = build_runtime(config, model.to(compute.device), compute)
     task = kind(model, names, compute, args)
     mode = image_mode(config.MODEL.MSG.IN_CHANS)
@@ -118,7 +117,7 @@ def main():
     shown = dict(unit="image", disable=None, file=sys.stderr, leave=True)
     bar = ProgressBar(None, pictures.count(), **shown)
     with inference(model, compute.dtype), bar, Drawings(paths, drawn, args) as drawings:
-        for batch in load(pictures, min(args.batch_size, task.most_at_once), args.workers):
+        for batch in batches_of(pictures, min(args.batch_size, task.most_at_once), args.workers):
             skipped.update({paths[picture.place]: picture.problem for picture in batch if picture.problem})
             seen = [picture for picture in batch if not picture.problem]
             for picture, found in zip(seen, task.predict(seen) if seen else []):
@@ -130,10 +129,10 @@ def main():
     results = [(paths[picture.place], picture, found) for picture, found in results]
     show(results, task, SHOWN if args.csv or args.json else len(results))
     if args.csv:
-        with writing(args.csv, newline="") as file:
+        with writing_text(args.csv, newline="") as file:
             csv.writer(file).writerows([["file", "frame", *task.columns()], *task.rows(results)])
     if args.json:
-        with writing(args.json) as file:
+        with writing_text(args.json) as file:
             json.dump(task.content(results, skipped), file, indent=1)
     for path in filter(None, (args.csv, args.json)):
         print(f"wrote {path}")
@@ -252,7 +251,7 @@ class Objects:
         return dict(content, skipped=skipped)
 
 
-def load(pictures, batch_size, workers):
+def batches_of(pictures, batch_size, workers):
     """Batches of pictures, as lists."""
     return DataLoader(
         pictures,
@@ -264,7 +263,7 @@ def load(pictures, batch_size, workers):
     )
 
 
-def class_names(names, path, count):
+def names_to_show(names, path, count):
     """The names of a checkpoint, or else those in a file, or else numbers from 0.
 
     Raises:
@@ -405,7 +404,7 @@ def save_picture(image, name):
 
 
 @contextlib.contextmanager
-def writing(path, **options):
+def writing_text(path, **options):
     """Context that yields a text file, which becomes ``path`` in the end."""
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)

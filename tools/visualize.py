@@ -88,7 +88,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 import distributed
-from analysis.messenger_curves import markdown, measure, summarize
+from analysis.messenger_curves import curve_tables, measure_curves, summarize
 from analysis.messengers import check_messengers, examine, grids, influence
 from analysis.report import drawable, shown
 from data.datasets import load_image
@@ -103,7 +103,7 @@ from utils import build_compute, replacing
 def main():
     """Look, draw and write."""
     args = parse_args()
-    model, transform, names, mode = load(args)
+    model, transform, names, mode = load_model(args)
     for path, name in sheet_names(images_of(args.images)) if args.images else ():
         image = transform(load_image(path, mode=mode)).to(next(model.parameters()))
         found = examine(model, image, args.window)
@@ -131,20 +131,20 @@ def write_curves(model, transform, mode, args):
     with ProgressBar(None, len(chosen), **shown) as bar:
         for number, path in enumerate(bar.over(chosen)):
             image = transform(load_image(path, mode=mode)).to(next(model.parameters()))
-            measured.append(measure(model, image, seed=number))
+            measured.append(measure_curves(model, image, seed=number))
     summary = summarize(measured)
-    tables = markdown(summary)
+    tables = curve_tables(summary)
     about = printable(f"`{args.checkpoint}` on {len(chosen):,} of {len(paths):,} images of `{args.curves}`")
     with writing(os.path.join(args.output, "curves.md")) as temporary:
         Path(temporary).write_text(f"# What messengers carry\n\n{about}\n\n{tables}", encoding="utf-8")
     with writing(os.path.join(args.output, "curves.json")) as temporary:
         content = dict(checkpoint=args.checkpoint, folder=args.curves, of=len(paths), **summary)
         Path(temporary).write_text(json.dumps(content, indent=1), encoding="utf-8")
-    draw_curves(summary, about, os.path.join(args.output, "curves.png"))
+    draw_messenger_curves(summary, about, os.path.join(args.output, "curves.png"))
     print(tables)
 
 
-def load(args):
+def load_model(args):
     """The model of a checkpoint in float64, its transform, its class names, and Pillow's mode of images."""
     config, checkpoint = read_described(args.checkpoint, args.cfg, args.weights)
     config.defrost()
@@ -280,7 +280,7 @@ def draw_sheet(found, pixels, head, path):
     lines = [*textwrap.wrap(head, 80), f"Chosen window: {found.window[0]},{found.window[1]} (outlined)"]
     tall = min(2, max(0.5, height / width))
     parts = [
-        (draw_attention, ATTENTION, 1, stages + 1, tall),
+        (draw_attention_maps, ATTENTION, 1, stages + 1, tall),
         (draw_influence, INFLUENCE, -(-len(found.influence) // ACROSS), ACROSS, tall),
         (draw_routes, ROUTES, 1, max(3, len(found.routes)), 1),
         (draw_ablation, ABLATION, 1, stages + 1, tall),
@@ -350,13 +350,13 @@ def array(tensor):
     return tensor.detach().cpu().double().numpy()
 
 
-def span(channels):
+def span_of(channels):
     """Channels as text: first to last."""
     first, last = channels[0], channels[-1]
     return f"{first}" if first == last else f"{first}–{last}"
 
 
-def draw_attention(found, pixels, axes):
+def draw_attention_maps(found, pixels, axes):
     """Panels (a)."""
     height, width = found.gradient_map.shape
     extent = (0, width, height, 0)
@@ -401,7 +401,7 @@ def draw_routes(found, pixels, axes):
         words = np.full(values.shape, "", object)
         for part, strength in route:
             place = grid.window_at(grid.number_of(*mine)[0], part.source)
-            values[place], words[place] = strength, f"{span(part.sent)}\n→ {span(part.received)}"
+            values[place], words[place] = strength, f"{span_of(part.sent)}\n→ {span_of(part.received)}"
         norm = Normalize(0, np.nanmax(values) or 1)
         bar(by_window(ax, values, grid, words, cmap="Blues", norm=norm), ax, "difference from blank")
         top, left = (index // grid.region * grid.region * grid.side for index in mine)
@@ -442,7 +442,7 @@ LINES = {  # colours of Okabe and Ito
 }
 
 
-def draw_curves(summary, about, path):
+def draw_messenger_curves(summary, about, path):
     """Draw the curves and the shares of a summary to a PNG file."""
     stages, exchange = summary["curves"], summary["exchange"]
     heights = [2.6] * len(stages) + [0.17 * len(exchange) + 0.9]

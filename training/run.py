@@ -1,4 +1,4 @@
-"""Where a training run stands, what it was asked for, and how it is saved, restored and stopped.
+"""Where a training run stands, what it was asked for, and how it is saved and restored.
 
 Where a run stands is counted in images, not in batches: a run can go on with another number of processes or
 another batch size, and everything random is a function of (seed, epoch, images seen), so nothing random has
@@ -11,7 +11,6 @@ import logging
 import os
 import shutil
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -20,24 +19,22 @@ from dataclasses import dataclass
 import torch
 
 import checkpoint as ckpt
+from analysis.curves import draw_curves
 from config import APART, ConfigError, dump_config, flat_config, flat_text
 from distributed import (
     from_rank_0,
     gather_floats,
-    largest_over_processes,
     parallelize,
     rank_and_world_size,
     sum_over_processes,
 )
-from logger import DETAIL, DRAWN, RunRecord, build_tracker, clock, draw_curves, require_tracker, write_config
+from logger import DETAIL, DRAWN, clock, write_config
 from lr_scheduler import build_scheduler
-from models.deploy.runtime import choose_runtime
 from models.from_checkpoint import compare_config
 from optimizer import NonFiniteError, Updater, build_average, build_optimizer
-from utils import STOP_SIGNALS, UserError, build_compute, lock_file
 
-REQUEUE_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal, the same command goes on
-LAUNCHER_GONE = 1  # in place of a signal: the number of SIGHUP, which Windows has not
+from .guard import LAUNCHER_GONE, REQUEUE_EXIT_CODE
+from .tracking import RunRecord, build_tracker
 
 logger = logging.getLogger("msg_transformer")
 
@@ -53,7 +50,7 @@ class Task:
         score_name: its name in the log.
         shown: figures of an evaluation that the console shows after each epoch, and their names there.
         load_pretrained: called with the model, the content of ``--pretrained`` and its path.
-        draw, drawn: the curves of a run, see :class:`~logger.RunRecord`.
+        draw, drawn: the curves of a run, see :class:`~training.tracking.RunRecord`.
     """
 
     base_images: int = 512
@@ -124,11 +121,6 @@ def build_settings(config, task):
     )
 
 
-def build_guard(config):
-    """The :class:`Guard` of a run; nothing is claimed yet."""
-    return Guard(config.TRAIN.SAVE_STEPS, config.TRAIN.SAVE_MINUTES, FolderClaim(config.OUTPUT))
-
-
 def build_run(config, model, sampler, compute, task, guard):
     """Set up training of a model, and restore what is already there.
 
@@ -156,57 +148,6 @@ def build_run(config, model, sampler, compute, task, guard):
     if sampler.world_size > 1:
         updater.model = parallelize(model, compute.device)
     return run
-
-
-def check_first(config):
-    """Refuse, before anything that takes long, a run that could not start: tracker, runtime, checkpoints.
-
-    The files of ``--resume`` and ``--pretrained`` are read once; a run that continues from its own folder
-    needs neither.
-
-    Raises:
-        CheckpointError: no such file, not a checkpoint, or one to evaluate of another config.
-        UserError: a package is missing for ``LOG.TRACKER`` or ``RUNTIME``, or that is not for this device or
-            precision.
-    """
-    trains, resume = not (config.EVAL_MODE or config.THROUGHPUT_MODE), config.MODEL.RESUME
-    if trains:
-        require_tracker(config.LOG.TRACKER)
-    else:
-        choose_runtime(config.RUNTIME, build_compute(config))
-    if trains and config.TRAIN.AUTO_RESUME and ckpt.in_order(config.OUTPUT):
-        return
-    if resume and trains:
-        ckpt.read_run(resume)
-    elif resume:
-        checkpoint = ckpt.read_weights(resume, config.TEST.WEIGHTS)
-        if not config.TEST.OTHER_CONFIG:
-            compare_config(flat_config(config), checkpoint, resume)
-    if config.MODEL.PRETRAINED:
-        ckpt.read_weights(config.MODEL.PRETRAINED, config.TEST.WEIGHTS)
-
-
-def choose_for_evaluation(config):
-    """Read what to evaluate: (path, weights and classes).
-
-    That is ``--resume``, or else the best checkpoint of the run's folder, or else its latest.
-
-    Raises:
-        CheckpointError: there is none, or it is of another config; see ``compare_config``.
-    """
-    path, best = config.MODEL.RESUME, os.path.join(config.OUTPUT, ckpt.BEST)
-    if path or os.path.exists(best):
-        path = path or best
-        checkpoint = ckpt.read_weights(path, config.TEST.WEIGHTS)
-    else:
-        path, checkpoint = ckpt.read_latest(config.OUTPUT, logger.warning)
-        if path is None:
-            raise ckpt.CheckpointError(
-                f"nothing to evaluate: give --resume (no checkpoint in {config.OUTPUT})"
-            )
-        checkpoint = ckpt.weights_and_classes(checkpoint, path, config.TEST.WEIGHTS)
-    compare_config(flat_config(config), checkpoint, path)
-    return path, checkpoint
 
 
 def percent(score):
@@ -255,125 +196,6 @@ class Progress:
             total.fill_(sums[rank] if len(sums) == world_size else sum(sums) / len(sums))
 
 
-class Guard:
-    """Keeps a run's folder to it, and decides when it is saved and whether it is to stop.
-
-    SIGTERM, SIGINT and SIGUSR1 of any process ask all of them to save and stop; a second SIGINT interrupts at
-    once. Before :meth:`start`, while there is nothing to save, they end the process with
-    ``REQUEUE_EXIT_CODE``. The end of torchrun, of which its processes hear nothing, counts as a signal too;
-    on Windows, where a process keeps the number of its parent, it stays unnoticed.
-
-    Args:
-        steps: updates between checkpoints, 0 for none within an epoch.
-        minutes: minutes between checkpoints by the fastest clock, 0 for none.
-        claim: the run's :class:`FolderClaim`; None where nobody else could write to the folder.
-    """
-
-    def __init__(self, steps, minutes, claim=None):
-        self.steps, self.seconds, self.claim = steps, 60 * minutes, claim
-        self.updates, self.saved, self.signal = 0, None, 0
-        self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._remember)
-
-    def start(self):
-        """From now on a signal waits for the update that is running."""
-        self.saved = time.monotonic()
-
-    def _remember(self, number, frame):
-        if self.saved is None:
-            name = signal.Signals(number).name
-            print(f"stopped by {name} before training: the same command starts again", file=sys.stderr)
-            sys.exit(REQUEUE_EXIT_CODE)
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        self.signal = number
-
-    def after_update(self):
-        """Count an update; all processes must call it.
-
-        Returns:
-            (whether to save now, number of the signal to stop for or 0), the same on every process.
-        """
-        self.updates += 1
-        if self.launcher is not None and os.getppid() != self.launcher:
-            self.signal = self.signal or LAUNCHER_GONE
-        late = self.seconds > 0 and time.monotonic() - self.saved >= self.seconds
-        late, stop = largest_over_processes(int(late), self.signal)
-        due = bool(late or stop) or (self.steps > 0 and self.updates % self.steps == 0)
-        if due:
-            self.saved = time.monotonic()
-        return due, stop
-
-
-class FolderClaim:
-    """The claim of a training run on its output folder: a lock on ``run.lock`` in it.
-
-    The operating system gives the lock to one process and takes it back when that ends, however it ends. The
-    file itself stays, and says who had it last. Data-loading workers do not inherit the lock.
-
-    Args:
-        folder: the run's output folder; nothing is claimed yet.
-    """
-
-    def __init__(self, folder):
-        self.folder, self.path = folder, os.path.join(folder, "run.lock")
-        self.file = None
-
-    def take(self):
-        """Claim the folder at the start of a run; it is made where there is none.
-
-        Raises:
-            UserError: the folder belongs to another run, or cannot be written to.
-        """
-        try:
-            self.keep()
-        except OSError as error:
-            raise UserError(f"cannot write to the output folder {self.folder}: {error.strerror}") from error
-
-    def keep(self):
-        """Claim the folder again where somebody removed it since.
-
-        Raises:
-            UserError: the folder belongs to another run now.
-            OSError: the folder cannot be made again.
-        """
-        if self._is_held():
-            return
-        os.makedirs(self.folder, exist_ok=True)
-        self.file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115, open as long as the run
-        end = time.monotonic() + 3  # a run that was just killed may take some time to vanish
-        while not self._lock():
-            if time.monotonic() > end:
-                self.file.seek(0)
-                other = self.file.read().strip() or "which just starts"
-                raise UserError(
-                    f"{self.folder} belongs to another run, {other}: wait for its end or choose another --tag"
-                )
-            time.sleep(0.1)
-        # A full disk keeps nobody from training.
-        with contextlib.suppress(OSError):
-            self.file.truncate(0)
-            now = time.strftime("%Y-%m-%d %H:%M:%S")
-            self.file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}\n")
-            self.file.flush()
-
-    def _is_held(self):
-        with contextlib.suppress(FileNotFoundError):
-            there = os.stat(self.path)
-            return self.file is not None and os.path.samestat(there, os.fstat(self.file.fileno()))
-        return False
-
-    def _lock(self):
-        try:
-            return lock_file(self.file)
-        except OSError as error:
-            logger.warning(
-                f"no lock for {self.path} ({error.strerror}): nothing keeps a second run out of its folder"
-            )
-            return True
-
-
 class Run:
     """What a training run consists of, and how it is saved, restored and stopped.
 
@@ -382,8 +204,8 @@ class Run:
         updater: the run's :class:`~optimizer.Updater`, whose model is still the plain module.
         scheduler: timm's, of the learning rate.
         sampler: the training sampler; it is told where to start.
-        record: the run's :class:`~logger.RunRecord`.
-        guard: the run's :class:`Guard`.
+        record: the run's :class:`~training.tracking.RunRecord`.
+        guard: the run's :class:`~training.guard.Guard`.
 
     Attributes:
         model: the plain module whose weights are saved.

@@ -22,7 +22,7 @@ _WARP = {
 }
 
 
-class Flip:
+class RandomFlip:
     """torchvision's random horizontal flip, for arrays."""
 
     def __init__(self, probability):

@@ -17,9 +17,8 @@ from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolatio
 from torchvision import transforms
 
 from ..datasets import MAX_PIXELS, MAX_SCANS, decoding, in_8_bits, open_image, orientation_of
-from ..transforms import aspect_box, augment_operations, covering_size, evaluation_sizes
-from ..transforms import build_transform as build_for_pillow
-from .operations import FASTER, Flip, ThroughPillow, interpolate, resize, to_tensor
+from ..transforms import aspect_box, augment_operations, build_transform, covering_size, evaluation_sizes
+from .operations import FASTER, RandomFlip, ThroughPillow, interpolate, resize, to_tensor
 
 # JPEG markers that have no place in a scan: all but restarts and the end. In a progressive file, tables,
 # scans and comments have a place there too.
@@ -182,7 +181,7 @@ def _cut(side, resized, size):
     return slice(round(first * scale), min(side, stop)), start - first
 
 
-def build_transform(config, is_train, phase=None):
+def build_opencv_transform(config, is_train, phase=None):
     """The transform of an :class:`ImageFile` to a tensor (3, H, W), uint8, the sides of ``DATA.IMG_SIZE``.
 
     In training a :class:`~data.progressive.Phase` has sides of its own. The transform is that of
@@ -195,7 +194,7 @@ def build_transform(config, is_train, phase=None):
         crop = ResizeAndCropCenter(cover, size, mode) if cover else ResizeWhole(size, mode)
         return transforms.Compose([crop, to_tensor])
     later = MaybeToTensor, transforms.Normalize, RandomErasing
-    whole = build_for_pillow(config, is_train, phase)
+    whole = build_transform(config, is_train, phase)
     steps = [step for step in whole.transforms if not isinstance(step, later)]
     return transforms.Compose([*map(_for_arrays, steps), to_tensor])
 
@@ -206,7 +205,7 @@ def _for_arrays(step):
     if isinstance(step, transforms.Resize):
         return ResizeWhole(step.size, interp_mode_to_str(step.interpolation))
     if isinstance(step, transforms.RandomHorizontalFlip):
-        return Flip(step.p)
+        return RandomFlip(step.p)
     if isinstance(step, (auto_augment.RandAugment, auto_augment.AutoAugment)):
         for operation in augment_operations(step):
             function = operation.aug_fn

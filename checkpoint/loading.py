@@ -1,0 +1,254 @@
+"""Loads what checkpoints hold into models and optimizers, and says what does not fit."""
+
+import logging
+import re
+from collections import Counter
+
+import torch
+
+from utils import advice_on_look_alikes
+
+from .contents import NEW_RUN, CheckpointError, classes_of, optimizer_of, own_config, short, weights_of
+from .resize import fit_weights
+
+# What has rows for every class, in a classifier and in a detector.
+HEAD = re.compile(r"head\.|.*\.(box_predictor|mask_fcn_logits)\.")
+
+logger = logging.getLogger("msg_transformer")
+
+
+def load_weights(model, checkpoint, path, new_head=False):
+    """Load a checkpoint's weights into ``model``; every name and shape must agree, and the classes if known.
+
+    A prefix of all names is left out, see :func:`without_prefix`.
+
+    Args:
+        model: ``model.classes``, where there is one, names its classes in the order of the head.
+        checkpoint: what :func:`read_checkpoint` returned; a bare state dict will do.
+        path: its file, for messages.
+        new_head: for a new run (fine-tuning): leave the model's own head where the classes differ, its own
+            head and last norm where it is the backbone of a larger model, and fit weights for other
+            sizes as :func:`checkpoint.resize.fit_weights` does; the log says so.
+
+    Raises:
+        CheckpointError: weights of another architecture or of other classes, with what differs.
+    """
+    given, own = weights_of(checkpoint, path), model.state_dict()
+    weights = without_prefix(given, own, path)
+    # A backbone of mmdet has neither.
+    may_lack = ("norm.", "head.") if new_head and weights is not given else ()
+    theirs, ours = classes_of(checkpoint, path), getattr(model, "classes", None)
+    difference = class_difference(theirs, ours) if theirs and ours else ""
+    unnamed = ours and not theirs
+    told = f"{path} does not name its classes: they cannot be compared with the data's" if unnamed else ""
+    if difference and not new_head:
+        raise CheckpointError(
+            f"{path} was trained on other classes: {difference}; to fine-tune it on these use {NEW_RUN}"
+        )
+    head = {name: value for name, value in own.items() if HEAD.match(name) and name in weights}
+    if new_head and head:
+        if not difference and any(weights[name].shape[:1] != value.shape[:1] for name, value in head.items()):
+            difference = f"{path} has another number of classes"
+        told = f"the head is kept: {told or 'the classes are the same'}"
+        if difference:
+            told, weights = f"the head is new: {difference}", dict(weights, **head)
+    weights, changes = fit_weights(weights, model) if new_head else (weights, [])
+    for part in may_lack:
+        new = {name: value for name, value in own.items() if name.startswith(part)}
+        if new and not any(name.startswith(part) for name in weights):
+            weights, told = weights | new, ""
+            changes.append(f"the {part[:-1]} is new: {path} has none")
+    wrong = [words for name in own if name in weights for words in _misfit(name, weights[name], own[name])]
+    wrong += [f"{name} is missing" for name in own if name not in weights]
+    wrong += [f"{name} is not in the model" for name in weights if name not in own]
+    if wrong:
+        more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        what, advice = _diagnosis(weights, own), own_config(checkpoint, path)
+        advice = advice and f". {advice[0].upper()}{advice[1:]}"
+        raise CheckpointError(f"{path} does not fit the model: {what}: {'; '.join(wrong[:4])}{more}{advice}")
+    model.load_state_dict(weights)
+    for change in [told, *changes] if told else changes:
+        logger.info(change)
+
+
+def without_prefix(weights, own, path):
+    """Weights under the names of a model, where all of these have a prefix, such as Lightning's ``model.``.
+
+    Args:
+        weights: tensors by name.
+        own: the names in the model.
+        path: their file, for messages.
+
+    Returns:
+        The tensors that have the prefix, by their names without it; those given, where some have names of the
+        model, or where fewer than half of the model's names are there with a prefix.
+
+    Raises:
+        CheckpointError: two prefixes are as good.
+    """
+    if any(name in own for name in weights):
+        return weights
+    ends = ((name, dot.end()) for name in weights for dot in re.finditer(r"\.", name))
+    prefixes = Counter(name[:end] for name, end in ends if name[end:] in own).most_common(2)
+    if not prefixes or 2 * prefixes[0][1] < len(own):
+        return weights
+    prefix, count = prefixes[0]
+    if [count] == [others for _, others in prefixes[1:]]:
+        raise CheckpointError(f"{path} holds two models, {prefix} and {prefixes[1][0]}: save one of them")
+    taken = {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
+    # mmdet's backbones have a norm for the map of each stage.
+    taken = {name: x for name, x in taken.items() if name in own or not re.match(r"norm\d\.", name)}
+    logger.info(f"{path}: taking {len(taken)} of its {len(weights)} tensors, those of {prefix}")
+    return taken
+
+
+def class_difference(saved, own):
+    """How the class names of a checkpoint differ from the model's, in words; empty where they do not."""
+    if saved == own:
+        return ""
+    if sorted(saved) == sorted(own):
+        i = next(i for i, (there, here) in enumerate(zip(saved, own)) if there != here)
+        return f"the same names in another order, class {i} was {short(saved[i])} and is {short(own[i])}"
+    lost, new = sorted(set(saved) - set(own)), sorted(set(own) - set(saved))
+    parts = [f"it has {len(saved)} classes, the data {len(own)}"] if len(saved) != len(own) else []
+    for where, names in (("the checkpoint", lost), ("the data", new)):
+        if names:
+            some = ", ".join(map(short, names[:3]))
+            parts.append(f"only {where} has {some}{' ...' if len(names) > 3 else ''}")
+    return "; ".join(parts) + advice_on_look_alikes([*lost, *new])
+
+
+def _misfit(name, theirs, own):
+    if theirs.shape != own.shape:
+        return [f"{name} is {tuple(theirs.shape)}, the model's {tuple(own.shape)}"]
+    if theirs.is_floating_point() != own.is_floating_point():
+        return [f"{name} is {theirs.dtype}, the model's {own.dtype}"]
+    if name.endswith("relative_position_index") and not theirs.equal(own.cpu()):
+        return [f"{name} is another table than the model's"]
+    return []
+
+
+def _diagnosis(weights, own):
+    """Name the difference between a checkpoint's weights and the model's in the words of the config."""
+
+    def shape(tensors, name):
+        return tuple(tensors[name].shape) if name in tensors else ()
+
+    def variant(tensors):
+        return "CVPR 2022" if len(shape(tensors, "layers.0.downsample.reduction.weight")) == 4 else "v1"
+
+    def blocks(tensors):
+        return len({name.rsplit(".norm1", 1)[0] for name in tensors if ".norm1." in name})
+
+    if "msg_tokens" in weights and "msg_tokens" not in own:
+        return "it has messengers and the model none (MODEL.TYPE, MODEL.MSG.TOKENS)"
+    if not any(name.startswith("layers.") for name in weights):
+        return "it is not an MSG-Transformer"
+    if "layers.0.downsample.norm.weight" in own and variant(weights) != variant(own):
+        return (
+            f"it is the {variant(weights)} architecture and the config asks for {variant(own)} "
+            "(MODEL.MSG.PATCH_EMBED and DOWNSAMPLE: linear for v1, conv for CVPR 2022)"
+        )
+    if ("msg_tokens" in weights) != ("msg_tokens" in own):
+        return f"it was trained with MODEL.MSG.TOKENS {'msg_tokens' in weights}"
+    if shape(weights, "patch_embed.proj.weight") != shape(own, "patch_embed.proj.weight"):
+        return "another MODEL.MSG.EMBED_DIM, PATCH_SIZE or IN_CHANS"
+    if blocks(weights) != blocks(own):
+        return f"other MODEL.MSG.DEPTHS ({blocks(weights)} blocks, the model has {blocks(own)})"
+    both = "head.weight" in weights and "head.weight" in own
+    if both and shape(weights, "head.weight") != shape(own, "head.weight"):
+        return (
+            f"it has {shape(weights, 'head.weight')[0]} classes, the model {shape(own, 'head.weight')[0]} "
+            f"(to fine-tune on other classes use {NEW_RUN})"
+        )
+    return "another architecture"
+
+
+def load_optimizer(optimizer, model, checkpoint, path):
+    """Load the optimizer's state, that of official checkpoints included.
+
+    Where the parameter groups were others, see :func:`_earlier_groups`, the state is put where it belongs.
+
+    Raises:
+        CheckpointError: the state belongs to other parameters, or is broken.
+    """
+    if "optimizer" not in checkpoint:
+        raise CheckpointError(f"{path} holds weights only: start a new run from it with --pretrained")
+    state = optimizer_of(checkpoint, path)
+    theirs, own = checkpoint.get("optimizer_name"), getattr(optimizer, "name", None)
+    if theirs != own:
+        raise CheckpointError(
+            f"{path} was trained with another TRAIN.OPTIMIZER.NAME: {theirs or 'adamw or sgd'} there, "
+            f"{own or type(optimizer).__name__} here; set that again, or start from the weights alone with "
+            f"{NEW_RUN}"
+        )
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    ours = [len(group["params"]) for group in optimizer.param_groups]
+    theirs = [len(group["params"]) for group in state["param_groups"]]
+    earlier, change = _earlier_groups(optimizer, model)
+    for setting in ("betas", "momentum"):
+        had = all(setting in group for group in state["param_groups"])
+        if own is None and had != (setting in optimizer.defaults):
+            raise CheckpointError(
+                f"{path} was trained with another TRAIN.OPTIMIZER.NAME: set that again, or start from the "
+                f"weights alone with {NEW_RUN}"
+            )
+    if theirs == ours:
+        moments = state["state"]
+    elif theirs == list(map(len, earlier)):
+        there = [id(parameter) for group in earlier for parameter in group]
+        moments = {index: state["state"].get(there.index(id(p))) for index, p in enumerate(parameters)}
+        moments = {index: value for index, value in moments.items() if value is not None}
+        if change:
+            logger.warning(f"{path} is of an earlier release, {change}; the optimizer's state is kept")
+    else:
+        raise CheckpointError(
+            f"{path}: the optimizer state has groups of {theirs} parameters, this run {ours}: another "
+            "model, or TRAIN.LAYER_DECAY on in one of them alone; to start from the weights alone use "
+            f"{NEW_RUN}"
+        )
+    for index, parameter in enumerate(parameters):
+        for name, value in moments.get(index, {}).items():
+            if torch.is_tensor(value) and value.ndim and value.shape != parameter.shape:
+                raise CheckpointError(
+                    f"{path}: the optimizer's {name} of parameter {index} is {tuple(value.shape)}, the "
+                    f"parameter {tuple(parameter.shape)}"
+                )
+    # Rates and decay come from this run's config, moments and step counts from the file.
+    fresh = optimizer.state_dict()
+    for group, saved in zip(fresh["param_groups"], state["param_groups"]):
+        group.update({name: saved[name] for name in ("step",) if name in saved})
+    optimizer.load_state_dict(dict(fresh, state=moments))
+
+
+def _earlier_groups(optimizer, model):
+    """The groups that earlier releases, or the official one, made of the optimizer's parameters.
+
+    The official code decays the messenger tokens by mistake. Earlier releases of this code did not read the
+    patterns in ``no_weight_decay`` of timm's models, and gave mergings a rate of their own.
+
+    Returns:
+        Lists of parameters, and what is different now, in words; empty for the official code.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    place, groups = list(names), [group["params"] for group in optimizer.param_groups]
+    if "lr_scale" in optimizer.param_groups[0]:
+        parts = [
+            [p for p in group if (".downsample." in names[id(p)]) == merging]
+            for group in groups
+            for merging in (False, True)
+        ]
+        change = (
+            "which counted mergings as layers: the rates of TRAIN.LAYER_DECAY are from here on as in Swin"
+        )
+        return sorted(filter(None, parts), key=lambda part: place.index(id(part[0]))), change
+    named = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    spared = {names[id(p)] for p in groups[-1] if p.ndim > 1 and not names[id(p)].endswith(".bias")}
+    late = spared - set(named) or spared & {"msg_tokens"}
+    change = f"which decayed {', '.join(sorted(late))}: weight decay spares these from here on"
+    decayed = {id(p) for p in groups[0]}
+    earlier = [
+        [p for p in model.parameters() if id(p) in decayed or names[id(p)] in late],
+        [p for p in groups[-1] if names[id(p)] not in late],
+    ]
+    return earlier, change if late - set(named) else ""

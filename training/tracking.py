@@ -1,0 +1,270 @@
+"""Follows a run in figures: TensorBoard, ``metrics.jsonl`` with its picture, Weights & Biases or trackio."""
+
+import contextlib
+import errno
+import importlib
+import io
+import json
+import logging
+import os
+import re
+import shutil
+import uuid
+
+import numpy as np
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from launch import UserError, printable
+from logger import read_metrics
+from utils import replacing
+
+PROJECT = "msg-transformer"  # of tracked runs
+
+logger = logging.getLogger("msg_transformer")
+
+
+class RunRecord:
+    """Metrics of a run: TensorBoard events, ``metrics.jsonl`` with a line per epoch, ``curves.png``.
+
+    Rank 0 writes them, and the log says what cannot be written: a full disk does not end the run here. The
+    records of other ranks are silent.
+
+    Args:
+        folder: the run's output folder.
+        rank: of this process.
+        draw: draws the curves of a list of rows to a file, called with both and the hyper-parameters.
+        drawn: what it needs of every row.
+
+    Attributes:
+        hyperparameters: of the run, a flat dict, for TensorBoard and the tracker.
+        tracker: a :class:`Tracker`, or None.
+    """
+
+    def __init__(self, folder, rank, draw, drawn):
+        self.silent, self.draw, self.drawn = rank > 0, draw, drawn
+        self.path = os.path.join(folder, "metrics.jsonl")
+        self.picture = os.path.join(folder, "curves.png")
+        self.board, self.board_folder = None, os.path.join(folder, "tensorboard")
+        self.hyperparameters, self.tracker = {}, None
+        self.epochs, self.update, self.purge_step, self.batch_due = [], 0, 0, False
+
+    def start(self, epoch, update, updates_per_epoch):
+        """Go on from an epoch and an update of the run; what an interrupted run wrote beyond is dropped."""
+        if self.silent:
+            return
+        self.epochs = [row for row in read_metrics(self.path, self.drawn) if row["epoch"] < epoch]
+        self.update = self.purge_step = update
+        self.batch_due = not update
+        if self.tracker is not None:
+            self.tracker.start(update, updates_per_epoch, self.hyperparameters)
+
+    def scalars(self, update, **values):
+        """Write TensorBoard scalars ``train/<name>`` of an update."""
+        self._write_scalars("train", values, update)
+
+    def first_batch(self, draw):
+        """Write the first batch of a run from scratch as the TensorBoard image ``train/first_batch``.
+
+        Args:
+            draw: returns it as a PIL image; is called for the first batch only.
+        """
+        if self.batch_due:
+            self.batch_due = False
+            self.image("train/first_batch", draw())
+
+    def image(self, tag, picture):
+        """Write a PIL image for TensorBoard, at the last update that was written."""
+        pixels = np.asarray(picture)
+        self._write(lambda board: board.add_image(tag, pixels, self.update, dataformats="HWC"), pixels.nbytes)
+
+    def end_epoch(self, update, **row):
+        """Write the metrics of an epoch, which must include ``epoch``, and draw the curves again."""
+        if self.silent:
+            return
+        self.epochs.append(row)
+        with self._told():
+            os.makedirs(os.path.dirname(self.path), exist_ok=True)
+            with replacing(self.path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(epoch) + "\n" for epoch in self.epochs)
+            self.draw(self.epochs, self.picture, self.hyperparameters)
+        self._write_scalars("epoch", row, update)
+
+    def close(self):
+        """Finish the TensorBoard file and the tracked run."""
+        with self._told():
+            if self.board is not None:
+                self.board.close()
+        if self.tracker is not None:
+            self.tracker.finish()
+
+    def _write_scalars(self, group, values, update):
+        self.update = update
+        tags = {f"{group}/{name}": value for name, value in values.items()}
+
+        def write(board):
+            for tag, value in tags.items():
+                board.add_scalar(tag, value, update)
+
+        self._write(write)
+        if self.tracker is not None:
+            self.tracker.log(group, tags, update)
+
+    def _write(self, write, size=0):
+        """Have ``write`` write to the TensorBoard file, ``size`` bytes beside a few of its own."""
+        if self.silent:
+            return
+        if not os.path.isdir(self.board_folder):
+            self.board = None
+        with self._told():
+            # The writer's thread would end with a traceback.
+            if shutil.disk_usage(os.path.dirname(self.path)).free < 2**20 + size:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.board_folder)
+            if self.board is None:
+                self.board = SummaryWriter(self.board_folder, purge_step=self.purge_step)
+                self.purge_step = self.update
+                write_hyperparameters(self.board, self.hyperparameters, self.drawn)
+            write(self.board)
+            self.board.flush()
+
+    @contextlib.contextmanager
+    def _told(self):
+        try:
+            yield
+        except OSError as error:
+            logger.error(f"cannot write metrics: {error}; training goes on")
+
+
+def write_hyperparameters(board, values, drawn):
+    """Write hyper-parameters for TensorBoard, which sets them beside the last of the scalars ``drawn``."""
+    # Truth values would become 0 and 1.
+    plain = {
+        key: value if type(value) in (int, float) else printable(str(value)) for key, value in values.items()
+    }
+    scores = dict.fromkeys((f"epoch/{name}" for name in drawn if name not in ("epoch", "lr")), 0)
+    for summary in hparams(plain, scores):
+        board.file_writer.add_summary(summary)
+
+
+def require_tracker(name):
+    """Refuse a ``LOG.TRACKER`` whose package cannot be imported.
+
+    Raises:
+        UserError: which package to install.
+    """
+    if not name:
+        return
+    try:
+        # A folder of that name, which earlier runs may have left, can be imported too.
+        importlib.import_module(name).init  # noqa: B018
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"LOG.TRACKER {name}: the package cannot be imported ({error}): pip install {name}, or leave "
+            "LOG.TRACKER empty"
+        ) from error
+
+
+def build_tracker(config, rank):
+    """The :class:`Tracker` that ``LOG.TRACKER`` asks for; None for none, and on other ranks than 0."""
+    if rank or not config.LOG.TRACKER:
+        return None
+    return Tracker(config.LOG.TRACKER, config.OUTPUT, f"{config.MODEL.NAME}-{config.TAG}")
+
+
+class Tracker:
+    """Gives the scalars of a run to Weights & Biases or to trackio too, under their names in TensorBoard.
+
+    ``tracker.json`` in the run's folder keeps the name of the tracked run and the last updates that it was
+    given. A resumed run goes on with it and leaves out what it repeats; where its epochs have another number
+    of updates now, it gives that again, after the last of those updates. A run from scratch has one of its
+    own. The first failure ends the tracking with a warning.
+
+    Args:
+        package: wandb or trackio.
+        folder: the run's output folder.
+        name: what the name of the tracked run begins with.
+    """
+
+    def __init__(self, package, folder, name):
+        self.package, self.folder = package, folder
+        self.path = os.path.join(folder, "tracker.json")
+        self.name = re.sub(r"[^\w.-]", "-", name)[:80]  # wandb refuses some characters
+        self.run, self.state = None, {}
+
+    def start(self, update, updates_per_epoch, hyperparameters):
+        """Go on with the tracked run, or at update 0 start another.
+
+        Args:
+            hyperparameters: a flat dict.
+        """
+        with self._told():
+            if update and os.path.exists(self.path):
+                with open(self.path, encoding="utf-8") as file:
+                    self.state = json.load(file)
+            if self.state.get("package") != self.package:
+                name = f"{self.name}-{uuid.uuid4().hex[:8]}"
+                self.state = dict(package=self.package, run=name, train=-1, epoch=-1)
+            shift = self.state.get("shift", 0)
+            if self.state.get("updates_per_epoch", updates_per_epoch) != updates_per_epoch:
+                shift = max(shift, self.state["train"] + 1 - update, self.state["epoch"] + 1 - update)
+            self.state.update(updates_per_epoch=updates_per_epoch, shift=shift)
+            arguments = dict(name=self.state["run"], config=hyperparameters, resume="allow")
+            self.run, where = getattr(self, f"_start_{self.package}")(arguments)
+            logger.info(f"tracked by {self.package} as {self.state['run']}: {where}")
+
+    def _start_wandb(self, arguments):
+        import wandb
+
+        mode = os.environ.get("WANDB_MODE") or "offline"
+        settings = dict(console="off", silent=True)
+        if mode == "online":
+            settings.update(finish_timeout=20)  # seconds; a run that is to stop has little time
+        arguments.update(id=arguments["name"], dir=self.folder, mode=mode, settings=settings)
+        run = wandb.init(project=os.environ.get("WANDB_PROJECT") or PROJECT, **arguments)
+        # wandb's own steps may never go back, not even from an epoch's figures to the next update's.
+        run.define_metric("*", step_metric="update")
+        where = f"wandb sync {os.path.join(self.folder, 'wandb', 'offline-run-*')} uploads it"
+        return run, where if mode == "offline" else mode
+
+    def _start_trackio(self, arguments):
+        import trackio
+
+        with contextlib.redirect_stdout(io.StringIO()):
+            run = trackio.init(PROJECT, **arguments)
+        return run, f"trackio show --project {PROJECT}"
+
+    def log(self, group, tags, update):
+        """Give it scalars of an update, unless it has some of this group and update, or of a later one.
+
+        Args:
+            group: train or epoch.
+            tags: a dict of the scalars by their tags.
+        """
+        if self.run is None or update + self.state["shift"] <= self.state[group]:
+            return
+        update += self.state["shift"]
+        with self._told():
+            if self.package == "wandb":
+                self.run.log(dict(tags, update=update))
+            else:
+                self.run.log(tags, step=update)
+            self.state[group] = update
+            with replacing(self.path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+                json.dump(self.state, file)
+
+    def finish(self):
+        """Finish the tracked run here; a resumed run goes on with it."""
+        if self.run is not None:
+            with self._told(), contextlib.redirect_stdout(io.StringIO()):
+                importlib.import_module(self.package).finish()
+        self.run = None
+
+    @contextlib.contextmanager
+    def _told(self):
+        try:
+            yield
+        # Whatever happens in another's package, training goes on.
+        except Exception as error:
+            self.run = None
+            reason = f"{type(error).__name__}: {error}".split("\n")[0]
+            logger.warning(f"{self.package} failed ({reason}): from here on the run is not tracked")
