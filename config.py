@@ -5,9 +5,6 @@ as ``--cfg``, ``--opts KEY VALUE ...``, the other command-line flags. Keys and d
 official release.
 """
 
-import check_environment  # noqa: F401
-
-# isort: split
 import argparse
 import ast
 import difflib
@@ -18,10 +15,12 @@ import stat
 import sys
 from pathlib import PurePath
 
+from utils import UserError, adopt_launcher, check_environment, printable, telling_errors
+
+check_environment()
+
 import yaml
 from yacs.config import CfgNode
-
-from launch import UserError, adopt_launcher, printable, telling_errors
 
 # What a config and the BASE files below it may come to: a few lines of a stranger's could unfold to hours.
 MOST_FILES, MOST_BYTES = 100, 100_000

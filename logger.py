@@ -22,8 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-from launch import UserError, printable
-from utils import replacing
+from utils import UserError, printable, replacing
 
 DRAWN = ("epoch", "train_loss", "val_loss", "acc1", "acc5", "lr")  # of the metrics of an epoch
 PROJECT = "msg-transformer"  # of tracked runs

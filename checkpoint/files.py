@@ -28,8 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from timm.models import clean_state_dict
 
-from memory import memory_limit
-from utils import UserError, advice_on_look_alikes, replacing, sync_folder
+from utils import UserError, advice_on_look_alikes, memory_limit, replacing, sync_folder
 
 from .resize import fit_weights
 

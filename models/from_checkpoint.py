@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import checkpoint as ckpt
-from utils import Compute
+from distributed import Compute
 
 from .build import build_model
 from .deploy.runtime import build_runtime

@@ -28,9 +28,9 @@ from yacs.config import CfgNode
 import checkpoint as ckpt
 from config import ConfigError, get_config
 from data.samplers import TrainBatchSampler
+from distributed import Compute
 from optimizer import Updater, build_optimizer
 from training.run import Guard, Run, Settings
-from utils import Compute
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{what}")

@@ -34,7 +34,7 @@ from data.opencv.transforms import ImageFile
 from data.transforms import augment_operations
 from detection import loaders as detection_loaders
 from detection.transforms import build_transform as build_detection_transform
-from utils import seeded
+from distributed import seeded
 
 RECIPE = ["AUG.AUTO_AUGMENT", "rand-m9-mstd0.5-inc1", "AUG.HFLIP", 0.5]
 MEAN, STD = (torch.tensor(value)[:, None, None] for value in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))

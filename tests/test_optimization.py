@@ -15,6 +15,7 @@ from torch import nn
 import checkpoint as ckpt
 from config import ConfigError
 from data.samplers import TrainBatchSampler
+from distributed import Compute
 from lr_scheduler import build_scheduler
 from main import evaluate
 from models import build_model, inference
@@ -22,7 +23,6 @@ from optimizer import NonFiniteError, Updater, WeightAverage, build_average, bui
 from training import engine
 from training.engine import train_one_epoch
 from training.run import Guard, Progress, Run, Settings, Task, build_run
-from utils import Compute
 
 CPU = Compute(torch.device("cpu"))
 

@@ -14,6 +14,7 @@ import checkpoint as ckpt
 import optimizer as optimizers
 from config import OPTIMIZERS, ConfigError
 from data.samplers import TrainBatchSampler
+from distributed import Compute
 from lr_scheduler import build_scheduler
 from models import build_model, choose_layer_norm
 from models.fast import apex
@@ -21,7 +22,7 @@ from models.msg_transformer import MSGTransformer
 from optimizer import Updater, build_optimizer, optimizer_names, parameter_groups
 from training.engine import learning_rate
 from training.run import Guard, Run, Settings
-from utils import Compute, UserError
+from utils import UserError
 
 TESTED = ("adamw", "sgd", "lamb", "lion", "muon", "nadamw")
 

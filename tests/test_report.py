@@ -23,11 +23,10 @@ from analysis import report
 from checkpoint import read_weights, save_checkpoint
 from config import ConfigError
 from data import build_loaders, loaders
-from distributed import run_command
+from distributed import Compute, run_command
 from logger import draw_curves, smoothing_floor, write_hyperparameters
 from main import evaluate
 from models import build_model
-from utils import Compute
 
 CPU = Compute(torch.device("cpu"))
 

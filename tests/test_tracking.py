@@ -21,12 +21,13 @@ from config import flat_config
 from data import build_loaders
 from data.mixup import build_augmentation
 from data.samplers import TrainBatchSampler
+from distributed import Compute, seeded
 from logger import DRAWN, RunRecord, Tracker, draw_curves, read_metrics, require_tracker
 from lr_scheduler import build_scheduler
 from optimizer import Updater, build_optimizer
 from training.engine import train_one_epoch
 from training.run import Guard, Run, Settings
-from utils import Compute, UserError, seeded
+from utils import UserError
 
 ARGUMENTS = ["--cfg", "configs/digits.yaml", "--batch-size", 8, "--opts", "DATA.NUM_WORKERS", 0]
 ARGUMENTS += ["PRINT_FREQ", 2, "SAVE_FREQ", 1, "TRAIN.WARMUP_EPOCHS", 0, "TRAIN.EPOCHS"]

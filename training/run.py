@@ -22,6 +22,7 @@ import torch
 import checkpoint as ckpt
 from config import APART, ConfigError, dump_config, flat_config, flat_text
 from distributed import (
+    build_compute,
     from_rank_0,
     gather_floats,
     largest_over_processes,
@@ -34,7 +35,7 @@ from lr_scheduler import build_scheduler
 from models.deploy.runtime import choose_runtime
 from models.from_checkpoint import compare_config
 from optimizer import NonFiniteError, Updater, build_average, build_optimizer
-from utils import STOP_SIGNALS, UserError, build_compute, lock_file
+from utils import STOP_SIGNALS, UserError, lock_file
 
 REQUEUE_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal, the same command goes on
 LAUNCHER_GONE = 1  # in place of a signal: the number of SIGHUP, which Windows has not
@@ -134,7 +135,7 @@ def build_run(config, model, sampler, compute, task, guard):
 
     Args:
         sampler: the training sampler.
-        compute: the :class:`~utils.Compute` of this process.
+        compute: the :class:`~distributed.Compute` of this process.
         guard: was made before anything that takes long.
 
     Returns:
