@@ -28,7 +28,7 @@ except ImportError:  # on Windows
 
 ROOT = Path(__file__).resolve().parent
 # What models/ needs besides itself: of this repository, and of requirements.txt.
-OURS = "checkpoint", "config", "data", "distributed", "utils"
+OURS = "checkpoint", "config", "config_rules", "data", "distributed", "utils"
 REQUIRED = "torch", "torchvision", "timm", "yacs", "yaml", "safetensors", "numpy"
 # What a launcher such as torchrun sets: which process this is, and where the first one waits for the others.
 PROCESS, MEETING_POINT = ("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("MASTER_ADDR", "MASTER_PORT")
