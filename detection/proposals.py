@@ -11,6 +11,8 @@ from torchvision.models.detection._utils import BalancedPositiveNegativeSampler,
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, remove_small_boxes
 
+from models.attention import at_least_float32
+
 _POSITIVE_IOU, _NEGATIVE_IOU, _NMS_IOU = 0.7, 0.3, 0.7
 
 
@@ -163,8 +165,3 @@ def match_anchors(anchors, boxes, size):
     last = (is_nearest * torch.arange(1, len(boxes) + 1, device=ious.device)[:, None]).max(0).values
     matched[inside] = torch.where(last > 0, last - 1, found)
     return matched
-
-
-def at_least_float32(x):
-    """A tensor in float32, or unchanged where it is more precise."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
