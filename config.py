@@ -5,41 +5,25 @@ as ``--cfg``, ``--opts KEY VALUE ...``, the other command-line flags. Keys and d
 official release.
 """
 
-import check_environment  # noqa: F401
-
-# isort: split
 import argparse
-import ast
 import difflib
 import errno
 import os
 import re
 import stat
 import sys
-from pathlib import PurePath
 
-import yaml
+from utils import adopt_launcher, check_environment, printable, telling_errors
+
+check_environment()
+
 from yacs.config import CfgNode
 
-from launch import UserError, adopt_launcher, printable, telling_errors
+import config_rules as rules
+from config_rules import APART, CHOICES, OPTIMIZERS, ConfigError  # noqa: F401, they are imported from here
 
 # What a config and the BASE files below it may come to: a few lines of a stranger's could unfold to hours.
 MOST_FILES, MOST_BYTES = 100, 100_000
-# Datasets of torchvision that DATA.DATASET takes as torch/<name>.
-TORCHVISION = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")
-# What changes no number of a run, or is set by the data.
-APART = ("OUTPUT", "TAG", "DEVICE", "DATA.NUM_WORKERS", "DATA.PIN_MEMORY", "MODEL.NUM_CLASSES", "PRINT_FREQ")
-APART += ("LOG.TRACKER", "RUNTIME")
-# What decides the result of given weights: in every model, in classifiers, in detectors.
-OF_MODELS = ("MODEL.TYPE", "MODEL.TIMM_NAME", "MODEL.TIMM_ARGS.", "MODEL.MSG.")
-OF_CLASSIFIERS = ("DATA.IMG_SIZE", "DATA.INTERPOLATION", "TEST.CROP")
-OF_DETECTORS = ("TEST_SIZE", "MAX_SIZE", "SHUF_SIZE", "CHANNELS", "ANCHOR_SCALE", "ANCHOR_RATIOS")
-OF_DETECTORS += ("PROPOSALS_TEST", "DELTA_STDS", "BOX_CONVS", "BOX_FCS", "MASK_CONVS", "SCORE_THRESHOLD")
-OF_DETECTORS = tuple(f"DET.{name}" for name in (*OF_DETECTORS, "NMS_IOU", "PER_IMAGE"))
-VERSION = ("MODEL.MSG.PATCH_EMBED", "MODEL.MSG.DOWNSAMPLE")  # v1 or CVPR 2022; official configs have neither
-LARGEST = 2**31 - 1  # of any number but the seed
-LARGEST_SEED = 2**63 - 1
-MOST_ENTRIES, MOST_CHARACTERS = 1000, 4096  # of a list, of a text
 
 # Flags of Swin's main.py that mean nothing here, and what to do instead.
 ELSEWHERE = {
@@ -52,10 +36,6 @@ ELSEWHERE = {
     "--cache-mode": "images are read from the folder, and the system's own cache keeps them: leave it out",
     "--throughput": "detect.py has no such mode; main.py times the classifier",
 }
-
-
-class ConfigError(UserError):
-    """A config cannot be used; the message says which key of which file and what to do."""
 
 
 def default_config():
@@ -378,215 +358,6 @@ def default_config():
     return config
 
 
-# Optimizers of timm that a run can resume with, see optimizer.py, and Swin's names for those of apex.
-OPTIMIZERS = """
-    adabelief adadelta adagrad adam adamax adamc adamp adamuon adamw adamwlegacy adan adanw adopt adoptc
-    adoptw cadamc cadamp cadamw cadan cadanw cadopt cadoptc cadoptw clamb clambw claprop clion clionc
-    cmars cnadamc cnadamw crmsproptf csgdc csgdp csgdw fused_adam fused_lamb lamb lambc lambcd lambcw
-    lambw laprop lapropc larc lars lion lionc madgrad madgradw mars momentum muon nadam nadamc nadamlegacy
-    nadamuon nadamw nesterov nesterovw nlarc nlars nmuon novograd novogradc novogradw radabelief radam
-    radamlegacy radamw rmsprop rmsproptf rmsproptfc rmsproptfw sgd sgdc sgdp sgdw
-""".split()  # noqa: SIM905, shorter than a list
-
-# Keys that take one word of a few.
-CHOICES = {
-    "DATA.BACKEND": ("pil", "opencv"),
-    "DATA.DATASET": ("imagenet", "tar", "wds", "hfds", *(f"torch/{name}" for name in TORCHVISION), "coco"),
-    "DATA.EXIF_ORIENTATION": ("ignore", "apply"),
-    "DATA.INTERPOLATION": ("bicubic", "bilinear", "lanczos", "nearest", "random"),
-    "DATA.ON_ERROR": ("raise", "skip"),
-    "MODEL.TYPE": ("msg", "timm"),
-    "MODEL.MSG.MANIP_TYPE": ("shuf", "mean", "shift", "none"),
-    "MODEL.MSG.PATCH_EMBED": ("linear", "conv"),
-    "MODEL.MSG.DOWNSAMPLE": ("linear", "conv"),
-    "MODEL.MSG.ATTENTION": ("auto", "eager", "sdpa", "blocked", "triton"),
-    "MODEL.MSG.HEAD": ("token", "avg"),
-    "TRAIN.ON_SAVE_ERROR": ("continue", "stop"),
-    "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step", "multistep", "tanh", "poly"),
-    "DISTILL.KIND": ("soft", "hard"),
-    "AUG.REMODE": ("pixel", "rand", "const"),
-    "AUG.MIXUP_MODE": ("batch", "pair", "elem"),
-    "TEST.WEIGHTS": ("auto", "model", "ema"),
-    "DET.BOX_LOSS": ("giou", "smooth_l1"),
-    "DEVICE": ("", "cuda", "mps", "cpu"),
-    "LOG.TRACKER": ("", "wandb", "trackio"),
-    "AMP_OPT_LEVEL": ("O0", "O1", "O2"),
-    "AMP_DTYPE": ("float16", "bfloat16"),
-    "RUNTIME": ("pytorch", "onnxruntime", "openvino", "auto"),
-}
-
-
-def _at_least(low):
-    return (lambda value: value >= low), f"at least {low}"
-
-
-def _between(low, high):
-    return (lambda value: low <= value <= high), f"at least {low} and at most {high}"
-
-
-def _side_or_sides(low, high):
-    def possible(value):
-        sides = value if type(value) is list else [value, value]
-        return len(sides) == 2 and _all_between(sides, low, high, (int,))
-
-    return possible, f"a whole number or [height, width], at least {low} and at most {high}"
-
-
-def _phases():
-    possible_size, size = _side_or_sides(1, 10**5)
-
-    def possible(value):
-        if not all(type(phase) is list and len(phase) == 3 for phase in value):
-            return False
-        epochs, sizes, strengths = zip(*value) if value else ((), (), ())
-        return (
-            _all_between(epochs, 0, 10**6, (int,))
-            and list(epochs) == sorted(set(epochs))
-            and (not epochs or epochs[0] == 0)
-            and all(possible_size(size) for size in sizes)
-            and _all_between(strengths, 0, 1)
-        )
-
-    words = "a list of [first epoch, size, strength]: first epochs from 0 on, each later than the one before;"
-    return possible, f"{words} sizes, {size}; strengths between 0 and 1"
-
-
-def _numbers(low, high, kinds=(int, float), some=False):
-    words = f"a list of {'' if float in kinds else 'whole '}numbers, at least {low} and at most {high}"
-    words += ", one or more of them" if some else ""
-    return (lambda value: (value or not some) and _all_between(value, low, high, kinds)), words
-
-
-def _all_between(values, low, high, kinds=(int, float)):
-    """Whether a list holds nothing but numbers from ``low`` to ``high``."""
-    return all(type(value) in kinds and low <= value <= high for value in values)
-
-
-def _is_below(name):
-    """Whether a path stays below the folder that it is joined to."""
-    path = PurePath(name)
-    return bool(name) and not path.anchor and ".." not in path.parts
-
-
-_ABOVE_0 = (lambda value: value > 0), "above 0"
-_BELOW_1 = (lambda value: 0 <= value < 1), "at least 0 and below 1"
-_SHARE = (lambda value: 0 <= value <= 1), "between 0 and 1"
-_FOLDER = _is_below, "a name for a folder below OUTPUT"
-_STAGES = _numbers(1, 1000, (int,))
-
-# What the values of the other keys may be, as a test and its words; most of the upper limits are for what
-# cannot be held in memory, counted in time, or waited for.
-RANGES = {
-    "DATA.BATCH_SIZE": _between(1, 10**6),
-    "DATA.IMG_SIZE": _side_or_sides(1, 10**5),
-    "DATA.MAX_PIXELS": _at_least(1),
-    "DATA.MAX_SCANS": _at_least(1),
-    "DATA.NUM_WORKERS": _between(0, 1000),
-    "DATA.PROGRESSIVE": _phases(),
-    "MODEL.NAME": _FOLDER,
-    "MODEL.NUM_CLASSES": _between(1, 10**6),
-    "MODEL.DROP_RATE": _BELOW_1,
-    "MODEL.DROP_PATH_RATE": _BELOW_1,
-    "MODEL.LABEL_SMOOTHING": _BELOW_1,
-    "MODEL.MSG.PATCH_SIZE": _between(1, 10**5),
-    "MODEL.MSG.IN_CHANS": _between(1, 10**4),
-    "MODEL.MSG.EMBED_DIM": _between(1, 10**4),
-    "MODEL.MSG.DEPTHS": _STAGES,
-    "MODEL.MSG.NUM_HEADS": _STAGES,
-    "MODEL.MSG.WINDOW_SIZE": _between(1, 10**5),
-    "MODEL.MSG.QK_SCALE": ((lambda value: value is None or value > 0), "None or above 0"),
-    "MODEL.MSG.SHUF_SIZE": _STAGES,
-    "TRAIN.START_EPOCH": _between(0, 10**6),
-    "TRAIN.EPOCHS": _between(1, 10**6),
-    "TRAIN.WARMUP_EPOCHS": _between(0, 10**6),
-    "TRAIN.WARMUP_STEPS": _at_least(0),
-    "TRAIN.WEIGHT_DECAY": _at_least(0),
-    "TRAIN.BASE_LR": _ABOVE_0,
-    "TRAIN.WARMUP_LR": _at_least(0),
-    "TRAIN.MIN_LR": _at_least(0),
-    "TRAIN.LAYER_DECAY": ((lambda value: 0 < value <= 1), "above 0 and at most 1"),
-    "TRAIN.CLIP_GRAD": _at_least(0),
-    "TRAIN.SAVE_STEPS": _at_least(0),
-    "TRAIN.SAVE_MINUTES": _at_least(0),
-    "TRAIN.KEEP_CHECKPOINTS": _at_least(0),
-    "TRAIN.MAX_NONFINITE": _at_least(0),
-    "TRAIN.ACCUMULATION_STEPS": _at_least(0),
-    "TRAIN.EMA.DECAY": _BELOW_1,
-    "TRAIN.LR_SCHEDULER.MILESTONES": (
-        lambda value: _all_between(value, 0, 10**6) and value == sorted(value),
-        f"a list of numbers, at least 0 and at most {10**6}, in order, smallest first",
-    ),
-    "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": _between(1, 10**6),
-    "TRAIN.LR_SCHEDULER.COOLDOWN_EPOCHS": _between(0, 10**6),
-    "TRAIN.LR_SCHEDULER.CYCLES": _between(1, 10**6),
-    "TRAIN.LR_SCHEDULER.CYCLE_DECAY": ((lambda value: 0 < value <= 1), "above 0 and at most 1"),
-    "TRAIN.LR_SCHEDULER.POWER": _between(0.01, 100),
-    "TRAIN.LR_SCHEDULER.DECAY_RATE": ((lambda value: 0 < value <= 1), "above 0 and at most 1"),
-    "TRAIN.OPTIMIZER.EPS": _ABOVE_0,
-    "TRAIN.OPTIMIZER.BETAS": (
-        lambda value: len(value) == 2 and _all_between(value, 0, 1) and 1 not in value,
-        "two numbers, at least 0 and below 1",
-    ),
-    "TRAIN.OPTIMIZER.MOMENTUM": _BELOW_1,
-    "DISTILL.TEMPERATURE": _between(0.01, 1000),
-    "DISTILL.ALPHA": _SHARE,
-    "AUG.COLOR_JITTER": _at_least(0),
-    "AUG.REPEATED": _between(1, 100),
-    "AUG.HFLIP": _SHARE,
-    "AUG.REPROB": _SHARE,
-    "AUG.RECOUNT": _between(0, 100),
-    "AUG.MIXUP": _at_least(0),
-    "AUG.CUTMIX": _at_least(0),
-    "AUG.CUTMIX_MINMAX": (
-        lambda value: (
-            value is None or (len(value) == 2 and _all_between(value, 0, 1) and 0 < value[0] <= value[1])
-        ),
-        "None or two ratios, smallest first, above 0 and at most 1",
-    ),
-    "AUG.MIXUP_PROB": _SHARE,
-    "AUG.MIXUP_SWITCH_PROB": _SHARE,
-    "DET.MIN_SIZES": _numbers(16, 10**5, (int,), some=True),
-    "DET.MAX_SIZE": _between(16, 10**5),
-    "DET.CROP_MIN_SIZES": _numbers(16, 10**5, (int,)),
-    "DET.CROP_SIZES": (
-        lambda value: (
-            not value or (len(value) == 2 and _all_between(value, 16, 10**5, (int,)) and value[0] <= value[1])
-        ),
-        f"an empty list or two whole numbers, smallest first, at least 16 and at most {10**5}",
-    ),
-    "DET.TEST_SIZE": _between(16, 10**5),
-    "DET.SHUF_SIZE": _STAGES,
-    "DET.FROZEN_STAGES": _at_least(0),
-    "DET.CHANNELS": _between(1, 2000),
-    "DET.ANCHOR_SCALE": _between(1, 10**4),
-    "DET.ANCHOR_RATIOS": _numbers(0.001, 1000, some=True),
-    "DET.RPN_SAMPLES": _at_least(1),
-    "DET.PROPOSALS_TRAIN": _at_least(1),
-    "DET.PROPOSALS_TEST": _at_least(1),
-    "DET.ROI_SAMPLES": _at_least(1),
-    "DET.ROI_POSITIVE": _SHARE,
-    "DET.IOU_THRESHOLDS": _numbers(0, 1, some=True),
-    "DET.LOSS_WEIGHTS": _numbers(0, 10**6),
-    "DET.DELTA_STDS": (
-        lambda value: all(type(v) is list and len(v) == 4 and _all_between(v, 1e-6, 10**6) for v in value),
-        "four positive numbers for each stage",
-    ),
-    "DET.BOX_CONVS": _between(0, 100),
-    "DET.BOX_FCS": _numbers(1, 10**4, (int,), some=True),
-    "DET.MASK_CONVS": _between(0, 100),
-    "DET.SCORE_THRESHOLD": _SHARE,
-    "DET.NMS_IOU": _SHARE,
-    "DET.PER_IMAGE": _at_least(1),
-    "DET.PICTURES": _at_least(0),
-    "DIST.TIMEOUT_SECONDS": _between(1, 10**6),
-    "TAG": _FOLDER,
-    "SAVE_FREQ": _at_least(1),
-    "PRINT_FREQ": _at_least(1),
-    "SEED": _at_least(0),
-    "LOCAL_RANK": _at_least(0),
-}
-
-
 def parse_args(description, throughput=False, argv=None):
     """Parse the official release's command line, and what Swin's and this project add to it.
 
@@ -635,7 +406,7 @@ def parse_args(description, throughput=False, argv=None):
         if re.match("--?[A-Za-z]", flag):
             dashed = flag.replace("_", "-")
             if dashed not in flags:
-                raise ConfigError(f"unknown flag {_show(flag)}; {_flag_hint(dashed, flags)}")
+                raise ConfigError(f"unknown flag {rules.show_value(flag)}; {_flag_hint(dashed, flags)}")
             flag = dashed
         words.append("=".join([flag, *value]))
     args = parser.parse_args(words)
@@ -655,7 +426,7 @@ def _flag_hint(flag, flags):
     near = near or difflib.get_close_matches(f"--{name}", flags, 1, 0.7)
     if near:
         return f"did you mean {near[0]}?"
-    key = _nearest_key(name)
+    key = rules.nearest_key(name)
     return f"did you mean --opts {key} VALUE?" if key else "--help lists every flag"
 
 
@@ -694,11 +465,11 @@ def get_config(args, dataset=None):
     _merge_file(config, os.path.expanduser(args.cfg), sources, (), [])
     opts = list(getattr(args, "opts", None) or [])
     if len(opts) % 2:
-        raise ConfigError(f"--opts takes pairs of KEY VALUE, but {_show(opts[-1])} has no partner")
+        raise ConfigError(f"--opts takes pairs of KEY VALUE, but {rules.show_value(opts[-1])} has no partner")
     if "BASE" in opts[::2]:
         raise ConfigError("--opts: BASE belongs in a YAML file")
     for key, value in zip(opts[::2], opts[1::2]):
-        _assign(config, key, value, "--opts", sources)
+        rules.assign(config, key, value, "--opts", sources)
     for flag, key in (
         ("batch_size", "DATA.BATCH_SIZE"),
         ("data_path", "DATA.DATA_PATH"),
@@ -717,10 +488,10 @@ def get_config(args, dataset=None):
     ):
         value = getattr(args, flag, None)
         if value is not None and value is not False:
-            _assign(config, key, value, "--" + flag.replace("_", "-"), sources)
-    _check_dataset(config, sources, dataset)
-    _check(config, sources)
-    _check_version(config, sources)
+            rules.assign(config, key, value, "--" + flag.replace("_", "-"), sources)
+    rules.check_dataset(config, sources, dataset)
+    rules.check_config(config, sources)
+    rules.check_version(config, sources)
     timed = config.THROUGHPUT_MODE and not config.EVAL_MODE  # in float32, as by the official code
     handed_over = config.EVAL_MODE and config.RUNTIME in ("onnxruntime", "openvino")
     if (timed or handed_over) and not {"AMP_OPT_LEVEL", "AMP_DTYPE"} & sources.keys():
@@ -751,13 +522,13 @@ def parse_config(text, source):
     if len(text) > MOST_BYTES:
         raise ConfigError(f"{source} has {len(text):,} characters, and may have {MOST_BYTES:,}")
     config, sources = default_config(), {}
-    tree = _tree(text, source, _LoaderOfText)
+    tree = rules.read_tree(text, source, values_as_text=True)
     tree.pop("BASE", None)
-    for key, value in _leaves(tree):
-        _assign(config, key, value, source, sources)
+    for key, value in rules.leaves(tree):
+        rules.assign(config, key, value, source, sources)
     if config.DATA.DATASET == "coco":
         config.COMPILE = False  # once allowed, and without effect
-    _check(config, sources)
+    rules.check_config(config, sources)
     config.DEVICE, config.RUNTIME, config.LOCAL_RANK = "", "pytorch", 0
     config.freeze()
     return config
@@ -787,7 +558,7 @@ def dump_config(config):
 
 def flat_config(config):
     """The keys of a config with their dots, and their values, as :func:`dump_config` writes them."""
-    return dict(_leaves(_tree(dump_config(config), "the config")))
+    return dict(rules.leaves(rules.read_tree(dump_config(config), "the config")))
 
 
 def flat_text(text, source):
@@ -802,7 +573,7 @@ def flat_text(text, source):
     """
     if len(text) > MOST_BYTES:
         raise ConfigError(f"{source} has {len(text):,} characters, and may have {MOST_BYTES:,}")
-    found = text if isinstance(text, dict) else dict(_leaves(_tree(text, source)))
+    found = text if isinstance(text, dict) else dict(rules.leaves(rules.read_tree(text, source)))
     defaults = default_config()
     defaults.DATA.DATASET = found.get("DATA.DATASET", "imagenet")
     return flat_config(defaults) | found
@@ -825,68 +596,10 @@ def function_difference(theirs, ours, source):
     """
     if not theirs or (isinstance(theirs, str) and not re.search("^MODEL:", theirs, re.MULTILINE)):
         return []
-    there, here = flat_text(theirs, source), _function(ours)
+    there = flat_text(theirs, source)
     if isinstance(theirs, dict):  # shapes tell the official versions apart
-        there = {key: value for key, value in there.items() if key in theirs or key not in VERSION}
-    there = _function(there)
-    keys = [key for key in here if key in there]
-    keys += sorted(key for key in here.keys() ^ there.keys() if key.startswith("MODEL.TIMM_ARGS."))
-    return [
-        f"{key} is {_show(there.get(key))} in the checkpoint and {_show(here.get(key))} in the config"
-        for key in keys
-        if there.get(key) != here.get(key)
-    ]
-
-
-def _function(options):
-    """The options that decide the result of trained weights, by key; equal ones have equal values."""
-    detects = options["DATA.DATASET"] == "coco"
-    kinds = (*OF_MODELS, *(OF_DETECTORS if detects else OF_CLASSIFIERS))
-    found = {key: value for key, value in options.items() if key.startswith(kinds)}
-    unused = ["MODEL.MSG.ATTENTION"]
-    if detects:
-        unused += ["MODEL.MSG.HEAD", "MODEL.MSG.SHUF_SIZE"]
-    else:
-        size = found["DATA.IMG_SIZE"]
-        found["DATA.IMG_SIZE"] = sides = size if isinstance(size, list) else [size, size]
-        unused += ["TEST.CROP"] if any(type(side) is int and side <= 32 for side in sides) else []
-        if found["DATA.INTERPOLATION"] == "random":
-            found["DATA.INTERPOLATION"] = "bicubic"
-    if options["MODEL.TYPE"] == "timm":
-        unused += [key for key in found if key.startswith("MODEL.MSG.") and key != "MODEL.MSG.IN_CHANS"]
-    return {key: value for key, value in found.items() if key not in unused}
-
-
-class _Loader(yaml.SafeLoader):
-    """Plain YAML without aliases: a few lines of them can unfold to gigabytes, or to a circle.
-
-    A key that is given twice is an error: the last one would win without a word.
-    """
-
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"configs may not use aliases{self.peek_event().start_mark}")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key, _ in node.value:
-            if str(key.value) in seen:
-                raise yaml.YAMLError(f"{key.value} is given twice{key.start_mark}")
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
-
-
-class _LoaderOfText(_Loader):
-    """For what people write: values are text, as on the command line, until the kind of their key is known.
-
-    YAML would make ``TAG: 1.10`` the number 1.1, ``0010`` the number 8 and ``12:30`` the number 750.
-    """
-
-    yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
-        for first, resolvers in _Loader.yaml_implicit_resolvers.items()
-    }
+        there = {key: value for key, value in there.items() if key in theirs or key not in rules.VERSION}
+    return rules.differences(there, ours)
 
 
 def _merge_file(config, path, sources, parents, sizes):
@@ -907,303 +620,13 @@ def _merge_file(config, path, sources, parents, sizes):
     sizes.append(len(text))
     if sum(sizes) > MOST_BYTES:
         raise ConfigError(f"{path}: a config and its BASE files may have {MOST_BYTES:,} bytes together")
-    tree = _tree(text, path, _LoaderOfText)
+    tree = rules.read_tree(text, path, values_as_text=True)
     bases = tree.pop("BASE", None) or []
     bases = bases if isinstance(bases, list) else [bases]
     if not all(isinstance(base, str) and "\0" not in base for base in bases):
-        raise ConfigError(f"{path}: BASE is {_show(bases)}, but must be a list of YAML files")
+        raise ConfigError(f"{path}: BASE is {rules.show_value(bases)}, but must be a list of YAML files")
     for base in filter(None, bases):
         base = os.path.join(os.path.dirname(path), os.path.expanduser(base))
         _merge_file(config, base, sources, (*parents, path), sizes)
-    for key, value in _leaves(tree):
-        _assign(config, key, value, path, sources)
-
-
-def _tree(text, source, loader=_Loader):
-    """The nested dict of a YAML text; empty where there is nothing in it."""
-    try:
-        tree = yaml.load(text, loader)
-    # The reader leaves impossible dates and numbers, false tags, and lists in lists in lists, to Python.
-    except Exception as error:
-        raise ConfigError(
-            f"{source} is not valid YAML: {_short(' '.join(str(error).split()), 300)}"
-        ) from error
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{source}: expected 'KEY: value' lines, found a {type(tree).__name__}")
-    return tree
-
-
-def _leaves(tree, prefix=""):
-    """Dotted keys and values of a nested dict."""
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _nearest_key(key):
-    """The key that was probably meant, or None."""
-    known = [name for name, _ in _leaves(default_config())]
-    wanted = key.upper().replace("-", "_")
-    near = difflib.get_close_matches(wanted, known, 1, 0.75)
-    if near:
-        return near[0]
-    # A key in the wrong section is as likely as a typing error: compare the last part too.
-    lasts = [name.split(".")[-1] for name in known]
-    near = difflib.get_close_matches(wanted.split(".")[-1], lasts, 1, 0.8)
-    return known[lasts.index(near[0])] if near else None
-
-
-def _assign(config, key, value, source, sources):
-    """Set one dotted key, after checking its name and type."""
-    node, *path = config, *key.split(".")
-    for name in path[:-1]:
-        node = node.get(name) if isinstance(node, CfgNode) else None
-    if key.rpartition(".")[0] == "MODEL.TIMM_ARGS":
-        node[path[-1]] = _argument(value, key, source)
-        sources[key] = source
-        return
-    if not isinstance(node, CfgNode) or path[-1] not in node:
-        near = _nearest_key(key)
-        hint = f"did you mean {near}?" if near else "config.py lists every key"
-        raise ConfigError(f"{source}: unknown key {_show(key)[1:-1]}; {hint}")
-    present = node[path[-1]]
-    if isinstance(present, CfgNode):
-        if value is None or value == {}:
-            return
-        raise ConfigError(
-            f"{source}: {key} is a section; set one of its keys, such as {key}.{next(iter(present))}"
-        )
-    node[path[-1]] = _coerce(value, present, key, source)
-    sources[key] = source
-
-
-def _coerce(value, present, key, source):
-    """Bring a value to the type of the present one, or refuse it."""
-    optional = {"MODEL.MSG.QK_SCALE": float, "AUG.CUTMIX_MINMAX": list}
-    kind = optional.get(key, type(present))
-
-    def refuse(what):
-        raise ConfigError(f"{source}: {key} is {_show(value)}, but must be {what}")
-
-    if kind is str:
-        if type(value) is not str or "\0" in value or not _is_encodable(value):
-            refuse(f"text, such as {present!r}")
-        if len(value) > MOST_CHARACTERS:
-            refuse(f"text of at most {MOST_CHARACTERS} characters")
-        return os.path.expanduser(value) if key in _PATHS else value
-    value = _literal(value)
-    if value is None and key in optional:
-        return None
-    if _is_ambiguous(value):
-        refuse("a number without a leading 0 or colons, which programs read differently")
-    words = f"{_NAMES[kind]}, such as {present!r}"
-    if key == "DATA.IMG_SIZE":  # one side or two, whichever an earlier file has
-        kind, words = list if type(value) is list else int, RANGES[key][1]
-    if kind in (list, tuple) and type(value) is list:
-        value = kind(value)
-    if type(value) is not kind and not (kind is float and type(value) is int):
-        refuse(words)
-    largest = LARGEST_SEED if key == "SEED" else LARGEST
-    if not all(abs(number) <= largest for number in _numbers_in(value)):
-        refuse(f"finite and no larger than {largest}")
-    if kind in (list, tuple) and len(value) > MOST_ENTRIES:
-        refuse(f"a list of at most {MOST_ENTRIES} entries")
-    return float(value) if kind is float else value
-
-
-def _argument(value, key, source):
-    """An argument of timm's models: a number, a text, a truth value, None, or a list of these."""
-    value = _literal(value)
-    entries = value if isinstance(value, list) else [value]
-    if _is_ambiguous(value):
-        raise ConfigError(
-            f"{source}: {key} is {_show(value)}, but must be a number without a leading 0 or colons, which "
-            "programs read differently"
-        )
-    plain = all(type(entry) in (bool, int, float, str, type(None)) for entry in entries)
-    if not re.fullmatch(r"MODEL\.TIMM_ARGS\.[a-z]\w{0,99}", key) or not plain:
-        raise ConfigError(f"{source}: {key} is {_show(value)}, which is no argument of a model of timm")
-    return None if value is None else _coerce(value, value, key, source)
-
-
-def _literal(value):
-    """What text says, in lists too; truth values in YAML's words as well as in Python's."""
-    if isinstance(value, str):
-        try:
-            value = ast.literal_eval(value)
-        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-            return _WORDS.get(value.lower(), value)
-    return [_literal(entry) for entry in value] if isinstance(value, (list, tuple)) else value
-
-
-def _is_ambiguous(value):
-    """Whether text or an entry of a list, such as 010 or 1:30, is a number to YAML and not to Python."""
-    if isinstance(value, (list, tuple)):
-        return any(map(_is_ambiguous, value))
-    return isinstance(value, str) and bool(re.fullmatch(r"[-+]?(0[\d_]+|\d[\d_]*(:\d+)+(\.\d*)?)", value))
-
-
-def _numbers_in(value):
-    """The numbers in a value and its nested lists."""
-    if isinstance(value, (list, tuple)):
-        for entry in value:
-            yield from _numbers_in(entry)
-    elif type(value) in (int, float):
-        yield value
-
-
-def _is_encodable(text):
-    """Whether text can be part of a file's name; a YAML file can hold halves of characters."""
-    try:
-        os.fsencode(text)
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _show(value):
-    """A value as Python writes it, on one line and not too long."""
-    try:
-        return _short(repr(value))
-    except ValueError:  # more digits than Python writes
-        return "an enormous number"
-
-
-def _short(text, most=120):
-    return text if len(text) <= most else f"{text[:most]}..."
-
-
-_WORDS = dict(true=True, yes=True, on=True, false=False, no=False, off=False, none=None, null=None)
-# Where ~ is the home folder.
-_PATHS = (
-    "DATA.DATA_PATH",
-    "MODEL.RESUME",
-    "MODEL.PRETRAINED",
-    "DISTILL.TEACHER",
-    "DISTILL.WEIGHTS",
-    "OUTPUT",
-    "DET.TRAIN_IMAGES",
-    "DET.TRAIN_JSON",
-    "DET.VAL_IMAGES",
-    "DET.VAL_JSON",
-)
-_NAMES = {
-    bool: "True or False",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    list: "a list",
-    tuple: "a list",
-}
-
-
-def _value(config, key):
-    for name in key.split("."):
-        config = config[name]
-    return config
-
-
-def _check_dataset(config, sources, dataset):
-    """Refuse a config that is for the other program."""
-    programs = {**dict.fromkeys(CHOICES["DATA.DATASET"], "main.py"), "coco": "detect.py"}
-    found = config.DATA.DATASET
-    if dataset and found in programs and programs[found] != programs[dataset]:
-        raise ConfigError(
-            f"{sources.get('DATA.DATASET', 'defaults')}: DATA.DATASET is {found!r}, which is for "
-            f"{programs[found]}; {programs[dataset]} takes configs whose DATA.DATASET is {dataset!r}"
-        )
-
-
-def _check_version(config, sources):
-    """Refuse to mix v1 and CVPR 2022 unless both keys that tell them apart are set.
-
-    Official configs have neither key: each of the two official versions can only build one of them. Depths
-    tell which it is.
-    """
-    if all(key in sources for key in VERSION):
-        return
-    msg = config.MODEL.MSG
-    if list(msg.DEPTHS) in ([2, 4, 12, 4], [2, 4, 28, 4]):
-        problem = f"MODEL.MSG.DEPTHS {msg.DEPTHS} are those of the CVPR 2022 models"
-        source = sources["MODEL.MSG.DEPTHS"]
-    elif msg.PATCH_EMBED != msg.DOWNSAMPLE:
-        problem = f"MODEL.MSG.PATCH_EMBED {msg.PATCH_EMBED} does not go with DOWNSAMPLE {msg.DOWNSAMPLE}"
-        source = next(sources[key] for key in VERSION if key in sources)
-    else:
-        return
-    raise ConfigError(
-        f"{source}: {problem}, so set both keys: MODEL.MSG.PATCH_EMBED conv and MODEL.MSG.DOWNSAMPLE conv "
-        "build a model of CVPR 2022, as configs/cvpr22 does; any other pair builds a mix, if you want one"
-    )
-
-
-def _check(config, sources):
-    """Refuse impossible values. What only the model can judge, the model refuses itself."""
-
-    def require(key, possible, what):
-        value = _value(config, key)
-        if not possible(value):
-            raise ConfigError(f"{sources.get(key, 'defaults')}: {key} is {_show(value)}, but must be {what}")
-
-    for key, names in CHOICES.items():
-        lower = {name.lower(): name for name in names}
-        near = difflib.get_close_matches(str(_value(config, key)).lower(), lower, 1, 0.7)
-        hint = f"; did you mean {lower[near[0]]!r}?" if near else ""
-        require(key, names.__contains__, "one of " + ", ".join(map(repr, names)) + hint)
-    for key, (possible, what) in RANGES.items():
-        require(key, possible, what)
-    if config.MODEL.TYPE == "timm":
-        require(
-            "AMP.FUSED_LAYERNORM",
-            lambda value: not value,
-            "False for models of timm, which have their own norms",
-        )
-    schedule, epochs = config.TRAIN.LR_SCHEDULER, config.TRAIN.EPOCHS
-    if schedule.NAME in ("step", "multistep"):
-        key = "TRAIN.LR_SCHEDULER.COOLDOWN_EPOCHS"
-        require(key, lambda value: value == 0, f"0 for {schedule.NAME}, which has no least rate")
-    if schedule.NAME not in ("cosine", "tanh", "poly"):
-        require("TRAIN.LR_SCHEDULER.CYCLES", lambda value: value == 1, "1 except for cosine, tanh and poly")
-    require("TRAIN.LR_SCHEDULER.COOLDOWN_EPOCHS", lambda value: value < epochs, "below TRAIN.EPOCHS")
-    require(
-        "DATA.PROGRESSIVE",
-        lambda value: all(epoch < epochs for epoch, *_ in value),
-        f"a list whose first epochs are below TRAIN.EPOCHS, {epochs}",
-    )
-    near = difflib.get_close_matches(config.TRAIN.OPTIMIZER.NAME.lower(), OPTIMIZERS, 5, 0.5)
-    near = near or ["adamw", "sgd", "lamb", "lion"]
-    what = "an optimizer of timm that a run can resume with, such as " + ", ".join(map(repr, near))
-    require("TRAIN.OPTIMIZER.NAME", OPTIMIZERS.__contains__, what)
-
-    if config.DATA.DATASET == "coco":
-        require("MODEL.TYPE", lambda value: value == "msg", "'msg' for detection")
-        require("DISTILL.TEACHER", lambda value: not value, "empty for detection")
-        require("DATA.PROGRESSIVE", lambda value: not value, "empty for detection, see DET.MIN_SIZES")
-        what = "False for detection, whose images have too many sizes to compile for"
-        require("COMPILE", lambda value: not value, what)
-        require("RUNTIME", lambda value: value == "pytorch", "'pytorch' for detection")
-    if config.RUNTIME != "pytorch" and (config.EVAL_MODE or config.THROUGHPUT_MODE):
-        require("COMPILE", lambda value: not value, f"False with RUNTIME {config.RUNTIME}")
-    named = config.MODEL.TYPE == "timm"
-    require("MODEL.TIMM_NAME", lambda value: bool(value) == named, "given where MODEL.TYPE is timm only")
-    msg, det, aug = config.MODEL.MSG, config.DET, config.AUG
-    require(
-        "MODEL.MSG.MLP_RATIO",
-        lambda value: 1 / msg.EMBED_DIM <= value <= 100,
-        "at least 1 / MODEL.MSG.EMBED_DIM and at most 100",
-    )
-    if config.DATA.DATA_PATH:
-        what = "1, 3 or 4 with data, and 3 for detection and with DATA.BACKEND opencv"
-        others = config.DATA.DATASET != "coco" and config.DATA.BACKEND == "pil"
-        possible = (1, 3, 4) if others else (3,)
-        require("MODEL.MSG.IN_CHANS", possible.__contains__, what)
-    require("DET.TEST_SIZE", lambda value: value < det.MAX_SIZE, "below DET.MAX_SIZE")
-    for key in ("DET.LOSS_WEIGHTS", "DET.DELTA_STDS"):
-        require(key, lambda value: len(value) == len(det.IOU_THRESHOLDS), "as long as DET.IOU_THRESHOLDS")
-    mixes = aug.MIXUP > 0 or aug.CUTMIX > 0 or aug.CUTMIX_MINMAX is not None
-    if mixes and config.DATA.DATASET != "coco" and not config.EVAL_MODE and not config.THROUGHPUT_MODE:
-        require("DATA.BATCH_SIZE", lambda value: value % 2 == 0, "even for mixup and CutMix, which mix pairs")
+    for key, value in rules.leaves(tree):
+        rules.assign(config, key, value, path, sources)

@@ -5,9 +5,6 @@ torchrun --nproc_per_node 8 detect.py --cfg <config> --data-path <coco> --pretra
 torchrun --nproc_per_node 8 detect.py --cfg <config> --data-path <coco> --eval --resume <checkpoint>
 """
 
-import check_environment  # noqa: F401
-
-# isort: split
 import logging
 import math
 import os
@@ -23,19 +20,18 @@ from torch import nn
 
 import checkpoint as ckpt
 import distributed
-import utils
 from data.loaders import turns
 from detection import evaluation
 from detection.detector import build_detector, count_detector_macs, load_pretrained, to_original_size
 from detection.loaders import build_detection_loaders
 from detection.pictures import detection_batch_sheet, draw_detection_curves, draw_detections
 from logger import DETAIL, FILE, ProgressBar, clock, log_progress, start_logging, write_config
-from memory import peak_memory_mb, smaller_run
 from models import choose_layer_norm, inference
 from training.engine import train_one_epoch
 from training.guard import build_guard
 from training.run import Task, build_run
 from training.setup import check_first, choose_for_evaluation
+from utils import peak_memory_mb
 
 TASK = Task(
     base_images=16,
@@ -54,16 +50,16 @@ def main(config):
     """Set up a run and do it."""
     mode = "eval" if config.EVAL_MODE else "train"
     guard = build_guard(config) if mode == "train" else None
-    compute = utils.build_compute(config)
+    compute = distributed.build_compute(config)
     device = compute.device
     distributed.start_process_group(device, config.DIST.TIMEOUT_SECONDS)
     rank, world_size = distributed.rank_and_world_size()
     if guard is not None:
         distributed.from_rank_0(guard.claim.take)
     distributed.from_rank_0(lambda: check_first(config))
-    utils.seed_everything("model", config.SEED)
+    distributed.seed_everything("model", config.SEED)
     if config.DETERMINISTIC:
-        utils.be_deterministic()
+        distributed.be_deterministic()
     train_loader, sampler, val_loader, val = build_detection_loaders(config, rank, world_size, device)
     names = [category["name"] for category in val.annotations.categories]
     set_classes(config, len(names))
@@ -185,4 +181,4 @@ def evaluate(model, loader, dataset, compute, config):
 
 
 if __name__ == "__main__":
-    distributed.run_command(lambda: main(CONFIG), smaller_run(CONFIG))
+    distributed.run_command(lambda: main(CONFIG), distributed.smaller_run(CONFIG))

@@ -1,20 +1,110 @@
-"""The process group: who is in it, how it starts, reductions, and one process deciding for all."""
+"""The processes of a run: where each computes, its seeds, the process group, and one deciding for all."""
 
+import contextlib
 import datetime
 import logging
 import os
+import random
+import re
 import sys
 import time
 import uuid
+import zlib
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from launch import UserError, adopt_launcher, is_launched, telling_errors
-from memory import shortage
-from utils import end_workers
+from utils import UserError, adopt_launcher, end_workers, is_launched, keep_freed_memory, telling_errors
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where a process computes, and the dtype of mixed precision, None for float32."""
+
+    device: torch.device
+    dtype: torch.dtype | None = None
+
+    def autocast(self):
+        """Context of forward passes in mixed precision."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
+
+    def float64_device(self):
+        """Where to add up in float64: on the device, but on the CPU for MPS, which has no float64."""
+        return torch.device("cpu") if self.device.type == "mps" else self.device
+
+
+def build_compute(config):
+    """The :class:`Compute` of this process: on ``DEVICE``, or else on a CUDA GPU where there is one.
+
+    Raises:
+        UserError: no such GPU.
+    """
+    kind = config.DEVICE or ("cuda" if torch.cuda.is_available() else "cpu")
+    mixed = config.AMP_OPT_LEVEL != "O0"
+    if kind == "cpu":
+        keep_freed_memory()
+        return Compute(torch.device(kind), torch.bfloat16 if mixed else None)
+    number = config.LOCAL_RANK
+    count = torch.cuda.device_count() if kind == "cuda" else int(torch.backends.mps.is_available())
+    if number >= count:
+        raise UserError(
+            f"process {number} of this machine has no GPU for --device {kind}, PyTorch sees {count}: use "
+            "--device cpu, or launch no more processes than GPUs"
+        )
+    if kind == "cuda":
+        torch.cuda.set_device(number)
+    return Compute(torch.device(kind, number), getattr(torch, config.AMP_DTYPE) if mixed else None)
+
+
+def be_deterministic():
+    """Make PyTorch use deterministic kernels only: the same run gives the same bits, on CUDA more slowly."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    # The memory-efficient attention adds up the gradient of its bias with atomics.
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
+
+
+def seed_everything(purpose, *numbers):
+    """Seed Python's, NumPy's and torch's generators, CUDA included.
+
+    Args:
+        purpose: a word, so that the same numbers give other seeds elsewhere.
+        numbers: whole numbers, always as many for one purpose.
+    """
+    seed = _seed_of(purpose, numbers)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def seeded(purpose, *numbers, restore=True):
+    """Seed the CPU generators as :func:`seed_everything` for the length of a block, then put them back.
+
+    Args:
+        restore: False leaves them where the block did, for processes that draw within such blocks only.
+    """
+    state = (random.getstate(), np.random.get_state(), torch.get_rng_state()) if restore else None
+    seed = _seed_of(purpose, numbers)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        if restore:
+            random.setstate(state[0])
+            np.random.set_state(state[1])
+            torch.set_rng_state(state[2])
+
+
+def _seed_of(purpose, numbers):
+    return int(np.random.SeedSequence([zlib.crc32(purpose.encode()), *numbers]).generate_state(1)[0])
 
 
 def rank_and_world_size():
@@ -196,3 +286,50 @@ def lost_contact(error):
     phrases = ("connection closed by peer", "connection reset by peer", "broken pipe", "timed out waiting")
     phrases += ("remote process exit", "watchdog caught collective operation timeout")
     return "RANK" in os.environ and any(phrase in str(error).lower() for phrase in phrases)
+
+
+def smaller_run(config):
+    """What makes a run of a config need less memory, in words."""
+    trains, detects = not (config.EVAL_MODE or config.THROUGHPUT_MODE), config.DATA.DATASET == "coco"
+    ways = [f"lower DATA.BATCH_SIZE (--batch-size), which is {config.DATA.BATCH_SIZE}"]
+    if trains:
+        ways[0] += ", and raise TRAIN.ACCUMULATION_STEPS as much"
+        ways.append("set TRAIN.USE_CHECKPOINT True (--use-checkpoint)")
+    if detects:
+        ways.append(f"lower {'DET.MIN_SIZES' if trains else 'DET.TEST_SIZE'} and DET.MAX_SIZE")
+    return ", or ".join(ways)
+
+
+def shortage(error, smaller, workers):
+    """What this machine has run out of, and what helps, where ``error`` is of that kind; None elsewhere.
+
+    Args:
+        error: an exception of Python, the system or PyTorch, which may have come from a data-loading worker.
+        smaller: what makes the program need less memory, in words.
+        workers: the key or flag of its data-loading workers.
+    """
+    text = str(error)
+
+    def says(*phrases):
+        return any(phrase in text for phrase in phrases)
+
+    if says("Too many open files", "received 0 items of ancdata"):
+        return (
+            "no file descriptors are left (too many open files): allow this process more, for example with "
+            f"ulimit -n 65536, or lower {workers}"
+        )
+    if says("is killed by signal: Bus error", "allocate shared memory") or (
+        says("No space left on device") and says("</torch_")
+    ):
+        return (
+            "/dev/shm, through which data-loading workers send their batches, is too small: enlarge it "
+            f"(docker run --shm-size 8g, or --ipc host), or lower {workers} (0 needs none)"
+        )
+    killed = says("is killed by signal: Killed")
+    allocation = says("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED", "bad_alloc")
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or killed or allocation:
+        found = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", text)
+        what = "a data-loading worker was killed" if killed else found and f"tried to allocate {found[1]}"
+        keys = f"{smaller}, or lower {workers}" if killed else smaller
+        return f"out of memory{f' ({what})' if what else ''}: {keys}"
+    return None

@@ -12,8 +12,7 @@ import threading
 from termcolor import colored
 from tqdm import tqdm
 
-from launch import UserError
-from utils import replacing
+from utils import UserError, replacing
 
 DRAWN = ("epoch", "train_loss", "val_loss", "acc1", "acc5", "lr")  # of the metrics of an epoch
 LONG = 60  # seconds from which an epoch or an evaluation shows its progress on the console

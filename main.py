@@ -5,9 +5,6 @@ torchrun --nproc_per_node 8 main.py --cfg <config> --data-path <folder> --batch-
 torchrun --nproc_per_node 8 main.py --cfg <config> --data-path <folder> --eval --resume <checkpoint>
 """
 
-import check_environment  # noqa: F401
-
-# isort: split
 import logging
 import time
 
@@ -23,18 +20,17 @@ from torch.nn.functional import cross_entropy
 
 import checkpoint as ckpt
 import distributed
-import utils
 from analysis.report import OutcomeCollector, batch_sheet, show_mistakes, write_report
 from data import build_loaders
 from data.mixup import build_augmentation
 from logger import DETAIL, FILE, ProgressBar, clock, log_progress, start_logging, write_config
-from memory import peak_memory_mb, smaller_run
 from models import build_model, build_runtime, choose_layer_norm, compile_model, count_macs, inference
 from training.distillation import build_distillation
 from training.engine import train_one_epoch
 from training.guard import build_guard
 from training.run import Task, build_run
 from training.setup import check_first, choose_for_evaluation
+from utils import peak_memory_mb
 
 TASK = Task(base_images=512, score="acc1", score_name="accuracy")
 
@@ -45,17 +41,17 @@ def main(config):
     """Set up a run and do it."""
     mode = "eval" if config.EVAL_MODE else "throughput" if config.THROUGHPUT_MODE else "train"
     guard = build_guard(config) if mode == "train" else None
-    compute = utils.build_compute(config)
+    compute = distributed.build_compute(config)
     device = compute.device
     distributed.start_process_group(device, config.DIST.TIMEOUT_SECONDS)
     rank, world_size = distributed.rank_and_world_size()
     if guard is not None:
         distributed.from_rank_0(guard.claim.take)
     distributed.from_rank_0(lambda: check_first(config))
-    utils.seed_everything("model", config.SEED)
+    distributed.seed_everything("model", config.SEED)
     torch.backends.cudnn.benchmark = True
     if config.DETERMINISTIC:
-        utils.be_deterministic()
+        distributed.be_deterministic()
 
     train_loader = sampler = val_loader = classes = None
     if config.DATA.DATA_PATH or not config.THROUGHPUT_MODE:
@@ -209,4 +205,4 @@ def throughput(model, images, compute):
 
 
 if __name__ == "__main__":
-    distributed.run_command(lambda: main(CONFIG), smaller_run(CONFIG))
+    distributed.run_command(lambda: main(CONFIG), distributed.smaller_run(CONFIG))

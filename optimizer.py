@@ -197,7 +197,7 @@ class Updater:
 
     Args:
         model: the module that is called, a DistributedDataParallel one where there are several processes.
-        compute: the run's :class:`~utils.Compute`.
+        compute: the run's :class:`~distributed.Compute`.
         accumulation: micro-batches of an update.
         clip_grad: largest global gradient norm, 0 for no clipping.
         max_nonfinite: skipped updates in a row after which the run ends.

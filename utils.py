@@ -1,123 +1,107 @@
-"""Devices, precision, seeds, worker processes, files that are whole.
+"""What needs no PyTorch: the environment, launchers, errors, whole files, locks, memory, operating systems.
 
-Whatever differs between Linux, macOS and Windows is here.
+Whatever differs between Linux, macOS and Windows is here. We import nothing but Python's own library, so that
+programs can say within a moment what is missing or wrong.
 """
 
-import check_environment  # noqa: F401
-
-# isort: split
 import collections
 import contextlib
+import ctypes
+import importlib.util
+import math
 import multiprocessing
 import os
-import random
 import signal
+import sys
+import time
 import unicodedata
 import uuid
-import zlib
-from dataclasses import dataclass
-
-import numpy as np
-import torch
-
-from launch import UserError
-from memory import keep_freed_memory
+from pathlib import Path
 
 try:
     import fcntl
+    import resource
 except ImportError:  # on Windows
     import msvcrt
 
-    fcntl = None
+    fcntl = resource = None
 
+ROOT = Path(__file__).resolve().parent
+# What models/ needs besides itself: of this repository, and of requirements.txt.
+OURS = "checkpoint", "config", "config_rules", "data", "distributed", "utils"
+REQUIRED = "torch", "torchvision", "timm", "yacs", "yaml", "safetensors", "numpy"
+# What a launcher such as torchrun sets: which process this is, and where the first one waits for the others.
+PROCESS, MEETING_POINT = ("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("MASTER_ADDR", "MASTER_PORT")
 # What asks a run to stop: schedulers, Ctrl-C. Windows has no SIGUSR1.
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+# Parameters of glibc's mallopt, from malloc.h.
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 
 
-@dataclass(frozen=True)
-class Compute:
-    """Where a process computes, and the dtype of mixed precision, None for float32."""
-
-    device: torch.device
-    dtype: torch.dtype | None = None
-
-    def autocast(self):
-        """Context of forward passes in mixed precision."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
-
-    def float64_device(self):
-        """Where to add up in float64: on the device, but on the CPU for MPS, which has no float64."""
-        return torch.device("cpu") if self.device.type == "mps" else self.device
+class UserError(ValueError):
+    """Something that the person who started the run can mend: shown as one message, without a traceback."""
 
 
-def build_compute(config):
-    """The :class:`Compute` of this process: on ``DEVICE``, or else on a CUDA GPU where there is one.
+def check_environment():
+    """End the program, or raise an ImportError, where this Python lacks what everything here imports."""
+    if not (found := _missing_or_hidden()):
+        return
+    program = getattr(sys.modules["__main__"], "__file__", None)
+    if program and Path(program).resolve().is_relative_to(ROOT):
+        sys.exit(f"error: {found}")  # of a program of ours: without a traceback
+    raise ImportError(found)
 
-    Raises:
-        UserError: no such GPU.
-    """
-    kind = config.DEVICE or ("cuda" if torch.cuda.is_available() else "cpu")
-    mixed = config.AMP_OPT_LEVEL != "O0"
-    if kind == "cpu":
-        keep_freed_memory()
-        return Compute(torch.device(kind), torch.bfloat16 if mixed else None)
-    number = config.LOCAL_RANK
-    count = torch.cuda.device_count() if kind == "cuda" else int(torch.backends.mps.is_available())
-    if number >= count:
-        raise UserError(
-            f"process {number} of this machine has no GPU for --device {kind}, PyTorch sees {count}: use "
-            "--device cpu, or launch no more processes than GPUs"
+
+def _missing_or_hidden():
+    """What is missing or hidden, and what to do; "" if all is there."""
+    missing = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
+    if missing:
+        return (
+            f"{sys.executable} has no {', '.join(missing)}: activate the environment (source "
+            f".venv/bin/activate), or run {sys.executable} -m pip install -r {ROOT / 'requirements.txt'}"
         )
-    if kind == "cuda":
-        torch.cuda.set_device(number)
-    return Compute(torch.device(kind, number), getattr(torch, config.AMP_DTYPE) if mixed else None)
+    for name in OURS:
+        found = _file_of(name)
+        if found is None or not found.is_relative_to(ROOT):
+            where = f"is hidden by {found}: rename that, or" if found else "is not found:"
+            return f"{name!r} of {ROOT} {where} put {ROOT} first into PYTHONPATH or sys.path"
+    return ""
 
 
-def be_deterministic():
-    """Make PyTorch use deterministic kernels only: the same run gives the same bits, on CUDA more slowly."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
-    # The memory-efficient attention adds up the gradient of its bias with atomics.
-    torch.backends.cuda.enable_mem_efficient_sdp(False)
-
-
-def seed_everything(purpose, *numbers):
-    """Seed Python's, NumPy's and torch's generators, CUDA included.
-
-    Args:
-        purpose: a word, so that the same numbers give other seeds elsewhere.
-        numbers: whole numbers, always as many for one purpose.
-    """
-    seed = _seed_of(purpose, numbers)
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+def _file_of(name):
+    if name in sys.modules:
+        path = getattr(sys.modules[name], "__file__", None)
+    else:
+        spec = importlib.util.find_spec(name)
+        path = spec and spec.origin
+    return path and Path(path).resolve()
 
 
 @contextlib.contextmanager
-def seeded(purpose, *numbers, restore=True):
-    """Seed the CPU generators as :func:`seed_everything` for the length of a block, then put them back.
-
-    Args:
-        restore: False leaves them where the block did, for processes that draw within such blocks only.
-    """
-    state = (random.getstate(), np.random.get_state(), torch.get_rng_state()) if restore else None
-    seed = _seed_of(purpose, numbers)
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)
+def telling_errors():
+    """Context that ends the program with one message and exit code 1 where a UserError is raised in it."""
+    print_any_name()
     try:
         yield
-    finally:
-        if restore:
-            random.setstate(state[0])
-            np.random.set_state(state[1])
-            torch.set_rng_state(state[2])
+    except UserError as error:
+        # Every process meets the same error: the others wait, so that the launcher ends them before they
+        # repeat it.
+        if is_launched() and os.environ["RANK"] != "0":
+            time.sleep(3)
+        # An error of a data-loading worker comes with the worker's traceback in front of the message.
+        message = str(error).strip().rpartition(f"{type(error).__name__}: ")[2]
+        sys.exit(f"error: {message}")
 
 
-def _seed_of(purpose, numbers):
-    return int(np.random.SeedSequence([zlib.crc32(purpose.encode()), *numbers]).generate_state(1)[0])
+def printable(text):
+    """Text that every file and console takes: what is no UTF-8, in a file name, becomes escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def print_any_name():
+    """Let the names of files that are no UTF-8 be printed, with escapes, rather than end the program."""
+    with contextlib.suppress(AttributeError):  # a notebook's output takes them
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def advice_on_look_alikes(names):
@@ -136,6 +120,50 @@ def advice_on_look_alikes(names):
         f"; {pair} are both {alike[0]!r}, in two Unicode forms (NFC and NFD): rename the folders of one "
         "set, for example with convmv -r -f utf8 -t utf8 --nfc --notest <folder>"
     )
+
+
+def is_launched():
+    """Whether a launcher has set all its variables."""
+    return all(os.environ.get(name) for name in (*PROCESS, *MEETING_POINT))
+
+
+def adopt_launcher():
+    """Under ``srun`` with several tasks take Slurm's variables; refuse a launcher's that do not fit together.
+
+    MASTER_ADDR and MASTER_PORT alone start nothing and are left alone.
+
+    Raises:
+        UserError: which variables are set, which are missing or wrong, and what to do.
+    """
+    _adopt_slurm()
+    found = {name: os.environ[name] for name in (*PROCESS, *MEETING_POINT) if os.environ.get(name)}
+    if not any(name in found for name in PROCESS):
+        return
+    missing = [name for name in (*PROCESS, *MEETING_POINT) if name not in found]
+    numbers = [name for name in found if name != "MASTER_ADDR" and not found[name].isdecimal()]
+    if missing:
+        problem = f"without {', '.join(missing)}"
+    elif numbers:
+        problem = f"and {', '.join(numbers)} must be a whole number"
+    elif max(int(found["RANK"]), int(found["LOCAL_RANK"])) >= int(found["WORLD_SIZE"]):
+        problem = "and a rank must be below WORLD_SIZE"
+    else:
+        return
+    listed = ", ".join(f"{name}={value}" for name, value in found.items())
+    raise UserError(
+        f"the environment has {listed}, {problem}: for one process, unset {' '.join(found)}; for several, "
+        "start them with torchrun, which sets all of these"
+    )
+
+
+def _adopt_slurm():
+    if os.environ.get("RANK") or os.environ.get("SLURM_STEP_NUM_TASKS", "1") == "1":
+        return
+    for name, slurm in zip(PROCESS, ("PROCID", "STEP_NUM_TASKS", "LOCALID")):
+        os.environ[name] = os.environ.get(f"SLURM_{slurm}", "")
+    if not os.environ.get("MASTER_ADDR"):
+        raise UserError("srun with several tasks needs MASTER_ADDR and MASTER_PORT set, see scripts/slurm.sh")
+    os.environ.setdefault("MASTER_PORT", "29500")
 
 
 @contextlib.contextmanager
@@ -192,3 +220,45 @@ def end_workers():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for child in multiprocessing.active_children():
         child.kill()
+
+
+def keep_freed_memory():
+    """Let the C library keep freed memory for what is allocated next; with glibc only.
+
+    By default it gives tensors of some sizes back to the kernel whenever they are freed, and the kernel
+    clears the pages of the next ones. So the process stays as large as it once was. Whoever has set glibc's
+    own variables is obeyed.
+    """
+    if any(name == "GLIBC_TUNABLES" or name.startswith("MALLOC_") for name in os.environ):
+        return
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # other C libraries, macOS, Windows
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(MMAP_THRESHOLD, 2**30) or mallopt(MMAP_THRESHOLD, 2**25)  # older ones take no more
+
+
+@contextlib.contextmanager
+def memory_limit(extra):
+    """Let this process take no more than ``extra`` bytes beyond those it has; on Linux only."""
+    if resource is None or not os.path.exists("/proc/self/statm"):
+        yield
+        return
+    with open("/proc/self/statm", encoding="ascii") as file:
+        limit = int(file.read().split()[0]) * resource.getpagesize() + extra
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    if soft == resource.RLIM_INFINITY or limit < soft:
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def peak_memory_mb(device):
+    """Peak memory so far, in MiB: allocated by CUDA, or else resident in this process; nan on Windows."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else math.nan
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)

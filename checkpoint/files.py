@@ -16,8 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from memory import memory_limit
-from utils import replacing, sync_folder
+from utils import memory_limit, replacing, sync_folder
 
 from .contents import CheckpointError, better_of, run_of, weights_and_classes
 

@@ -20,7 +20,8 @@ from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 from torch.utils.data import Dataset, get_worker_info
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from utils import UserError, advice_on_look_alikes, seeded
+from distributed import seeded
+from utils import UserError, advice_on_look_alikes
 
 from .progressive import place_of_phase
 

@@ -3,7 +3,7 @@
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 
-from utils import seeded
+from distributed import seeded
 
 
 class BatchAugmentation:

@@ -22,8 +22,10 @@ from torchvision.ops import (
     roi_align,
 )
 
+from models.attention import at_least_float32
+
 from .masks import mask_targets
-from .proposals import LimitedBoxCoder, at_least_float32
+from .proposals import LimitedBoxCoder
 
 
 class HeadLayers(NamedTuple):

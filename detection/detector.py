@@ -12,11 +12,12 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 import checkpoint as ckpt
 from config import ConfigError
 from models import build_model
+from models.attention import at_least_float32
 
 from .backbone import MSGBackbone
 from .cascade import CascadeHeads, CascadeStage, DetectionLimits, HeadLayers
 from .masks import paste_masks
-from .proposals import ProposalNetwork, at_least_float32
+from .proposals import ProposalNetwork
 
 
 class Detector(nn.Module):

@@ -2,10 +2,16 @@
 builds it, how it comes back from a checkpoint (``ready.py``), and what makes it fast, computes in its place
 (``runtime.py``) or says how fast it could be."""
 
+from pathlib import Path
+
 try:
-    import check_environment  # noqa: F401
-except ModuleNotFoundError as error:
-    raise ImportError(f"put the folder above {__path__[0]} into PYTHONPATH or sys.path") from error
+    from utils import check_environment
+except ImportError as error:  # there is none, or another project's
+    root = Path(__path__[0]).resolve().parent
+    where = f"is hidden by {error.path}: rename that, or" if error.path else "is not found:"
+    raise ImportError(f"'utils' of {root} {where} put {root} first into PYTHONPATH or sys.path") from error
+else:
+    check_environment()
 
 from . import timm_names
 from .build import build_model

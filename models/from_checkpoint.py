@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 import checkpoint as ckpt
-from utils import Compute
+from config import ConfigError, flat_config, function_difference, get_config, parse_config, set_classes
+from data.transforms import build_transform
+from distributed import Compute
 
 from .build import build_model
 from .deploy.runtime import build_runtime
@@ -64,9 +66,6 @@ def load(path, cfg=None, runtime="pytorch", weights="auto"):
 
 def build_ready(config, checkpoint, path):
     """The :class:`Ready` of what :func:`read_described` returned; ``path`` is for messages."""
-    # Data come later than models: their transforms import the config, and that the geometry of models.
-    from data.transforms import build_transform
-
     if config.DATA.DATASET == "coco":
         raise ckpt.CheckpointError(f"{path} is of a detector: use detection.load")
     model = build_model(config)
@@ -88,8 +87,6 @@ def compare_config(config, checkpoint, path, fine_tuning=False):
     Raises:
         CheckpointError: the configs differ, with every key and its values.
     """
-    from config import ConfigError, function_difference
-
     try:
         differences = function_difference(checkpoint["config"], config, f"the config in {path}")
     except ConfigError as error:
@@ -119,8 +116,6 @@ def read_described(path, cfg=None, weights="auto"):
             contradicts.
         ConfigError: its config cannot be used.
     """
-    from config import flat_config, get_config, parse_config, set_classes
-
     path = os.fspath(path)
     checkpoint = ckpt.read_weights(path, weights)
     classes, text = checkpoint["classes"], checkpoint["config"]

@@ -15,8 +15,8 @@ from config import ConfigError
 from data import build_loaders
 from data.datasets import ImageFolder, load_image
 from data.transforms import KeepAlpha, build_transform, image_mode, normalization
+from distributed import seeded
 from models import build_model
-from utils import seeded
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])  # of torchvision's models
 

@@ -27,7 +27,7 @@ from detection.evaluation import Evaluation, average_precision, to_results
 from detection.loaders import build_detection_loaders, build_detection_reader
 from detection.masks import take_masks
 from detection.transforms import RandomCrop, build_detection_transform
-from utils import Compute, seeded
+from distributed import Compute, seeded
 
 
 @pytest.fixture

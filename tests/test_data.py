@@ -21,7 +21,7 @@ from data.datasets import TrainingSamples, build_dataset, list_folder, load_imag
 from data.mixup import build_augmentation
 from data.samplers import TrainBatchSampler, evaluation_shard
 from data.transforms import aspect_box, build_transform, covering_size, posterize_from_0_bits
-from utils import seeded
+from distributed import seeded
 
 FULL_RECIPE = ["AUG.AUTO_AUGMENT", "rand-m9-mstd0.5-inc1", "AUG.HFLIP", 0.5, "AUG.REPROB", 0.5]
 

@@ -10,8 +10,9 @@ from torch import nn
 
 import checkpoint as ckpt
 from data.transforms import normalization
+from distributed import Compute
 from training.distillation import Distillation, build_distillation, distillation_loss
-from utils import Compute, UserError
+from utils import UserError
 
 CLASSES = ["a", "b", "c"]
 CPU = Compute(torch.device("cpu"))

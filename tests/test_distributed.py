@@ -12,7 +12,8 @@ import torch
 
 import distributed
 from main import evaluate
-from utils import Compute, UserError
+from distributed import Compute
+from utils import UserError
 
 assert distributed.rank_and_world_size() == (0, 1)
 distributed.start_process_group(torch.device("cpu"), 600)

@@ -6,7 +6,7 @@ import sys
 import pytest
 from helpers import ROOT
 
-SHARED = ("benchmarking.py", "tables.py")  # of tools/, which are no programs
+SHARED = ("benchmarking.py", "roofline.py", "sources.py", "tables.py")  # of tools/, which are no programs
 TOOLS = [f"tools/{path.name}" for path in ROOT.glob("tools/*.py") if path.name not in SHARED]
 
 

@@ -28,10 +28,10 @@ from yacs.config import CfgNode
 import checkpoint as ckpt
 from config import ConfigError, get_config
 from data.samplers import TrainBatchSampler
+from distributed import Compute
 from optimizer import Updater, build_optimizer
 from training.guard import Guard
 from training.run import Run, Settings
-from utils import Compute
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{what}")

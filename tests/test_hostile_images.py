@@ -25,9 +25,9 @@ from data.loaders import build_reader
 from data.opencv.transforms import ImageFile
 from data.samplers import TrainBatchSampler, evaluation_shard
 from data.transforms import build_transform
+from distributed import Compute
 from main import evaluate
 from models import build_model
-from utils import Compute
 
 pytestmark = pytest.mark.filterwarnings("ignore:Palette images with Transparency")
 

@@ -29,7 +29,7 @@ from helpers import (
 
 import checkpoint as ckpt
 import distributed
-import launch
+import utils
 from utils import UserError
 
 ARGUMENTS = shlex.split(
@@ -330,7 +330,7 @@ WHOLE = dict(RANK="1", WORLD_SIZE="4", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1", 
 def variables(monkeypatch):
     """A function that makes the launcher's variables those that it is given; "" is as good as none."""
 
-    monkeypatch.setattr(launch.time, "sleep", lambda seconds: None)  # of other ranks, before they end
+    monkeypatch.setattr(utils.time, "sleep", lambda seconds: None)  # of other ranks, before they end
 
     def change(found):
         for name in WHOLE:
@@ -376,9 +376,9 @@ def test_launcher_variables_that_do_not_fit_together_are_one_sentence(found, wor
 def test_without_a_launcher_there_is_one_process(found, variables):
     """scripts/slurm.sh says where to meet for one task, too."""
     variables(found)
-    launch.adopt_launcher()
+    utils.adopt_launcher()
     distributed.start_process_group(torch.device("cpu"), 1)
-    assert not launch.is_launched() and distributed.rank_and_world_size() == (0, 1)
+    assert not utils.is_launched() and distributed.rank_and_world_size() == (0, 1)
 
 
 def test_both_programs_refuse_a_world_size_that_was_left_behind(data, tmp_path):

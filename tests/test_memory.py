@@ -1,4 +1,4 @@
-"""What memory.py makes of the C library, seen by the pages that the kernel has to clear."""
+"""What utils.py makes of the C library, seen by the pages that the kernel has to clear."""
 
 import os
 import platform
@@ -9,11 +9,11 @@ import pytest
 from helpers import ROOT, digits_config
 from test_detection import config as shapes_config
 
-from memory import smaller_run
+from distributed import smaller_run
 
 FAULTS = """
 import resource, sys, torch
-from memory import keep_freed_memory
+from utils import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 for repeat in range(30):

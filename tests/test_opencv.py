@@ -32,7 +32,7 @@ from data.opencv.transforms import ImageFile, build_opencv_transform
 from data.transforms import augment_operations, build_transform
 from detection import loaders as detection_loaders
 from detection.transforms import build_detection_transform
-from utils import seeded
+from distributed import seeded
 
 RECIPE = ["AUG.AUTO_AUGMENT", "rand-m9-mstd0.5-inc1", "AUG.HFLIP", 0.5]
 MEAN, STD = (torch.tensor(value)[:, None, None] for value in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))

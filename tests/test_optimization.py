@@ -15,6 +15,7 @@ from torch import nn
 import checkpoint as ckpt
 from config import ConfigError
 from data.samplers import TrainBatchSampler
+from distributed import Compute
 from lr_scheduler import build_scheduler
 from main import evaluate
 from models import build_model, inference
@@ -23,7 +24,6 @@ from training import engine
 from training.engine import train_one_epoch
 from training.guard import Guard
 from training.run import Progress, Run, Settings, Task, build_run
-from utils import Compute
 
 CPU = Compute(torch.device("cpu"))
 

@@ -14,6 +14,7 @@ import checkpoint as ckpt
 import optimizer as optimizers
 from config import OPTIMIZERS, ConfigError
 from data.samplers import TrainBatchSampler
+from distributed import Compute
 from lr_scheduler import build_scheduler
 from models import build_model, choose_layer_norm
 from models.fast import apex
@@ -22,7 +23,7 @@ from optimizer import Updater, build_optimizer, optimizer_names, parameter_group
 from training.engine import learning_rate
 from training.guard import Guard
 from training.run import Run, Settings
-from utils import Compute, UserError
+from utils import UserError
 
 TESTED = ("adamw", "sgd", "lamb", "lion", "muon", "nadamw")
 

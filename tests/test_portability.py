@@ -15,9 +15,10 @@ import detection.loaders
 import utils
 from config import get_config, parse_args
 from data import build_loaders
+from distributed import Compute, build_compute
 from logger import read_metrics
 from training.guard import FolderClaim
-from utils import Compute, UserError, build_compute
+from utils import UserError
 
 # Windows as far as it can be played: spawned workers read this file too. The libraries come first, since they
 # ask for the operating system in other ways.

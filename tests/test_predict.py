@@ -25,10 +25,11 @@ from config import dump_config
 from detection.detector import build_detector
 from detection.loaders import build_detection_loaders
 from detection.pictures import annotate
+from distributed import Compute
 from models import build_model
 from tools import predict
 from tools.sources import Pictures, find_files, frame_rate, read_frames
-from utils import Compute, UserError
+from utils import UserError
 
 SHAPES = "MODEL.MSG.EMBED_DIM 16 MODEL.MSG.DEPTHS [1,1,1] MODEL.MSG.NUM_HEADS [1,2,4] DET.CHANNELS 16"
 SHAPES += " DET.BOX_FCS [32] DET.TEST_SIZE 64 DET.SCORE_THRESHOLD 0.0 DET.PER_IMAGE 5 DATA.NUM_WORKERS 0"

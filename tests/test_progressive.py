@@ -27,9 +27,10 @@ from config import ConfigError, dump_config, get_config, parse_config
 from data import build_loaders
 from data.loaders import build_reader
 from data.progressive import Phase, build_phases
+from distributed import Compute, seeded
 from models import build_model, compile_model
 from training.distillation import build_distillation
-from utils import Compute, UserError, seeded
+from utils import UserError
 
 RAND = ["AUG.HFLIP", 0.5, "AUG.AUTO_AUGMENT", "rand-m10-n3-mstd0.5-inc1"]
 

@@ -14,7 +14,7 @@ from timm.data.distributed_sampler import RepeatAugSampler
 from data import build_loaders
 from data.loaders import build_reader
 from data.samplers import TrainBatchSampler
-from utils import seeded
+from distributed import seeded
 
 
 def sampler_of(length, batch_size, rank=0, world_size=1, accumulation=1, repeats=3):

@@ -24,11 +24,10 @@ from analysis.curves import draw_curves, smoothing_floor
 from checkpoint import read_weights, save_checkpoint
 from config import ConfigError
 from data import build_loaders, loaders
-from distributed import run_command
+from distributed import Compute, run_command
 from main import evaluate
 from models import build_model
 from training.tracking import write_hyperparameters
-from utils import Compute
 
 CPU = Compute(torch.device("cpu"))
 

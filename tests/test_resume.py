@@ -34,13 +34,13 @@ from helpers import (
 import checkpoint as ckpt
 from config import dump_config
 from data.samplers import TrainBatchSampler
+from distributed import Compute, be_deterministic
 from logger import read_metrics
 from lr_scheduler import build_scheduler
 from optimizer import Updater, WeightAverage, build_optimizer
 from training.guard import Guard
 from training.run import Run, Settings
 from training.setup import choose_for_evaluation
-from utils import Compute, be_deterministic
 
 ARGUMENTS = shlex.split(
     "--cfg configs/digits.yaml --batch-size 4 --opts DATA.NUM_WORKERS 1 MODEL.DROP_RATE 0.1"

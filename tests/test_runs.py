@@ -20,9 +20,9 @@ from torch.nn.functional import cross_entropy
 
 import checkpoint as ckpt
 from data import build_loaders
+from distributed import seeded
 from logger import ProgressBar, log_progress, read_metrics, start_logging
 from models import build_model
-from utils import seeded
 
 SMALL = shlex.split(
     "--cfg configs/digits.yaml --batch-size 4 --opts DATA.NUM_WORKERS 1 PRINT_FREQ 1 SAVE_FREQ 1"

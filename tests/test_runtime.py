@@ -15,9 +15,10 @@ from helpers import ROOT, digits_config, fill_weights, logged, run_folder, run_m
 import checkpoint as ckpt
 import models
 from config import ConfigError, dump_config, get_config, parse_config
+from distributed import Compute
 from models.deploy.files import run_onnxruntime, run_openvino
 from models.deploy.runtime import HandedOver, build_runtime, choose_runtime, hand_over
-from utils import Compute, UserError
+from utils import UserError
 
 SMALL = ["MODEL.NUM_CLASSES", 3, "MODEL.MSG.DEPTHS", "[1, 1]", "MODEL.MSG.NUM_HEADS", "[3, 6]"]
 SMALL += ["MODEL.MSG.SHUF_SIZE", "[4, 2]", "DATA.NUM_WORKERS", 0]

@@ -22,6 +22,7 @@ from config import flat_config
 from data import build_loaders
 from data.mixup import build_augmentation
 from data.samplers import TrainBatchSampler
+from distributed import Compute, seeded
 from logger import DRAWN, read_metrics
 from lr_scheduler import build_scheduler
 from optimizer import Updater, build_optimizer
@@ -29,7 +30,7 @@ from training.engine import train_one_epoch
 from training.guard import Guard
 from training.run import Run, Settings
 from training.tracking import RunRecord, Tracker, require_tracker
-from utils import Compute, UserError, seeded
+from utils import UserError
 
 ARGUMENTS = ["--cfg", "configs/digits.yaml", "--batch-size", 8, "--opts", "DATA.NUM_WORKERS", 0]
 ARGUMENTS += ["PRINT_FREQ", 2, "SAVE_FREQ", 1, "TRAIN.WARMUP_EPOCHS", 0, "TRAIN.EPOCHS"]

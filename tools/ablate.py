@@ -6,13 +6,6 @@ Differences are to the baseline, the first config unless ``--baseline`` names an
 again, and interrupted ones go on where they were: the same command continues.
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import check_environment  # noqa: E402, F401
-
-# isort: split
 import argparse
 import json
 import os
@@ -28,8 +21,11 @@ from concurrent import futures
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from utils import check_environment
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 # Two-sided 95% quantiles of Student's t for 1 to 30 degrees of freedom.
 STUDENT = (
@@ -73,8 +69,9 @@ def parse_args():
     return args
 
 
-if __name__ == "__main__":
-    parse_args()  # before what takes seconds to import
+if __name__ == "__main__":  # before what takes seconds to import
+    check_environment()
+    parse_args()
 
 from matplotlib.figure import Figure
 from timm.layers import to_2tuple

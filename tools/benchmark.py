@@ -28,13 +28,6 @@ Models whose name has "swin" in it, and ours, are built for the size. The rates 
 large copy reach on the machine are noted too, because machines of one name differ.
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import check_environment  # noqa: E402, F401
-
-# isort: split
 import argparse
 import contextlib
 import itertools
@@ -51,6 +44,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import benchmarking
 import tables
+
+from utils import check_environment
 
 DTYPES = ("float32", "bfloat16", "float16")
 CLASSES = 1000
@@ -105,21 +100,21 @@ def image_sides(text):
     return sides
 
 
-if __name__ == "__main__":
-    usage().parse_args()  # before what takes seconds to import
+if __name__ == "__main__":  # before what takes seconds to import
+    check_environment()
+    usage().parse_args()
 
 import timm
 import torch
 from timm.layers import set_fused_attn
 from torch.nn.functional import cross_entropy
 
-from memory import keep_freed_memory
 from models import compile_model, inference, use_onednn
 from models.attention import BACKENDS
 from models.deploy.files import FORMATS, RUNTIMES, Exportable, require_packages, write_checked
 from models.fast.attention_triton import triton_missing
 from tools.roofline import count_work, least_seconds, machine, machine_limits, versions
-from utils import UserError
+from utils import UserError, keep_freed_memory
 
 
 def parse_args():

@@ -15,13 +15,6 @@ CocoDetection, with images of Pillow, as by default, or tensors; its model's nor
 by the main process, as ours are. Ours leaves out the crops, DET.CROP_SIZES, which torchvision does not make.
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import check_environment  # noqa: E402, F401
-
-# isort: split
 import argparse
 import contextlib
 import io
@@ -34,6 +27,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import benchmarking
 import tables
+
+from utils import check_environment
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 CONFIG = CONFIGS / "msg_tiny_p4_win7_224.yaml"
@@ -60,8 +55,9 @@ def parse_args():
     return args
 
 
-if __name__ == "__main__":
-    parse_args()  # before what takes seconds to import
+if __name__ == "__main__":  # before what takes seconds to import
+    check_environment()
+    parse_args()
 
 import cv2
 import PIL

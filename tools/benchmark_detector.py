@@ -9,13 +9,6 @@ pass, and AdamW's update. Weights are random. Every image has 1000 proposals and
 masks, as at most in evaluation; in training two objects.
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import check_environment  # noqa: E402, F401
-
-# isort: split
 import argparse
 import contextlib
 import sys
@@ -27,6 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import benchmarking
 import tables
+
+from utils import check_environment
 
 OURS, PEER = "MSG-Transformer", "Swin (timm)"
 LEVELS = dict(float32="O0", bfloat16="O1")  # AMP_OPT_LEVEL of a dtype
@@ -52,8 +47,9 @@ def parse_args():
     return args
 
 
-if __name__ == "__main__":
-    parse_args()  # before what takes seconds to import
+if __name__ == "__main__":  # before what takes seconds to import
+    check_environment()
+    parse_args()
 
 import timm
 import torch
@@ -61,9 +57,9 @@ from torch import nn
 
 from config import get_config
 from detection.detector import build_detector
+from distributed import build_compute
 from models import inference
 from tools.roofline import machine, versions
-from utils import build_compute
 
 
 class SwinBackbone(nn.Module):

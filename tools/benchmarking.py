@@ -23,7 +23,7 @@ import sys
 import time
 from pathlib import Path
 
-from launch import UserError
+from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 TURN = 1.0  # seconds of a turn, at least

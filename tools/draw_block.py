@@ -3,14 +3,13 @@
 python tools/draw_block.py docs/msg_block.png
 """
 
+import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import check_environment  # noqa: E402, F401
 
-# isort: split
-import argparse
+from utils import check_environment
 
 
 def parse_args():
@@ -20,8 +19,9 @@ def parse_args():
     return parser.parse_args()
 
 
-if __name__ == "__main__":
-    parse_args()  # before what takes seconds to import
+if __name__ == "__main__":  # before what takes seconds to import
+    check_environment()
+    parse_args()
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure

@@ -17,13 +17,6 @@ spread of the outputs. What differs more is deleted. Of a detector it is the bac
 that are written. docs/use.md says what the files expect.
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import check_environment  # noqa: E402, F401
-
-# isort: split
 import argparse
 import functools
 import json
@@ -105,9 +98,9 @@ from data.transforms import build_transform, describe_evaluation
 from detection.detector import Pyramid
 from detection.from_checkpoint import build_ready_detector
 from detection.transforms import describe_detection
-from launch import UserError, print_any_name
 from models.deploy.files import FORMATS, Exportable, InPyTorch, evaluating, require_packages, write_checked
 from models.from_checkpoint import build_ready, read_described
+from utils import UserError, print_any_name
 
 
 def open_checkpoint(path, cfg=None, weights="auto"):

@@ -3,15 +3,14 @@
 python tools/make_digits.py datasets/digits
 """
 
+import argparse
+import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import check_environment  # noqa: E402, F401
 
-# isort: split
-import argparse
-import os
+from utils import check_environment
 
 
 def parse_args():
@@ -21,8 +20,9 @@ def parse_args():
     return parser.parse_args()
 
 
-if __name__ == "__main__":
-    parse_args()  # before what takes seconds to import
+if __name__ == "__main__":  # before what takes seconds to import
+    check_environment()
+    parse_args()
 
 import numpy as np
 from PIL import Image

@@ -6,18 +6,16 @@ Masks cover the visible part of a shape: polygons where nothing covers it, run l
 hold a crowd of dots, annotated as one; a few hold nothing.
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import check_environment  # noqa: E402, F401
-
-# isort: split
 import argparse
 import itertools
 import json
 import math
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from utils import check_environment
 
 
 def parse_args():
@@ -30,8 +28,9 @@ def parse_args():
     return parser.parse_args()
 
 
-if __name__ == "__main__":
-    parse_args()  # before what takes seconds to import
+if __name__ == "__main__":  # before what takes seconds to import
+    check_environment()
+    parse_args()
 
 import cv2
 import numpy as np

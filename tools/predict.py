@@ -11,13 +11,6 @@ scores. With --pictures, a video becomes an annotated video (MPEG-4, without sou
 Exit code: 0; 3 where files were skipped because they cannot be read, which are listed; 1 with an error.
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import check_environment  # noqa: E402, F401
-
-# isort: split
 import argparse
 import contextlib
 import csv
@@ -85,12 +78,13 @@ from detection.detector import to_original_size
 from detection.evaluation import to_results
 from detection.from_checkpoint import build_ready_detector
 from detection.pictures import annotate
+from distributed import build_compute
 from logger import ProgressBar
 from models import build_runtime, inference
 from models.deploy.files import RUNTIMES
 from models.from_checkpoint import build_ready, read_described
 from tools.sources import Pictures, find_files, frame_rate
-from utils import UserError, build_compute, replacing
+from utils import UserError, replacing
 
 
 def main():

@@ -10,13 +10,6 @@ block, (c) which windows send it which channels, and (d) which messengers the cl
 messengers, and how much of the score crosses windows. docs/messengers.md explains all of them.
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import check_environment  # noqa: E402, F401
-
-# isort: split
 import argparse
 import base64
 import contextlib
@@ -93,11 +86,11 @@ from analysis.messengers import check_messengers, examine, grids, influence
 from analysis.report import drawable, shown
 from data.datasets import load_image
 from data.transforms import build_transform, image_mode
-from launch import UserError, printable
+from distributed import build_compute
 from logger import ProgressBar
 from models.from_checkpoint import build_ready, read_described
 from tools.sources import find_files, is_video
-from utils import build_compute, replacing
+from utils import UserError, printable, replacing
 
 
 def main():

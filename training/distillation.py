@@ -42,7 +42,7 @@ class Distillation(nn.Module):
         rescale: (factor, offset) for each channel, (C, 1, 1): from the student's normalisation of images to
             the teacher's.
         settings: ``config.DISTILL``.
-        compute: the run's :class:`~utils.Compute`.
+        compute: the run's :class:`~distributed.Compute`.
     """
 
     def __init__(self, teacher, rescale, settings, compute):
@@ -71,7 +71,7 @@ def build_distillation(config, classes, compute):
 
     Args:
         classes: the names of the run's classes, in the order of its logits.
-        compute: the run's :class:`~utils.Compute`.
+        compute: the run's :class:`~distributed.Compute`.
 
     Raises:
         UserError: no such teacher, or one of other classes or images.

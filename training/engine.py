@@ -5,10 +5,10 @@ import itertools
 import logging
 import time
 
+from distributed import seed_everything
 from logger import DETAIL, ProgressBar, clock, log_progress
-from memory import peak_memory_mb
 from optimizer import NonFiniteError
-from utils import seed_everything
+from utils import peak_memory_mb
 
 logger = logging.getLogger("msg_transformer")
 

@@ -126,7 +126,7 @@ def build_run(config, model, sampler, compute, task, guard):
 
     Args:
         sampler: the training sampler.
-        compute: the :class:`~utils.Compute` of this process.
+        compute: the :class:`~distributed.Compute` of this process.
         guard: was made before anything that takes long.
 
     Returns:

@@ -5,9 +5,9 @@ import os
 
 import checkpoint as ckpt
 from config import flat_config
+from distributed import build_compute
 from models.deploy.runtime import choose_runtime
 from models.from_checkpoint import compare_config
-from utils import build_compute
 
 from .tracking import require_tracker
 

@@ -15,9 +15,8 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from launch import UserError, printable
 from logger import read_metrics
-from utils import replacing
+from utils import UserError, printable, replacing
 
 PROJECT = "msg-transformer"  # of tracked runs
 

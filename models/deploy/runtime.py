@@ -36,7 +36,7 @@ def build_runtime(config, model, compute):
     """What evaluates images of ``DATA.IMG_SIZE`` by ``RUNTIME``: the model itself, or a :class:`HandedOver`.
 
     Args:
-        model: with its weights, on the device of ``compute``, a :class:`~utils.Compute`.
+        model: with its weights, on the device of ``compute``, a :class:`~distributed.Compute`.
 
     Raises:
         UserError: the runtime cannot compute this model, or not as ``compute`` says.
