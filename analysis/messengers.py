@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
-from models.attention import hide, probabilities, qkv_heads
+from models.fast.attention import hide, probabilities, qkv_heads
 from models.msg_transformer import merge_windows, partition_windows
 from models.padding import Extent
 from utils import UserError

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from timm.layers import to_2tuple
 
-from .attention import BACKENDS
+from .fast.attention import BACKENDS
 from .fast.attention_triton import triton_missing
 from .tracing import image_size
 

@@ -19,8 +19,8 @@ from timm.layers import DropPath, Mlp, gen_relative_position_index, trunc_normal
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import at_least_float32, windowed_attention
 from .exchange import OTHER_EXCHANGES
+from .fast.attention import at_least_float32, windowed_attention
 from .fast.fixed_weights import Fixed, are_plain
 from .geometry import Geometry, check_choices, known_pool, require_size
 from .padding import Layouts, pad_to_even, pad_to_patches, resample_positions

@@ -40,8 +40,8 @@ from analysis.messengers import (
 )
 from config import dump_config
 from models import build_model
-from models.attention import BACKENDS
 from models.exchange import OTHER_EXCHANGES
+from models.fast.attention import BACKENDS
 from models.geometry import CHOICES
 from models.msg_transformer import MSGTransformer, partition_windows, shuffle_messengers
 from tools import visualize

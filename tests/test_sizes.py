@@ -14,8 +14,8 @@ from torch.nn import functional
 
 from detection.backbone import MSGBackbone
 from models import inference, use_onednn
-from models.attention import windowed_attention
 from models.exchange import OTHER_EXCHANGES
+from models.fast.attention import windowed_attention
 from models.msg_transformer import MSGTransformer, shuffle_messengers
 from models.padding import KEPT, Extent, Layout
 

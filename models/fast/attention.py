@@ -14,8 +14,8 @@ All read queries, keys and values where the qkv linear layer wrote them, and wri
 import torch
 import torch.nn.functional as F
 
-from .fast.attention_triton import triton, triton_builds, triton_obstacle
-from .tracing import exporting, plain_backward
+from ..tracing import exporting, plain_backward
+from .attention_triton import triton, triton_builds, triton_obstacle
 
 BACKENDS = ("auto", "eager", "sdpa", "blocked", "triton")
 BLOCK = 64  # windows whose scores stay in the cache
