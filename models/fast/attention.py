@@ -1,19 +1,14 @@
-"""Attention inside windows: the formula, and faster ways to compute it.
+"""Faster ways to compute attention inside windows, with the tensors and the result of ../attention.py.
 
 ``eager`` is the formula, ``sdpa`` is PyTorch's scaled_dot_product_attention, ``blocked`` is the formula for
 the CPU, a few windows at a time, and ``triton`` are the kernels of attention_kernels.py for GPUs, which never
 store the matrix of probabilities. :func:`windowed_attention` chooses among them.
-
-All read queries, keys and values where the qkv linear layer wrote them, and write where the projection reads:
-
-    qkv     (N, tokens, 3*heads*D), N windows; a token's queries of all heads, then its keys, then its values
-    bias    (heads, tokens, tokens), query rows and key columns
-    result  (N, tokens, heads*D)
 """
 
 import torch
 import torch.nn.functional as F
 
+from ..attention import eager, heads_of, hide, probabilities, qkv_heads
 from ..tracing import exporting, plain_backward
 from .attention_triton import triton, triton_builds, triton_obstacle
 
@@ -21,45 +16,11 @@ BACKENDS = ("auto", "eager", "sdpa", "blocked", "triton")
 BLOCK = 64  # windows whose scores stay in the cache
 
 
-def eager(qkv, bias, scale, dropout=0.0):
-    """Softmax(scale q k^T + bias) v; the bias may have a dimension for the windows too."""
-    q, k, v = qkv_heads(qkv, bias.shape[-3])  # N, heads, tokens, D
-    p = probabilities(q, k, bias, scale)  # N, heads, tokens, tokens
-    x = (F.dropout(p, dropout) if dropout else p) @ v  # N, heads, tokens, D
-    return x.transpose(1, 2).flatten(2)  # N, tokens, heads*D
-
-
-def hide(bias, hidden):
-    """A bias for each window: nobody attends to the tokens that are ``hidden``, bool (N, tokens)."""
-    return bias.masked_fill(hidden[:, None, None], -torch.inf)  # N, heads, tokens, tokens
-
-
-def probabilities(q, k, bias, scale):
-    """Softmax(scale q k^T + bias) over the keys: (N, heads, tokens, tokens), taken in at least float32."""
-    scores = torch.add(at_least_float32(bias), q @ k.transpose(-1, -2), alpha=scale)
-    return scores.softmax(-1).to(q.dtype)
-
-
-def at_least_float32(x):
-    """x in float32, or in float64 if it is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def qkv_heads(qkv, heads):
-    """Queries, keys and values as views (N, heads, tokens, D) of (N, tokens, 3*heads*D)."""
-    return (heads_of(part, heads) for part in qkv.chunk(3, dim=2))
-
-
 def copied_heads(qkv, heads):
     """As :func:`qkv_heads`, but one copy in bfloat16: products would copy each, and transpose the keys."""
     if qkv.dtype != torch.bfloat16:
         return qkv_heads(qkv, heads)
     return qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).contiguous()
-
-
-def heads_of(x, heads):
-    """A view (N, heads, tokens, D) of (N, tokens, heads*D)."""
-    return x.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
 def sdpa(qkv, bias, scale):
@@ -147,7 +108,7 @@ def windowed_attention(qkv, bias, scale, backend="auto", hidden=None, dropout=0.
     """Softmax(scale q k^T + bias) v for every window and head.
 
     Args:
-        qkv, bias: as above; the bias in any floating dtype.
+        qkv, bias: as in ../attention.py; the bias in any floating dtype.
         scale: factor of q k^T.
         backend: one of ``BACKENDS``; ``auto`` leaves it to :func:`choose_backend`. Exports get ``eager``.
         hidden: bool (N, tokens), the tokens that nobody attends to, not all of a window; or None.
