@@ -92,6 +92,15 @@ def grids(model, size):
     return found
 
 
+def layouts(model, images):
+    """The :class:`~models.padding.Layout` of every stage, None where its maps consist of whole regions."""
+    found, extent = [], Extent.of_images(*images.shape[2:], model.patch_size)
+    for stage in model.layers:
+        found.append(stage.layout(extent, images))
+        extent = extent.merged()
+    return found
+
+
 def blocks_of(model):
     """The blocks of all stages in order: (stage, block) from 0, and the block."""
     return [((i, j), block) for i, stage in enumerate(model.layers) for j, block in enumerate(stage.blocks)]
@@ -126,7 +135,7 @@ def exchanges(model, change):
 
 
 def _in_place(exchange):
-    # A region of one window exchanges nothing, so that blocks pay no heed to what comes back.
+    # A region of one window exchanges nothing, so that blocks ignore what comes back.
     def of_messengers(messengers):
         changed = exchange(messengers)
         return messengers.copy_(changed.clone()) if messengers.shape[1] == 1 else changed
@@ -154,23 +163,19 @@ def messenger_attention(model, images):
         first is the messenger's for itself, the others are those of the patch tokens, row-major; 0 for
         places beyond the edge of the image. The messenger of a window without patches sees itself alone.
     """
-    found, places = {}, grids(model, images.shape[2:])
+    found, places, rows = {}, grids(model, images.shape[2:]), layouts(model, images)
 
     def look_into(place):
-        def look(attention, arguments, options):
-            layout = options.get("layout", dict(enumerate(arguments)).get(2))
+        def look(attention, arguments):
+            grid, layout = places[place[0]], rows[place[0]]
             weights = _messenger_rows(attention, arguments[0], layout)  # B*all windows, heads, tokens
-            grid = places[place[0]]
             joined = grid.join(weights.flatten(1).unflatten(0, (-1, grid.region**2)))
             found[place] = joined.unflatten(3, weights.shape[1:])
 
         return look
 
     with hooks(
-        *(
-            block.attn.register_forward_pre_hook(look_into(place), with_kwargs=True)
-            for place, block in blocks_of(model)
-        )
+        *(block.attn.register_forward_pre_hook(look_into(place)) for place, block in blocks_of(model))
     ):
         model.forward_features(images)
     return found
@@ -212,7 +217,7 @@ def trace(model, images, replaced=None, seen=None):
     Returns:
         The patch tokens that entered, (B, H, W, C).
     """
-    places, entered = grids(model, images.shape[2:]), []
+    places, rows, entered = grids(model, images.shape[2:]), layouts(model, images), []
 
     def enter(module, arguments, tokens):
         entered.append(tokens if replaced is None else replaced(tokens))
@@ -220,7 +225,7 @@ def trace(model, images, replaced=None, seen=None):
 
     def look_after(place):
         def look(block, arguments, x):
-            layout, grid = arguments[2], places[place[0]]
+            layout, grid = rows[place[0]], places[place[0]]
             if layout is not None:
                 messengers = layout.read_messengers(x)[:, :, 0]
                 seen(place, layout.restore(x)[0], grid.join(messengers))

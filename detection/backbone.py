@@ -2,9 +2,11 @@
 
 from torch import nn
 
+from models.build import build_model, regions
 from models.geometry import check_exchange
 from models.macs import backbone_macs, stage_sizes
 from models.padding import Extent
+from utils import UserError
 
 
 class MSGBackbone(nn.Module):
@@ -12,32 +14,14 @@ class MSGBackbone(nn.Module):
 
     Args:
         model: an MSGTransformer, whose final norm and head are dropped.
-        shuffle_size: windows on a side of a shuffle region, for each stage.
         frozen_stages: how many stages do not train; the patch embedding belongs to the first.
-
-    Raises:
-        ValueError: shuffle regions that cannot exchange channels.
     """
 
-    def __init__(self, model, shuffle_size, frozen_stages=0):
+    def __init__(self, model, frozen_stages=0):
         super().__init__()
-        if len(shuffle_size) != len(model.layers):
-            raise ValueError(
-                f"DET.SHUF_SIZE {list(shuffle_size)} needs an entry for each stage: {len(model.layers)}"
-            )
         model.norm, model.head = nn.Identity(), nn.Identity()
         self.model, self.frozen_stages = model, frozen_stages
         self.channels = [info["num_chs"] for info in model.feature_info]
-        for i, (stage, channels) in enumerate(zip(model.layers, self.channels)):
-            stage.shuffle_size = shuffle_size[i]
-            if any(block.exchange for block in stage.blocks):
-                check_exchange(i, channels, stage.shuffle_size, f"DET.SHUF_SIZE[{i}]")
-        if model.tokens and model.msg_tokens.shape[1] != shuffle_size[0] ** 2:
-            raise ValueError(
-                f"DET.SHUF_SIZE[0] is {shuffle_size[0]}, but there are messengers for "
-                f"{model.msg_tokens.shape[1]} windows: make it MODEL.MSG.SHUF_SIZE[0]"
-            )
-        model.shuffle_size = list(shuffle_size)
         self.norms = nn.ModuleList(nn.LayerNorm(channels) for channels in self.channels)
         for part in self._frozen():
             part.requires_grad_(False)
@@ -81,3 +65,27 @@ class MSGBackbone(nn.Module):
         sizes = stage_sizes(self.model, height, width)
         norms = sum(patches * channels for (patches, _), channels in zip(sizes, self.channels))
         return backbone_macs(self.model, height, width) + norms
+
+
+def build_backbone(config):
+    """The :class:`MSGBackbone` that ``config.MODEL`` and ``config.DET`` describe, freshly initialised.
+
+    Raises:
+        UserError: a combination that cannot be built; the message names the key to change.
+    """
+    msg, shuffle_size = config.MODEL.MSG, config.DET.SHUF_SIZE
+    if len(shuffle_size) != len(msg.DEPTHS):
+        raise UserError(f"DET.SHUF_SIZE {shuffle_size} needs an entry for each stage: {len(msg.DEPTHS)}")
+    if msg.TOKENS and msg.MANIP_TYPE != "none":
+        for i, region in enumerate(shuffle_size):
+            try:
+                check_exchange(i, msg.EMBED_DIM * 2**i, region, f"DET.SHUF_SIZE[{i}]")
+            except ValueError as error:
+                raise UserError(str(error)) from error
+    first = regions(config)[0]
+    if msg.TOKENS and first != shuffle_size[0]:
+        raise UserError(
+            f"DET.SHUF_SIZE[0] is {shuffle_size[0]}, but there are messengers for {first**2} windows: make "
+            "it MODEL.MSG.SHUF_SIZE[0]"
+        )
+    return MSGBackbone(build_model(config, shuffle_size), config.DET.FROZEN_STAGES)

@@ -10,11 +10,9 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 import checkpoint as ckpt
-from config import ConfigError
-from models import build_model
 from models.attention import at_least_float32
 
-from .backbone import MSGBackbone
+from .backbone import build_backbone
 from .cascade import CascadeHeads, CascadeStage, DetectionLimits, HeadLayers
 from .masks import paste_masks
 from .proposals import ProposalNetwork
@@ -102,13 +100,9 @@ def build_detector(config, classes):
         classes: kinds of objects.
 
     Raises:
-        ConfigError: a combination that cannot be built; the message names the key to change.
+        UserError: a combination that cannot be built; the message names the key to change.
     """
-    det = config.DET
-    try:
-        backbone = MSGBackbone(build_model(config), det.SHUF_SIZE, det.FROZEN_STAGES)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    det, backbone = config.DET, build_backbone(config)
     channels = det.CHANNELS
     fpn = FeaturePyramidNetwork(backbone.channels, channels, LastLevelMaxPool())
     strides = [info["reduction"] for info in backbone.model.feature_info]

@@ -10,20 +10,26 @@ from utils import UserError
 
 from .fast.apex import choose_layer_norm
 from .fast.cpu import use_onednn
-from .geometry import known_sides, patch_grid
+from .geometry import fit_regions, known_sides, patch_grid
 from .msg_transformer import MSGTransformer
 
 
-def build_model(config):
+def build_model(config, shuffle_size=None):
     """Build the classifier that ``config.MODEL`` and ``config.DATA.IMG_SIZE`` describe, freshly initialised.
 
     ``IMG_SIZE`` is a side or [height, width]. It takes the sizes of ``DATA.PROGRESSIVE`` too. On the CPU its
     linear layers run through oneDNN.
 
+    Args:
+        shuffle_size: windows on a side of a shuffle region in each stage; None for what :func:`regions` says.
+
     Raises:
         UserError: a combination that cannot be built; the message names the key to change.
     """
-    model = (_build_timm if config.MODEL.TYPE == "timm" else _build_msg)(config)
+    if config.MODEL.TYPE == "timm":
+        model = _build_timm(config)
+    else:
+        model = _build_msg(config, shuffle_size or regions(config))
     for _, size, _ in config.DATA.PROGRESSIVE:
         _require_other_size(model, size, config)
     if config.TRAIN.USE_CHECKPOINT:
@@ -32,7 +38,15 @@ def build_model(config):
     return model
 
 
-def _build_msg(config):
+def regions(config):
+    """``MODEL.MSG.SHUF_SIZE`` as a classifier has it: fitted to ``DATA.IMG_SIZE``."""
+    msg = config.MODEL.MSG
+    exchange = msg.TOKENS and msg.MANIP_TYPE != "none"
+    sizes = msg.PATCH_SIZE, msg.WINDOW_SIZE, msg.EMBED_DIM
+    return fit_regions(msg.SHUF_SIZE, config.DATA.IMG_SIZE, *sizes, exchange)
+
+
+def _build_msg(config, shuffle_size):
     msg = config.MODEL.MSG
     arguments = dict(
         img_size=config.DATA.IMG_SIZE,
@@ -50,7 +64,7 @@ def _build_msg(config):
         drop_path_rate=config.MODEL.DROP_PATH_RATE,
         ape=msg.APE,
         patch_norm=msg.PATCH_NORM,
-        shuffle_size=msg.SHUF_SIZE,
+        shuffle_size=shuffle_size,
         manip_type=msg.MANIP_TYPE,
         tokens=msg.TOKENS,
         patch_embed=msg.PATCH_EMBED,

@@ -1,11 +1,12 @@
-"""Whether a classifier of some sizes can be built, and the sizes of its stages."""
+"""What a classifier is made of in sizes and options, and whether it can be built."""
 
+import itertools
 import math
 from dataclasses import dataclass
 
 from timm.layers import to_2tuple
 
-from .attention import BACKENDS
+from .fast.attention import BACKENDS
 from .fast.attention_triton import triton_missing
 from .tracing import image_size
 
@@ -36,6 +37,22 @@ class StageSizes:
     shuffle_size: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class BlockOptions:
+    """What all blocks have in common: arguments of the model, and what messengers exchange."""
+
+    window_size: int
+    mlp_ratio: float
+    qkv_bias: bool
+    qk_scale: float | None
+    proj_drop_rate: float
+    attn_drop_rate: float
+    norm_layer: type
+    tokens: bool
+    attention: str
+    exchange: object  # of messengers, a function; None for none
+
+
 @dataclass(frozen=True)
 class Geometry:
     """The sizes of a classifier, under the names of MSGTransformer's arguments."""
@@ -61,9 +78,6 @@ class Geometry:
     def stages(self, exchange):
         """The sizes of each stage.
 
-        Where fewer windows are left than a region has, the region is the whole side if the channels allow it;
-        otherwise it stays as it is, with empty windows.
-
         Args:
             exchange: whether messengers exchange channel groups, which the channels must allow.
 
@@ -77,11 +91,7 @@ class Geometry:
         known_sides(self.img_size, self.patch_size)
         stages = []
         for i, (depth, heads, shuffle_size) in enumerate(zip(self.depths, self.num_heads, self.shuffle_size)):
-            dim = self.embed_dim * 2**i
-            windows = max(-(-side // (2**i * self.window_size)) for side in self.grid)
-            if windows < shuffle_size and not (exchange and dim % windows**2):
-                shuffle_size = windows
-            stages.append(StageSizes(dim, heads, depth, shuffle_size))
+            stages.append(StageSizes(self.embed_dim * 2**i, heads, depth, shuffle_size))
             _check_stage(i, stages[-1], exchange)
         return stages
 
@@ -98,6 +108,35 @@ class Geometry:
                 raise ValueError(
                     f"MODEL.MSG.{key} is {list(values)}: every entry must be a positive whole number"
                 )
+
+
+def fit_regions(shuffle_size, img_size, patch_size=4, window_size=7, embed_dim=96, exchange=True):
+    """The shuffle regions of each stage for images of a size.
+
+    Where fewer windows are left than a region has, the region is the whole side if the channels allow it;
+    otherwise it stays as it is, with empty windows.
+
+    Args:
+        shuffle_size: windows on a side of a shuffle region in each stage, where there are enough.
+        img_size: side of the images in pixels, or (height, width).
+        patch_size, window_size, embed_dim: of the model.
+        exchange: whether messengers exchange channel groups, which the channels must allow.
+
+    Returns:
+        A list like ``shuffle_size``.
+    """
+    fitted, grid = list(shuffle_size), patch_grid(to_2tuple(img_size), patch_size)
+    for i, asked in enumerate(fitted):
+        windows = max(-(-side // (2**i * window_size)) for side in grid)
+        if windows < asked and not (exchange and embed_dim * 2**i % windows**2):
+            fitted[i] = windows
+    return fitted
+
+
+def drop_path_rates(rate, depths):
+    """The rates of the blocks of each stage, a list of lists: from 0 to ``rate`` in equal steps."""
+    last, blocks = max(1, sum(depths) - 1), itertools.count()
+    return [[rate * next(blocks) / last for _ in range(depth)] for depth in depths]
 
 
 def _check_stage(i, sizes, exchange):

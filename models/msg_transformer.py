@@ -10,22 +10,18 @@ tokens of the window row-major.
 """
 
 import math
-from dataclasses import dataclass
-from functools import partial
-from itertools import islice
 
 import torch
-from timm.layers import DropPath, Mlp, gen_relative_position_index, trunc_normal_
+from timm.layers import DropPath, Mlp, trunc_normal_
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from .attention import at_least_float32, windowed_attention
 from .exchange import OTHER_EXCHANGES
-from .fast.fixed_weights import Fixed, are_plain
-from .geometry import Geometry, check_choices, known_pool, require_size
-from .padding import Layouts, pad_to_even, pad_to_patches, resample_positions
+from .fast.attention import windowed_attention
+from .geometry import BlockOptions, Geometry, check_choices, drop_path_rates, known_pool, require_size
+from .padding import PaddedStage, pad_to_even, pad_to_patches
+from .positions import RelativePositions, resample_positions
 from .timm_interface import TimmInterface, feature_info
-from .tracing import exporting, plain_sizes, replace_messengers
+from .tracing import count_squares, plain_sizes, replace_messengers, replaceable, split_sides
 
 
 class PatchEmbed(nn.Module):
@@ -85,23 +81,7 @@ def shuffle_messengers(messengers):
     return groups.flatten(2)  # B*regions, G, C
 
 
-@dataclass(frozen=True)
-class BlockOptions:
-    """What all blocks have in common: arguments of the model, and what messengers exchange."""
-
-    window_size: int
-    mlp_ratio: float
-    qkv_bias: bool
-    qk_scale: float | None
-    proj_drop_rate: float
-    attn_drop_rate: float
-    norm_layer: type
-    tokens: bool
-    attention: str
-    exchange: object  # of messengers, a function; None for none
-
-
-class LocalAttention(nn.Module):
+class LocalAttention(RelativePositions):
     """Multi-head self-attention over the tokens of each window, with a learned bias per head (section 3.1).
 
     Patch to patch, the bias is looked up by relative position; the messenger has two scalars per head:
@@ -110,13 +90,9 @@ class LocalAttention(nn.Module):
     """
 
     def __init__(self, dim, heads, options):
-        super().__init__()
-        self.backend, self.attn_drop_rate, self.fixed = options.attention, options.attn_drop_rate, Fixed()
+        super().__init__(options.window_size, heads, options.tokens)
+        self.backend, self.attn_drop_rate = options.attention, options.attn_drop_rate
         self.scale = options.qk_scale or (dim // heads) ** -0.5
-        offsets = (2 * options.window_size - 1) ** 2
-        self.relative_position_bias_table = nn.Parameter(torch.empty(offsets, heads))
-        self.rel_pos_msg = nn.Parameter(torch.empty(heads, 2, 1, 1)) if options.tokens else None
-        self.set_index(options.window_size)
         self.qkv = nn.Linear(dim, 3 * dim, bias=options.qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(options.proj_drop_rate)
@@ -124,32 +100,9 @@ class LocalAttention(nn.Module):
         if options.tokens:
             trunc_normal_(self.rel_pos_msg, std=0.02)
 
-    def set_index(self, window_size):
-        """Set ``position_index`` (w*w, w*w): the row of the table for each pair of patches.
-
-        Checkpoints hold it as the buffer ``relative_position_index``. Nothing reads the buffer, because
-        ``torch.optim.swa_utils.AveragedModel`` averages buffers, which rounds indices down.
-        """
-        device = self.relative_position_bias_table.device
-        with torch.device("cpu" if device.type == "meta" else device):
-            self.position_index = gen_relative_position_index((window_size, window_size))
-        self.register_buffer("relative_position_index", self.position_index.clone())
-
-    def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
-        self.set_index(math.isqrt(len(self.position_index)))
-        return self
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}relative_position_index"] = self.position_index
-
-    def bias(self):
-        """The additive attention bias: (heads, tokens, tokens), query rows and key columns."""
-        table, index = self.relative_position_bias_table, self.position_index
-        if index.device != table.device:  # what moved the weights left it behind, as replicas of a model do
-            index = index.to(table.device)
-        bias = table[index].movedim(2, 0)  # heads, w*w, w*w
+    def expand_bias(self):
+        """The additive bias of all pairs of tokens: (heads, tokens, tokens), query rows and key columns."""
+        bias = self.bias_of_patches()  # heads, w*w, w*w
         if self.rel_pos_msg is None:
             return bias
         patches = bias.shape[1]
@@ -158,25 +111,27 @@ class LocalAttention(nn.Module):
         of_patches = torch.cat([from_patch, bias], dim=2)  # heads, w*w, 1+w*w
         return torch.cat([from_messenger, of_patches], dim=1)  # heads, 1+w*w, 1+w*w
 
-    def fix_weights(self, dtype):
-        """Keep the expanded bias; see :func:`models.inference`."""
-        if are_plain(self.relative_position_bias_table, self.rel_pos_msg):
-            bias = at_least_float32(self.bias().detach())
-            self.fixed.keep(bias, self.relative_position_bias_table, self.rel_pos_msg)
-
-    def forward(self, x, read=None, layout=None):
-        """Attend within windows: (B*regions, windows, tokens, C) to the same shape, or to ``read`` tokens."""
-        fixed = self.fixed.of(self.relative_position_bias_table, self.rel_pos_msg)
-        bias = self.bias() if fixed is None or exporting() else fixed
+    def attend(self, qkv, bias, hidden=None):
+        """Attention of windows, (N, tokens, 3*C) to (N, tokens, C), where nobody sees ``hidden`` tokens."""
         dropout = self.attn_drop_rate if self.training else 0.0
-        settings = dict(scale=self.scale, backend=self.backend, dropout=dropout)
-        attend = partial(windowed_attention, bias=bias, **settings)
-        qkv = self.qkv(x)  # B*regions, windows, tokens, 3*C
-        if layout is not None:
-            return self.proj_drop(self.proj(layout.attend(qkv, attend, read)))
-        heads = attend(qkv.flatten(0, 1))  # B*regions*windows, tokens, C
-        out = self.proj_drop(self.proj(heads[:, :read]))  # B*regions*windows, tokens or read, C
-        return out.unflatten(0, (-1, x.shape[1]))  # B*regions, windows, tokens or read, C
+        return windowed_attention(qkv, bias, self.scale, self.backend, hidden, dropout)
+
+    def project(self, x):
+        """The output projection, with its dropout: (..., C) to the same shape."""
+        return self.proj_drop(self.proj(x))
+
+    @replaceable
+    def forward(self, x):
+        """Attend within windows: (B*regions, windows, tokens, C) to the same shape."""
+        bias, qkv = self.bias(), self.qkv(x)  # B*regions, windows, tokens, 3*C
+        heads = self.attend(qkv.flatten(0, 1), bias)  # B*regions*windows, tokens, C
+        return self.project(heads).unflatten(0, (-1, x.shape[1]))  # B*regions, windows, tokens, C
+
+    def forward_messengers(self, x):
+        """What :meth:`forward` gives to the messengers alone: (B*regions, windows, 1, C)."""
+        bias, qkv = self.bias(), self.qkv(x)  # B*regions, windows, tokens, 3*C
+        heads = self.attend(qkv.flatten(0, 1), bias)[:, :1]  # B*regions*windows, 1, C
+        return self.project(heads).unflatten(0, (-1, x.shape[1]))  # B*regions, windows, 1, C
 
 
 class Block(nn.Module):
@@ -194,15 +149,21 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * options.mlp_ratio), drop=options.proj_drop_rate)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x, read=None, layout=None):
-        """Apply the block: (B*regions, windows, tokens, C) to the same shape, or to ``read`` tokens."""
-        if layout is not None and read is None:
-            return layout.block(self, x)
-        attention = self.attn(self.norm1(x), read, layout)
-        x = x[:, :, :read] if layout is None else layout.read_messengers(x)
-        x = x + self.drop_path(attention)
-        if self.exchange:
-            x = replace_messengers(x, self.exchange(x[:, :, 0]))
+    @replaceable
+    def forward(self, x):
+        """Apply the block: (B*regions, windows, tokens, C) to the same shape."""
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        x = self.shuffle(x)
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    def shuffle(self, x):
+        """Let the messengers of every shuffle region exchange channels."""
+        return replace_messengers(x, self.exchange(x[:, :, 0])) if self.exchange else x
+
+    def forward_messengers(self, x):
+        """The messengers of :meth:`forward` alone, (B*regions, windows, 1, C): all that a head may read."""
+        x = x[:, :, :1] + self.drop_path(self.attn(self.norm1(x), LocalAttention.forward_messengers))
+        x = self.shuffle(x)
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
@@ -229,14 +190,12 @@ class PatchMerging(nn.Module):
         x = pad_to_even(x)
         if self.kind == "conv":
             return self.norm(self.reduction(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-        height, width = plain_sizes(*x.shape[1:3])
-        # Not unflatten, after which the older ONNX exporter takes B for a constant.
-        x = x.reshape(x.shape[0], height // 2, 2, width // 2, 2, x.shape[3])  # offsets of rows, columns
+        x = split_sides(x, 2)  # B, H/2, row offset, W/2, column offset, C
         x = x.permute(0, 1, 3, 4, 2, 5).flatten(3)  # B, H/2, W/2, 4C: column offset, row offset, C
         return self.reduction(self.norm(x))  # B, H/2, W/2, 2C
 
 
-class Stage(nn.Module):
+class Stage(PaddedStage):
     """Blocks at one resolution, and the patch merging after them unless it is the last stage.
 
     Args:
@@ -247,51 +206,27 @@ class Stage(nn.Module):
     """
 
     def __init__(self, sizes, drop_path, options, downsample=None):
-        super().__init__()
-        self.shuffle_size, self.window_size = sizes.shuffle_size, options.window_size
-        self.tokens, self.grad_checkpointing = options.tokens, False
+        super().__init__(options.window_size, sizes.shuffle_size, options.tokens)
         self.blocks = nn.ModuleList(Block(sizes.dim, sizes.heads, rate, options) for rate in drop_path)
         self.downsample = PatchMerging(sizes.dim, downsample, options.norm_layer) if downsample else None
 
-    def forward(self, patches, messengers, layout=None, read=None):
-        """Apply the blocks to the windows of two maps, and return these again.
-
-        Args:
-            patches: (B, H, W, C).
-            messengers: (B, H/w, W/w, C); (R, R, C) for the same in every region; None without messengers.
-            layout: where tokens are if windows reach over the edge of an image, see padding.py.
-            read: 1 if only the messengers are wanted: the patches will be None.
-        """
-        if layout is not None:
-            x = self.forward_blocks(layout.cut(patches, messengers), read, layout)
-            return (None, layout.restore_messengers(x)) if read else layout.restore(x)
-        (height, width), side = plain_sizes(*patches.shape[1:3]), self.window_size * self.shuffle_size
-        # Asked for before the windows are cut: of windows, ONNX takes the number for a constant.
-        regions = patches.shape[0] * (height // side) * (width // side)
-        x = partition_windows(patches, self.window_size, self.shuffle_size)  # B*regions, windows, w*w, C
+    def forward_regions(self, patches, messengers, only_messengers=False):
+        """Apply the blocks to maps of whole shuffle regions; arguments as for :meth:`forward`."""
+        window, region = self.window_size, self.shuffle_size
+        height, width = plain_sizes(*patches.shape[1:3])
+        regions = count_squares(patches, window * region)  # B*regions
+        x = partition_windows(patches, window, region)  # B*regions, windows, w*w, C
         if self.tokens:
-            shared = messengers.dim() == 3
-            first = partition_windows(messengers[None] if shared else messengers, 1, self.shuffle_size)
-            first = first.expand(regions, -1, -1, -1) if shared else first  # B*regions, windows, 1, C
+            first = messengers[None] if messengers.dim() == 3 else messengers  # 1 or B, H/w, W/w, C
+            first = partition_windows(first, 1, region).expand(regions, -1, -1, -1)
             x = torch.cat([first, x], dim=2)  # B*regions, windows, 1+w*w, C
-        x = self.forward_blocks(x, read)
+        x = self.forward_blocks(x, last=Block.forward_messengers if only_messengers else None)
         if self.tokens:
-            rows, columns = height // self.window_size, width // self.window_size
-            messengers = merge_windows(x[:, :, :1], 1, self.shuffle_size, rows, columns)
-        if read:
+            messengers = merge_windows(x[:, :, :1], 1, region, height // window, width // window)
+        if only_messengers:
             return None, messengers
         patches = x[:, :, 1:] if self.tokens else x  # B*regions, windows, w*w, C
-        return merge_windows(patches, self.window_size, self.shuffle_size, height, width), messengers
-
-    def forward_blocks(self, x, read=None, layout=None):
-        """Apply the blocks: (B*regions, windows, tokens, C) to the same shape, or to ``read`` tokens."""
-        for block in self.blocks:
-            wanted = read if block is self.blocks[-1] else None
-            if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, wanted, layout, use_reentrant=False)
-            else:
-                x = block(x, wanted, layout)
-        return x
+        return merge_windows(patches, window, region, height, width), messengers
 
 
 class MSGTransformer(TimmInterface, nn.Module):
@@ -315,11 +250,11 @@ class MSGTransformer(TimmInterface, nn.Module):
         drop_path_rate: stochastic depth, growing linearly from 0 to this rate over all blocks.
         ape: add a learned absolute position embedding to the patches.
         patch_norm: LayerNorm after the patch embedding.
-        shuffle_size: windows on a side of a shuffle region in each stage (R), or all where fewer are left.
+        shuffle_size: windows on a side of a shuffle region in each stage (R); see ``geometry.fit_regions``.
         manip_type: ``shuf`` exchanges messengers in every block, ``none`` does not; others: exchange.py.
         tokens: False removes the messengers: plain local windows.
         patch_embed, downsample: ``linear`` (v1) or ``conv`` (CVPR 2022).
-        attention: how attention is computed, see ``attention.py``; the result does not depend on it.
+        attention: how attention is computed, see ``fast/attention.py``; the result does not depend on it.
         norm_layer: class of the norms.
         global_pool: what the head reads of the last stage: ``token``, the mean of its messengers; ``avg``, of
             its patch tokens; an empty string, all of these. None for token, or avg without messengers.
@@ -363,27 +298,34 @@ class MSGTransformer(TimmInterface, nn.Module):
         check_choices(manip_type, patch_embed, downsample, attention)
         exchange = dict(OTHER_EXCHANGES, shuf=shuffle_messengers)[manip_type] if tokens else None
         stages = sizes.stages(exchange is not None)
-        drop_rates = drop_rate if proj_drop_rate is None else proj_drop_rate, attn_drop_rate
-        of_attention = window_size, mlp_ratio, qkv_bias, qk_scale
-        options = BlockOptions(*of_attention, *drop_rates, norm_layer, tokens, attention, exchange)
+        options = BlockOptions(
+            window_size=window_size,
+            mlp_ratio=mlp_ratio,
+            qkv_bias=qkv_bias,
+            qk_scale=qk_scale,
+            proj_drop_rate=drop_rate if proj_drop_rate is None else proj_drop_rate,
+            attn_drop_rate=attn_drop_rate,
+            norm_layer=norm_layer,
+            tokens=tokens,
+            attention=attention,
+            exchange=exchange,
+        )
         self.img_size, self.grid_size, self.strict_img_size = sizes.sides, sizes.grid, strict_img_size
-        self.patch_size, self.shuffle_size = patch_size, [stage.shuffle_size for stage in stages]
+        self.patch_size, self.shuffle_size = patch_size, list(shuffle_size)
         self.num_classes, self.tokens, self.global_pool = num_classes, tokens, known_pool(global_pool, tokens)
         self.num_features = self.head_hidden_size = stages[-1].dim
         self.feature_info = feature_info(stages, patch_size)
-        self.layouts, patches, windows = Layouts(), math.prod(sizes.grid), self.shuffle_size[0] ** 2
+        patches, windows = math.prod(sizes.grid), self.shuffle_size[0] ** 2
 
         self.absolute_pos_embed = nn.Parameter(torch.empty(1, patches, embed_dim)) if ape else None
         self.msg_tokens = nn.Parameter(torch.empty(1, windows, 1, embed_dim)) if tokens else None
         patch_norm = norm_layer if patch_norm else None
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, patch_norm, patch_embed)
         self.pos_drop = nn.Dropout(drop_rate)
-        last = max(1, sum(depths) - 1)
-        rates = iter([drop_path_rate * i / last for i in range(sum(depths))])
         self.layers = nn.ModuleList()
-        for stage in stages:
+        for stage, rates in zip(stages, drop_path_rates(drop_path_rate, depths)):
             merging = None if stage is stages[-1] else downsample
-            self.layers.append(Stage(stage, list(islice(rates, stage.depth)), options, merging))
+            self.layers.append(Stage(stage, rates, options, merging))
         self.norm = norm_layer(self.num_features)
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
@@ -392,14 +334,14 @@ class MSGTransformer(TimmInterface, nn.Module):
                 trunc_normal_(parameter, std=0.02)
         self.apply(self.init_linear)
 
-    def forward_stages(self, x, sizes=None, count=None, read=None):
+    def forward_stages(self, x, sizes=None, count=None, only_messengers=False):
         """Patches and messengers after the blocks of every stage.
 
         Args:
             x: images (B, in_chans, height, width), zero outside of each image.
             sizes: (height, width) in pixels of each image, which is at the top left; None where all fill x.
             count: how many stages; None for all.
-            read: 1 if only the messengers are wanted of the last stage.
+            only_messengers: leave out what only the patches of the last stage need: they will be None.
 
         Returns:
             Pairs of patches (B, H, W, C) and messengers (B, H/w, W/w, C) or None: sides rounded up, zero
@@ -416,34 +358,32 @@ class MSGTransformer(TimmInterface, nn.Module):
             # A copy, because counters of operations take no view of a parameter where gradients are off.
             messengers = self.msg_tokens.clone().view(*[self.shuffle_size[0]] * 2, -1)  # R, R, C
         for stage in self.layers[:count]:
-            layout = self.layouts.of(extent, stage, patches)
-            wanted = read if stage is self.layers[-1] else None
-            patches, messengers = stage(patches, messengers, layout, wanted)
+            last = stage is self.layers[-1]
+            patches, messengers = stage(patches, messengers, extent, only_messengers and last)
             maps.append((patches, messengers))
             if stage.downsample is not None and len(maps) != count:
                 patches, extent = stage.downsample(patches), extent.merged()
                 messengers = stage.downsample(messengers) if self.tokens else None  # in the same way
         return maps
 
-    def forward_features(self, x, read=None):
-        """Images to what the head reads.
-
-        Args:
-            x: images (B, in_chans, height, width).
-            read: 1 to leave out what only patch tokens need.
+    def forward_features(self, x):
+        """Images (B, in_chans, height, width) to the last stage's tokens.
 
         Returns:
             With ``global_pool`` token (B, 1+H*W, C): the mean of the last stage's messengers, then its patch
             tokens; else its map of patches (B, H, W, C). Normed.
         """
-        return self.read_features(*self.forward_stages(x, read=read)[-1])
+        return self.read_features(*self.forward_stages(x)[-1])
 
     def read_features(self, patches, messengers):
-        """What the head reads of the last stage's maps; the patches may be None if it reads messengers."""
+        """What :meth:`forward_features` gives for the last stage's maps."""
         if self.global_pool != "token":
             return self.norm(patches)
-        first = self.norm(messengers.flatten(1, 2)).mean(1, keepdim=True)  # B, 1, C
-        return first if patches is None else torch.cat([first, self.norm(patches.flatten(1, 2))], dim=1)
+        return torch.cat([self.pool(messengers), self.norm(patches.flatten(1, 2))], dim=1)
+
+    def pool(self, messengers):
+        """The mean of the last stage's normed messengers: (B, rows, columns, C) to (B, 1, C)."""
+        return self.norm(messengers.flatten(1, 2)).mean(1, keepdim=True)
 
     def forward_head(self, x, pre_logits=False):
         """What :meth:`forward_features` gives to logits (B, num_classes), or to what is pooled (B, C)."""
@@ -453,4 +393,7 @@ class MSGTransformer(TimmInterface, nn.Module):
 
     def forward(self, x):
         """Images (B, in_chans, height, width) to logits (B, num_classes)."""
-        return self.forward_head(self.forward_features(x, read=1 if self.global_pool == "token" else None))
+        if self.global_pool != "token":
+            return self.forward_head(self.forward_features(x))
+        _, messengers = self.forward_stages(x, only_messengers=True)[-1]
+        return self.forward_head(self.pool(messengers))

@@ -19,16 +19,18 @@ what is exported takes any number of them.
 
 import functools
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from timm.layers import resample_abs_pos_embed
+from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from .tracing import exporting, image_size, plain_sizes, unwarned_trace
 
-KEPT = 64  # layouts that a model remembers
+KEPT = 16  # layouts that a stage remembers
 
 
 @dataclass(frozen=True)
@@ -89,20 +91,6 @@ def pad_to_patches(x, patch_size, sizes=None):
     return functional.pad(x, (0, missing[1], 0, missing[0])) if any(missing) else x, extent
 
 
-def resample_positions(positions, grid_size, extent):
-    """Absolute positions (1, rows*columns, C) of a grid for a map, or each image of it: (1 or B, H, W, C)."""
-
-    def resample(height, width):
-        x = resample_abs_pos_embed(positions, [height, width], list(grid_size), num_prefix_tokens=0)
-        return functional.pad(
-            x.unflatten(1, (height, width)), (0, 0, 0, extent.width - width, 0, extent.height - height)
-        )
-
-    if extent.sizes is None:
-        return resample(extent.height, extent.width)
-    return torch.cat([resample(*size) for size in extent.sizes])
-
-
 def pad_to_even(x):
     """A map (B, H, W, C) with zeros added where a side is odd, for patch merging."""
     height, width = plain_sizes(*x.shape[1:3])
@@ -126,7 +114,7 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the tokens of a stage are, for images of given sizes, and what a block does with them there.
+    """Where the tokens of a stage are, for images of given sizes.
 
     Args:
         images: how many share the rows.
@@ -287,25 +275,18 @@ class Layout:
     def _messenger_map(self, x):
         return x.reshape(-1, *self.extent.windows(self.window_size), x.shape[2])
 
-    def block(self, block, x):
-        """What a block does to windows, done to rows (N, T, C)."""
-        x = self._add(x, block.attn(block.norm1(x), layout=self), block.drop_path)
-        if block.exchange:
-            x = self._exchange(x, block.exchange)
-        return self._add(x, block.mlp(block.norm2(x)), block.drop_path)
-
     def read_messengers(self, x):
         """The messengers of rows (N, T, C) as windows of one token, (N*regions, windows, 1, C)."""
         return x.index_select(1, self.messengers).reshape(-1, self.windows, 1, x.shape[2])
 
-    def attend(self, qkv, attend, read=None):
+    def attend(self, qkv, attend, only_messengers=False):
         """Attention in every window.
 
         Args:
             qkv: rows (N, T, 3C).
             attend: computes the attention of windows, (windows, tokens, 3C) to (windows, tokens, C), where
                 some tokens are ``hidden``: bool (windows, tokens).
-            read: 1 for the messengers alone.
+            only_messengers: whether the result is that of the messengers alone.
 
         Returns:
             Rows (N, T, C), or windows of one token (N*regions, windows, 1, C).
@@ -316,35 +297,35 @@ class Layout:
         if self.full:
             x = of_full.unflatten(1, (self.full, self.tokens)).flatten(0, 1)  # N*full, tokens, 3C
             x = attend(x).unflatten(0, (-1, self.full))  # N, full, tokens, C
-            parts.append(x.flatten(1, 2) if read is None else x[:, :, 0])
+            parts.append(x[:, :, 0] if only_messengers else x.flatten(1, 2))
         if self.padded:
             x = _take(of_padded, self.filled, self.gathered)  # N, padded*tokens, 3C
             x = x.unflatten(1, (self.padded, self.tokens)).flatten(0, 1)  # N*padded, tokens, 3C
             hidden = self.hidden.repeat(qkv.shape[0], 1) if exporting() or not qkv.shape[0] else self.hidden
             x = attend(x, hidden=hidden).unflatten(0, (-1, self.padded))  # N, padded, tokens, C
-            x = _take(x.flatten(1, 2), self.gathered, self.spread) if read is None else x[:, :, 0]
-            parts.append(x)
+            rows = self.gathered, self.spread
+            parts.append(x[:, :, 0] if only_messengers else _take(x.flatten(1, 2), *rows))
         if self.empty:  # who attends to itself gets its value
             parts.append(alone.chunk(3, dim=2)[2])
         x = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-        if read is None:
+        if not only_messengers:
             return x
         return x.index_select(1, self.order).reshape(-1, self.windows, 1, x.shape[2])
 
-    def _add(self, x, branch, drop_path):
+    def add(self, x, branch, drop_path):
         """The sum of a residual stream and a branch, whose path is dropped for whole regions."""
         if drop_path.training and drop_path.drop_prob:
             kept = drop_path(branch.new_ones(x.shape[0] * self.regions, 1))
             branch = branch * kept.unflatten(0, (-1, self.regions)).index_select(1, self.region)
         return x + branch
 
-    def _exchange(self, x, exchange):
+    def exchange(self, x, exchange):
         """Rows whose messengers have exchanged channels; x may be changed in place."""
         if exporting() or torch.compiler.is_compiling():
-            return x.index_copy(1, self.messengers, self._exchanged(x, exchange))
+            return x.index_copy(1, self.messengers, self.exchanged(x, exchange))
         return _Exchange.apply(x, self, exchange)
 
-    def _exchanged(self, x, exchange):
+    def exchanged(self, x, exchange):
         """The messengers (N, regions * windows, C) of rows, after an exchange (N*regions, windows, C)."""
         messengers = exchange(self.read_messengers(x)[:, :, 0])
         return messengers.reshape(-1, self.regions * self.windows, x.shape[2])
@@ -357,7 +338,7 @@ class _Exchange(torch.autograd.Function):
     def forward(ctx, x, layout, exchange):
         ctx.mark_dirty(x)
         ctx.layout, ctx.exchange = layout, exchange
-        return x.index_copy_(1, layout.messengers, layout._exchanged(x, exchange))
+        return x.index_copy_(1, layout.messengers, layout.exchanged(x, exchange))
 
     @staticmethod
     def backward(ctx, grad):
@@ -403,22 +384,68 @@ def _inverse(index, count):
     return inverse
 
 
-class Layouts:
-    """The layouts of the sizes that a model saw last; copies of a model begin without them."""
+def attend_rows(attention, x, layout, only_messengers=False):
+    """What a LocalAttention does to windows, done to rows (N, T, C); see :meth:`Layout.attend`."""
+    attend = partial(attention.attend, bias=attention.bias())
+    return attention.project(layout.attend(attention.qkv(x), attend, only_messengers))
 
-    def __init__(self):
-        self.kept = functools.lru_cache(KEPT)(_layout)  # which threads may share
 
-    def __reduce__(self):
-        return Layouts, ()
+def block_on_rows(block, x, layout):
+    """What a Block does to windows, done to rows (N, T, C)."""
+    x = layout.add(x, block.attn(block.norm1(x), partial(attend_rows, layout=layout)), block.drop_path)
+    if block.exchange:
+        x = layout.exchange(x, block.exchange)
+    return layout.add(x, block.mlp(block.norm2(x)), block.drop_path)
 
-    def of(self, extent, stage, x):
-        """The layout of a stage for maps x (B, H, W, C), or None if they consist of whole regions."""
-        if extent.whole(stage.window_size * stage.shuffle_size):
+
+def block_on_messengers(block, x, layout):
+    """The messengers of :func:`block_on_rows` alone, as windows of one token, (N*regions, windows, 1, C)."""
+    attend = partial(attend_rows, layout=layout, only_messengers=True)
+    x = layout.read_messengers(x) + block.drop_path(block.attn(block.norm1(x), attend))
+    x = block.shuffle(x)
+    return x + block.drop_path(block.mlp(block.norm2(x)))
+
+
+class PaddedStage(nn.Module):
+    """A stage that takes maps of any size. Its subclass has ``blocks``, and a ``forward_regions``.
+
+    Args:
+        window_size: tokens on a side of a window (w).
+        shuffle_size: windows on a side of a shuffle region (R).
+        tokens: whether windows have messengers.
+    """
+
+    def __init__(self, window_size, shuffle_size, tokens):
+        super().__init__()
+        self.window_size, self.shuffle_size, self.tokens = window_size, shuffle_size, tokens
+        self.grad_checkpointing, self.layouts = False, Layouts()
+
+    def forward(self, patches, messengers, extent, only_messengers=False):
+        """Apply the blocks to the windows of two maps, and return these again.
+
+        Args:
+            patches: (B, H, W, C).
+            messengers: (B, H/w, W/w, C), sides rounded up; (R, R, C) for the same in every region; None
+                without messengers.
+            extent: of the patches, an :class:`Extent`.
+            only_messengers: leave out what only patches need: they will be None.
+        """
+        layout = self.layout(extent, patches)
+        if layout is None:
+            return self.forward_regions(patches, messengers, only_messengers)
+        x, each = layout.cut(patches, messengers), partial(block_on_rows, layout=layout)
+        if only_messengers:
+            x = self.forward_blocks(x, each, partial(block_on_messengers, layout=layout))
+            return None, layout.restore_messengers(x)
+        return layout.restore(self.forward_blocks(x, each, each))
+
+    def layout(self, extent, x):
+        """The :class:`Layout` of maps x (B, H, W, C), or None if they consist of whole regions."""
+        if extent.whole(self.window_size * self.shuffle_size):
             return None
         recorded = exporting()
         images = 1 if extent.sizes is None and (recorded or not x.shape[0]) else x.shape[0]
-        asked = images, extent, stage.window_size, stage.shuffle_size, stage.tokens
+        asked = images, extent, self.window_size, self.shuffle_size, self.tokens
         if recorded:  # what is made here belongs to the recording
             with unwarned_trace():
                 return Layout.build(*asked).to(x.device)
@@ -426,7 +453,33 @@ class Layouts:
             sizes = extent.height, extent.width, extent.sizes
             parts = _constant_parts(images, sizes, *asked[2:], str(x.device))
             return Layout(parts[0], extent, *parts[1:])
-        return self.kept(*asked, x.device)
+        return self.layouts.kept(*asked, x.device)
+
+    def forward_blocks(self, x, each=None, last=None):
+        """Apply the blocks to tokens.
+
+        Args:
+            x: tokens, as the blocks take them.
+            each: function of a block and of tokens that runs in place of the block's forward, or None.
+            last: the same for the last block.
+        """
+        for block in self.blocks:
+            instead = last if block is self.blocks[-1] else each
+            if self.grad_checkpointing and self.training:
+                x = checkpoint(block, x, instead, use_reentrant=False)
+            else:
+                x = block(x, instead)
+        return x
+
+
+class Layouts:
+    """The layouts of the sizes that a stage saw last; copies of a stage begin without them."""
+
+    def __init__(self):
+        self.kept = functools.lru_cache(KEPT)(_layout)  # which threads may share
+
+    def __reduce__(self):
+        return Layouts, ()
 
 
 def _layout(images, extent, window_size, shuffle_size, has_messengers, device):

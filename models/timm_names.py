@@ -13,14 +13,29 @@ import contextlib
 from pathlib import Path
 
 import torch
-from timm.layers import get_norm_layer, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.layers import get_norm_layer
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    register_model,
+    register_notrace_function,
+    register_notrace_module,
+)
 from torch import nn
 
 from checkpoint.resize import fit_on_load
 
-from .fx_tracing import TraceableMSGTransformer
-from .geometry import known_window
+from .geometry import fit_regions, known_window, require_size
+from .msg_transformer import MSGTransformer, PatchMerging, Stage
+from .padding import pad_to_patches
+from .positions import resample_positions
+
+# torch.fx runs the model with stand-ins for tensors, which have no sizes. What depends on sizes is a single
+# step of its graph.
+for module in (Stage, PatchMerging):
+    register_notrace_module(module)
+for function in (pad_to_patches, resample_positions, require_size):
+    register_notrace_function(function)
 
 _UNTRAINED = dict(
     num_classes=1000,
@@ -67,9 +82,9 @@ def _create(variant, pretrained, defaults, kwargs, stages=4):
 
 
 def _build(
-    img_size=224,
     window_size=7,
     norm_layer=nn.LayerNorm,
+    shuffle_size=(4, 4, 2, 1),
     strict_img_size=None,
     dynamic_img_size=None,
     device=None,
@@ -79,8 +94,9 @@ def _build(
     """MSGTransformer of timm's arguments.
 
     Args:
-        img_size, window_size: these leave the shuffle regions as they are.
+        window_size: tokens on a side of a window.
         norm_layer: class, or a name that timm knows, of norms over the last dimension.
+        shuffle_size: fitted to the images of training, whatever the size of these.
         strict_img_size: refuse images of other sizes; None for False.
         dynamic_img_size: the opposite; None to leave it to ``strict_img_size``.
         device, dtype: of the parameters.
@@ -90,17 +106,20 @@ def _build(
     """
     if dynamic_img_size and strict_img_size:
         raise ValueError("dynamic_img_size and strict_img_size contradict each other: give one of them")
-    strict = bool(strict_img_size)
-    # At least as many windows as there are at 224 px with windows of 7x7: from these come the regions.
-    built_for = 32 * known_window(window_size)
-    arguments.update(window_size=window_size, norm_layer=_known_norm(norm_layer), strict_img_size=strict)
+    # Images of training have as many windows as there are at 224 px with windows of 7x7.
+    training = dict(img_size=32 * known_window(window_size), window_size=window_size)
+    training.update({name: arguments[name] for name in ("patch_size", "embed_dim") if name in arguments})
+    exchange = arguments.get("tokens", True) and arguments.get("manip_type") != "none"
+    arguments.update(
+        window_size=window_size,
+        norm_layer=_known_norm(norm_layer),
+        shuffle_size=fit_regions(shuffle_size, **training, exchange=exchange),
+        strict_img_size=bool(strict_img_size),
+    )
     with torch.device(device) if device is not None else contextlib.nullcontext():
-        model = TraceableMSGTransformer(img_size=built_for, **arguments)
-        grid = model.grid_size
-        model.set_input_size(img_size)
-        if model.absolute_pos_embed is not None and model.grid_size != grid:
-            trunc_normal_(model.absolute_pos_embed, std=0.02)  # resampled, they would be smoother
-    model._traits["fixed_input_size"] = strict
+        model = MSGTransformer(**arguments)
+    model.set_input_size()  # which tells timm of the sizes
+    model._traits["fixed_input_size"] = model.strict_img_size
     # timm's checkpoint_path knows no filter.
     model.register_load_state_dict_pre_hook(fit_on_load)
     return model.to(dtype=dtype)

@@ -1,6 +1,7 @@
 """What a trace, an export, a counter of operations or ``torch.func`` sees: the plain formulas and layers."""
 
 import contextlib
+import functools
 import warnings
 
 import torch
@@ -42,6 +43,20 @@ def plain_backward(grad):
     return False
 
 
+def replaceable(forward):
+    """Decorate the ``forward(x)`` of a module, so that another function can run in its place.
+
+    ``module(x, function)`` computes ``function(module, x)`` with the hooks of the module around it. FSDP, for
+    example, gathers sharded weights in such a hook, which a call of the function alone would leave out.
+    """
+
+    @functools.wraps(forward)
+    def choose(self, x, instead=None):
+        return forward(self, x) if instead is None else instead(self, x)
+
+    return choose
+
+
 def replace_messengers(x, messengers):
     """Windowed tokens with the messengers that an exchange among their windows gave.
 
@@ -62,6 +77,24 @@ def replace_messengers(x, messengers):
             x[:, :, 0] = messengers.clone()  # or the assignment could overwrite what it has yet to read
             return x
     return torch.cat([messengers[:, :, None], x[:, :, 1:]], dim=2)
+
+
+def count_squares(x, side):
+    """The squares of ``side`` tokens in all maps x (B, H, W, C).
+
+    Call it before the maps are cut: afterwards the older ONNX exporter would treat the number as a constant.
+    """
+    height, width = plain_sizes(*x.shape[1:3])
+    return x.shape[0] * (height // side) * (width // side)
+
+
+def split_sides(x, side):
+    """Maps (B, H, W, C) to (B, H/side, side, W/side, side, C).
+
+    This is no unflatten, after which the older ONNX exporter would treat B as a constant.
+    """
+    height, width = plain_sizes(*x.shape[1:3])
+    return x.reshape(x.shape[0], height // side, side, width // side, side, x.shape[3])
 
 
 def image_size(x):

@@ -13,7 +13,7 @@ import torch
 from helpers import ROOT, logged, micro
 from packaging.version import Version
 
-from models.attention import BLOCK, choose_backend, windowed_attention
+from models.fast.attention import BLOCK, choose_backend, windowed_attention
 from models.fast.attention_triton import triton_builds
 from models.msg_transformer import MSGTransformer
 from utils import UserError

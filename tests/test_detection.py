@@ -15,6 +15,7 @@ from detection.backbone import MSGBackbone
 from detection.cascade import CascadeHeads, CascadeStage, DetectionLimits, HeadLayers, Samples
 from detection.detector import build_detector, count_detector_macs, load_pretrained, to_original_size
 from models import build_model
+from utils import UserError
 
 LAYERS, LIMITS = HeadLayers(8, 4, 1, [16], 1), DetectionLimits(0.05, 0.5, 100)
 STDS = [[0.1, 0.1, 0.2, 0.2], [0.05, 0.05, 0.1, 0.1], [0.033, 0.033, 0.067, 0.067]]
@@ -25,8 +26,8 @@ def config(name="shapes", *opts):
     return get_config(argparse.Namespace(cfg=str(path), opts=list(map(str, opts))))
 
 
-def backbone(shuffle_size, frozen=0, **changes):
-    return MSGBackbone(micro(**changes), shuffle_size, frozen).double().eval()
+def backbone(**changes):
+    return MSGBackbone(micro(**changes)).double().eval()
 
 
 def scene(sizes, dtype=torch.float64, seed=0):
@@ -49,7 +50,7 @@ def test_maps_of_unpadded_images_are_the_classifiers(changes, size):
     classifier = micro(**changes).double()
     images = torch.randn(2, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     expected = classifier.forward_intermediates(images, intermediates_only=True)
-    found = backbone(classifier.shuffle_size, **changes)(images, [size] * 2)
+    found = backbone(**changes)(images, [size] * 2)
     for x, y in zip(found, expected):
         y = functional.layer_norm(y.movedim(1, 3), y.shape[1:2]).movedim(3, 1)
         torch.testing.assert_close(x, y, rtol=0, atol=1e-12)
@@ -58,7 +59,7 @@ def test_maps_of_unpadded_images_are_the_classifiers(changes, size):
 @pytest.mark.parametrize("changes", [{}, CVPR22, dict(tokens=False), dict(depths=(1, 3, 1))])
 def test_features_do_not_depend_on_the_padding_of_the_batch(changes):
     # Regions of the third stage are larger than its map.
-    model = backbone([4, 4, 4], **changes)
+    model = backbone(shuffle_size=(4, 4, 4), **changes)
     for size in ((37, 51), (8, 90), (64, 33)):
         images, sizes, _ = scene([size, (130, 101)])
         alone, together = model(images[:1, :, : size[0], : size[1]], [size]), model(images, sizes)
@@ -71,27 +72,27 @@ def test_features_do_not_depend_on_the_padding_of_the_batch(changes):
 @pytest.mark.parametrize("changes", [{}, CVPR22])
 def test_images_of_odd_sides_have_features_up_to_their_edges(changes):
     images, sizes, _ = scene([(37, 51)])
-    maps = backbone([4, 4, 4], **changes)(images, sizes)
+    maps = backbone(shuffle_size=(4, 4, 4), **changes)(images, sizes)
     assert [x.shape[2:] for x in maps] == [(19, 26), (10, 13), (5, 7)]
     assert all((x.abs().sum(1) > 0).all() for x in maps)
 
 
 def test_messengers_of_empty_windows_relay_but_hold_no_padding():
     images, sizes, _ = scene([(40, 24)])
-    before = backbone([4, 4, 4])(images, sizes)
-    after = backbone([4, 4, 4])(functional.pad(images, (0, 40, 0, 24), value=9.0), sizes)
+    before = backbone(shuffle_size=(4, 4, 4))(images, sizes)
+    after = backbone(shuffle_size=(4, 4, 4))(functional.pad(images, (0, 40, 0, 24), value=9.0), sizes)
     # What lies in the padding is not the image's: only patches that reach over its edge may see it.
     inner = [x[:, :, :4, :2] for x in before], [x[:, :, :4, :2] for x in after]
     for x, y in zip(*inner):
         torch.testing.assert_close(x, y)
-    without = backbone([4, 4, 4], manip_type="none")(images, sizes)
+    without = backbone(shuffle_size=(4, 4, 4), manip_type="none")(images, sizes)
     assert not torch.allclose(before[0], without[0])
 
 
 def test_gradient_checkpointing_changes_no_gradient():
     gradients = []
     for recompute in (False, True):
-        model = backbone([4, 4, 4]).train()
+        model = backbone(shuffle_size=(4, 4, 4)).train()
         model.model.set_grad_checkpointing(recompute)
         sum(x.square().sum() for x in model(*scene([(40, 51), (64, 33)])[:2])).backward()
         gradients.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
@@ -101,7 +102,7 @@ def test_gradient_checkpointing_changes_no_gradient():
 
 
 def test_frozen_stages_do_not_train():
-    model = MSGBackbone(micro(), [4, 2, 1], frozen_stages=2)
+    model = MSGBackbone(micro(), frozen_stages=2)
     model.train()
     sum(x.square().sum() for x in model(*scene([(40, 40)], torch.float32)[:2])).backward()
     for name, parameter in model.named_parameters():
@@ -113,19 +114,16 @@ def test_frozen_stages_do_not_train():
 
 
 @pytest.mark.parametrize(
-    "arguments, words",
+    "regions, words",
     [
-        (dict(shuffle_size=[4, 2]), "an entry for each stage"),
-        (
-            dict(shuffle_size=[4, 2, 5]),
-            "the 192 channels of stage 3 .* the 25 windows of its 5x5 .* DET.SHUF_SIZE\\[2\\]",
-        ),
-        (dict(shuffle_size=[2, 2, 1]), r"make it MODEL.MSG.SHUF_SIZE\[0\]"),
+        ([2, 2], "an entry for each stage"),
+        ([2, 2, 5], "the 128 channels of stage 3 .* the 25 windows of its 5x5 .* DET.SHUF_SIZE\\[2\\]"),
+        ([4, 2, 2], r"make it MODEL.MSG.SHUF_SIZE\[0\]"),
     ],
 )
-def test_impossible_backbones_name_their_key(arguments, words):
-    with pytest.raises(ValueError, match=words):
-        backbone(**arguments)
+def test_impossible_backbones_name_their_key(regions, words):
+    with pytest.raises(UserError, match=words):
+        build_detector(config("shapes", "DET.SHUF_SIZE", regions), 3)
 
 
 def giou(a, b):

@@ -23,7 +23,7 @@ from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import build_model, inference, use_onednn
-from models.attention import BACKENDS
+from models.fast.attention import BACKENDS
 
 # A shuffle region of four windows, then one window.
 SMALL = dict(img_size=16, depths=(2, 1), num_heads=(2, 4), shuffle_size=(2, 1))

@@ -161,7 +161,7 @@ def detector_for(model):
     """A detector on a model."""
     cfg = str(ROOT / "configs" / "coco" / "shapes.yaml")
     detector = build_detector(get_config(argparse.Namespace(cfg=cfg, opts=[])), 3)
-    detector.backbone = MSGBackbone(model, model.shuffle_size)
+    detector.backbone = MSGBackbone(model)
     return detector
 
 

@@ -32,6 +32,7 @@ from analysis.messengers import (
     gradient_map,
     grids,
     influence,
+    layouts,
     messenger_attention,
     patch_weights,
     sent_messengers,
@@ -40,8 +41,8 @@ from analysis.messengers import (
 )
 from config import dump_config
 from models import build_model
-from models.attention import BACKENDS
 from models.exchange import OTHER_EXCHANGES
+from models.fast.attention import BACKENDS
 from models.geometry import CHOICES
 from models.msg_transformer import MSGTransformer, partition_windows, shuffle_messengers
 from tools import visualize
@@ -67,15 +68,15 @@ def test_weights_times_values_are_what_the_block_adds(size, backend):
     model, outputs = micro(attention=backend).double(), {}
 
     def keep(place):
-        def look(attention, arguments, options, out):
-            layout = options.get("layout", arguments[2] if len(arguments) > 2 else None)
-            outputs[place] = attention, arguments[0], layout, out
+        def look(attention, arguments, out):
+            outputs[place] = attention, arguments[0], rows[place[0]], out
 
         return look
 
     for place, block in blocks_of(model):
-        block.attn.register_forward_hook(keep(place), with_kwargs=True)
+        block.attn.register_forward_hook(keep(place))
     images = torch.stack([image_of(size), image_of(size, 1)])
+    rows = layouts(model, images)
     found = messenger_attention(model, images)
     assert found.keys() == outputs.keys() == {(i, j) for i in range(3) for j in range(2)}
     for place, weights in found.items():
@@ -123,11 +124,11 @@ def test_influence_reaches_what_has_a_gradient(manip_type, size):
     outputs = {}
     model.pos_drop.register_forward_hook(enter)
     for place, block in blocks_of(model):
-        block.register_forward_hook(lambda _, given, x, place=place: outputs.update({place: (given[2], x)}))
+        block.register_forward_hook(lambda _, given, x, place=place: outputs.update({place: x}))
     model(image[None])
     rows, columns = (slice(2 * i, 2 * i + 2) for i in chosen)
-    for place, (layout, x) in outputs.items():
-        grid = grids(model, size)[place[0]]
+    for place, x in outputs.items():
+        grid, layout = grids(model, size)[place[0]], layouts(model, image[None])[place[0]]
         if place == (1, 0):
             continue  # read for its messengers alone
         tokens = x[:, :, 0] if layout is None else layout.read_messengers(x)[:, :, 0]
@@ -214,8 +215,8 @@ def test_ablation_is_a_run_with_the_messenger_replaced(stage, size, manip_type):
 
     def replace(place):
         # What the attention adds to the messenger makes it the blank one.
-        def look(attention, arguments, options, out):
-            layout, x = options.get("layout"), before[0]
+        def look(attention, arguments, out):
+            layout, x = layouts(model, image[None])[stage], before[0]
             at = (
                 (number, window, 0) if layout is None else (0, layout.messengers[number * region**2 + window])
             )
@@ -229,7 +230,7 @@ def test_ablation_is_a_run_with_the_messenger_replaced(stage, size, manip_type):
     for place, block in blocks_of(model):
         if place[0] == stage:
             block.register_forward_pre_hook(lambda _, given: before.__setitem__(0, given[0]))
-            block.attn.register_forward_hook(replace(place), with_kwargs=True)
+            block.attn.register_forward_hook(replace(place))
     with torch.no_grad():
         logits = model.forward_head(model.forward_features(image[None]))[0]
     torch.testing.assert_close(found[row, column], logits - logits.mean(), atol=1e-10, rtol=0)

@@ -26,9 +26,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from config import get_config
 from models import build_model
 from models.exchange import OTHER_EXCHANGES
+from models.geometry import BlockOptions
 from models.msg_transformer import (
     Block,
-    BlockOptions,
     MSGTransformer,
     merge_windows,
     partition_windows,
@@ -429,9 +429,9 @@ def test_impossible_combinations_name_the_key_to_change(changes, words):
 
 
 def test_shuffle_region_is_the_whole_side_where_fewer_windows_are_left():
-    wide, exact = MSGTransformer(**dict(MICRO, shuffle_size=(8, 8, 8))), MSGTransformer(**MICRO)
-    assert wide.shuffle_size == exact.shuffle_size == [4, 2, 1]
-    assert wide.msg_tokens.shape == exact.msg_tokens.shape
+    model = build_model(digits_config("MODEL.MSG.SHUF_SIZE", [8, 8, 8]))
+    assert model.shuffle_size == [stage.shuffle_size for stage in model.layers] == [4, 2, 1]
+    assert model.msg_tokens.shape[1] == 16
 
 
 def test_timm_interface():

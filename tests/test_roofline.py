@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.attention import windowed_attention
+from models.fast.attention import windowed_attention
 from tools.roofline import Work, count_work, least_seconds
 
 

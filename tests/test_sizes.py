@@ -14,8 +14,9 @@ from torch.nn import functional
 
 from detection.backbone import MSGBackbone
 from models import inference, use_onednn
-from models.attention import windowed_attention
 from models.exchange import OTHER_EXCHANGES
+from models.fast.attention import windowed_attention
+from models.geometry import fit_regions
 from models.msg_transformer import MSGTransformer, shuffle_messengers
 from models.padding import KEPT, Extent, Layout
 
@@ -235,7 +236,7 @@ def test_a_model_trains_after_it_was_evaluated_with_fixed_weights():
     model, x = micro(), torch.randn(1, 3, 37, 26)
     with inference(model):
         expected = model(x)
-    assert model.layouts.kept.cache_info().currsize
+    assert model.layers[0].layouts.kept.cache_info().currsize
     logits = model(x)
     logits.sum().backward()
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
@@ -245,12 +246,12 @@ def test_a_model_remembers_the_last_sizes_and_its_copies_none():
     model = micro(depths=(1, 1, 1))
     for side in range(40, 40 + 2 * KEPT, 2):
         model(torch.zeros(1, 3, 20, side))
-    kept = model.layouts.kept.cache_info()
+    kept = model.layers[0].layouts.kept.cache_info()
     assert kept.currsize == KEPT
     model(torch.zeros(1, 3, 20, side))
-    assert model.layouts.kept.cache_info().misses == kept.misses
+    assert model.layers[0].layouts.kept.cache_info().misses == kept.misses
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert not twin.layouts.kept.cache_info().currsize
+        assert not twin.layers[0].layouts.kept.cache_info().currsize
 
 
 @pytest.mark.parametrize("is_fast", [False, True])
@@ -314,7 +315,7 @@ def test_intermediates_in_every_format():
 
 
 def test_positions_of_a_batch_of_sizes_are_those_of_each_image():
-    model = MSGBackbone(micro(ape=True), [4, 2, 1]).double().eval()
+    model = MSGBackbone(micro(ape=True)).double().eval()
     images = torch.randn(2, 3, 64, 48, dtype=torch.float64)
     images[0, :, 37:], images[0, :, :, 29:] = 0, 0
     together = model(images, [(37, 29), (64, 48)])
@@ -348,5 +349,6 @@ def test_impossible_sizes_and_heads_name_the_key_to_change(changes, words):
 
 def test_a_region_is_the_whole_side_only_where_the_channels_allow_it():
     """Three windows are left on a side of stage 2, and 96 channels have no ninth part."""
-    model = micro(img_size=48, shuffle_size=(4, 4, 4))
-    assert model.shuffle_size == [4, 4, 2]
+    sizes = dict(patch_size=2, window_size=4, embed_dim=48)
+    assert fit_regions((4, 4, 4), 48, **sizes) == [4, 4, 2]
+    assert fit_regions((4, 4, 4), 48, **sizes, exchange=False) == [4, 3, 2]

@@ -327,7 +327,8 @@ def test_the_head_gets_the_messenger_of_the_full_computation():
     model = micro().double()
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     tokens = model.forward_features(images)
-    assert tokens.shape == (2, 17, 192) and model.forward_features(images, read=1).shape == (2, 1, 192)
+    patches, messengers = model.forward_stages(images, only_messengers=True)[-1]
+    assert tokens.shape == (2, 17, 192) and patches is None and messengers.shape == (2, 1, 1, 192)
     torch.testing.assert_close(model(images), model.forward_head(tokens), rtol=1e-12, atol=1e-12)
 
 

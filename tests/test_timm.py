@@ -218,4 +218,4 @@ def test_a_copy_of_a_model_is_a_model():
     model = create()
     twin = copy.deepcopy(model)
     x = torch.randn(1, 3, 50, 70)
-    assert torch.equal(twin(x), model(x)) and type(twin.layouts) is type(model.layouts)
+    assert torch.equal(twin(x), model(x))

@@ -110,8 +110,8 @@ from timm.layers import set_fused_attn
 from torch.nn.functional import cross_entropy
 
 from models import compile_model, inference, use_onednn
-from models.attention import BACKENDS
 from models.deploy.files import FORMATS, RUNTIMES, Exportable, require_packages, write_checked
+from models.fast.attention import BACKENDS
 from models.fast.attention_triton import triton_missing
 from tools.roofline import count_work, least_seconds, machine, machine_limits, versions
 from utils import UserError, keep_freed_memory

@@ -7,6 +7,8 @@ import weakref
 import torch
 from torch import nn
 
+from ..tracing import exporting
+
 _LOCK = threading.Lock()
 _USED = weakref.WeakKeyDictionary()  # modules in use: by how many contexts, and their mode before the first
 
@@ -25,9 +27,9 @@ class Fixed:
         self.kept = value, weights, weights[0].device
 
     def of(self, *weights):
-        """The value if it was computed from these very weights, and no gradient is wanted; or None."""
+        """The value if it was computed from these very weights, or None for gradients and exports."""
         kept = self.kept  # read once: another thread may end its context
-        if kept is None or torch.is_grad_enabled() or kept[2] != weights[0].device:
+        if kept is None or torch.is_grad_enabled() or kept[2] != weights[0].device or exporting():
             return None
         return kept[0] if all(a is b for a, b in zip(kept[1], weights)) else None
 
