@@ -9,8 +9,6 @@ row-major, then the windows of a region row-major, then the messenger as token 0
 tokens of the window row-major.
 """
 
-import math
-
 import torch
 from timm.layers import DropPath, Mlp, trunc_normal_
 from torch import nn
@@ -214,11 +212,12 @@ class Stage(PaddedStage):
         """Apply the blocks to maps of whole shuffle regions; arguments as for :meth:`forward`."""
         window, region = self.window_size, self.shuffle_size
         height, width = plain_sizes(*patches.shape[1:3])
-        regions = count_squares(patches, window * region)  # B*regions
+        regions = count_squares(patches, window * region)
         x = partition_windows(patches, window, region)  # B*regions, windows, w*w, C
         if self.tokens:
-            first = messengers[None] if messengers.dim() == 3 else messengers  # 1 or B, H/w, W/w, C
-            first = partition_windows(first, 1, region).expand(regions, -1, -1, -1)
+            shared = messengers.dim() == 3  # by all regions
+            first = partition_windows(messengers[None] if shared else messengers, 1, region)
+            first = first.expand(regions, -1, -1, -1) if shared else first  # B*regions, windows, 1, C
             x = torch.cat([first, x], dim=2)  # B*regions, windows, 1+w*w, C
         x = self.forward_blocks(x, last=Block.forward_messengers if only_messengers else None)
         if self.tokens:
@@ -315,7 +314,7 @@ class MSGTransformer(TimmInterface, nn.Module):
         self.num_classes, self.tokens, self.global_pool = num_classes, tokens, known_pool(global_pool, tokens)
         self.num_features = self.head_hidden_size = stages[-1].dim
         self.feature_info = feature_info(stages, patch_size)
-        patches, windows = math.prod(sizes.grid), self.shuffle_size[0] ** 2
+        patches, windows = sizes.grid[0] * sizes.grid[1], self.shuffle_size[0] ** 2
 
         self.absolute_pos_embed = nn.Parameter(torch.empty(1, patches, embed_dim)) if ape else None
         self.msg_tokens = nn.Parameter(torch.empty(1, windows, 1, embed_dim)) if tokens else None

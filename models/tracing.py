@@ -93,8 +93,8 @@ def split_sides(x, side):
 
     This is no unflatten, after which the older ONNX exporter would treat B as a constant.
     """
-    height, width = plain_sizes(*x.shape[1:3])
-    return x.reshape(x.shape[0], height // side, side, width // side, side, x.shape[3])
+    height, width, channels = plain_sizes(*x.shape[1:])
+    return x.reshape(-1, height // side, side, width // side, side, channels)
 
 
 def image_size(x):

@@ -32,6 +32,9 @@ from training.tracking import RunRecord
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = Path(__file__).parent / "reference"
+# What people start: other files of tools/ are imported by these.
+TOOLS = sorted(f"tools/{path.name}" for path in ROOT.glob("tools/*.py") if "__main__" in path.read_text())
+PROGRAMS = ["main.py", "detect.py", *TOOLS]
 CVPR22 = dict(patch_embed="conv", downsample="conv")
 CVPR22_TINY = dict(CVPR22, embed_dim=64, depths=(2, 4, 12, 4), num_heads=(2, 4, 8, 16))
 MICRO = dict(

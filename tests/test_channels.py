@@ -103,7 +103,7 @@ def test_loaders_read_alpha(tmp_path, image):
     for split in ("train", "val"):
         (tmp_path / split / "a").mkdir(parents=True)
         image.save(tmp_path / split / "a" / "0.png")
-    opts = ["MODEL.MSG.IN_CHANS", 4, "DATA.NUM_WORKERS", 0]
+    opts = ["MODEL.MSG.IN_CHANS", 4, "DATA.NUM_WORKERS", 0, "MODEL.NUM_CLASSES", 1]
     train, _, val, _ = build_loaders(digits_config(*opts, data_path=str(tmp_path), batch_size=1))
     wanted = torch.from_numpy(np.asarray(image.getchannel("A")) / 255 * 2 - 1).float()
     torch.testing.assert_close(next(iter(val))[0][0, 3], wanted)

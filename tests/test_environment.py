@@ -4,10 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT
-
-SHARED = ("benchmarking.py", "roofline.py", "sources.py", "tables.py")  # of tools/, which are no programs
-TOOLS = [f"tools/{path.name}" for path in ROOT.glob("tools/*.py") if path.name not in SHARED]
+from helpers import PROGRAMS, ROOT
 
 
 def run(folder, *arguments):
@@ -16,7 +13,7 @@ def run(folder, *arguments):
     return done.returncode, done.stderr.splitlines()
 
 
-@pytest.mark.parametrize("program", ["main.py", "detect.py", *TOOLS])
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_a_python_without_pytorch_is_told_what_to_activate(program):
     code, lines = run(ROOT, "-S", program, "x")  # without the installed packages
     assert code == 1 and len(lines) == 1, lines

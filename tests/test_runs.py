@@ -14,7 +14,7 @@ import time
 
 import pytest
 import torch
-from helpers import ROOT, digits_config, run_folder, run_main, write_images
+from helpers import PROGRAMS, ROOT, digits_config, run_folder, run_main, write_images
 from PIL import Image
 from torch.nn.functional import cross_entropy
 
@@ -168,11 +168,10 @@ def test_a_bar_shows_the_time_while_nothing_is_done():
             time.sleep(0.01)
 
 
-PROGRAMS = ["main.py", "detect.py", *sorted(f"tools/{path.name}" for path in ROOT.glob("tools/*.py"))]
 HEAVY = {"torch", "torchvision", "timm", "matplotlib", "cv2", "sklearn"}
 
 
-@pytest.mark.parametrize("program", [name for name in PROGRAMS if name != "tools/benchmarking.py"])
+@pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize("words, code", [(["--help"], 0), (["--nonsense", "x", "y"], None)])
 def test_usage_and_mistakes_are_shown_before_anything_heavy_is_imported(program, words, code):
     command = [sys.executable, "-X", "importtime", program, *words]

@@ -22,6 +22,7 @@ import functools
 import json
 import os
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -186,8 +187,12 @@ def top1(functions, loader):
 def milliseconds(functions, images, rounds):
     """Median milliseconds of functions of images, by their names."""
     steps = [functools.partial(run, images) for run in functions.values()]
-    quartiles = benchmarking.time_in_turn(steps, rounds)
-    return {name: 1e3 * median for name, (_, median, _) in zip(functions, quartiles)}
+    turns = [functools.partial(benchmarking.turn, step, 0.2) for step in steps]
+    taken = benchmarking.time_in_turn(turns, rounds, peer=0)
+    return {
+        name: 1e3 * statistics.median(seconds / count for count, seconds in of_one)
+        for name, of_one in zip(functions, taken)
+    }
 
 
 def paths_of(args):
