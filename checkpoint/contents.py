@@ -144,6 +144,9 @@ def weights_and_classes(checkpoint, path, which="auto"):
         logger.info(f"{path}: taking {words[better_of(checkpoint) if which == 'auto' else which]}{why}")
     elif entry not in ("", "model"):
         logger.info(f"{path}: taking its weights from {entry}")
+    source = checkpoint[entry] if entry else checkpoint
+    if isinstance(source, dict) and "n_averaged" in source:
+        logger.info(f"{path}: its weights are an average of torch's AveragedModel")
     config = _config_of(checkpoint)
     return dict(
         model=weights_of(checkpoint, path, which), classes=classes_of(checkpoint, path), config=config

@@ -264,7 +264,7 @@ def in_average_of_lightning(model):
     [
         (in_training_script, "taking its weights from model_state_dict"),
         (in_lightning, "tensors, those of model."),
-        (in_average, ""),
+        (in_average, "its weights are an average of torch's AveragedModel"),
         (in_average_of_lightning, "tensors, those of net."),
     ],
 )
