@@ -94,7 +94,10 @@ def hold(tmp_path):
 
 @pytest.mark.parametrize(
     "name, to_all",
-    [("SIGTERM", False), pytest.param("SIGUSR1", True, marks=pytest.mark.slow), ("SIGINT", True)],
+    [
+        ("SIGTERM", False),
+        *(pytest.param(name, True, marks=pytest.mark.slow) for name in ("SIGUSR1", "SIGINT")),
+    ],
 )
 def test_a_signal_saves_and_the_same_command_goes_on(name, to_all, data, tmp_path, hold, undisturbed):
     """Nothing but the signal saves within the epoch."""
@@ -173,6 +176,7 @@ def test_processes_stop_saved_when_their_launcher_is_gone(data, tmp_path, hold, 
     assert_same_weights(tmp_path, undisturbed(2))
 
 
+@pytest.mark.slow
 def test_torchrun_ends_all_when_a_process_is_killed(data, tmp_path, hold):
     where = ["--data-path", data, "--output", tmp_path]
     held, release = hold
@@ -185,6 +189,7 @@ def test_torchrun_ends_all_when_a_process_is_killed(data, tmp_path, hold):
     assert not training_processes(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_process_that_raises_ends_the_others(data, tmp_path, port):
     """Rank 1 alone sees broken images; no launcher is there to end rank 0."""
     broken = tmp_path / "data"
@@ -229,6 +234,7 @@ def test_a_process_that_hangs_ends_the_others_after_the_timeout(data, tmp_path, 
             run.wait()
 
 
+@pytest.mark.slow
 def test_under_torchrun_the_first_failure_is_shown_first(data, tmp_path):
     """The data folders of the two processes differ; in that of rank 1 no image can be read."""
     (tmp_path / "data0").symlink_to(data)

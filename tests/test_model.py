@@ -301,7 +301,12 @@ def test_merging_concatenates_neighbours_row_offset_first():
     assert merging(x).unflatten(-1, (4, 48))[0, 0, 0, :, 0].tolist() == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("changes", [{}, CVPR22, dict(tokens=False), dict(manip_type="none"), dict(ape=True)])
+VARIANTS = [dict(tokens=False), dict(manip_type="none"), dict(ape=True)]
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, CVPR22, *(pytest.param(changes, marks=pytest.mark.slow) for changes in VARIANTS)]
+)
 def test_compiles_without_graph_breaks(changes):
     torch._dynamo.reset()
     model = micro(**changes).train()

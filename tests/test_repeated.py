@@ -111,6 +111,7 @@ def test_3_augment_is_grey_solarise_or_blur_a_third_of_the_time_each(tmp_path, b
     assert len(jitter.transforms) == len(transform.transforms) + 1  # as in DeiT III, beside the three
 
 
+@pytest.mark.slow
 def test_a_run_stopped_within_an_epoch_of_repeats_ends_with_the_same_bits(tmp_path):
     for split, number in (("train", 16), ("val", 2)):
         write_images(tmp_path / "data" / split, number, size=16)

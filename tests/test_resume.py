@@ -291,6 +291,7 @@ def test_resume_is_bit_exact_after_kills(tmp_path, data, count, backend):
     disturbed_run(tmp_path, data, count, 1, 3, [*opts, "TRAIN.ACCUMULATION_STEPS", 2, "TRAIN.EPOCHS", 2])
 
 
+@pytest.mark.slow
 def test_averaged_weights_go_on_bit_for_bit_after_kills(tmp_path, data, count):
     """72 images make 4 updates of an epoch in two processes that each add up two micro-batches."""
     opts = ["TRAIN.ACCUMULATION_STEPS", 2, "TRAIN.EMA.ENABLED", True, "TRAIN.EMA.WARMUP", True]
@@ -558,6 +559,7 @@ def test_an_output_folder_that_cannot_be_written_is_one_clear_message(tmp_path, 
     assert done.returncode == 1 and done.stderr.startswith("error: cannot write to the output folder")
 
 
+@pytest.mark.slow
 def test_two_runs_of_a_config_are_bit_identical(tmp_path, data):
     for name in ("a", "b"):
         run_main(*ARGUMENTS, "DETERMINISTIC", True, "--data-path", data, "--output", tmp_path / name)
@@ -578,6 +580,7 @@ def test_deterministic_refuses_other_kernels():
         torch.backends.cudnn.benchmark = switches[1]
 
 
+@pytest.mark.slow
 def test_every_process_uses_the_checkpoint_that_rank_0_chose(tmp_path, data, port):
     """Rank 1 is given an output folder without any checkpoint, as if its file system showed it none."""
     arguments = [*ARGUMENTS, "--data-path", data, "--output"]

@@ -148,6 +148,7 @@ def test_evaluation_by_a_runtime_gives_the_figures_of_pytorch(evaluate, figures_
         assert there == pytest.approx(here, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_throughput_by_a_runtime_names_it(tmp_path):
     arguments = ["--cfg", "configs/digits.yaml", "--throughput", "--batch-size", 2, "--output", tmp_path]
     printed = run_main(*arguments, "--opts", *SMALL, "RUNTIME", "onnxruntime").stdout
