@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 import checkpoint as ckpt
-from config import ConfigError, get_config
+from config import get_config
 from detection.backbone import MSGBackbone
 from detection.cascade import CascadeHeads, CascadeStage, DetectionLimits, HeadLayers, Samples
 from detection.detector import build_detector, count_detector_macs, load_pretrained, to_original_size
@@ -513,5 +513,5 @@ def test_detections_return_to_the_pixels_of_the_file():
     ],
 )
 def test_impossible_settings_name_their_key(opts, words):
-    with pytest.raises(ConfigError, match=words.replace("[", r"\[")):
+    with pytest.raises(UserError, match=words.replace("[", r"\[")):
         build_detector(config("shapes", *opts), 3)

@@ -130,14 +130,16 @@ def test_a_signal_before_training_asks_to_start_again(name, data, tmp_path):
     """The set-up is made to last."""
     script = tmp_path / "waiting.py"
     script.write_text(
-        "import runpy, time, run\n"
-        "run.check_first = lambda config: time.sleep(3000)\n"
+        "import runpy, time\n"
+        "from training import setup\n"
+        "setup.check_first = lambda config: time.sleep(3000)\n"
         "runpy.run_path('main.py', run_name='__main__')\n"
     )
     command = main_command(*ARGUMENTS, "--data-path", data, "--output", tmp_path)
     command[1] = script
     run, number = Started(tmp_path, command, PYTHONPATH=str(ROOT)), getattr(signal, name)
-    while not catches(run.process.pid, number):
+    # The handlers are set in this order, and Python has one of its own for SIGINT.
+    while not catches(run.process.pid, utils.STOP_SIGNALS[-1]):
         assert run.runs(), run.text()
         time.sleep(0.01)
     run.process.send_signal(number)

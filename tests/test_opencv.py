@@ -296,7 +296,7 @@ def test_erasing_depends_on_the_place_in_the_run_and_follows_its_probability():
 
 
 def test_a_missing_opencv_is_one_clear_message(folder, monkeypatch):
-    monkeypatch.setitem(sys.modules, "data.opencv", None)
+    monkeypatch.setitem(sys.modules, "data.opencv.transforms", None)
     with pytest.raises(ConfigError, match="DATA.BACKEND opencv: .*pip install opencv-python"):
         build_loaders(opencv_config(folder, "DATA.NUM_WORKERS", 0, batch_size=4))
 
@@ -370,6 +370,6 @@ def test_batches_of_detection_depend_on_epoch_and_image_only_and_have_the_geomet
 
 
 def test_a_missing_opencv_is_one_clear_message_in_detection_too(shapes, monkeypatch):
-    monkeypatch.setitem(sys.modules, "data.opencv", None)
+    monkeypatch.setitem(sys.modules, "data.opencv.transforms", None)
     with pytest.raises(ConfigError, match="DATA.BACKEND opencv: .*pip install opencv-python"):
         detection_batches(shapes, "opencv", 0)
