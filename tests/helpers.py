@@ -26,12 +26,19 @@ from PIL import Image
 import checkpoint as ckpt
 from analysis.curves import draw_curves
 from config import get_config
+from data.samplers import TrainBatchSampler
+from distributed import Compute
 from logger import DRAWN
+from lr_scheduler import build_scheduler
 from models.msg_transformer import MSGTransformer
+from optimizer import Updater, build_optimizer
+from training.guard import Guard
+from training.run import Run, Settings
 from training.tracking import RunRecord
 
 ROOT = Path(__file__).parents[1]
-REFERENCE = Path(__file__).parent / "reference"
+TESTS = Path(__file__).parent
+REFERENCE = TESTS / "reference"
 # What people start: other files of tools/ are imported by these.
 TOOLS = sorted(f"tools/{path.name}" for path in ROOT.glob("tools/*.py") if "__main__" in path.read_text())
 PROGRAMS = ["main.py", "detect.py", *TOOLS]
@@ -85,6 +92,12 @@ def digits_config(*opts, **flags):
     return get_config(argparse.Namespace(cfg=cfg, opts=list(map(str, opts)), **flags))
 
 
+def coco_config(name="shapes", *opts):
+    """A config of configs/coco."""
+    path = ROOT / "configs" / "coco" / f"{name}.yaml"
+    return get_config(argparse.Namespace(cfg=str(path), opts=list(map(str, opts))))
+
+
 def write_images(folder, per_class, classes=("a", "b", "c"), size=32, seed=0):
     """Write an ImageFolder split of small noise images, each class with its own mean colour."""
     rng = np.random.default_rng(seed)
@@ -93,6 +106,26 @@ def write_images(folder, per_class, classes=("a", "b", "c"), size=32, seed=0):
         for i in range(per_class):
             pixels = rng.integers(0, 128, (size, size, 3)) + np.eye(3)[label % 3] * 100
             Image.fromarray(pixels.astype(np.uint8)).save(os.path.join(folder, name, f"{i}.png"))
+
+
+def write_set(folder, images):
+    """A COCO set for training and validation of images (height, width, "object", "crowd", "both" or "")."""
+    content = dict(images=[], annotations=[], categories=[dict(id=1, name="a")])
+    for split in ("train", "val"):
+        (folder / split).mkdir(exist_ok=True)
+    for i, (height, width, kind) in enumerate(images):
+        number = 7 * (i + 3) % 101  # neither in order nor its place
+        for split in ("train", "val"):
+            Image.new("RGB", (width, height)).save(folder / split / f"{i}.png")
+        content["images"].append(dict(id=number, file_name=f"{i}.png", height=height, width=width))
+        item = dict(image_id=number, category_id=1, bbox=[1, 1, 5 + i, 6], area=15)
+        item["segmentation"] = [[1, 1, 6 + i, 1, 6 + i, 7]]
+        for crowd in dict(object=[0], crowd=[1], both=[1, 0]).get(kind, []):
+            content["annotations"].append(dict(item, iscrowd=crowd))
+    (folder / "annotations").mkdir(exist_ok=True)
+    for split in ("train", "val"):
+        (folder / "annotations" / f"{split}.json").write_text(json.dumps(content))
+    return content
 
 
 def main_command(*arguments, processes=1, torchrun=(), device="cpu"):
@@ -235,6 +268,18 @@ def meeting_at(port):
 def silent_record(folder):
     """The record of a run that leaves none, as on other ranks than 0."""
     return RunRecord(str(folder), 1, draw_curves, DRAWN)
+
+
+def small_run(folder, **settings):
+    """A run of a micro model that keeps its checkpoints in ``folder``, at the start of epoch 0."""
+    model = micro()
+    sampler = TrainBatchSampler(8, 4, 1, 0, 1, seed=0)
+    optimizer = build_optimizer(digits_config(), model, 1.0)
+    scheduler = build_scheduler(digits_config(), optimizer, 2, 1.0)
+    updater = Updater(model, optimizer, Compute(torch.device("cpu")), 1, 0.0, 0)
+    os.makedirs(folder, exist_ok=True)
+    settings = Settings(str(folder), **settings)
+    return Run(settings, updater, scheduler, sampler, silent_record(folder), Guard(0, 0))
 
 
 def loop_exchange(manip_type, x):

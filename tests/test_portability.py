@@ -7,9 +7,8 @@ import types
 
 import pytest
 import torch
-from helpers import ROOT, Started, digits_config, run_folder
-from test_coco_data import write_set
-from test_detection import config as coco_config
+from helpers import ROOT, Started, digits_config, run_folder, write_set
+from helpers import coco_config as coco_config
 
 import detection.loaders
 import utils

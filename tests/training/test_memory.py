@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from helpers import ROOT, digits_config
-from test_detection import config as shapes_config
+from helpers import coco_config as shapes_config
 
 from distributed import smaller_run
 

@@ -11,11 +11,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from helpers import coco_config as shapes_config
 from helpers import digits_config, fill_weights, write_images
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
-from test_detection import config as shapes_config
 
 import detect
 import detection

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 from helpers import CVPR22, digits_config, fill_weights, micro, write_images
+from helpers import coco_config as shapes_config
 from matplotlib.axes import Axes
 from matplotlib.text import Text
 from PIL import Image
-from test_detection import config as shapes_config
 from torch.nn import functional
 
 from analysis.messenger_curves import ORDERS, curve, curve_tables, measure_curves, summarize, switch_off

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from helpers import ROOT, digits_config, write_images
+from helpers import coco_config as detection_config
 from PIL import Image
-from test_detection import config as detection_config
 from test_hostile_images import (
     mutated,
     originals,

@@ -15,13 +15,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, Started, run_forked
+from helpers import ROOT, Started, coco_config, run_forked
 from matplotlib.figure import Figure
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from test_detection import config
 
 import checkpoint as ckpt
 from data import DataError
@@ -415,7 +414,7 @@ def test_impossible_sizes_are_refused(small, sides):
 
 
 def test_images_for_detection_have_the_limits_of_all_others(shapes):
-    settings = config("shapes", "DATA.MAX_PIXELS", 99, "DATA.NUM_WORKERS", 0, "DATA.DATA_PATH", shapes)
+    settings = coco_config("shapes", "DATA.MAX_PIXELS", 99, "DATA.NUM_WORKERS", 0, "DATA.DATA_PATH", shapes)
     loader, _, val_loader, _ = build_detection_loaders(settings)
     for each in (loader, val_loader):
         with pytest.raises(DataError, match=r"\d.png cannot be read .* DATA.MAX_PIXELS is 99"):
@@ -692,7 +691,7 @@ def test_training_and_validation_have_the_same_categories(shapes, tmp_path, diff
     (tmp_path / "copy" / "annotations" / "val.json").write_text(json.dumps(content))
     of_copy = ["DATA.DATA_PATH", str(tmp_path / "copy"), "DATA.NUM_WORKERS", 0]
     with pytest.raises(DataError, match="train.json and .*val.json have different categories"):
-        build_detection_loaders(config("shapes", *of_copy))
+        build_detection_loaders(coco_config("shapes", *of_copy))
 
 
 def figures_of(done):

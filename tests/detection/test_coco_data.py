@@ -12,12 +12,12 @@ import sys
 import numpy as np
 import pytest
 import torch
+from helpers import coco_config, write_set
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from test_coco import detections_of, keep, small_content, used, write_json
-from test_detection import config
 from torch import nn
 
 import detect
@@ -196,7 +196,7 @@ def test_categories_whose_ids_are_of_another_kind_are_named(tmp_path):
     content["categories"][0]["id"] = content["annotations"][0]["category_id"] = "1"
     path.write_text(json.dumps(content))
     with pytest.raises(DataError, match="have different categories: only one of them has 'a' with the id 1"):
-        build_detection_loaders(config("shapes", "DATA.DATA_PATH", tmp_path, "DATA.NUM_WORKERS", 0))
+        build_detection_loaders(coco_config("shapes", "DATA.DATA_PATH", tmp_path, "DATA.NUM_WORKERS", 0))
 
 
 SIZES = [(7, 3000), (3000, 7), (1, 500), (33, 47), (64, 64), (101, 37), (48, 369), (246, 108), (245, 175)]
@@ -277,7 +277,7 @@ def codes_of(masks):
 @pytest.mark.parametrize("size", SIZES)
 def test_augmentation_is_that_of_a_loop_over_pixels(size, backend, tmp_path):
     opts = [word for key, value in RECIPE.items() for word in (f"DET.{key}", str(value))]
-    settings = config("shapes", *opts, "DATA.BACKEND", backend)
+    settings = coco_config("shapes", *opts, "DATA.BACKEND", backend)
     read, change_pixels = build_detection_reader(settings)
     transform = build_detection_transform(settings, True, change_pixels)
     rng = np.random.default_rng(size)
@@ -344,26 +344,6 @@ def test_crops_are_uniform_in_size_and_place():
         assert max(places) == 12 - length
 
 
-def write_set(folder, images):
-    """A COCO set for training and validation of images (height, width, "object", "crowd", "both" or "")."""
-    content = dict(images=[], annotations=[], categories=[dict(id=1, name="a")])
-    for split in ("train", "val"):
-        (folder / split).mkdir(exist_ok=True)
-    for i, (height, width, kind) in enumerate(images):
-        number = 7 * (i + 3) % 101  # neither in order nor its place
-        for split in ("train", "val"):
-            Image.new("RGB", (width, height)).save(folder / split / f"{i}.png")
-        content["images"].append(dict(id=number, file_name=f"{i}.png", height=height, width=width))
-        item = dict(image_id=number, category_id=1, bbox=[1, 1, 5 + i, 6], area=15)
-        item["segmentation"] = [[1, 1, 6 + i, 1, 6 + i, 7]]
-        for crowd in dict(object=[0], crowd=[1], both=[1, 0]).get(kind, []):
-            content["annotations"].append(dict(item, iscrowd=crowd))
-    (folder / "annotations").mkdir(exist_ok=True)
-    for split in ("train", "val"):
-        (folder / "annotations" / f"{split}.json").write_text(json.dumps(content))
-    return content
-
-
 MIXED = [(40, 50, ""), (60, 40, "object"), (40, 44, "crowd"), (31, 50, "object"), (50, 31, "object")]
 MIXED += [(32, 50, "both"), (90, 32, "object"), (20, 20, ""), (40, 40, "object")]
 TRAINED = [1, 5, 6, 8]
@@ -372,7 +352,7 @@ TRAINED = [1, 5, 6, 8]
 def test_training_leaves_out_images_without_objects_and_small_ones(tmp_path, caplog):
     content = write_set(tmp_path, MIXED)
     of_set = ["DATA.DATA_PATH", tmp_path, "DATA.NUM_WORKERS", 0, "DATA.BATCH_SIZE", 1]
-    loader, sampler, val_loader, val = build_detection_loaders(config("shapes", *of_set))
+    loader, sampler, val_loader, val = build_detection_loaders(coco_config("shapes", *of_set))
     train = loader.loader.dataset.dataset
     assert train.records == [content["images"][i] for i in TRAINED] and len(train) == 4
     assert loader.paths == train.paths == [str(tmp_path / "train" / f"{i}.png") for i in TRAINED]
@@ -426,10 +406,10 @@ class Oracle(nn.Module):
 def test_evaluation_counts_every_image_and_draws_each_with_its_own_objects(tmp_path, monkeypatch, caplog):
     content = write_set(tmp_path, MIXED)
     of_set = ["DATA.DATA_PATH", tmp_path, "DATA.NUM_WORKERS", 0, "DATA.BATCH_SIZE", 1]
-    _, _, loader, val = build_detection_loaders(config("shapes", *of_set))
+    _, _, loader, val = build_detection_loaders(coco_config("shapes", *of_set))
     samples = []
     monkeypatch.setattr(detect, "draw_detections", lambda drawn, *_, **__: samples.extend(drawn))
-    settings = config("shapes", "OUTPUT", tmp_path, "DET.PICTURES", 8)
+    settings = coco_config("shapes", "OUTPUT", tmp_path, "DET.PICTURES", 8)
     os.makedirs(settings.OUTPUT)
     with caplog.at_level("INFO"):
         detect.evaluate(Oracle(), loader, val, Compute(torch.device("cpu")), settings)

@@ -4,13 +4,12 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy
 import pytest
 import torch
-from helpers import ROOT, logged, micro
+from helpers import ROOT, TESTS, logged, micro
 from packaging.version import Version
 
 from models.fast.attention import BLOCK, choose_backend, windowed_attention
@@ -116,7 +115,7 @@ def relative_errors(shape, dtype, backend, device="cpu"):
 
 def in_interpreter(code):
     """Run Python code that imports this file, with Triton's kernels interpreted; returns its JSON output."""
-    path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    path = os.pathsep.join(map(str, [ROOT, TESTS, TESTS / "models"]))
     environment = dict(os.environ, TRITON_INTERPRET="1", PYTHONPATH=path, OMP_NUM_THREADS="1")
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -1,16 +1,14 @@
 """The detector: backbone, cascade, its losses and its size."""
 
-import argparse
 import math
 
 import pytest
 import torch
-from helpers import CVPR22, ROOT, fill_weights, micro
+from helpers import CVPR22, coco_config, fill_weights, micro
 from torch import nn
 from torch.nn import functional
 
 import checkpoint as ckpt
-from config import get_config
 from detection.backbone import MSGBackbone
 from detection.cascade import CascadeHeads, CascadeStage, DetectionLimits, HeadLayers, Samples
 from detection.detector import build_detector, count_detector_macs, load_pretrained, to_original_size
@@ -19,11 +17,6 @@ from utils import UserError
 
 LAYERS, LIMITS = HeadLayers(8, 4, 1, [16], 1), DetectionLimits(0.05, 0.5, 100)
 STDS = [[0.1, 0.1, 0.2, 0.2], [0.05, 0.05, 0.1, 0.1], [0.033, 0.033, 0.067, 0.067]]
-
-
-def config(name="shapes", *opts):
-    path = ROOT / "configs" / "coco" / f"{name}.yaml"
-    return get_config(argparse.Namespace(cfg=str(path), opts=list(map(str, opts))))
 
 
 def backbone(**changes):
@@ -123,7 +116,7 @@ def test_frozen_stages_do_not_train():
 )
 def test_impossible_backbones_name_their_key(regions, words):
     with pytest.raises(UserError, match=words):
-        build_detector(config("shapes", "DET.SHUF_SIZE", regions), 3)
+        build_detector(coco_config("shapes", "DET.SHUF_SIZE", regions), 3)
 
 
 def giou(a, b):
@@ -295,7 +288,7 @@ def test_a_stage_without_boxes_has_losses_of_zero(box_loss):
 
 def test_a_fresh_detector_is_drawn_as_by_mmdet():
     torch.manual_seed(0)
-    detector = build_detector(config("cascade_mask_rcnn_msg_tiny_3x"), 80)
+    detector = build_detector(coco_config("cascade_mask_rcnn_msg_tiny_3x"), 80)
     for stage in detector.heads.stages:
         predictor, conv = stage.box_predictor, stage.mask_predictor.mask_fcn_logits
         assert predictor.cls_score.weight.std().item() == pytest.approx(0.01, rel=0.02)
@@ -321,7 +314,7 @@ def test_losses_of_a_stage_are_multiplied_by_its_weight():
     found = []
     for weights in ("[1.0, 1.0, 1.0]", "[1.0, 0.5, 0.25]"):
         torch.manual_seed(0)
-        detector = build_detector(config("shapes", "DET.LOSS_WEIGHTS", weights), 3)
+        detector = build_detector(coco_config("shapes", "DET.LOSS_WEIGHTS", weights), 3)
         found.append(seeded_losses(detector, scene([(64, 64)]), torch.float64)[0])
     for kind in ("class", "box", "mask"):
         for number, weight in ((1, 1), (2, 0.5), (3, 0.25)):
@@ -348,7 +341,7 @@ def test_suppression_is_among_boxes_of_a_class_and_the_best_are_kept():
 
 def test_so_many_proposals_reach_the_heads_in_training_and_at_test():
     opts = ["DET.PROPOSALS_TRAIN", 11, "DET.PROPOSALS_TEST", 7]
-    detector, found = build_detector(config("shapes", *opts), 3), []
+    detector, found = build_detector(coco_config("shapes", *opts), 3), []
     detector.rpn.register_forward_hook(lambda rpn, inputs, output: found.append(len(output[0][0])))
     images, sizes, targets = scene([(128, 128)], torch.float32)
     with torch.no_grad():
@@ -358,8 +351,8 @@ def test_so_many_proposals_reach_the_heads_in_training_and_at_test():
 
 
 def test_detections_average_logits_and_mask_probabilities_over_the_stages():
-    detector = build_detector(config(), 3).eval()
-    heads, channels = detector.heads, config().DET.CHANNELS
+    detector = build_detector(coco_config(), 3).eval()
+    heads, channels = detector.heads, coco_config().DET.CHANNELS
     maps = [torch.randn(1, channels, 40 // 2**i, 40 // 2**i) for i in range(3)]
     proposals = [torch.tensor([[8.0, 8, 40, 40], [60, 50, 120, 110]])]
     with torch.no_grad():
@@ -397,7 +390,7 @@ def test_a_training_step_is_that_of_float64():
     torch.manual_seed(0)
     # All proposals and anchors are sampled, so that rounding changes no choice.
     opts = ["DET.RPN_SAMPLES", 10**6, "DET.ROI_SAMPLES", 10**6, "DET.PROPOSALS_TRAIN", 40]
-    detector = build_detector(config("shapes", *opts), 3)
+    detector = build_detector(coco_config("shapes", *opts), 3)
     batch = scene([(64, 64), (50, 61)])
     exact, exact_gradients = seeded_losses(detector, batch, torch.float64)
     found, gradients = seeded_losses(detector, batch, torch.float32)
@@ -421,7 +414,7 @@ def test_images_without_objects_train(objects):
         target.update(
             boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64), masks=target["masks"][:0]
         )
-    losses = build_detector(config(), 3).train()(images, sizes, targets)
+    losses = build_detector(coco_config(), 3).train()(images, sizes, targets)
     assert all(math.isfinite(loss.item()) for loss in losses.values())
     assert objects or losses["mask1"] == losses["box1"] == 0
     sum(losses.values()).backward()
@@ -436,7 +429,7 @@ README = [("tiny", 83, 731, 0.2), ("small", 113, 831, 0.2), ("base", 142, 956, 0
     [("", *row) for row in PAPER] + [("cvpr22/", *row) for row in README],
 )
 def test_parameters_and_macs_are_the_official_ones(folder, size, parameters, macs, drop_path):
-    settings = config(f"{folder}cascade_mask_rcnn_msg_{size}_3x")
+    settings = coco_config(f"{folder}cascade_mask_rcnn_msg_{size}_3x")
     assert drop_path == settings.MODEL.DROP_PATH_RATE
     with torch.device("meta"):
         detector = build_detector(settings, 80)
@@ -447,7 +440,7 @@ def test_parameters_and_macs_are_the_official_ones(folder, size, parameters, mac
 def test_position_tables_messengers_and_norms_are_not_decayed():
     from optimizer import parameter_groups
 
-    detector = build_detector(config(), 3)
+    detector = build_detector(coco_config(), 3)
     names = {id(p): name for name, p in detector.named_parameters()}
     decayed = {names[id(p)] for p in parameter_groups(detector)[0]["params"]}
     for word in ("norm", "msg_tokens", "rel_pos_msg", "relative_position_bias_table", "bias"):
@@ -456,8 +449,8 @@ def test_position_tables_messengers_and_norms_are_not_decayed():
 
 
 def test_a_classifiers_weights_become_the_backbones():
-    detector = build_detector(config(), 3)
-    classifier = fill_weights(build_model(config()))
+    detector = build_detector(coco_config(), 3)
+    classifier = fill_weights(build_model(coco_config()))
     for checkpoint in (dict(model=classifier.state_dict(), epoch=3), classifier.state_dict()):
         load_pretrained(detector, checkpoint, "classifier.pth")
         for name, value in detector.backbone.model.state_dict().items():
@@ -468,7 +461,7 @@ def test_a_classifiers_weights_become_the_backbones():
 
 def test_a_detectors_weights_start_one_of_other_classes():
     torch.manual_seed(0)
-    old, new = build_detector(config(), 3), build_detector(config(), 7)
+    old, new = build_detector(coco_config(), 3), build_detector(coco_config(), 7)
     load_pretrained(new, dict(model=old.state_dict()), "detector.pth")
     for name, value in new.state_dict().items():
         if value.shape == old.state_dict()[name].shape:
@@ -478,7 +471,7 @@ def test_a_detectors_weights_start_one_of_other_classes():
 
 def test_a_detector_of_other_categories_gets_new_predictors():
     torch.manual_seed(0)
-    old, new = build_detector(config(), 3), build_detector(config(), 3)
+    old, new = build_detector(coco_config(), 3), build_detector(coco_config(), 3)
     new.classes, before = ["bus", "car", "dog"], {name: x.clone() for name, x in new.state_dict().items()}
     checkpoint = dict(model=old.state_dict(), classes=["bus", "car", "cat"])
     with pytest.raises(ckpt.CheckpointError, match="only the checkpoint has 'cat'; only the data has 'dog'"):
@@ -514,4 +507,4 @@ def test_detections_return_to_the_pixels_of_the_file():
 )
 def test_impossible_settings_name_their_key(opts, words):
     with pytest.raises(UserError, match=words.replace("[", r"\[")):
-        build_detector(config("shapes", *opts), 3)
+        build_detector(coco_config("shapes", *opts), 3)

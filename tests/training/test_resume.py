@@ -27,19 +27,16 @@ from helpers import (
     micro,
     run_folder,
     run_main,
-    silent_record,
+    small_run,
     start_ranks,
 )
 
 import checkpoint as ckpt
 from config import dump_config
 from data.samplers import TrainBatchSampler
-from distributed import Compute, be_deterministic
+from distributed import be_deterministic
 from logger import read_metrics
-from lr_scheduler import build_scheduler
-from optimizer import Updater, WeightAverage, build_optimizer
-from training.guard import Guard
-from training.run import Run, Settings
+from optimizer import WeightAverage
 from training.setup import choose_for_evaluation
 
 ARGUMENTS = shlex.split(
@@ -113,18 +110,6 @@ def kill_until_done(command, output, kills, rng, patience=900):
 def unfinished(folder):
     """Whether a checkpoint is half-written."""
     return folder.exists() and any(".pth." in name for name in os.listdir(folder))
-
-
-def small_run(folder, **settings):
-    """A run of a micro model that keeps its checkpoints in ``folder``, at the start of epoch 0."""
-    model = micro()
-    sampler = TrainBatchSampler(8, 4, 1, 0, 1, seed=0)
-    optimizer = build_optimizer(digits_config(), model, 1.0)
-    scheduler = build_scheduler(digits_config(), optimizer, 2, 1.0)
-    updater = Updater(model, optimizer, Compute(torch.device("cpu")), 1, 0.0, 0)
-    os.makedirs(folder, exist_ok=True)
-    settings = Settings(str(folder), **settings)
-    return Run(settings, updater, scheduler, sampler, silent_record(folder), Guard(0, 0))
 
 
 def end_epoch(run, score):

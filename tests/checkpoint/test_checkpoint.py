@@ -16,8 +16,7 @@ import threading
 import pytest
 import torch
 import yaml
-from helpers import CVPR22, MICRO, ROOT, digits_config, logged, micro
-from test_resume import small_run
+from helpers import CVPR22, MICRO, ROOT, digits_config, logged, micro, small_run
 from torch import nn
 from yacs.config import CfgNode
 

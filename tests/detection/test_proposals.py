@@ -6,7 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_detection import config, decode, giou, random_boxes, scene
+from helpers import coco_config
+from test_detection import decode, giou, random_boxes, scene
 
 from detection.cascade import CascadeStage, HeadLayers, PyramidRoIAlign, pyramid_levels
 from detection.detector import build_detector, to_original_size
@@ -56,7 +57,7 @@ def test_deltas_shrink_and_enlarge_by_the_same_factor_at_most():
 @pytest.mark.parametrize("is_train", [True, False])
 def test_the_anchor_of_a_cell_sits_on_its_pixels_whatever_the_sizes(is_train):
     """A cell of each level gets the best scores, and deltas of zero: their anchors come out first."""
-    detector = build_detector(config("shapes", "DET.ANCHOR_SCALE", 4), 3).train(is_train)
+    detector = build_detector(coco_config("shapes", "DET.ANCHOR_SCALE", 4), 3).train(is_train)
     detector.heads.losses = detector.heads.detect = lambda maps, proposals, sizes, *targets: {}
     rng, wanted, found = np.random.default_rng(0), {}, []
 
@@ -236,7 +237,7 @@ def test_proposals_are_the_best_of_each_level_without_duplicates():
 
 
 def test_an_image_smaller_than_every_anchor_trains_and_is_searched():
-    detector = build_detector(config(), 3)
+    detector = build_detector(coco_config(), 3)
     images, sizes, _ = scene([(9, 7)], torch.float32)
     target = dict(boxes=torch.tensor([[1.0, 1, 6, 8]]), labels=torch.tensor([2]), masks=torch.ones(1, 9, 7))
     for targets in ([target], [{name: value[:0] for name, value in target.items()}]):

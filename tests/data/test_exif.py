@@ -5,9 +5,9 @@ import json
 
 import numpy as np
 import pytest
+from helpers import coco_config as shapes_config
 from helpers import digits_config
 from PIL import Image, ImageOps
-from test_detection import config as shapes_config
 
 from data.datasets import Stored, load_image
 from data.loaders import build_loaders

@@ -14,9 +14,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, micro
+from helpers import ROOT, micro, write_set
 from PIL import Image
-from test_coco_data import write_set
 from timm.layers import DropPath
 
 from detection.transforms import resized
