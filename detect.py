@@ -10,27 +10,24 @@ import math
 import os
 import time
 
-from config import dump_config, read_command_line, set_classes
+from config import read_command_line, set_classes
 
 if __name__ == "__main__":  # before what takes seconds to import
     CONFIG = read_command_line("Train or evaluate Cascade Mask R-CNN on an MSG-Transformer backbone.", "coco")
 
-import torch
 from torch import nn
 
-import checkpoint as ckpt
 import distributed
 from data.loaders import turns
 from detection import evaluation
 from detection.detector import build_detector, count_detector_macs, load_pretrained, to_original_size
 from detection.loaders import build_detection_loaders
 from detection.pictures import detection_batch_sheet, draw_detection_curves, draw_detections
-from logger import DETAIL, FILE, ProgressBar, clock, log_progress, start_logging, write_config
-from models import choose_layer_norm, inference
+from logger import DETAIL, ProgressBar, clock, log_progress
+from models import inference
 from training.engine import train_one_epoch
-from training.guard import build_guard
 from training.run import Task, build_run
-from training.setup import check_first, choose_for_evaluation
+from training.setup import set_up
 from utils import peak_memory_mb
 
 TASK = Task(
@@ -47,56 +44,50 @@ logger = logging.getLogger("msg_transformer")
 
 
 def main(config):
-    """Set up a run and do it."""
-    mode = "eval" if config.EVAL_MODE else "train"
-    guard = build_guard(config) if mode == "train" else None
-    compute = distributed.build_compute(config)
-    device = compute.device
-    distributed.start_process_group(device, config.DIST.TIMEOUT_SECONDS)
-    rank, world_size = distributed.rank_and_world_size()
-    if guard is not None:
-        distributed.from_rank_0(guard.claim.take)
-    distributed.from_rank_0(lambda: check_first(config))
-    distributed.seed_everything("model", config.SEED)
-    if config.DETERMINISTIC:
-        distributed.be_deterministic()
-    train_loader, sampler, val_loader, val = build_detection_loaders(config, rank, world_size, device)
-    names = [category["name"] for category in val.annotations.categories]
-    set_classes(config, len(names))
-    model = build_detector(config, len(names)).to(device)
-    if device.type == "cuda" and world_size > 1:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    model.classes = list(map(str, names))
-
-    start_logging(config.OUTPUT, rank, training=mode == "train")
-    logger.info(f"{mode} on {world_size} x {device}, PyTorch {torch.__version__}")
-    logger.info(dump_config(config), extra=FILE)
-    for loader in (train_loader, val_loader):
-        if loader is not None:
-            loader.report()
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    macs = count_detector_macs(model, 800, 1280) / 1e9
-    logger.info(f"{config.MODEL.NAME}: {parameters:,} parameters, {macs:.1f} GMACs per image of 1280x800")
-    if config.AMP.FUSED_LAYERNORM:
-        logger.info(choose_layer_norm(config)[1])
-
-    if mode == "eval":
-        if rank == 0:
-            write_config(config.OUTPUT, "config_eval.yaml", dump_config(config))
-        path, weights = distributed.from_rank_0(lambda: choose_for_evaluation(config))
-        ckpt.load_weights(model, weights, path)
-        logger.info(f"evaluating {path}")
-        evaluate(model, val_loader, val, compute, config)
-        logger.info(f"evaluated {path}; the results are in {config.OUTPUT}")
-    else:
-        run = build_run(config, model, sampler, compute, TASK, guard)
-        losses_of = build_losses(run)
-        for _epoch in run.epochs_left():
-            means = train_one_epoch(run, train_loader, losses_of)
-            run.end_epoch(
-                means, run.figures_of(lambda module: evaluate(module, val_loader, val, compute, config))
-            )
+    """Train or evaluate the detector of a config."""
+    setup = set_up(config)
+    dict(train=train, eval=evaluate_checkpoint)[setup.mode](config, setup)
     distributed.stop_process_group()
+
+
+def train(config, setup):
+    """Train for the epochs that are left, and evaluate after each."""
+    train_loader, sampler, val_loader, val = read_data(config, setup)
+    model = make_model(config, setup, val, train_loader, val_loader)
+    run = build_run(config, model, sampler, setup, TASK)
+    losses_of = build_losses(run)
+    for _epoch in run.epochs_left():
+        means = train_one_epoch(run, train_loader, losses_of)
+        figures = run.figures_of(lambda module: evaluate(module, val_loader, val, setup.compute, config))
+        run.end_epoch(means, figures)
+
+
+def evaluate_checkpoint(config, setup):
+    """Evaluate a checkpoint, and write and draw its detections."""
+    _, _, loader, val = read_data(config, setup)
+    model = make_model(config, setup, val, loader)
+    path = setup.load_weights(model)
+    evaluate(model, loader, val, setup.compute, config)
+    logger.info(f"evaluated {path}; the results are in {config.OUTPUT}")
+
+
+def read_data(config, setup):
+    """The training loader and its sampler (None in evaluation), the validation loader and its dataset."""
+    loaders = build_detection_loaders(config, setup.rank, setup.world_size, setup.compute.device)
+    set_classes(config, len(loaders[-1].annotations.categories))
+    return loaders
+
+
+def make_model(config, setup, dataset, *loaders):
+    """Build the detector on its device, and log what it and the ``loaders`` are."""
+    names = [str(category["name"]) for category in dataset.annotations.categories]
+    model = build_detector(config, len(names)).to(setup.compute.device)
+    if setup.compute.device.type == "cuda" and setup.world_size > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model.classes = names
+    gmacs = count_detector_macs(model, 800, 1280) / 1e9
+    setup.describe(config, model, f"{gmacs:.1f} GMACs per image of 1280x800", loaders)
+    return model
 
 
 def build_losses(run):

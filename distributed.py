@@ -28,6 +28,13 @@ class Compute:
     device: torch.device
     dtype: torch.dtype | None = None
 
+    def prepare(self):
+        """Make the GPU this process's current one; on the CPU, keep freed memory for the next tensors."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        elif self.device.type == "cpu":
+            keep_freed_memory()
+
     def autocast(self):
         """Context of forward passes in mixed precision."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
@@ -46,7 +53,6 @@ def build_compute(config):
     kind = config.DEVICE or ("cuda" if torch.cuda.is_available() else "cpu")
     mixed = config.AMP_OPT_LEVEL != "O0"
     if kind == "cpu":
-        keep_freed_memory()
         return Compute(torch.device(kind), torch.bfloat16 if mixed else None)
     number = config.LOCAL_RANK
     count = torch.cuda.device_count() if kind == "cuda" else int(torch.backends.mps.is_available())
@@ -55,8 +61,6 @@ def build_compute(config):
             f"process {number} of this machine has no GPU for --device {kind}, PyTorch sees {count}: use "
             "--device cpu, or launch no more processes than GPUs"
         )
-    if kind == "cuda":
-        torch.cuda.set_device(number)
     return Compute(torch.device(kind, number), getattr(torch, config.AMP_DTYPE) if mixed else None)
 
 

@@ -8,7 +8,7 @@ torchrun --nproc_per_node 8 main.py --cfg <config> --data-path <folder> --eval -
 import logging
 import time
 
-from config import dump_config, read_command_line, set_classes
+from config import read_command_line, set_classes
 
 if __name__ == "__main__":  # before what takes seconds to import
     CONFIG = read_command_line("Train, evaluate or time an MSG-Transformer.", "imagenet", throughput=True)
@@ -18,18 +18,16 @@ from timm.layers import to_2tuple
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-import checkpoint as ckpt
 import distributed
 from analysis.report import OutcomeCollector, batch_sheet, show_mistakes, write_report
 from data import build_loaders
 from data.mixup import build_augmentation
-from logger import DETAIL, FILE, ProgressBar, clock, log_progress, start_logging, write_config
-from models import build_model, build_runtime, choose_layer_norm, compile_model, count_macs, inference
+from logger import DETAIL, FILE, ProgressBar, clock, log_progress
+from models import build_model, build_runtime, compile_model, count_macs, inference
 from training.distillation import build_distillation
 from training.engine import train_one_epoch
-from training.guard import build_guard
 from training.run import Task, build_run
-from training.setup import check_first, choose_for_evaluation
+from training.setup import set_up
 from utils import peak_memory_mb
 
 TASK = Task(base_images=512, score="acc1", score_name="accuracy")
@@ -38,80 +36,86 @@ logger = logging.getLogger("msg_transformer")
 
 
 def main(config):
-    """Set up a run and do it."""
-    mode = "eval" if config.EVAL_MODE else "throughput" if config.THROUGHPUT_MODE else "train"
-    guard = build_guard(config) if mode == "train" else None
-    compute = distributed.build_compute(config)
-    device = compute.device
-    distributed.start_process_group(device, config.DIST.TIMEOUT_SECONDS)
-    rank, world_size = distributed.rank_and_world_size()
-    if guard is not None:
-        distributed.from_rank_0(guard.claim.take)
-    distributed.from_rank_0(lambda: check_first(config))
-    distributed.seed_everything("model", config.SEED)
-    torch.backends.cudnn.benchmark = True
-    if config.DETERMINISTIC:
-        distributed.be_deterministic()
+    """Train, evaluate or time the model of a config."""
+    setup = set_up(config)
+    torch.backends.cudnn.benchmark = not config.DETERMINISTIC
+    dict(train=train, eval=evaluate_checkpoint, throughput=time_inference)[setup.mode](config, setup)
+    distributed.stop_process_group()
 
-    train_loader = sampler = val_loader = classes = None
-    if config.DATA.DATA_PATH or not config.THROUGHPUT_MODE:
-        train_loader, sampler, val_loader, classes = build_loaders(config, rank, world_size, device)
-        named_classes = config.MODEL.NUM_CLASSES
-        set_classes(config, len(classes))
-    model = build_model(config).to(device)
-    model.classes = classes
 
-    start_logging(config.OUTPUT, rank, training=mode == "train")
-    logger.info(f"{mode} on {world_size} x {device}, PyTorch {torch.__version__}")
-    logger.info(dump_config(config), extra=FILE)
-    if val_loader is not None and named_classes != len(classes):
-        what = f"MODEL.NUM_CLASSES {named_classes} -> {len(classes)}, the class folders of the data"
+def train(config, setup):
+    """Train for the epochs that are left, and evaluate after each."""
+    train_loader, sampler, val_loader, classes = read_data(config, setup)
+    model = make_model(config, setup, classes, train_loader, val_loader)
+    run = build_run(config, model, sampler, setup, TASK)
+    losses_of, collector = build_losses(config, run), OutcomeCollector()
+    for _epoch in run.epochs_left():
+        means = train_one_epoch(run, train_loader, losses_of)
+        figures = run.figures_of(
+            lambda module: evaluate(module, val_loader, setup.compute, config.PRINT_FREQ, collector.start())
+        )
+        run.end_epoch(means, figures)
+    show_mistakes(run.record, collector, val_loader, classes)
+
+
+def evaluate_checkpoint(config, setup):
+    """Evaluate a checkpoint and write the report."""
+    _, _, loader, classes = read_data(config, setup)
+    model = make_model(config, setup, classes, loader)
+    path = setup.load_weights(model)
+    collector, compute = OutcomeCollector(), setup.compute
+    figures = evaluate(build_runtime(config, model, compute), loader, compute, config.PRINT_FREQ, collector)
+    if (outcomes := collector.gather(loader.indices_seen())) is not None:
+        about = dict(checkpoint=path, data=config.DATA.DATA_PATH, **figures)
+        write_report(config.OUTPUT, outcomes, classes, loader.paths, about)
+    logger.info(f"evaluated {path}; the results are in {config.OUTPUT}")
+
+
+def time_inference(config, setup):
+    """Log the speed of inference on a batch of the validation images, or without data on a synthetic one."""
+    loader = classes = None
+    if config.DATA.DATA_PATH:
+        _, _, loader, classes = read_data(config, setup)
+    model = make_model(config, setup, classes, loader)
+    if config.MODEL.RESUME:
+        setup.load_weights(model)
+    if loader is not None:
+        images = next(iter(loader))[0]
+    else:
+        logger.info("no --data-path: synthetic images")
+        images = torch.randn(config.DATA.BATCH_SIZE, *image_shape(config), device=setup.compute.device)
+    throughput(build_runtime(config, model, setup.compute), images, setup.compute)
+
+
+def read_data(config, setup):
+    """The training loader and its sampler (None in other modes), the validation loader, and the classes."""
+    loaders = build_loaders(config, setup.rank, setup.world_size, setup.compute.device)
+    classes = loaders[-1]
+    if len(classes) != config.MODEL.NUM_CLASSES:
+        what = (
+            f"MODEL.NUM_CLASSES {config.MODEL.NUM_CLASSES} -> {len(classes)}, the class folders of the data"
+        )
         logger.info(what, extra=FILE)
-    for loader in (train_loader, val_loader):
-        if loader is not None:
-            loader.report()
+        set_classes(config, len(classes))
+    return loaders
+
+
+def make_model(config, setup, classes, *loaders):
+    """Build the model on its device, and log what it and the ``loaders`` are."""
+    model = build_model(config).to(setup.compute.device)
+    model.classes = classes
+    gmacs = count_macs(model, image_shape(config)) / 1e9
+    setup.describe(config, model, f"{gmacs:.3f} GMACs per image", loaders)
     if config.AMP_OPT_LEVEL == "O2":
         logger.warning("AMP level O2 existed only in apex: running as O1")
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    shape = (config.MODEL.MSG.IN_CHANS, *to_2tuple(config.DATA.IMG_SIZE))
-    gmacs = count_macs(model, shape) / 1e9
-    logger.info(f"{config.MODEL.NAME}: {parameters:,} parameters, {gmacs:.3f} GMACs per image")
-
-    if config.AMP.FUSED_LAYERNORM:
-        logger.info(choose_layer_norm(config)[1])
     if config.COMPILE:
         compile_model(model)
-    if mode != "train" and rank == 0:
-        write_config(config.OUTPUT, f"config_{mode}.yaml", dump_config(config))
-    collector = OutcomeCollector()
-    if mode == "throughput":
-        if val_loader is not None:
-            images = next(iter(val_loader))[0]
-        else:
-            logger.info("no --data-path: synthetic images")
-            images = torch.randn(config.DATA.BATCH_SIZE, *shape, device=device)
-        throughput(build_runtime(config, model, compute), images, compute)
-    elif mode == "eval":
-        path, weights = distributed.from_rank_0(lambda: choose_for_evaluation(config))
-        ckpt.load_weights(model, weights, path)
-        logger.info(f"evaluating {path}")
-        model = build_runtime(config, model, compute)
-        figures = evaluate(model, val_loader, compute, config.PRINT_FREQ, collector)
-        if (outcomes := collector.gather(val_loader.indices_seen())) is not None:
-            about = dict(checkpoint=path, data=config.DATA.DATA_PATH, **figures)
-            write_report(config.OUTPUT, outcomes, classes, val_loader.paths, about)
-        logger.info(f"evaluated {path}; the results are in {config.OUTPUT}")
-    else:
-        run = build_run(config, model, sampler, compute, TASK, guard)
-        losses_of = build_losses(config, run)
-        for _epoch in run.epochs_left():
-            means = train_one_epoch(run, train_loader, losses_of)
-            figures = run.figures_of(
-                lambda module: evaluate(module, val_loader, compute, config.PRINT_FREQ, collector.start())
-            )
-            run.end_epoch(means, figures)
-        show_mistakes(run.record, collector, val_loader, classes)
-    distributed.stop_process_group()
+    return model
+
+
+def image_shape(config):
+    """(C, H, W) of the images."""
+    return (config.MODEL.MSG.IN_CHANS, *to_2tuple(config.DATA.IMG_SIZE))
 
 
 def build_losses(config, run):

@@ -25,7 +25,7 @@ from PIL import Image
 
 import checkpoint as ckpt
 from analysis.curves import draw_curves
-from config import get_config
+from config import get_config, parse_config
 from data.samplers import TrainBatchSampler
 from distributed import Compute
 from logger import DRAWN
@@ -34,6 +34,7 @@ from models.msg_transformer import MSGTransformer
 from optimizer import Updater, build_optimizer
 from training.guard import Guard
 from training.run import Run, Settings
+from training.setup import read_start
 from training.tracking import RunRecord
 
 ROOT = Path(__file__).parents[1]
@@ -280,6 +281,17 @@ def small_run(folder, **settings):
     os.makedirs(folder, exist_ok=True)
     settings = Settings(str(folder), **settings)
     return Run(settings, updater, scheduler, sampler, silent_record(folder), Guard(0, 0))
+
+
+def restore(run, auto_resume=True, **start):
+    """Restore a run as main.py does, with options of ``MODEL`` such as RESUME; returns it."""
+    config = parse_config(run.settings.config, "the run") if run.settings.config else digits_config()
+    config.defrost()
+    config.OUTPUT, config.TRAIN.AUTO_RESUME = run.settings.folder, auto_resume
+    for name, path in start.items():
+        config.MODEL[name] = str(path)
+    run.restore(read_start(config))
+    return run
 
 
 def loop_exchange(manip_type, x):

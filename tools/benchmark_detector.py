@@ -96,6 +96,7 @@ class Candidate:
         opts = ["DET.SCORE_THRESHOLD", "0.0", "DEVICE", "cpu", "AMP_OPT_LEVEL", LEVELS[setting.dtype]]
         config = get_config(argparse.Namespace(cfg=setting.cfg, opts=opts))
         self.compute = build_compute(config)
+        self.compute.prepare()
         self.detector = build_detector(config, 80)
         if name == PEER:
             self.detector.backbone = SwinBackbone(setting.peer, setting.size)

@@ -101,6 +101,7 @@ def main():
     if config.RUNTIME in RUNTIMES:
         config.AMP_OPT_LEVEL = "O0"
     compute = build_compute(config)
+    compute.prepare()
     model, transform, names = build(config, checkpoint, args.checkpoint)
     names = names_to_show(names, args.class_names, config.MODEL.NUM_CLASSES)
     model = build_runtime(config, model.to(compute.device), compute)

@@ -30,7 +30,6 @@ from distributed import (
 )
 from logger import DETAIL, DRAWN, clock, write_config
 from lr_scheduler import build_scheduler
-from models.from_checkpoint import compare_config
 from optimizer import NonFiniteError, Updater, build_average, build_optimizer
 
 from .guard import LAUNCHER_GONE, REQUEUE_EXIT_CODE
@@ -75,9 +74,7 @@ class Settings:
         save_freq: epochs between checkpoints; there is one after the last epoch too.
         keep: epoch checkpoints to keep, 0 for all.
         stop_on_save_error: end the run when a checkpoint cannot be written.
-        resume, auto_resume, pretrained: what it continues from, see :meth:`Run.restore`.
         start_epoch: the first one of a run that continues from no checkpoint.
-        weights: which of ``pretrained``, a value of ``TEST.WEIGHTS``.
     """
 
     folder: str
@@ -89,11 +86,7 @@ class Settings:
     save_freq: int = 1
     keep: int = 0
     stop_on_save_error: bool = False
-    resume: str = ""
-    auto_resume: bool = True
-    pretrained: str = ""
     start_epoch: int = 0
-    weights: str = "auto"
 
     def is_due(self, epoch):
         """Whether a checkpoint is written at the end of ``epoch``."""
@@ -113,21 +106,16 @@ def build_settings(config, task):
         save_freq=config.SAVE_FREQ,
         keep=train.KEEP_CHECKPOINTS,
         stop_on_save_error=train.ON_SAVE_ERROR == "stop",
-        resume=config.MODEL.RESUME,
-        auto_resume=train.AUTO_RESUME,
-        pretrained=config.MODEL.PRETRAINED,
         start_epoch=train.START_EPOCH,
-        weights=config.TEST.WEIGHTS,
     )
 
 
-def build_run(config, model, sampler, compute, task, guard):
+def build_run(config, model, sampler, setup, task):
     """Set up training of a model, and restore what is already there.
 
     Args:
         sampler: the training sampler.
-        compute: the :class:`~distributed.Compute` of this process.
-        guard: was made before anything that takes long.
+        setup: the :class:`~training.setup.Setup` of this process, whose start is taken.
 
     Returns:
         A :class:`Run` at the epoch to train next, its updater's model parallelised over the processes.
@@ -136,17 +124,19 @@ def build_run(config, model, sampler, compute, task, guard):
     lr_scale = sampler.images_per_update / task.base_images
     optimizer = build_optimizer(config, model, lr_scale)
     scheduler = build_scheduler(config, optimizer, sampler.updates_per_epoch, lr_scale)
-    updater = Updater(model, optimizer, compute, sampler.accumulation, train.CLIP_GRAD, train.MAX_NONFINITE)
+    updater = Updater(
+        model, optimizer, setup.compute, sampler.accumulation, train.CLIP_GRAD, train.MAX_NONFINITE
+    )
     updater.average = build_average(config, model)
     record = RunRecord(config.OUTPUT, rank, task.draw, task.drawn)
     record.hyperparameters, record.tracker = flat_config(config), build_tracker(config, rank)
-    run = Run(build_settings(config, task), updater, scheduler, sampler, record, guard)
-    run.restore()
+    run = Run(build_settings(config, task), updater, scheduler, sampler, record, setup.guard)
+    run.restore(setup.take_start())
     run.write_config()
     run.tell_disk_use()
     run.tell_what_is_too_slow(train)
     if sampler.world_size > 1:
-        updater.model = parallelize(model, compute.device)
+        updater.model = parallelize(model, setup.compute.device)
     return run
 
 
@@ -477,43 +467,41 @@ class Run:
         if self.sampler.rank == 0:
             write_config(self.settings.folder, "config.yaml", self.settings.config)
 
-    def restore(self):
-        """Load what the run continues from: its own latest checkpoint, ``resume``, or ``pretrained``.
+    def restore(self, start):
+        """Load what the run starts from.
 
-        Rank 0 alone reads files and decides; the others get what it read.
+        Args:
+            start: a :class:`~training.setup.Start`.
 
         Raises:
             CheckpointError: the file does not fit, or the run would overwrite later checkpoints of another.
         """
-        settings, task, average = self.settings, self.settings.task, self.updater.average
-        path, checkpoint, latest = from_rank_0(self._choose)
-        if checkpoint is not None:
+        path, average = start.path, self.updater.average
+        if start.resumes:
             try:
-                self._load(path, checkpoint)
+                self._load(path, start.checkpoint)
             except ckpt.CheckpointError:
                 raise
             # The entries of a stranger's file can be anything.
             except Exception as error:
                 reason = f"{type(error).__name__}: {error}".split("\n")[0]
                 raise ckpt.CheckpointError(f"{path} is not the checkpoint of a run ({reason})") from error
-            self._agree_with_best(path, checkpoint)
+            self._agree_with_best(path, start.checkpoint)
             where = f"epoch {self.progress.epoch}, image {self.progress.images}"
-            logger.info(f"resuming from {path}: {where}, max {task.score_name} {self.highest_in_words()}")
-            if isinstance(checkpoint["config"], str):
-                self._tell_changed_options(checkpoint["config"], path)
-        elif settings.pretrained:
-            weights = from_rank_0(lambda: ckpt.read_weights(settings.pretrained, settings.weights))
-            ours = flat_text(settings.config, "the config")
-            compare_config(ours, weights, settings.pretrained, fine_tuning=True)
-            task.load_pretrained(self.model, weights, settings.pretrained)
-            logger.info(f"starting from the weights of {settings.pretrained}")
+            score = f"max {self.settings.task.score_name} {self.highest_in_words()}"
+            logger.info(f"resuming from {path}: {where}, {score}")
+            if isinstance(start.checkpoint["config"], str):
+                self._tell_changed_options(start.checkpoint["config"], path)
+        elif path:
+            self.settings.task.load_pretrained(self.model, start.checkpoint, path)
+            logger.info(f"starting from the weights of {path}")
         else:
-            logger.info(f"starting from scratch: no checkpoint in {settings.folder}")
+            logger.info(f"starting from scratch: no checkpoint in {self.settings.folder}")
         if average is not None and not average.updates:
             average.restart(self.model)
-        if latest and ckpt.place_of(latest) > (self.progress.epoch, self.progress.images):
+        if start.latest and ckpt.place_of(start.latest) > (self.progress.epoch, self.progress.images):
             raise ckpt.CheckpointError(
-                f"{latest} would be overwritten: choose another --tag, or set TRAIN.AUTO_RESUME True"
+                f"{start.latest} would be overwritten: choose another --tag, or set TRAIN.AUTO_RESUME True"
             )
         per_epoch = self.sampler.updates_per_epoch
         self.record.start(self.progress.epoch, self.before + self.progress.updates, per_epoch)
@@ -588,16 +576,6 @@ class Run:
                 f"has that score: the best so far is {percent(held)}"
             )
         self.best = self.highest = held
-
-    def _choose(self):
-        folder, resume = self.settings.folder, self.settings.resume
-        ckpt.remove_unfinished(folder)
-        latest, checkpoint = ckpt.read_latest(folder, logger.warning)
-        if latest and self.settings.auto_resume:
-            if resume:
-                logger.warning(f"auto-resume: continuing from {latest} rather than from {resume}")
-            return latest, checkpoint, latest
-        return (resume, ckpt.read_run(resume), latest) if resume else (None, None, latest)
 
     def _continue_epoch(self, state):
         self.progress.load_state_dict(state, self.sampler.rank, self.sampler.world_size)

@@ -16,7 +16,7 @@ import threading
 import pytest
 import torch
 import yaml
-from helpers import CVPR22, MICRO, ROOT, digits_config, logged, micro, small_run
+from helpers import CVPR22, MICRO, ROOT, digits_config, logged, micro, restore, small_run
 from torch import nn
 from yacs.config import CfgNode
 
@@ -26,7 +26,7 @@ from models.build import build_model
 from models.from_checkpoint import read_described
 from models.msg_transformer import MSGTransformer
 from optimizer import build_optimizer
-from training.setup import check_first, choose_for_evaluation
+from training.setup import read_start
 
 
 def official_checkpoint(path, old_torch):
@@ -461,7 +461,7 @@ def described(tmp_path_factory):
 def test_evaluation_under_another_config_is_refused_with_both_values(described, key, value, theirs):
     words = f"{key} is {theirs!r} in the checkpoint and {value!r} in the config"
     with pytest.raises(ckpt.CheckpointError) as error:
-        choose_for_evaluation(evaluated(described, key, value))
+        read_start(evaluated(described, key, value))
     own = os.path.join(os.path.dirname(described), "config.yaml")
     told = [words, f"It is a digits: use --cfg {own}", "TEST.OTHER_CONFIG"]
     assert all(word in str(error.value) for word in told), error.value
@@ -474,11 +474,10 @@ def test_another_config_is_refused_before_the_data_are_read_unless_it_is_on_purp
     )
     for modes in ({}, dict(THROUGHPUT_MODE=True)):
         with pytest.raises(ckpt.CheckpointError, match=words):
-            check_first(evaluated(described, key, "none", **modes))
+            read_start(evaluated(described, key, "none", **modes))
     allowed = evaluated(described, key, "none", "TEST.OTHER_CONFIG", True)
-    check_first(allowed)
     with logged() as lines:
-        assert choose_for_evaluation(allowed)[0] == described
+        assert read_start(allowed)[0] == described
     assert len(lines) == 1 and words in lines[0]
 
 
@@ -495,7 +494,7 @@ def test_what_leaves_the_result_as_it_is_may_differ(described):
     ]
     opts += ["DATA.INTERPOLATION", "random", "TEST.CROP", False, "DATA.BACKEND", "opencv", "TAG", "x"]
     with logged() as lines:
-        choose_for_evaluation(evaluated(described, *opts))
+        read_start(evaluated(described, *opts))
     assert not lines
 
 
@@ -541,7 +540,7 @@ def test_configs_of_other_programs_are_not_compared(described, tmp_path):
     content, path = ckpt.read_checkpoint(described), str(tmp_path / "c.pth")
     for text in ("epochs: 3", "experiment 7", "MODEL: {"):
         torch.save(dict(content, config=text), path)
-        choose_for_evaluation(evaluated(path, "MODEL.MSG.HEAD", "avg"))
+        read_start(evaluated(path, "MODEL.MSG.HEAD", "avg"))
 
 
 def test_models_of_timm_and_detectors_are_compared_by_their_own_keys():
@@ -566,26 +565,26 @@ def test_evaluation_takes_the_best_checkpoint_of_the_run_before_the_latest(tmp_p
     config = evaluated("", "OUTPUT", str(tmp_path))
     state = dict(model=build_model(config).state_dict(), config=dump_config(config))
     with pytest.raises(ckpt.CheckpointError, match="nothing to evaluate"):
-        choose_for_evaluation(config)
+        read_start(config)
     latest = ckpt.save_in_folder(config.OUTPUT, dict(state, epoch=7, score=1.0), ckpt.epoch_name(7), 0)
-    assert choose_for_evaluation(config)[0] == latest
+    assert read_start(config)[0] == latest
     best = ckpt.save_best(config.OUTPUT, dict(state, epoch=3, score=2.0))
-    assert choose_for_evaluation(config)[0] == best
-    assert choose_for_evaluation(evaluated(latest, "OUTPUT", str(tmp_path)))[0] == latest
+    assert read_start(config)[0] == best
+    assert read_start(evaluated(latest, "OUTPUT", str(tmp_path)))[0] == latest
 
 
 def test_fine_tuning_names_what_the_weights_were_trained_with(described, tmp_path):
     config = evaluated("", "MODEL.MSG.HEAD", "avg")
-    run = small_run(tmp_path, pretrained=described, config=dump_config(config))
+    run = small_run(tmp_path, config=dump_config(config))
     with logged() as lines:
-        run.restore()
+        restore(run, PRETRAINED=described)
     assert "MODEL.MSG.HEAD is 'token' in the checkpoint and 'avg' in the config" in lines[0]
 
 
 def test_fine_tuning_in_the_folder_of_a_run_on_other_classes_asks_for_another_tag(described, tmp_path):
     state = dict(model=micro().state_dict(), classes=list("abcdefghij"), epoch=0, score=1.0)
     ckpt.save_in_folder(str(tmp_path), state, ckpt.epoch_name(0), 0)
-    run = small_run(tmp_path, pretrained=described)
+    run = small_run(tmp_path)
     run.model.classes = list("abcdefghik")
     with pytest.raises(ckpt.CheckpointError, match="other classes.* use --pretrained and another --tag$"):
-        run.restore()
+        restore(run, PRETRAINED=described)

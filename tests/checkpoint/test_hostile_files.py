@@ -20,7 +20,7 @@ import pytest
 import torch
 import torch.utils.collect_env
 import yaml
-from helpers import digits_config, micro, run_main, silent_record
+from helpers import digits_config, micro, restore, run_main, silent_record
 from torch._utils import _rebuild_device_tensor_from_cpu_tensor, _rebuild_tensor_v2
 from torch.jit.unsupported_tensor_ops import execWrapper
 from yacs.config import CfgNode
@@ -291,10 +291,9 @@ def restored(official, folder, **changes):
     optimizer = build_optimizer(digits_config(), model, 1.0)
     updater = Updater(model, optimizer, Compute(torch.device("cpu")), 1, 5.0, 0)
     sampler = TrainBatchSampler(72, 8, 1, 0, 1, seed=0)
-    settings = Settings(str(folder), resume=path, auto_resume=False)
+    settings = Settings(str(folder))
     run = Run(settings, updater, None, sampler, silent_record(folder), Guard(0, 0))
-    run.restore()
-    return run
+    return restore(run, auto_resume=False, RESUME=path)
 
 
 def test_resuming_from_the_official_entries(tmp_path, official):

@@ -132,7 +132,7 @@ def test_a_signal_before_training_asks_to_start_again(name, data, tmp_path):
     script.write_text(
         "import runpy, time\n"
         "from training import setup\n"
-        "setup.check_first = lambda config: time.sleep(3000)\n"
+        "setup.read_start = lambda config: time.sleep(3000)\n"
         "runpy.run_path('main.py', run_name='__main__')\n"
     )
     command = main_command(*ARGUMENTS, "--data-path", data, "--output", tmp_path)
@@ -144,7 +144,7 @@ def test_a_signal_before_training_asks_to_start_again(name, data, tmp_path):
         time.sleep(0.01)
     run.process.send_signal(number)
     assert run.wait() == 75, run.text()
-    assert run.text() == f"stopped by {name} before training: the same command starts again\n"
+    assert run.text().endswith(f"stopped by {name} before training: the same command starts again\n")
 
 
 def test_torchrun_restarts_a_killed_worker_and_resumes(data, tmp_path, hold, undisturbed):

@@ -6,7 +6,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import timm
 import torch
-from helpers import digits_config, logged, micro, silent_record
+from helpers import digits_config, logged, micro, restore, silent_record
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
@@ -237,8 +237,7 @@ def run_with(name, folder, *opts):
     scheduler = build_scheduler(config_for(name), optimizer, 2, 1.0)
     updater = Updater(model, optimizer, Compute(torch.device("cpu")), 1, 5.0, 0)
     run = Run(Settings(str(folder)), updater, scheduler, sampler, silent_record(folder), Guard(0, 0))
-    run.restore()
-    return run
+    return restore(run)
 
 
 def trained(run, seed):

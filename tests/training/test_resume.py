@@ -25,6 +25,7 @@ from helpers import (
     logged,
     main_command,
     micro,
+    restore,
     run_folder,
     run_main,
     small_run,
@@ -37,7 +38,7 @@ from data.samplers import TrainBatchSampler
 from distributed import be_deterministic
 from logger import read_metrics
 from optimizer import WeightAverage
-from training.setup import choose_for_evaluation
+from training.setup import read_start
 
 ARGUMENTS = shlex.split(
     "--cfg configs/digits.yaml --batch-size 4 --opts DATA.NUM_WORKERS 1 MODEL.DROP_RATE 0.1"
@@ -119,9 +120,7 @@ def end_epoch(run, score):
 
 def resumed(folder, path=""):
     """A small run that was restored from its folder, or from a given file."""
-    run = small_run(folder, resume=str(path))
-    run.restore()
-    return run
+    return restore(small_run(folder), RESUME=path)
 
 
 def kill_at(step):
@@ -305,7 +304,7 @@ def test_averaging_may_begin_and_end_with_a_resume_and_the_log_says_so(tmp_path)
         run = small_run(tmp_path)
         run.updater.average = WeightAverage(run.model, 0.5, warmup=False) if average else None
         with logged() as lines:
-            run.restore()
+            restore(run)
         return run, " ".join(lines)
 
     first, _ = run_of(average=False)
@@ -332,7 +331,7 @@ def averaging_run(folder, **settings):
     """A small run whose weights are those of the micro model, and their average the same plus 1."""
     run = small_run(folder, **settings)
     run.updater.average = WeightAverage(run.model, 0.5, warmup=True)
-    run.restore()
+    restore(run)
     if not run.updater.average.updates:
         with torch.no_grad():
             next(run.updater.average.model.parameters()).add_(1.0)
@@ -371,9 +370,9 @@ def test_the_best_is_the_best_of_the_weights_and_of_their_average_and_says_which
 
 def test_an_evaluation_takes_the_weights_that_it_is_asked_for(tmp_path):
     def chosen(which):
-        config = digits_config("TEST.WEIGHTS", which, "MODEL.RESUME", best)
+        config = digits_config("TEST.WEIGHTS", which, "MODEL.RESUME", best, eval=True)
         with logged() as lines:
-            return firsts(choose_for_evaluation(config)[1]["model"], run.model.state_dict()), lines[-1]
+            return firsts(read_start(config)[1]["model"], run.model.state_dict()), lines[-1]
 
     run, best = averaging_run(tmp_path), tmp_path / "best.pth"
     run.end_epoch(dict(train_loss=1.0), dict(acc1=84.0, ema_acc1=31.0))
@@ -408,7 +407,7 @@ def test_options_that_changed_since_the_checkpoint_are_told(tmp_path):
     def told(*opts):
         run = small_run(tmp_path, config=dump_config(digits_config(*opts)))
         with logged() as lines:
-            run.restore()
+            restore(run)
         return run, " ".join(lines)
 
     first, _ = told()
@@ -425,9 +424,9 @@ def test_a_new_run_averages_from_the_weights_it_starts_with(tmp_path):
     own = micro().state_dict()
     weights = {name: value + 1 for name, value in own.items() if value.is_floating_point()}
     torch.save(dict(own, **weights), tmp_path / "pretrained.pth")
-    run = small_run(tmp_path / "run", pretrained=str(tmp_path / "pretrained.pth"))
+    run = small_run(tmp_path / "run")
     run.updater.average = WeightAverage(run.model, 0.5, warmup=False)
-    run.restore()
+    restore(run, PRETRAINED=tmp_path / "pretrained.pth")
     found = run.updater.average.model.state_dict()
     assert all(torch.equal(value, found[name]) for name, value in weights.items())
 

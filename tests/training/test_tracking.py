@@ -10,7 +10,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same_weights, digits_config, logged, run_folder, run_main
+from helpers import assert_same_weights, digits_config, logged, restore, run_folder, run_main
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -269,7 +269,7 @@ def train_from_checkpoints(folder, updates_per_epoch, epochs):
     record.tracker = Tracker("wandb", str(folder), "name")
     settings = Settings(str(folder), epochs=epochs, print_freq=1)
     run = Run(settings, updater, scheduler, sampler, record, Guard(0, 0))
-    run.restore()
+    restore(run)
     loader = Batches([(torch.ones(batch_size, 2), None)] * updates_per_epoch)
     for _ in run.epochs_left():
         means = train_one_epoch(run, loader, lambda images, *_: dict(loss=model(images).sum()))
