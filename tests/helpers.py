@@ -287,7 +287,8 @@ def restore(run, auto_resume=True, **start):
     """Restore a run as main.py does, with options of ``MODEL`` such as RESUME; returns it."""
     config = parse_config(run.settings.config, "the run") if run.settings.config else digits_config()
     config.defrost()
-    config.OUTPUT, config.TRAIN.AUTO_RESUME = run.settings.folder, auto_resume
+    config.EVAL_MODE, config.OUTPUT = False, run.settings.folder
+    config.TRAIN.AUTO_RESUME = auto_resume
     for name, path in start.items():
         config.MODEL[name] = str(path)
     run.restore(read_start(config))
