@@ -192,20 +192,13 @@ def default_config():
     config.TRAIN.EMA.WARMUP = True
 
     config.TRAIN.LR_SCHEDULER = CfgNode()
-    # cosine, linear, step, multistep, tanh or poly; all per update, all after a linear warm-up.
+    # cosine, linear, step or multistep; all per update, all after a linear warm-up.
     config.TRAIN.LR_SCHEDULER.NAME = "cosine"
     # multistep: epochs after which the rate decays.
     config.TRAIN.LR_SCHEDULER.MILESTONES = [27, 33]
     # step: epochs between decays; both: the factor of a decay.
     config.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = 30
     config.TRAIN.LR_SCHEDULER.DECAY_RATE = 0.1
-    # cosine, linear, tanh and poly: epochs at the end of the run that stay at MIN_LR; EPOCHS includes them.
-    config.TRAIN.LR_SCHEDULER.COOLDOWN_EPOCHS = 0
-    # cosine, tanh and poly: equal cycles, each of which begins at CYCLE_DECAY of the rate of the one before.
-    config.TRAIN.LR_SCHEDULER.CYCLES = 1
-    config.TRAIN.LR_SCHEDULER.CYCLE_DECAY = 0.1
-    # poly: the exponent of the share of the cycle that is left.
-    config.TRAIN.LR_SCHEDULER.POWER = 0.9
 
     config.TRAIN.OPTIMIZER = CfgNode()
     # adamw, sgd (with Nesterov momentum), any other name of timm's, such as lamb, lion, muon or nadamw; or
@@ -525,7 +518,9 @@ def parse_config(text, source):
     tree = rules.read_tree(text, source, values_as_text=True)
     tree.pop("BASE", None)
     for key, value in rules.leaves(tree):
-        rules.assign(config, key, value, source, sources)
+        # Training does not decide what the model is, and earlier releases had other options for it.
+        if not key.startswith("TRAIN.") and key not in rules.GONE:
+            rules.assign(config, key, value, source, sources)
     if config.DATA.DATASET == "coco":
         config.COMPILE = False  # once allowed, and without effect
     rules.check_config(config, sources)

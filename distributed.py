@@ -76,10 +76,7 @@ def seed_everything(purpose, *numbers):
         purpose: a word, so that the same numbers give other seeds elsewhere.
         numbers: whole numbers, always as many for one purpose.
     """
-    seed = _seed_of(purpose, numbers)
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+    torch.manual_seed(_seed_cpu(purpose, numbers))
 
 
 @contextlib.contextmanager
@@ -90,10 +87,7 @@ def seeded(purpose, *numbers, restore=True):
         restore: False leaves them where the block did, for processes that draw within such blocks only.
     """
     state = (random.getstate(), np.random.get_state(), torch.get_rng_state()) if restore else None
-    seed = _seed_of(purpose, numbers)
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)
+    torch.default_generator.manual_seed(_seed_cpu(purpose, numbers))
     try:
         yield
     finally:
@@ -103,8 +97,12 @@ def seeded(purpose, *numbers, restore=True):
             torch.set_rng_state(state[2])
 
 
-def _seed_of(purpose, numbers):
-    return int(np.random.SeedSequence([zlib.crc32(purpose.encode()), *numbers]).generate_state(1)[0])
+def _seed_cpu(purpose, numbers):
+    """Seed Python's and NumPy's generators; returns the seed, for torch's."""
+    seed = int(np.random.SeedSequence([zlib.crc32(purpose.encode()), *numbers]).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    return seed
 
 
 def rank_and_world_size():

@@ -23,15 +23,16 @@ from .contents import CheckpointError, better_of, run_of, weights_and_classes
 BEST = "best.pth"
 
 
-def save_checkpoint(path, checkpoint):
-    """Write a checkpoint so that ``path`` holds, at any moment, the old file or the whole new one.
+@contextlib.contextmanager
+def _writing(path):
+    """Context that yields an open file, which then becomes ``path`` for good: all of it or nothing.
 
     Raises:
-        OSError: the file cannot be written, for instance because the disk is full.
+        OSError: it cannot be written, for instance because the disk is full.
     """
     try:
         with replacing(path) as temporary, open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         sync_folder(path)
@@ -39,6 +40,16 @@ def save_checkpoint(path, checkpoint):
         # torch.save wraps some failed writes.
         cause = error if isinstance(error, OSError) else error.__context__
         raise cause if isinstance(cause, OSError) else OSError(str(error).split("\n")[0]) from error
+
+
+def save_checkpoint(path, checkpoint):
+    """Write a checkpoint so that ``path`` holds, at any moment, the old file or the whole new one.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with _writing(path) as file:
+        torch.save(checkpoint, file)
 
 
 def save_weights(path, weights, metadata):
@@ -49,11 +60,8 @@ def save_weights(path, weights, metadata):
         metadata: text by name; :func:`read_checkpoint` gives back ``config``, and ``classes`` of a JSON list.
     """
     content = save({name: x.contiguous() for name, x in weights.items()}, metadata)
-    with replacing(path) as temporary, open(temporary, "wb") as file:
+    with _writing(path) as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    sync_folder(path)
 
 
 def _read_safetensors(path):

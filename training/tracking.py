@@ -30,8 +30,6 @@ class RunRecord:
     records of other ranks are silent.
 
     Args:
-        folder: the run's output folder.
-        rank: of this process.
         draw: draws the curves of a list of rows to a file, called with both and the hyper-parameters.
         drawn: what it needs of every row.
 
@@ -100,12 +98,7 @@ class RunRecord:
     def _write_scalars(self, group, values, update):
         self.update = update
         tags = {f"{group}/{name}": value for name, value in values.items()}
-
-        def write(board):
-            for tag, value in tags.items():
-                board.add_scalar(tag, value, update)
-
-        self._write(write)
+        self._write(lambda board: [board.add_scalar(tag, value, update) for tag, value in tags.items()])
         if self.tracker is not None:
             self.tracker.log(group, tags, update)
 
@@ -113,7 +106,7 @@ class RunRecord:
         """Have ``write`` write to the TensorBoard file, ``size`` bytes beside a few of its own."""
         if self.silent:
             return
-        if not os.path.isdir(self.board_folder):
+        if not os.path.isdir(self.board_folder):  # somebody removed it
             self.board = None
         with self._told():
             # The writer's thread would end with a traceback.
@@ -207,7 +200,9 @@ class Tracker:
             if self.state.get("updates_per_epoch", updates_per_epoch) != updates_per_epoch:
                 shift = max(shift, self.state["train"] + 1 - update, self.state["epoch"] + 1 - update)
             self.state.update(updates_per_epoch=updates_per_epoch, shift=shift)
-            arguments = dict(name=self.state["run"], config=hyperparameters, resume="allow")
+            # Trackers write JSON in UTF-8, which a path of other bytes would break.
+            given = {k: printable(x) if isinstance(x, str) else x for k, x in hyperparameters.items()}
+            arguments = dict(name=self.state["run"], config=given, resume="allow")
             self.run, where = getattr(self, f"_start_{self.package}")(arguments)
             logger.info(f"tracked by {self.package} as {self.state['run']}: {where}")
 
@@ -229,8 +224,7 @@ class Tracker:
         import trackio
 
         with contextlib.redirect_stdout(io.StringIO()):
-            run = trackio.init(PROJECT, **arguments)
-        return run, f"trackio show --project {PROJECT}"
+            return trackio.init(PROJECT, **arguments), f"trackio show --project {PROJECT}"
 
     def log(self, group, tags, update):
         """Give it scalars of an update, unless it has some of this group and update, or of a later one.
