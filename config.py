@@ -22,7 +22,7 @@ from yacs.config import CfgNode
 import config_rules as rules
 from config_rules import APART, CHOICES, OPTIMIZERS, ConfigError  # noqa: F401, they are imported from here
 
-# What a config and the BASE files below it may come to: a few lines of a stranger's could unfold to hours.
+# Limits on included files, so that a malicious config cannot hang the parser.
 MOST_FILES, MOST_BYTES = 100, 100_000
 
 # Flags of Swin's main.py that mean nothing here, and what to do instead.
@@ -358,7 +358,6 @@ def parse_args(description, throughput=False, argv=None):
 
     Args:
         throughput: whether the program has a mode that times inference.
-        argv: the words; those of the command line by default.
 
     Raises:
         ConfigError: an unknown flag, with the one that was probably meant.
@@ -427,10 +426,6 @@ def read_command_line(description, dataset, throughput=False):
     """The config that a program is asked for; a mistake in it ends the program with one message.
 
     Programs call this before they import what takes seconds, so that usage and mistakes are shown at once.
-
-    Args:
-        description, throughput: see :func:`parse_args`.
-        dataset: see :func:`get_config`.
     """
     with telling_errors():
         return get_config(parse_args(description, throughput), dataset)
@@ -441,9 +436,7 @@ def get_config(args, dataset=None):
 
     Args:
         args: a namespace with ``cfg`` (path of a YAML file) and optionally ``opts`` (a flat list of keys and
-            values), ``batch_size``, ``data_path``, ``resume``, ``pretrained``, ``accumulation_steps``,
-            ``use_checkpoint``, ``optim``, ``amp_opt_level``, ``device``, ``output``, ``tag``, ``eval``,
-            ``throughput``, ``local_rank``.
+            values) and the other flags of :func:`parse_args`.
         dataset: the ``DATA.DATASET`` that the program is for: coco, or imagenet, which stands for all others;
             None takes any.
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import errno
 import logging
 import os
 import random
@@ -72,9 +73,7 @@ def be_deterministic():
 def seed_everything(purpose, *numbers):
     """Seed Python's, NumPy's and torch's generators, CUDA included.
 
-    Args:
-        purpose: a word, so that the same numbers give other seeds elsewhere.
-        numbers: whole numbers, always as many for one purpose.
+    ``purpose`` is a word, so that the same numbers give other seeds elsewhere.
     """
     torch.manual_seed(_seed_cpu(purpose, numbers))
 
@@ -207,7 +206,7 @@ def largest_over_processes(*numbers):
 
 
 def gather_floats(tensor):
-    """The value of a scalar tensor on every process, as a list by rank; all of them must call it."""
+    """The value of a scalar tensor on every process, by rank; all of them must call it."""
     if not dist.is_initialized():
         return [tensor.item()]
     values = [torch.zeros(()) for _ in range(dist.get_world_size())]
@@ -253,9 +252,7 @@ def from_rank_0(make):
 def run_command(command, smaller, workers="DATA.NUM_WORKERS"):
     """Call ``command`` as the whole of a program: an expected error is one message, and no worker stays.
 
-    Args:
-        smaller: what makes the program need less memory, in words.
-        workers: the key or flag of its data-loading workers.
+    ``smaller`` and ``workers`` are those of :func:`shortage`.
     """
     try:
         with telling_errors():
@@ -311,12 +308,13 @@ def shortage(error, smaller, workers):
     def says(*phrases):
         return any(phrase in text for phrase in phrases)
 
-    if says("Too many open files", "received 0 items of ancdata"):
+    # Exit codes are those of utils.end_on_lost_batches.
+    if says("Too many open files", "received 0 items of ancdata", f"with exit code {errno.EMFILE}."):
         return (
             "no file descriptors are left (too many open files): allow this process more, for example with "
             f"ulimit -n 65536, or lower {workers}"
         )
-    if says("is killed by signal: Bus error", "allocate shared memory") or (
+    if says("signal: Bus error", "allocate shared memory", f"with exit code {errno.ENOSPC}.") or (
         says("No space left on device") and says("</torch_")
     ):
         return (

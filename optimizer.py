@@ -124,7 +124,6 @@ def _build_apex(name, groups, on_gpu, settings):
 
 
 def _build_timm(name, groups, settings):
-    """timm's optimizer of a name; the log says its class and settings."""
     betas = get_optimizer_info(name).num_betas
     if "betas" in settings and get_optimizer_info(name).has_betas and len(settings["betas"]) != betas:
         raise UserError(f"TRAIN.OPTIMIZER.BETAS: {name} takes {betas} of them: leave them at their default")
@@ -147,11 +146,6 @@ class WeightAverage:
 
     At update u, counted from 1, the average moves towards the weights by 1 - decay, and at the first it
     becomes them. With a warm-up, decay is 1 - u^(-2/3) where that is less than the one given.
-
-    Args:
-        model: the plain module; it is copied.
-        decay: share of the average that stays at an update.
-        warmup: begin with a short average.
 
     Attributes:
         model: a module in evaluation mode that holds the average.
@@ -187,7 +181,6 @@ class Updater:
 
     Args:
         model: the module that is called, a DistributedDataParallel one where there are several processes.
-        compute: the run's :class:`~distributed.Compute`.
         accumulation: micro-batches of an update.
         clip_grad: largest global gradient norm, 0 for no clipping.
         max_nonfinite: skipped updates in a row after which the run ends.

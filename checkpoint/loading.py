@@ -24,8 +24,7 @@ def load_weights(model, checkpoint, path, new_head=False):
 
     Args:
         model: ``model.classes``, where there is one, names its classes in the order of the head.
-        checkpoint: what :func:`read_checkpoint` returned; a bare state dict will do.
-        path: its file, for messages.
+        checkpoint: what :func:`read_checkpoint` returned from ``path``; a bare state dict will do.
         new_head: for a new run (fine-tuning): leave the model's own head where the classes differ, its own
             head and last norm where it is the backbone of a larger model, and fit weights for other
             sizes as :func:`checkpoint.resize.fit_weights` does; the log says so.
@@ -72,16 +71,10 @@ def load_weights(model, checkpoint, path, new_head=False):
 
 
 def without_prefix(weights, own, path):
-    """Weights under the names of a model, where all of these have a prefix, such as Lightning's ``model.``.
+    """Weights by the model's ``own`` names, where all have a prefix, such as Lightning's ``model.``.
 
-    Args:
-        weights: tensors by name.
-        own: the names in the model.
-        path: their file, for messages.
-
-    Returns:
-        The tensors that have the prefix, by their names without it; those given, where some have names of the
-        model, or where fewer than half of the model's names are there with a prefix.
+    Those given return where some have names of the model, or where fewer than half of the model's names are
+    there with a prefix.
 
     Raises:
         CheckpointError: two prefixes are as good.

@@ -21,7 +21,6 @@ def train_one_epoch(run, loader, losses_of):
     undisturbed one would.
 
     Args:
-        run: a :class:`~training.run.Run` that has started the epoch.
         losses_of: called with the images and targets of a micro-batch and its number in the update; returns
             the mean losses by name, whose sum is minimised.
 
@@ -90,12 +89,7 @@ class EpochLog:
         self.bar = ProgressBar(what, self.updates, initial=self.first, unit="update")
 
     def write(self, update, losses, norm):
-        """Write the log line of an update, and its TensorBoard scalars.
-
-        Args:
-            losses: the update's mean losses by name, scalar tensors.
-            norm: its gradient norm, a scalar tensor.
-        """
+        """Write the log line of an update, and its scalars; ``losses`` by name and ``norm`` are tensors."""
         run, progress, epochs = self.run, self.run.progress, self.run.settings.epochs
         skipped = run.updater.skipped.item()
         # Reading the loss waits for the device, so that the time is true.

@@ -28,7 +28,7 @@ from distributed import (
     rank_and_world_size,
     sum_over_processes,
 )
-from logger import DETAIL, DRAWN, clock, write_config
+from logger import DETAIL, DRAWN, FILE, clock, write_config
 from lr_scheduler import build_scheduler
 from models.from_checkpoint import compare_config
 from optimizer import NonFiniteError, Updater, build_average, build_optimizer
@@ -81,11 +81,6 @@ class Settings:
 
 def build_run(config, model, sampler, compute, task, guard):
     """Set up training of a model, and restore what is already there.
-
-    Args:
-        sampler: the training sampler.
-        compute: the :class:`~distributed.Compute` of this process.
-        guard: was made before anything that takes long.
 
     Returns:
         A :class:`Run` at the epoch to train next, its updater's model parallelised over the processes.
@@ -176,12 +171,8 @@ class Run:
     """What a training run consists of, and how it is saved, restored and stopped.
 
     Args:
-        settings: what it was asked for.
-        updater: the run's :class:`~optimizer.Updater`, whose model is still the plain module.
+        updater: an :class:`~optimizer.Updater` whose model is still the plain module.
         scheduler: timm's, of the learning rate.
-        sampler: the training sampler; it is told where to start.
-        record: the run's :class:`~training.tracking.RunRecord`.
-        guard: the run's :class:`~training.guard.Guard`.
 
     Attributes:
         model: the plain module whose weights are saved.
@@ -292,10 +283,10 @@ class Run:
 
         Args:
             means: of its training.
-            figures: of the evaluation of its weights, in percent the one that counts, see :meth:`figures_of`.
+            figures: what :meth:`figures_of` returned; the one that counts is in percent.
 
         Returns:
-            The names of the files written, as :meth:`save` does.
+            The names of the files written.
         """
         epoch, task, average = self.progress.epoch, self.settings.task, self.updater.average
         # The epoch's own last update: a run that goes on after it drops TensorBoard's events from there on.
@@ -316,7 +307,6 @@ class Run:
         return self.saved
 
     def _tell_epoch(self, loss, figures):
-        """Log how good the epoch that has just ended is, and how long those that are left will take."""
         done, epochs, task = self.progress.epoch + 1, self.settings.epochs, self.settings.task
         shown = [*task.shown, *((f"ema_{key}", f"EMA {name}") for key, name in task.shown)]
         scores = [f"{name} {percent(figures[key])}" for key, name in shown if key in figures]
@@ -388,7 +378,7 @@ class Run:
         return [os.path.basename(path) for path in files]
 
     def write_config(self):
-        """Write ``config.yaml`` to the run's folder, on rank 0."""
+        """Write ``config.yaml`` on rank 0."""
         if self.sampler.rank == 0:
             write_config(self.settings.folder, "config.yaml", self.settings.config)
 
@@ -411,11 +401,7 @@ class Run:
             )
 
     def warn_of_a_short_run(self, train):
-        """Warn of a warm-up, or of an average without one, that needs more updates than the run has.
-
-        Args:
-            train: the section ``TRAIN`` of the config.
-        """
+        """Warn of a warm-up, or of an average without one, that needs more updates than the run has."""
         per_epoch, average = self.sampler.updates_per_epoch, self.updater.average
         updates = train.EPOCHS * per_epoch
         if self.progress.epoch >= train.EPOCHS:
@@ -486,7 +472,6 @@ class Run:
         return (resume, ckpt.read_run(resume), latest) if resume else (None, None, latest)
 
     def _load(self, path, checkpoint):
-        """Continue from what :func:`checkpoint.read_run` returned."""
         sampler, place = self.sampler, checkpoint.get("progress")
         weights = {name: checkpoint[name] for name in ("model", "classes", "config")}
         ckpt.load_weights(self.model, weights, path)
@@ -564,23 +549,16 @@ class Run:
                 logger.warning(f"options that the checkpoint was not trained with: {', '.join(changed)}")
 
     def explain(self, error, paths, update):
-        """Add to a NonFiniteError the files of an update; ``nonfinite_rank<rank>.txt`` lists them all.
+        """A NonFiniteError that names files of an update; the log file lists them all.
 
         Args:
             paths: the file of every image index.
             update: counted from where the sampler's iteration started.
         """
-        folder = self.settings.folder
-        path = os.path.join(folder, f"nonfinite_rank{self.sampler.rank}.txt")
         files = [paths[index] for index in self.sampler.indices_of(update)]
-        try:
-            with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
-                file.writelines(f"{name}\n" for name in files)
-            where = f"all of it in {path}"
-        except OSError as problem:
-            where = f"{path} cannot be written: {problem.strerror}"
+        logger.info("\n".join(["the last batch of this process:", *files]), extra=FILE)
         return NonFiniteError(
-            f"{error}; the last batch of this process held {', '.join(files[:3])} ... ({where}). "
-            f"The last good checkpoint is in {folder}: lower TRAIN.BASE_LR, look at the files, or use "
-            "AMP_DTYPE bfloat16"
+            f"{error}; the last batch of this process held {', '.join(files[:3])} ... (all of it is in "
+            f"log_rank{self.sampler.rank}.txt). The last good checkpoint is in {self.settings.folder}: lower "
+            "TRAIN.BASE_LR, look at the files, or use AMP_DTYPE bfloat16"
         )

@@ -61,11 +61,7 @@ class RunRecord:
         self._write_scalars("train", values, update)
 
     def first_batch(self, draw):
-        """Write the first batch of a run from scratch as the TensorBoard image ``train/first_batch``.
-
-        Args:
-            draw: returns it as a PIL image; is called for the first batch only.
-        """
+        """Write the TensorBoard image ``train/first_batch`` of a run from scratch, which ``draw`` returns."""
         if self.batch_due:
             self.batch_due = False
             self.image("train/first_batch", draw())
@@ -139,11 +135,7 @@ def write_hyperparameters(board, values, drawn):
 
 
 def require_tracker(name):
-    """Refuse a ``LOG.TRACKER`` whose package cannot be imported.
-
-    Raises:
-        UserError: which package to install.
-    """
+    """Raise a UserError where the package of ``LOG.TRACKER`` cannot be imported."""
     if not name:
         return
     try:
@@ -173,7 +165,6 @@ class Tracker:
 
     Args:
         package: wandb or trackio.
-        folder: the run's output folder.
         name: what the name of the tracked run begins with.
     """
 
@@ -184,11 +175,7 @@ class Tracker:
         self.run, self.state = None, {}
 
     def start(self, update, updates_per_epoch, hyperparameters):
-        """Go on with the tracked run, or at update 0 start another.
-
-        Args:
-            hyperparameters: a flat dict.
-        """
+        """Go on with the tracked run, or at update 0 start another."""
         with self._told():
             if update and os.path.exists(self.path):
                 with open(self.path, encoding="utf-8") as file:
@@ -227,12 +214,7 @@ class Tracker:
             return trackio.init(PROJECT, **arguments), f"trackio show --project {PROJECT}"
 
     def log(self, group, tags, update):
-        """Give it scalars of an update, unless it has some of this group and update, or of a later one.
-
-        Args:
-            group: train or epoch.
-            tags: a dict of the scalars by their tags.
-        """
+        """Give it scalars by tag, unless it has some of this group (train or epoch) and update, or later."""
         if self.run is None or update + self.state["shift"] <= self.state[group]:
             return
         update += self.state["shift"]

@@ -1,6 +1,7 @@
 """Launchers, signals, and processes that die."""
 
 import contextlib
+import errno
 import os
 import re
 import shlex
@@ -28,6 +29,7 @@ from helpers import (
 import checkpoint as ckpt
 import distributed
 import utils
+from data.loaders import start_worker
 from training.guard import Guard
 from utils import UserError
 
@@ -365,6 +367,31 @@ def test_what_a_machine_runs_out_of_is_one_sentence_with_the_keys_that_help(mess
         distributed.run_command(lambda: fail(error), "SMALLER", "WORKERS")
     assert end.value.code.startswith(f"error: {message}") and "\n" not in end.value.code
     assert "SMALLER" in end.value.code or "lower WORKERS" in end.value.code
+
+
+class Unsendable:
+    """A batch that a worker cannot hand over."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __reduce__(self):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "no file descriptors are left"),
+        (RuntimeError("unable to write to file </torch_7>: x (28)"), "/dev/shm, through which"),
+    ],
+)
+def test_a_batch_that_a_worker_cannot_send_ends_the_run(error, message):
+    """Python drops such a batch; the timeout is for a run that would wait for it."""
+    options = dict(worker_init_fn=start_worker, collate_fn=lambda _: Unsendable(error), timeout=100)
+    loader = torch.utils.data.DataLoader([0], num_workers=1, **options)
+    with pytest.raises(SystemExit, match=f"^error: {message}.* lower WORKERS"):
+        distributed.run_command(lambda: next(iter(loader)), "SMALLER", "WORKERS")
 
 
 def test_pytorchs_own_words_for_too_little_memory_are_known():
