@@ -303,7 +303,7 @@ def shortage(error, smaller, workers):
         smaller: what makes the program need less memory, in words.
         workers: the key or flag of its data-loading workers.
     """
-    text = str(error)
+    text = f"{error} {error.__cause__ or ''}"  # PyTorch may say more in the cause
 
     def says(*phrases):
         return any(phrase in text for phrase in phrases)

@@ -301,6 +301,15 @@ def test_a_file_with_two_models_is_not_chosen_from():
         ckpt.load_weights(micro(), twins, "twins.pth")
 
 
+def test_a_few_names_with_a_prefix_are_no_model():
+    few = {f"model.{name}": x for name, x in micro().state_dict().items() if name.startswith("patch_embed.")}
+    with pytest.raises(
+        ckpt.CheckpointError, match="model.patch_embed.proj.weight is not in the model|missing"
+    ):
+        ckpt.load_weights(micro(), few, "few.pth")
+    assert ckpt.without_prefix(few, micro().state_dict(), "few.pth") is few
+
+
 @pytest.mark.parametrize("content", [b"", b"x" * 100, (2**40).to_bytes(8, "little") + b"{}"])
 def test_damaged_safetensors_files_are_refused(tmp_path, content):
     path = tmp_path / "bad.safetensors"

@@ -19,6 +19,8 @@ from helpers import (
     ROOT,
     Started,
     assert_same_weights,
+    coco_config,
+    digits_config,
     group_of_two,
     main_command,
     run_folder,
@@ -392,6 +394,17 @@ def test_a_batch_that_a_worker_cannot_send_ends_the_run(error, message):
     loader = torch.utils.data.DataLoader([0], num_workers=1, **options)
     with pytest.raises(SystemExit, match=f"^error: {message}.* lower WORKERS"):
         distributed.run_command(lambda: next(iter(loader)), "SMALLER", "WORKERS")
+
+
+def test_what_needs_less_memory_is_told_by_the_keys_that_count():
+    batch = "lower DATA.BATCH_SIZE (--batch-size), which is 5"
+    training = f"{batch}, and raise TRAIN.ACCUMULATION_STEPS as much"
+    training += ", or set TRAIN.USE_CHECKPOINT True (--use-checkpoint)"
+    assert distributed.smaller_run(digits_config(batch_size=5)) == training
+    assert distributed.smaller_run(digits_config(batch_size=5, eval=True)) == batch
+    assert distributed.smaller_run(digits_config(batch_size=5, throughput=True)) == batch
+    found = distributed.smaller_run(coco_config("shapes", "DATA.BATCH_SIZE", 5))
+    assert found == f"{training}, or lower DET.MIN_SIZES and DET.MAX_SIZE"
 
 
 def test_pytorchs_own_words_for_too_little_memory_are_known():
