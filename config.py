@@ -22,7 +22,7 @@ from yacs.config import CfgNode
 import config_rules as rules
 from config_rules import APART, CHOICES, OPTIMIZERS, ConfigError  # noqa: F401, they are imported from here
 
-# What a config and the BASE files below it may come to: a few lines of a stranger's could unfold to hours.
+# Limits on included files, so that a malicious config cannot hang the parser.
 MOST_FILES, MOST_BYTES = 100, 100_000
 
 # Flags of Swin's main.py that mean nothing here, and what to do instead.
@@ -192,20 +192,13 @@ def default_config():
     config.TRAIN.EMA.WARMUP = True
 
     config.TRAIN.LR_SCHEDULER = CfgNode()
-    # cosine, linear, step, multistep, tanh or poly; all per update, all after a linear warm-up.
+    # cosine, linear, step or multistep; all per update, all after a linear warm-up.
     config.TRAIN.LR_SCHEDULER.NAME = "cosine"
     # multistep: epochs after which the rate decays.
     config.TRAIN.LR_SCHEDULER.MILESTONES = [27, 33]
     # step: epochs between decays; both: the factor of a decay.
     config.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = 30
     config.TRAIN.LR_SCHEDULER.DECAY_RATE = 0.1
-    # cosine, linear, tanh and poly: epochs at the end of the run that stay at MIN_LR; EPOCHS includes them.
-    config.TRAIN.LR_SCHEDULER.COOLDOWN_EPOCHS = 0
-    # cosine, tanh and poly: equal cycles, each of which begins at CYCLE_DECAY of the rate of the one before.
-    config.TRAIN.LR_SCHEDULER.CYCLES = 1
-    config.TRAIN.LR_SCHEDULER.CYCLE_DECAY = 0.1
-    # poly: the exponent of the share of the cycle that is left.
-    config.TRAIN.LR_SCHEDULER.POWER = 0.9
 
     config.TRAIN.OPTIMIZER = CfgNode()
     # adamw, sgd (with Nesterov momentum), any other name of timm's, such as lamb, lion, muon or nadamw; or
@@ -365,7 +358,6 @@ def parse_args(description, throughput=False, argv=None):
 
     Args:
         throughput: whether the program has a mode that times inference.
-        argv: the words; those of the command line by default.
 
     Raises:
         ConfigError: an unknown flag, with the one that was probably meant.
@@ -434,10 +426,6 @@ def read_command_line(description, dataset, throughput=False):
     """The config that a program is asked for; a mistake in it ends the program with one message.
 
     Programs call this before they import what takes seconds, so that usage and mistakes are shown at once.
-
-    Args:
-        description, throughput: see :func:`parse_args`.
-        dataset: see :func:`get_config`.
     """
     with telling_errors():
         return get_config(parse_args(description, throughput), dataset)
@@ -448,9 +436,7 @@ def get_config(args, dataset=None):
 
     Args:
         args: a namespace with ``cfg`` (path of a YAML file) and optionally ``opts`` (a flat list of keys and
-            values), ``batch_size``, ``data_path``, ``resume``, ``pretrained``, ``accumulation_steps``,
-            ``use_checkpoint``, ``optim``, ``amp_opt_level``, ``device``, ``output``, ``tag``, ``eval``,
-            ``throughput``, ``local_rank``.
+            values) and the other flags of :func:`parse_args`.
         dataset: the ``DATA.DATASET`` that the program is for: coco, or imagenet, which stands for all others;
             None takes any.
 
@@ -525,7 +511,9 @@ def parse_config(text, source):
     tree = rules.read_tree(text, source, values_as_text=True)
     tree.pop("BASE", None)
     for key, value in rules.leaves(tree):
-        rules.assign(config, key, value, source, sources)
+        # Training does not decide what the model is, and earlier releases had other options for it.
+        if not key.startswith("TRAIN.") and key not in rules.GONE:
+            rules.assign(config, key, value, source, sources)
     if config.DATA.DATASET == "coco":
         config.COMPILE = False  # once allowed, and without effect
     rules.check_config(config, sources)

@@ -25,6 +25,14 @@ OF_DETECTORS = ("TEST_SIZE", "MAX_SIZE", "SHUF_SIZE", "CHANNELS", "ANCHOR_SCALE"
 OF_DETECTORS += ("PROPOSALS_TEST", "DELTA_STDS", "BOX_CONVS", "BOX_FCS", "MASK_CONVS", "SCORE_THRESHOLD")
 OF_DETECTORS = tuple(f"DET.{name}" for name in (*OF_DETECTORS, "NMS_IOU", "PER_IMAGE"))
 VERSION = ("MODEL.MSG.PATCH_EMBED", "MODEL.MSG.DOWNSAMPLE")  # v1 or CVPR 2022; official configs have neither
+# Keys of earlier releases, with the values that had no effect: configs that those releases wrote have them.
+GONE = {
+    "DATA.PROGRESSIVE": [],
+    "TRAIN.LR_SCHEDULER.COOLDOWN_EPOCHS": 0,
+    "TRAIN.LR_SCHEDULER.CYCLES": 1,
+    "TRAIN.LR_SCHEDULER.CYCLE_DECAY": 0.1,
+    "TRAIN.LR_SCHEDULER.POWER": 0.9,
+}
 LARGEST = 2**31 - 1  # of any number but the seed
 LARGEST_SEED = 2**63 - 1
 MOST_ENTRIES, MOST_CHARACTERS = 1000, 4096  # of a list, of a text
@@ -117,6 +125,7 @@ _ELSEWHERE = Rule(_any, "what another function checks")
 _ABOVE_0 = Rule(lambda value: value > 0, "above 0")
 _BELOW_1 = Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")
 _SHARE = Rule(lambda value: 0 <= value <= 1, "between 0 and 1")
+_FACTOR = Rule(lambda value: 0 < value <= 1, "above 0 and at most 1")
 _FOLDER = Rule(_is_below, "a name for a folder below OUTPUT")
 _STAGES = _numbers(1, 1000, (int,))
 
@@ -175,7 +184,7 @@ RULES = {
     "TRAIN.BASE_LR": _ABOVE_0,
     "TRAIN.WARMUP_LR": _at_least(0),
     "TRAIN.MIN_LR": _at_least(0),
-    "TRAIN.LAYER_DECAY": Rule(lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    "TRAIN.LAYER_DECAY": _FACTOR,
     "TRAIN.CLIP_GRAD": _at_least(0),
     "TRAIN.AUTO_RESUME": _BOOL,
     "TRAIN.SAVE_STEPS": _at_least(0),
@@ -188,17 +197,13 @@ RULES = {
     "TRAIN.EMA.ENABLED": _BOOL,
     "TRAIN.EMA.DECAY": _BELOW_1,
     "TRAIN.EMA.WARMUP": _BOOL,
-    "TRAIN.LR_SCHEDULER.NAME": _one_of("cosine", "linear", "step", "multistep", "tanh", "poly"),
+    "TRAIN.LR_SCHEDULER.NAME": _one_of("cosine", "linear", "step", "multistep"),
     "TRAIN.LR_SCHEDULER.MILESTONES": Rule(
         lambda value: _all_between(value, 0, 10**6) and value == sorted(value),
         f"a list of numbers, at least 0 and at most {10**6}, in order, smallest first",
     ),
     "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": _between(1, 10**6),
-    "TRAIN.LR_SCHEDULER.DECAY_RATE": Rule(lambda value: 0 < value <= 1, "above 0 and at most 1"),
-    "TRAIN.LR_SCHEDULER.COOLDOWN_EPOCHS": _between(0, 10**6),
-    "TRAIN.LR_SCHEDULER.CYCLES": _between(1, 10**6),
-    "TRAIN.LR_SCHEDULER.CYCLE_DECAY": Rule(lambda value: 0 < value <= 1, "above 0 and at most 1"),
-    "TRAIN.LR_SCHEDULER.POWER": _between(0.01, 100),
+    "TRAIN.LR_SCHEDULER.DECAY_RATE": _FACTOR,
     "TRAIN.OPTIMIZER.NAME": _ELSEWHERE,  # in check_config, one of OPTIMIZERS
     "TRAIN.OPTIMIZER.EPS": _ABOVE_0,
     "TRAIN.OPTIMIZER.BETAS": Rule(
@@ -378,6 +383,8 @@ def assign(config, key, value, source, sources):
         sources[key] = source
         return
     if not isinstance(node, CfgNode) or path[-1] not in node:
+        if key in GONE and _literal(value) == GONE[key]:
+            return
         near = nearest_key(key)
         hint = f"did you mean {near}?" if near else "config.py lists every key"
         raise ConfigError(f"{source}: unknown key {show_value(key)[1:-1]}; {hint}")
@@ -419,11 +426,9 @@ def _coerce(value, present, key, source):
         if len(value) > MOST_CHARACTERS:
             refuse(f"text of at most {MOST_CHARACTERS} characters")
         return os.path.expanduser(value) if rule is _PATH else value
-    value = _literal(value)
+    value = _number_or_text(value, key, source)
     if value is None and rule.kind:
         return None
-    if _is_ambiguous(value):
-        refuse("a number without a leading 0 or colons, which programs read differently")
     words = f"{_NAMES[kind]}, such as {present!r}"
     if key == "DATA.IMG_SIZE":  # one side or two, whichever an earlier file has
         kind, words = list if type(value) is list else int, rule.words
@@ -441,17 +446,23 @@ def _coerce(value, present, key, source):
 
 def _argument(value, key, source):
     """An argument of timm's models: a number, a text, a truth value, None, or a list of these."""
-    value = _literal(value)
+    value = _number_or_text(value, key, source)
     entries = value if isinstance(value, list) else [value]
+    plain = all(type(entry) in (bool, int, float, str, type(None)) for entry in entries)
+    if not re.fullmatch(r"MODEL\.TIMM_ARGS\.[a-z]\w{0,99}", key) or not plain:
+        raise ConfigError(f"{source}: {key} is {show_value(value)}, which is no argument of a model of timm")
+    return None if value is None else _coerce(value, value, key, source)
+
+
+def _number_or_text(value, key, source):
+    """What text says, see :func:`_literal`; numbers that YAML and Python read differently are refused."""
+    value = _literal(value)
     if _is_ambiguous(value):
         raise ConfigError(
             f"{source}: {key} is {show_value(value)}, but must be a number without a leading 0 or colons, "
             "which programs read differently"
         )
-    plain = all(type(entry) in (bool, int, float, str, type(None)) for entry in entries)
-    if not re.fullmatch(r"MODEL\.TIMM_ARGS\.[a-z]\w{0,99}", key) or not plain:
-        raise ConfigError(f"{source}: {key} is {show_value(value)}, which is no argument of a model of timm")
-    return None if value is None else _coerce(value, value, key, source)
+    return value
 
 
 def _literal(value):
@@ -544,69 +555,58 @@ def check_version(config, sources):
 def check_config(config, sources):
     """Refuse impossible values. What only the model can judge, the model refuses itself."""
 
-    def require(key, possible, what):
-        value = _value(config, key)
-        if not possible(value):
-            raise ConfigError(
-                f"{sources.get(key, 'defaults')}: {key} is {show_value(value)}, but must be {what}"
-            )
+    def require(key, fits, what):
+        if not fits:
+            found = show_value(_value(config, key))
+            raise ConfigError(f"{sources.get(key, 'defaults')}: {key} is {found}, but must be {what}")
 
     for key, rule in RULES.items():
-        hint, lower = "", {name.lower(): name for name in rule.names}
-        if near := difflib.get_close_matches(str(_value(config, key)).lower(), lower, 1, 0.7):
-            hint = f"; did you mean {lower[near[0]]!r}?"
-        require(key, rule.possible, rule.words + hint)
-    if config.MODEL.TYPE == "timm":
-        require(
-            "AMP.FUSED_LAYERNORM",
-            lambda value: not value,
-            "False for models of timm, which have their own norms",
-        )
-    schedule, epochs = config.TRAIN.LR_SCHEDULER, config.TRAIN.EPOCHS
-    if schedule.NAME in ("step", "multistep"):
-        key = "TRAIN.LR_SCHEDULER.COOLDOWN_EPOCHS"
-        require(key, lambda value: value == 0, f"0 for {schedule.NAME}, which has no least rate")
-    if schedule.NAME not in ("cosine", "tanh", "poly"):
-        require("TRAIN.LR_SCHEDULER.CYCLES", lambda value: value == 1, "1 except for cosine, tanh and poly")
-    require("TRAIN.LR_SCHEDULER.COOLDOWN_EPOCHS", lambda value: value < epochs, "below TRAIN.EPOCHS")
+        value = _value(config, key)
+        if not rule.possible(value):
+            lower = {name.lower(): name for name in rule.names}
+            near = difflib.get_close_matches(str(value).lower(), lower, 1, 0.7)
+            hint = f"; did you mean {lower[near[0]]!r}?" if near else ""
+            require(key, False, rule.words + hint)
+    data, model, train, aug, det = config.DATA, config.MODEL, config.TRAIN, config.AUG, config.DET
+    trains = not (config.EVAL_MODE or config.THROUGHPUT_MODE)
+    if model.TYPE == "timm":
+        what = "False for models of timm, which have their own norms"
+        require("AMP.FUSED_LAYERNORM", not config.AMP.FUSED_LAYERNORM, what)
     require(
         "DATA.PROGRESSIVE",
-        lambda value: all(epoch < epochs for epoch, *_ in value),
-        f"a list whose first epochs are below TRAIN.EPOCHS, {epochs}",
+        all(epoch < train.EPOCHS for epoch, *_ in data.PROGRESSIVE),
+        f"a list whose first epochs are below TRAIN.EPOCHS, {train.EPOCHS}",
     )
-    near = difflib.get_close_matches(config.TRAIN.OPTIMIZER.NAME.lower(), OPTIMIZERS, 5, 0.5)
-    near = near or ["adamw", "sgd", "lamb", "lion"]
-    what = "an optimizer of timm that a run can resume with, such as " + ", ".join(map(repr, near))
-    require("TRAIN.OPTIMIZER.NAME", OPTIMIZERS.__contains__, what)
+    if (name := train.OPTIMIZER.NAME) not in OPTIMIZERS:
+        near = difflib.get_close_matches(name.lower(), OPTIMIZERS, 5, 0.5) or ["adamw", "sgd", "lamb", "lion"]
+        what = "an optimizer of timm that a run can resume with, such as " + ", ".join(map(repr, near))
+        require("TRAIN.OPTIMIZER.NAME", False, what)
 
-    if config.DATA.DATASET == "coco":
-        require("MODEL.TYPE", lambda value: value == "msg", "'msg' for detection")
-        require("DISTILL.TEACHER", lambda value: not value, "empty for detection")
-        require("DATA.PROGRESSIVE", lambda value: not value, "empty for detection, see DET.MIN_SIZES")
+    detects = data.DATASET == "coco"
+    if detects:
+        require("MODEL.TYPE", model.TYPE == "msg", "'msg' for detection")
+        require("DISTILL.TEACHER", not config.DISTILL.TEACHER, "empty for detection")
+        require("DATA.PROGRESSIVE", not data.PROGRESSIVE, "empty for detection, see DET.MIN_SIZES")
         what = "False for detection, whose images have too many sizes to compile for"
-        require("COMPILE", lambda value: not value, what)
-        require("RUNTIME", lambda value: value == "pytorch", "'pytorch' for detection")
-    if config.RUNTIME != "pytorch" and (config.EVAL_MODE or config.THROUGHPUT_MODE):
-        require("COMPILE", lambda value: not value, f"False with RUNTIME {config.RUNTIME}")
-    named = config.MODEL.TYPE == "timm"
-    require("MODEL.TIMM_NAME", lambda value: bool(value) == named, "given where MODEL.TYPE is timm only")
-    msg, det, aug = config.MODEL.MSG, config.DET, config.AUG
-    require(
-        "MODEL.MSG.MLP_RATIO",
-        lambda value: 1 / msg.EMBED_DIM <= value <= 100,
-        "at least 1 / MODEL.MSG.EMBED_DIM and at most 100",
-    )
-    if config.DATA.DATA_PATH:
+        require("COMPILE", not config.COMPILE, what)
+        require("RUNTIME", config.RUNTIME == "pytorch", "'pytorch' for detection")
+    if config.RUNTIME != "pytorch" and not trains:
+        require("COMPILE", not config.COMPILE, f"False with RUNTIME {config.RUNTIME}")
+    named = model.TYPE == "timm"
+    require("MODEL.TIMM_NAME", bool(model.TIMM_NAME) == named, "given where MODEL.TYPE is timm only")
+    what = "at least 1 / MODEL.MSG.EMBED_DIM and at most 100"
+    require("MODEL.MSG.MLP_RATIO", 1 / model.MSG.EMBED_DIM <= model.MSG.MLP_RATIO <= 100, what)
+    if data.DATA_PATH:
         what = "1, 3 or 4 with data, and 3 for detection and with DATA.BACKEND opencv"
-        others = config.DATA.DATASET != "coco" and config.DATA.BACKEND == "pil"
-        possible = (1, 3, 4) if others else (3,)
-        require("MODEL.MSG.IN_CHANS", possible.__contains__, what)
-    require("DET.TEST_SIZE", lambda value: value < det.MAX_SIZE, "below DET.MAX_SIZE")
+        possible = (3,) if detects or data.BACKEND == "opencv" else (1, 3, 4)
+        require("MODEL.MSG.IN_CHANS", model.MSG.IN_CHANS in possible, what)
+    require("DET.TEST_SIZE", det.TEST_SIZE < det.MAX_SIZE, "below DET.MAX_SIZE")
     for key in ("DET.LOSS_WEIGHTS", "DET.DELTA_STDS"):
-        require(key, lambda value: len(value) == len(det.IOU_THRESHOLDS), "as long as DET.IOU_THRESHOLDS")
+        fits = len(_value(config, key)) == len(det.IOU_THRESHOLDS)
+        require(key, fits, "as long as DET.IOU_THRESHOLDS")
     mixes = aug.MIXUP > 0 or aug.CUTMIX > 0 or aug.CUTMIX_MINMAX is not None
-    if mixes and config.DATA.DATASET != "coco" and not config.EVAL_MODE and not config.THROUGHPUT_MODE:
-        require("DATA.BATCH_SIZE", lambda value: value % 2 == 0, "even for mixup and CutMix, which mix pairs")
+    if mixes and trains and not detects:
+        require("DATA.BATCH_SIZE", data.BATCH_SIZE % 2 == 0, "even for mixup and CutMix, which mix pairs")
 
 
 def differences(theirs, ours):

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import errno
 import logging
 import os
 import random
@@ -76,14 +77,9 @@ def be_deterministic():
 def seed_everything(purpose, *numbers):
     """Seed Python's, NumPy's and torch's generators, CUDA included.
 
-    Args:
-        purpose: a word, so that the same numbers give other seeds elsewhere.
-        numbers: whole numbers, always as many for one purpose.
+    ``purpose`` is a word, so that the same numbers give other seeds elsewhere.
     """
-    seed = _seed_of(purpose, numbers)
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+    torch.manual_seed(_seed_cpu(purpose, numbers))
 
 
 @contextlib.contextmanager
@@ -94,10 +90,7 @@ def seeded(purpose, *numbers, restore=True):
         restore: False leaves them where the block did, for processes that draw within such blocks only.
     """
     state = (random.getstate(), np.random.get_state(), torch.get_rng_state()) if restore else None
-    seed = _seed_of(purpose, numbers)
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)
+    torch.default_generator.manual_seed(_seed_cpu(purpose, numbers))
     try:
         yield
     finally:
@@ -107,8 +100,12 @@ def seeded(purpose, *numbers, restore=True):
             torch.set_rng_state(state[2])
 
 
-def _seed_of(purpose, numbers):
-    return int(np.random.SeedSequence([zlib.crc32(purpose.encode()), *numbers]).generate_state(1)[0])
+def _seed_cpu(purpose, numbers):
+    """Seed Python's and NumPy's generators; returns the seed, for torch's."""
+    seed = int(np.random.SeedSequence([zlib.crc32(purpose.encode()), *numbers]).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    return seed
 
 
 def rank_and_world_size():
@@ -213,7 +210,7 @@ def largest_over_processes(*numbers):
 
 
 def gather_floats(tensor):
-    """The value of a scalar tensor on every process, as a list by rank; all of them must call it."""
+    """The value of a scalar tensor on every process, by rank; all of them must call it."""
     if not dist.is_initialized():
         return [tensor.item()]
     values = [torch.zeros(()) for _ in range(dist.get_world_size())]
@@ -259,9 +256,7 @@ def from_rank_0(make):
 def run_command(command, smaller, workers="DATA.NUM_WORKERS"):
     """Call ``command`` as the whole of a program: an expected error is one message, and no worker stays.
 
-    Args:
-        smaller: what makes the program need less memory, in words.
-        workers: the key or flag of its data-loading workers.
+    ``smaller`` and ``workers`` are those of :func:`shortage`.
     """
     try:
         with telling_errors():
@@ -312,17 +307,18 @@ def shortage(error, smaller, workers):
         smaller: what makes the program need less memory, in words.
         workers: the key or flag of its data-loading workers.
     """
-    text = str(error)
+    text = f"{error} {error.__cause__ or ''}"  # PyTorch may say more in the cause
 
     def says(*phrases):
         return any(phrase in text for phrase in phrases)
 
-    if says("Too many open files", "received 0 items of ancdata"):
+    # Exit codes are those of utils.end_on_lost_batches.
+    if says("Too many open files", "received 0 items of ancdata", f"with exit code {errno.EMFILE}."):
         return (
             "no file descriptors are left (too many open files): allow this process more, for example with "
             f"ulimit -n 65536, or lower {workers}"
         )
-    if says("is killed by signal: Bus error", "allocate shared memory") or (
+    if says("signal: Bus error", "allocate shared memory", f"with exit code {errno.ENOSPC}.") or (
         says("No space left on device") and says("</torch_")
     ):
         return (

@@ -105,8 +105,7 @@ def on_terminal():
 
 
 def log_progress(message, seconds):
-    """Log a line of progress; a console that is no terminal, which has a :class:`ProgressBar`, shows it too
-    where the whole takes longer than :data:`LONG`.
+    """Log a line of progress; a console without a bar shows it too if the whole takes longer than LONG.
 
     Args:
         seconds: how long the whole is expected to take.
@@ -119,12 +118,7 @@ class ProgressBar(tqdm):
     """tqdm's bar on a terminal, redrawn every second; elsewhere it shows nothing.
 
     Its rate, and so the time left, do not count what comes before the first step is done: workers that start,
-    kernels that are compiled.
-
-    Args:
-        what: is in progress.
-        total: steps in all.
-        options: of tqdm, such as ``initial``, the steps that are done already.
+    kernels that are compiled. ``options`` are tqdm's, such as ``initial``, the steps that are done already.
     """
 
     monitor_interval = 0  # no thread of tqdm's own

@@ -5,16 +5,13 @@ import fnmatch
 import logging
 
 import torch
-from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers, param_groups_layer_decay
+from timm.optim import create_optimizer_v2, get_optimizer_info, param_groups_layer_decay
 from timm.utils import ModelEmaV3
 from torch import nn, optim
 
 from models.fast.apex import find_apex
 from utils import UserError
 
-# Names of timm's that are not taken: they need second derivatives, a run that resumed would not end with the
-# same bits (they remember what a checkpoint does not hold), or they are of apex or bitsandbytes.
-NOT_TAKEN = ("adahessian", "*adafactor*", "kron*", "fused*", "bnb*")
 # Swin's names for optimizers of NVIDIA's apex: the class there, and what stands in for it without apex.
 APEX = dict(fused_adam=("FusedAdam", "adamw"), fused_lamb=("FusedLAMB", "lamb"))
 OF_ADAMW = dict(eps=1e-8, betas=(0.9, 0.999))  # the defaults in config.py
@@ -32,12 +29,11 @@ def parameter_groups(model):
     Not decayed: 1-d parameters, biases, and what ``model.no_weight_decay()`` names where there is one, whose
     entries may be patterns, as in timm.
     """
-    skip = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    skip = ["*.bias", *(model.no_weight_decay() if hasattr(model, "no_weight_decay") else ())]
     decay, no_decay = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            kept = parameter.ndim <= 1 or name.endswith(".bias")
-            kept = kept or any(fnmatch.fnmatchcase(name, pattern) for pattern in skip)
+            kept = parameter.ndim <= 1 or any(fnmatch.fnmatchcase(name, pattern) for pattern in skip)
             (no_decay if kept else decay).append(parameter)
     return [{"params": decay}, {"params": no_decay, "weight_decay": 0.0}]
 
@@ -72,12 +68,6 @@ def layer_groups(model, weight_decay, layer_decay, with_fallback):
         f"TRAIN.LAYER_DECAY: {len(scales)} layers, whose rates are {scales[0]:.2g} to {scales[-1]:g} of it"
     )
     return groups
-
-
-def optimizer_names():
-    """What ``TRAIN.OPTIMIZER.NAME`` may be: timm's names, and those of Swin for apex's."""
-    names = [name for name in list_optimizers() if not any(fnmatch.fnmatch(name, out) for out in NOT_TAKEN)]
-    return sorted([*names, *APEX])
 
 
 def build_optimizer(config, model, lr_scale):
@@ -134,7 +124,6 @@ def _build_apex(name, groups, on_gpu, settings):
 
 
 def _build_timm(name, groups, settings):
-    """timm's optimizer of a name; the log says its class and settings."""
     betas = get_optimizer_info(name).num_betas
     if "betas" in settings and get_optimizer_info(name).has_betas and len(settings["betas"]) != betas:
         raise UserError(f"TRAIN.OPTIMIZER.BETAS: {name} takes {betas} of them: leave them at their default")
@@ -157,11 +146,6 @@ class WeightAverage:
 
     At update u, counted from 1, the average moves towards the weights by 1 - decay, and at the first it
     becomes them. With a warm-up, decay is 1 - u^(-2/3) where that is less than the one given.
-
-    Args:
-        model: the plain module; it is copied.
-        decay: share of the average that stays at an update.
-        warmup: begin with a short average.
 
     Attributes:
         model: a module in evaluation mode that holds the average.
@@ -197,7 +181,6 @@ class Updater:
 
     Args:
         model: the module that is called, a DistributedDataParallel one where there are several processes.
-        compute: the run's :class:`~distributed.Compute`.
         accumulation: micro-batches of an update.
         clip_grad: largest global gradient norm, 0 for no clipping.
         max_nonfinite: skipped updates in a row after which the run ends.
@@ -210,16 +193,13 @@ class Updater:
         self.model, self.optimizer, self.compute = model, optimizer, compute
         self.accumulation, self.clip_grad, self.max_nonfinite = accumulation, clip_grad, max_nonfinite
         self.average = None
-        device = compute.device
-        self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if self._scales() else 1.0)
+        device, self.scales = compute.device, compute.dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if self.scales else 1.0)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
         cuda = device.type == "cuda"
         self.counted = torch.zeros((), dtype=torch.int64, pin_memory=cuda)
         self.counted_event = torch.cuda.Event() if cuda else None
-
-    def _scales(self):
-        return self.compute.dtype == torch.float16
 
     @contextlib.contextmanager
     def micro_batch(self, part):
@@ -255,7 +235,7 @@ class Updater:
             nn.utils.clip_grads_with_norm_(parameters, self.clip_grad, norm)
         self.scaler.step(self.optimizer)
         # Only float16 has a scale to find; elsewhere a skipped update must not change it.
-        self.scaler.update(None if self._scales() else 1.0)
+        self.scaler.update(None if self.scales else 1.0)
         self.skipped = self.skipped + bad.long()
         self.skipped_in_a_row = bad.long() * (self.skipped_in_a_row + 1)
         if self.average is not None and not bad:  # which waits for the device

@@ -7,13 +7,15 @@ programs can say within a moment what is missing or wrong.
 import collections
 import contextlib
 import ctypes
+import errno
 import importlib.util
 import math
-import multiprocessing
+import multiprocessing.queues
 import os
 import signal
 import sys
 import time
+import traceback
 import unicodedata
 import uuid
 from pathlib import Path
@@ -220,6 +222,26 @@ def end_workers():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for child in multiprocessing.active_children():
         child.kill()
+
+
+def end_on_lost_batches():
+    """Let a data-loading worker end where it cannot send a batch; call it in the worker.
+
+    Python would print the error and drop the batch, and the run would wait for it for ever. PyTorch tells
+    the run the exit code, from which :func:`distributed.shortage` knows the reason.
+    """
+
+    def end(error):
+        text = str(error)
+        if "Too many open files" in text:
+            os._exit(errno.EMFILE)
+        if "</torch_" in text:
+            os._exit(errno.ENOSPC)
+        traceback.print_exception(error)
+        os._exit(1)
+
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda error, _: end(error))
+    sys.excepthook = lambda _, error, __: end(error)  # of the thread that hands over open files
 
 
 def keep_freed_memory():

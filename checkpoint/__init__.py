@@ -1,10 +1,10 @@
 """Checkpoint files: writing and reading them, what may stand in them, loading them into a model."""
 
+# ruff: noqa: F401, these are the names of ``import checkpoint as ckpt``
 from .contents import NEW_RUN, CheckpointError, better_of, own_config, weights_and_classes, weights_of
 from .files import (
     BEST,
     epoch_name,
-    fetch_checkpoint,
     in_order,
     place_of,
     read_checkpoint,
@@ -20,32 +20,3 @@ from .files import (
     within_epoch_name,
 )
 from .loading import class_difference, load_optimizer, load_weights, without_prefix
-
-__all__ = [
-    "BEST",
-    "CheckpointError",
-    "NEW_RUN",
-    "better_of",
-    "class_difference",
-    "epoch_name",
-    "fetch_checkpoint",
-    "in_order",
-    "load_optimizer",
-    "load_weights",
-    "own_config",
-    "place_of",
-    "read_checkpoint",
-    "read_latest",
-    "read_run",
-    "read_weights",
-    "remove_unfinished",
-    "save_best",
-    "save_checkpoint",
-    "save_in_folder",
-    "save_weights",
-    "score_of_best",
-    "weights_and_classes",
-    "weights_of",
-    "within_epoch_name",
-    "without_prefix",
-]

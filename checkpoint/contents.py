@@ -36,17 +36,13 @@ class CheckpointError(UserError):
 
 
 def _whole(least, most=2**31 - 1):
-    return (
-        lambda value: type(value) is int and least <= value <= most,
-        f"a whole number from {least} to {most}",
-    )
+    words = f"a whole number from {least} to {most}"
+    return lambda value: type(value) is int and least <= value <= most, words
 
 
 def _number(least, most):
-    return (
-        lambda value: type(value) in (int, float) and least <= value <= most,
-        f"a number from {least:g} to {most:g}",
-    )
+    words = f"a number from {least:g} to {most:g}"
+    return lambda value: type(value) in (int, float) and least <= value <= most, words
 
 
 def _list_of(kind, words):
@@ -54,10 +50,8 @@ def _list_of(kind, words):
 
 
 def _numbers_from(first):
-    return (
-        lambda value: isinstance(value, list) and value == list(range(first, first + len(value))),
-        f"a list of numbers in order from {first}",
-    )
+    words = f"a list of numbers in order from {first}"
+    return lambda value: isinstance(value, list) and value == list(range(first, first + len(value))), words
 
 
 def _is_parts(value):
@@ -118,10 +112,8 @@ OPTIMIZER = dict(state=DICT, param_groups=_list_of(DICT, "a list of dicts"))
 ADAMW = dict(step=STEP, exp_avg=MOMENT, exp_avg_sq=MOMENT)
 SGD = dict(momentum_buffer=MOMENT)
 # What other optimizers keep of a parameter, under whatever name.
-KEPT = (
-    (lambda value: value is None or type(value) in (bool, int, float) or MOMENT[0](value)),
-    "a number or a dense tensor of floats",
-)
+PLAIN = (bool, int, float, type(None))
+KEPT = (lambda value: type(value) in PLAIN or MOMENT[0](value)), "a number or a dense tensor of floats"
 
 
 def better_of(checkpoint):
@@ -220,8 +212,7 @@ def weights_of(checkpoint, path, which="auto"):
 def optimizer_of(checkpoint, path):
     """The state of the optimizer by parameter, and the groups without their settings.
 
-    Where ``optimizer_name`` says that it is neither AdamW nor SGD, the state may have any names, and a group
-    may count its updates.
+    With an ``optimizer_name``, the state may have any names, and a group may count its updates.
     """
     saved = _checked(checkpoint["optimizer"], OPTIMIZER, "optimizer", path)
     groups, kinds, other = [], [], "optimizer_name" in checkpoint
@@ -283,20 +274,15 @@ def _entry_of(checkpoint, which="auto"):
 
 
 def _checked(value, kind, name, path):
-    """An entry of a checkpoint, without what its kind does not name.
-
-    Raises:
-        CheckpointError: it is of another kind.
-    """
+    """An entry of a checkpoint, without what its kind does not name; one of another kind is refused."""
     if isinstance(kind, dict):
         _checked(value, DICT, name, path)
         return {key: _checked(value.get(key), kind[key], f"{name}.{key}", path) for key in kind}
     fits, words = kind
     if not fits(value):
-        found = f"a {type(value).__name__}"
-        if value is None or isinstance(value, (bool, int, float, str)):
-            found = short(value)
-        elif torch.is_tensor(value):
+        plain = value is None or isinstance(value, (bool, int, float, str))
+        found = short(value) if plain else f"a {type(value).__name__}"
+        if torch.is_tensor(value):
             found = f"a {value.dtype} tensor ({value.layout}, {value.device})"
         raise CheckpointError(
             f"{path} is damaged or was not written by a run: {name} is {found}, not {words} (--pretrained "

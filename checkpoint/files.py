@@ -23,15 +23,12 @@ from .contents import CheckpointError, better_of, run_of, weights_and_classes
 BEST = "best.pth"
 
 
-def save_checkpoint(path, checkpoint):
-    """Write a checkpoint so that ``path`` holds, at any moment, the old file or the whole new one.
-
-    Raises:
-        OSError: the file cannot be written, for instance because the disk is full.
-    """
+@contextlib.contextmanager
+def _writing(path):
+    """Context that yields an open file, which then becomes ``path`` for good; failures are OSErrors."""
     try:
         with replacing(path) as temporary, open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         sync_folder(path)
@@ -41,19 +38,25 @@ def save_checkpoint(path, checkpoint):
         raise cause if isinstance(cause, OSError) else OSError(str(error).split("\n")[0]) from error
 
 
+def save_checkpoint(path, checkpoint):
+    """Write a checkpoint; ``path`` holds the old file or the whole new one at any moment.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with _writing(path) as file:
+        torch.save(checkpoint, file)
+
+
 def save_weights(path, weights, metadata):
-    """Write a safetensors file of weights alone.
+    """Write a safetensors file of weights alone, tensors by name.
 
     Args:
-        weights: tensors by name.
         metadata: text by name; :func:`read_checkpoint` gives back ``config``, and ``classes`` of a JSON list.
     """
     content = save({name: x.contiguous() for name, x in weights.items()}, metadata)
-    with replacing(path) as temporary, open(temporary, "wb") as file:
+    with _writing(path) as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    sync_folder(path)
 
 
 def _read_safetensors(path):
@@ -87,13 +90,10 @@ def save_in_folder(folder, checkpoint, name, keep):
 
 
 def save_best(folder, checkpoint, saved=None):
-    """Keep a checkpoint as the best of a run's folder.
+    """Keep a checkpoint as the best of a run's folder; returns its path.
 
     Args:
         saved: file that already holds it, to link to where the file system can.
-
-    Returns:
-        The path of the best.
 
     Raises:
         OSError: the file cannot be written; the best before is untouched.
@@ -105,11 +105,7 @@ def save_best(folder, checkpoint, saved=None):
 
 
 def score_of_best(folder):
-    """The score that a run's ``best.pth`` was kept for, in percent, and of which weights: model or ema.
-
-    Returns:
-        (-1, None) where there is no intact one.
-    """
+    """The score of a run's ``best.pth`` in percent, and whose: model or ema; (-1, None) without one."""
     try:
         best = read_run(os.path.join(folder, BEST))
         return best["max_accuracy"], better_of(best)
@@ -221,20 +217,12 @@ def read_checkpoint(path):
 
 
 def read_weights(path, which="auto"):
-    """Read what evaluation, fine-tuning and use need, see :func:`weights_and_classes`.
-
-    Raises:
-        CheckpointError: as for :func:`read_checkpoint`, or weights that no model could have.
-    """
+    """:func:`~checkpoint.contents.weights_and_classes` of a file: what evaluation and fine-tuning need."""
     return weights_and_classes(read_checkpoint(path), path, which)
 
 
 def read_run(path):
-    """Read what a run continues from, and no other entries.
-
-    Raises:
-        CheckpointError: as for :func:`read_checkpoint`, or an entry is missing or is none that a run writes.
-    """
+    """:func:`~checkpoint.contents.run_of` of a file: what a run continues from."""
     return run_of(read_checkpoint(path), path)
 
 

@@ -24,8 +24,7 @@ def load_weights(model, checkpoint, path, new_head=False):
 
     Args:
         model: ``model.classes``, where there is one, names its classes in the order of the head.
-        checkpoint: what :func:`read_checkpoint` returned; a bare state dict will do.
-        path: its file, for messages.
+        checkpoint: what :func:`read_checkpoint` returned from ``path``; a bare state dict will do.
         new_head: for a new run (fine-tuning): leave the model's own head where the classes differ, its own
             head and last norm where it is the backbone of a larger model, and fit weights for other
             sizes as :func:`checkpoint.resize.fit_weights` does; the log says so.
@@ -72,16 +71,10 @@ def load_weights(model, checkpoint, path, new_head=False):
 
 
 def without_prefix(weights, own, path):
-    """Weights under the names of a model, where all of these have a prefix, such as Lightning's ``model.``.
+    """Weights by the model's ``own`` names, where all have a prefix, such as Lightning's ``model.``.
 
-    Args:
-        weights: tensors by name.
-        own: the names in the model.
-        path: their file, for messages.
-
-    Returns:
-        The tensors that have the prefix, by their names without it; those given, where some have names of the
-        model, or where fewer than half of the model's names are there with a prefix.
+    Those given return where some have names of the model, or where fewer than half of the model's names are
+    there with a prefix.
 
     Raises:
         CheckpointError: two prefixes are as good.
@@ -131,35 +124,30 @@ def _misfit(name, theirs, own):
 def _diagnosis(weights, own):
     """Name the difference between a checkpoint's weights and the model's in the words of the config."""
 
-    def shape(tensors, name):
-        return tuple(tensors[name].shape) if name in tensors else ()
+    def shapes(name):
+        return [tuple(tensors[name].shape) if name in tensors else () for tensors in (weights, own)]
 
-    def variant(tensors):
-        return "CVPR 2022" if len(shape(tensors, "layers.0.downsample.reduction.weight")) == 4 else "v1"
-
-    def blocks(tensors):
-        return len({name.rsplit(".norm1", 1)[0] for name in tensors if ".norm1." in name})
-
-    if "msg_tokens" in weights and "msg_tokens" not in own:
-        return "it has messengers and the model none (MODEL.TYPE, MODEL.MSG.TOKENS)"
+    versions = ["CVPR 2022" if len(x) == 4 else "v1" for x in shapes("layers.0.downsample.reduction.weight")]
+    blocks = [len({name for name in each if name.endswith(".norm1.weight")}) for each in (weights, own)]
+    tokens = ["msg_tokens" in tensors for tensors in (weights, own)]
+    heads, patches = shapes("head.weight"), shapes("patch_embed.proj.weight")
     if not any(name.startswith("layers.") for name in weights):
         return "it is not an MSG-Transformer"
-    if "layers.0.downsample.norm.weight" in own and variant(weights) != variant(own):
+    if versions[0] != versions[1] and "layers.0.downsample.norm.weight" in own:
         return (
-            f"it is the {variant(weights)} architecture and the config asks for {variant(own)} "
+            f"it is the {versions[0]} architecture and the config asks for {versions[1]} "
             "(MODEL.MSG.PATCH_EMBED and DOWNSAMPLE: linear for v1, conv for CVPR 2022)"
         )
-    if ("msg_tokens" in weights) != ("msg_tokens" in own):
-        return f"it was trained with MODEL.MSG.TOKENS {'msg_tokens' in weights}"
-    if shape(weights, "patch_embed.proj.weight") != shape(own, "patch_embed.proj.weight"):
+    if tokens[0] != tokens[1]:
+        return f"it was trained with MODEL.MSG.TOKENS {tokens[0]}, or MODEL.TYPE is another"
+    if patches[0] != patches[1]:
         return "another MODEL.MSG.EMBED_DIM, PATCH_SIZE or IN_CHANS"
-    if blocks(weights) != blocks(own):
-        return f"other MODEL.MSG.DEPTHS ({blocks(weights)} blocks, the model has {blocks(own)})"
-    both = "head.weight" in weights and "head.weight" in own
-    if both and shape(weights, "head.weight") != shape(own, "head.weight"):
+    if blocks[0] != blocks[1]:
+        return f"other MODEL.MSG.DEPTHS ({blocks[0]} blocks, the model has {blocks[1]})"
+    if all(heads) and heads[0] != heads[1]:
         return (
-            f"it has {shape(weights, 'head.weight')[0]} classes, the model {shape(own, 'head.weight')[0]} "
-            f"(to fine-tune on other classes use {NEW_RUN})"
+            f"it has {heads[0][0]} classes, the model {heads[1][0]} (to fine-tune on other classes use "
+            f"{NEW_RUN})"
         )
     return "another architecture"
 
@@ -175,24 +163,17 @@ def load_optimizer(optimizer, model, checkpoint, path):
     if "optimizer" not in checkpoint:
         raise CheckpointError(f"{path} holds weights only: start a new run from it with --pretrained")
     state = optimizer_of(checkpoint, path)
-    theirs, own = checkpoint.get("optimizer_name"), getattr(optimizer, "name", None)
-    if theirs != own:
+    saved, names = state["param_groups"], (checkpoint.get("optimizer_name"), getattr(optimizer, "name", None))
+    theirs, own = (name or _kind(groups) for name, groups in zip(names, (saved, [optimizer.defaults])))
+    if theirs != own or names[0] != names[1]:
         raise CheckpointError(
-            f"{path} was trained with another TRAIN.OPTIMIZER.NAME: {theirs or 'adamw or sgd'} there, "
-            f"{own or type(optimizer).__name__} here; set that again, or start from the weights alone with "
-            f"{NEW_RUN}"
+            f"{path} was trained with another TRAIN.OPTIMIZER.NAME: {theirs} there, {own} here; set that "
+            f"again, or start from the weights alone with {NEW_RUN}"
         )
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     ours = [len(group["params"]) for group in optimizer.param_groups]
-    theirs = [len(group["params"]) for group in state["param_groups"]]
+    theirs = [len(group["params"]) for group in saved]
     earlier, change = _earlier_groups(optimizer, model)
-    for setting in ("betas", "momentum"):
-        had = all(setting in group for group in state["param_groups"])
-        if own is None and had != (setting in optimizer.defaults):
-            raise CheckpointError(
-                f"{path} was trained with another TRAIN.OPTIMIZER.NAME: set that again, or start from the "
-                f"weights alone with {NEW_RUN}"
-            )
     if theirs == ours:
         moments = state["state"]
     elif theirs == list(map(len, earlier)):
@@ -216,9 +197,14 @@ def load_optimizer(optimizer, model, checkpoint, path):
                 )
     # Rates and decay come from this run's config, moments and step counts from the file.
     fresh = optimizer.state_dict()
-    for group, saved in zip(fresh["param_groups"], state["param_groups"]):
-        group.update({name: saved[name] for name in ("step",) if name in saved})
+    for group, before in zip(fresh["param_groups"], saved):
+        group.update({name: before[name] for name in ("step",) if name in before})
     optimizer.load_state_dict(dict(fresh, state=moments))
+
+
+def _kind(groups):
+    """Which optimizer of PyTorch has such groups: adamw or sgd, or both where they contradict each other."""
+    return " and ".join(sorted({"adamw" if "betas" in group else "sgd" for group in groups}))
 
 
 def _earlier_groups(optimizer, model):

@@ -83,7 +83,7 @@ def _fit_windows(weights, own):
     """Fit what depends on the window, in place; returns what was changed."""
     resized, computed = [], 0
     for name in [name for name in own if re.search(r"(^|\.)relative_position_index$", name)]:
-        table, window = _beside(name, "relative_position_bias_table"), math.isqrt(len(own[name]))
+        table, window = name.replace("position_index", "position_bias_table"), math.isqrt(len(own[name]))
         if table not in weights:
             continue
         old, index = weights[table], weights.get(name)
@@ -119,10 +119,6 @@ def _fit_head(weights, own):
         return []
     weights.update({name: own[name] for name in names})
     return [f"the head is new: the weights have {classes[0]} classes, the model {classes[1]}"]
-
-
-def _beside(name, other):
-    return f"{name.rpartition('.')[0]}.{other}"
 
 
 def _agree(x, y, but):

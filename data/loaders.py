@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from config import ConfigError
 from distributed import from_rank_0, gather_lists, rank_and_world_size
-from utils import STOP_SIGNALS
+from utils import STOP_SIGNALS, end_on_lost_batches
 
 from .archives import open_dataset
 from .datasets import (
@@ -215,6 +215,7 @@ def collate(samples):
 
 def start_worker(worker):
     """Let a worker ignore signals: schedulers send them to workers too, but only the run answers them."""
+    end_on_lost_batches()
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     if "cv2" in sys.modules:  # imported where it reads the images

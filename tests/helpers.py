@@ -257,13 +257,9 @@ def start_ranks(folder, *arguments_of_ranks, change=list, **environment):
 
 
 def group_of_two(port):
-    """What a launcher would put into the environment of two processes."""
-    return dict(meeting_at(port), WORLD_SIZE="2", RANK="{rank}", LOCAL_RANK="{rank}")
-
-
-def meeting_at(port):
-    """What tells processes to meet at the ``port`` of the fixture, as torchrun does."""
-    return dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
+    """What a launcher would put into the environment of two processes, which meet at ``port``."""
+    meeting = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
+    return dict(meeting, WORLD_SIZE="2", RANK="{rank}", LOCAL_RANK="{rank}")
 
 
 def silent_record(folder):

@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+import torch
 import yaml
 from helpers import ROOT, digits_config
 from timm.layers import to_2tuple
@@ -25,7 +26,7 @@ from config import (
     parse_args,
     parse_config,
 )
-from config_rules import RULES, leaves
+from config_rules import RULES, assign, check_config, leaves
 from detection.detector import build_detector
 from models import build_model, count_macs, geometry
 from models.deploy import files as deploy
@@ -73,18 +74,12 @@ def test_official_keys_have_official_defaults():
         MLP_RATIO=4.0, QKV_BIAS=True, QK_SCALE=None, APE=False, PATCH_NORM=True, SHUF_SIZE=[4, 4, 2, 1],
         MANIP_TYPE="shuf", TOKENS=0, HEAD=0, PATCH_EMBED=0, DOWNSAMPLE=0, ATTENTION=0,
     )  # fmt: skip
-    assert dict(config.TRAIN.LR_SCHEDULER, COOLDOWN_EPOCHS=0, CYCLES=0, CYCLE_DECAY=0, POWER=0) == dict(
-        NAME="cosine", MILESTONES=[27, 33], DECAY_EPOCHS=30, DECAY_RATE=0.1,
-        COOLDOWN_EPOCHS=0, CYCLES=0, CYCLE_DECAY=0, POWER=0,
+    assert dict(config.TRAIN.LR_SCHEDULER) == dict(
+        NAME="cosine", MILESTONES=[27, 33], DECAY_EPOCHS=30, DECAY_RATE=0.1
     )  # fmt: skip
     assert dict(config.TRAIN.OPTIMIZER) == dict(NAME="adamw", EPS=1e-8, BETAS=(0.9, 0.999), MOMENTUM=0.9)
-    assert (config.TEST.CROP, config.TAG, config.SAVE_FREQ, config.PRINT_FREQ, config.SEED) == (
-        True,
-        "default",
-        1,
-        100,
-        0,
-    )
+    found = config.TEST.CROP, config.TAG, config.SAVE_FREQ, config.PRINT_FREQ, config.SEED
+    assert found == (True, "default", 1, 100, 0)
 
 
 @pytest.mark.parametrize("path", CONFIGS)
@@ -97,7 +92,8 @@ def test_every_config_builds_its_model_and_begins_with_its_command(path):
     assert re.search(r"Time not measured\.|\bminutes\b", header)
     args.cfg = str(ROOT / path)
     config = get_config(args, dict(main="imagenet", detect="coco")[program])
-    model = build_detector(config, 80).backbone.model if program == "detect" else build_model(config)
+    with torch.device("meta"):  # without weights
+        model = build_detector(config, 80).backbone.model if program == "detect" else build_model(config)
     assert count_macs(model, (3, *to_2tuple(config.DATA.IMG_SIZE))) > 0
 
 
@@ -133,16 +129,13 @@ def test_the_image_size_is_a_side_or_height_and_width_whatever_the_base_has(tmp_
         again = config_of(tmp_path, dump_config(config), "again.yaml")
         assert [size] * 2 == [config.DATA.IMG_SIZE, again.DATA.IMG_SIZE]
         assert yaml.safe_load(dump_config(config))["DATA"]["IMG_SIZE"] == size
-        assert build_model(config).img_size == to_2tuple(size)
 
 
-@pytest.mark.parametrize("base", ["64", "[256, 192]"])
 @pytest.mark.parametrize(
-    "value",
-    ["many", "256x192", "2.5", "0", "True", "None", "[]", "[64]", "[64, 64, 3]", "[64, 0]", "[64.0, 64]"],
+    "value", ["256x192", "2.5", "0", "True", "None", "[]", "[64]", "[64, 64, 3]", "[64, 0]", "[64.0, 64]"]
 )
-def test_other_image_sizes_are_refused_with_what_is_allowed(tmp_path, base, value):
-    message = refusal(tmp_path, f"DATA: {{IMG_SIZE: {base}}}", opts=["DATA.IMG_SIZE", value])
+def test_other_image_sizes_are_refused_with_what_is_allowed(tmp_path, value):
+    message = refusal(tmp_path, "", opts=["DATA.IMG_SIZE", value])
     assert message.startswith("--opts: DATA.IMG_SIZE is ")
     assert message.endswith("must be a whole number or [height, width], at least 1 and at most 100000")
 
@@ -383,11 +376,13 @@ ODD += ["{[]: 1}", "{'a': 1}", str([1] * 2000), "\0", "\ud800"]
 ODD += ["x" * 5000, "9" * 5000, "0x" + "f" * 5000, "(" * 300]
 
 
-def test_every_key_takes_or_refuses_any_value_in_one_line(tmp_path):
+def test_every_key_takes_or_refuses_any_value_in_one_line():
     for key, default in leaves(default_config()):
         for value in ODD if key not in ("BASE", "MODEL.TIMM_ARGS") else ():
+            config, sources = default_config(), {}
             try:
-                config = config_of(tmp_path, "", opts=[key, value])
+                assign(config, key, value, "--opts", sources)
+                check_config(config, sources)
             except ConfigError as error:
                 message = str(error)
                 assert message.startswith(f"--opts: {key} is ") and len(message.splitlines()) == 1, message
@@ -398,18 +393,12 @@ def test_every_key_takes_or_refuses_any_value_in_one_line(tmp_path):
                 assert is_finite(taken), (key, value)
 
 
-@pytest.mark.parametrize("key", ["SEED", "TRAIN.BASE_LR", "TAG", "COMPILE", "MODEL.MSG.DEPTHS"])
-def test_yaml_values_that_python_cannot_write_are_refused_in_one_line(tmp_path, key):
-    for value in (
-        "0x" + "f" * 5000, "1" + ":59" * 3000, "[0x" + "f" * 5000 + "]", ".nan", "!!bool maybe", "!!int ''",
-        "!!timestamp x", "!!set {a}", "!!binary YQ==", '"\\ud800"', "2020-01-01", "[" * 200 + "]" * 200,
-    ):  # fmt: skip
-        if key == "TAG" and value in (".nan", "2020-01-01"):
-            assert value == config_of(tmp_path, f"TAG: {value}").TAG
-            continue
-        message = refusal(tmp_path, f"{key}: {value}")
-        assert message.startswith(f"{tmp_path}/run.yaml") and len(message.splitlines()) == 1, message
-        assert len(message) < 500
+def test_keys_of_earlier_releases_are_passed_over_where_they_had_no_effect(tmp_path):
+    old = "TRAIN: {LR_SCHEDULER: {CYCLES: 1, CYCLE_DECAY: 0.1, POWER: 0.9, COOLDOWN_EPOCHS: 0}}"
+    assert config_of(tmp_path, old) == config_of(tmp_path, "")
+    assert "unknown key TRAIN.LR_SCHEDULER.CYCLES" in refusal(tmp_path, old.replace("S: 1", "S: 2"))
+    old = old.replace("S: 1", "S: 2, NAME: tanh")
+    assert parse_config(f"{old}\nMODEL: {{DROP_RATE: 0.3}}", "a checkpoint").MODEL.DROP_RATE == 0.3
 
 
 def test_files_that_unfold_or_never_end_are_refused_in_seconds(tmp_path):

@@ -1,14 +1,15 @@
 """What runs on Linux alone must not be needed: Windows, macOS, Apple's GPUs. All of it is tested on Linux."""
 
+import os
 import pickle
+import platform
 import subprocess
 import sys
 import types
 
 import pytest
 import torch
-from helpers import ROOT, Started, digits_config, run_folder, write_set
-from helpers import coco_config as coco_config
+from helpers import ROOT, Started, coco_config, digits_config, run_folder, write_set
 
 import detection.loaders
 import utils
@@ -129,3 +130,32 @@ def test_a_gpu_that_is_not_there_is_refused(available, opts, monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: available)
     with pytest.raises(UserError, match="no GPU for --device mps, PyTorch sees [01]: use --device cpu"):
         compute_of("--device", "mps", *opts)
+
+
+FAULTS = """
+import resource, sys, torch
+from utils import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+for repeat in range(30):
+    if repeat == 10:  # the pages of the first ones are new in any case
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.empty(2**26, dtype=torch.uint8).fill_(1)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def cleared(choice, **variables):
+    """Pages that the kernel cleared for 20 tensors of 64 MiB, each freed before the next."""
+    names = ("GLIBC_TUNABLES", "MALLOC_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(names)}
+    environment.update(variables, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    command = [sys.executable, "-c", FAULTS, choice]
+    return int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is another")
+def test_freed_memory_is_used_again_unless_variables_of_glibc_say_otherwise():
+    released, kept = cleared("default"), cleared("keep")
+    assert kept < released / 20
+    assert cleared("keep", GLIBC_TUNABLES="glibc.malloc.mmap_threshold=131072") > released / 2

@@ -42,7 +42,6 @@ class Distillation(nn.Module):
         rescale: (factor, offset) for each channel, (C, 1, 1): from the student's normalisation of images to
             the teacher's.
         settings: ``config.DISTILL``.
-        compute: the run's :class:`~distributed.Compute`.
     """
 
     def __init__(self, teacher, rescale, settings, compute):
@@ -57,8 +56,7 @@ class Distillation(nn.Module):
 
         Args:
             images: (B, C, H, W) as the student sees them, after mixup.
-            logits: (B, classes) of the student.
-            label_loss: of the same images.
+            logits, label_loss: (B, classes) of the student, and the loss of the labels.
         """
         with torch.no_grad(), self.compute.autocast():
             told = self.teacher(images * self.factor + self.offset)
@@ -71,7 +69,6 @@ def build_distillation(config, classes, compute):
 
     Args:
         classes: the names of the run's classes, in the order of its logits.
-        compute: the run's :class:`~distributed.Compute`.
 
     Raises:
         UserError: no such teacher, or one of other classes or images.

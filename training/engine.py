@@ -21,7 +21,6 @@ def train_one_epoch(run, loader, losses_of):
     undisturbed one would.
 
     Args:
-        run: a :class:`~training.run.Run` that has started the epoch.
         losses_of: called with the images and targets of a micro-batch and its number in the update; returns
             the mean losses by name, whose sum is minimised.
 
@@ -90,43 +89,35 @@ class EpochLog:
         self.bar = ProgressBar(what, self.updates, initial=self.first, unit="update")
 
     def write(self, update, losses, norm):
-        """Write the log line of an update, and its TensorBoard scalars.
-
-        Args:
-            losses: the update's mean losses by name, scalar tensors.
-            norm: its gradient norm, a scalar tensor.
-        """
-        progress, epochs = self.run.progress, self.run.settings.epochs
-        per_epoch, skipped = self.run.sampler.updates_per_epoch, self.run.updater.skipped.item()
+        """Write the log line of an update, and its scalars; ``losses`` by name and ``norm`` are tensors."""
+        run, progress, epochs = self.run, self.run.progress, self.run.settings.epochs
+        skipped = run.updater.skipped.item()
         # Reading the loss waits for the device, so that the time is true.
-        values = dict(loss=sum(losses.values()).item(), grad_norm=norm.item())
-        parts = {name: loss.item() for name, loss in losses.items()} if len(losses) > 1 else {}
-        time_now, mean_time = self._seconds_per_update(update)
-        left = self.updates - update - 1
-        left_in_run = left + (epochs - progress.epoch - 1) * per_epoch
-        lr = learning_rate(self.run)
+        loss, norm = sum(losses.values()).item(), norm.item()
+        parts = {name: part.item() for name, part in losses.items()} if len(losses) > 1 else {}
+        mean_loss, mean_norm = (progress.sums[name].item() / progress.updates for name in ("loss", "norm"))
+        now, done = time.time(), update + 1
+        seconds = (now - self.printed) / (done - self.printed_update)  # of an update, since the last line
+        mean_seconds = (now - self.begin) / (done - self.first)
+        self.printed, self.printed_update = now, done
+        left = self.updates - done
+        left_in_run = left + (epochs - progress.epoch - 1) * run.sampler.updates_per_epoch
+        lr = learning_rate(run)
         log_progress(
             f"Train: [{progress.epoch}/{epochs}][{update}/{self.updates}]\t"
-            f"eta {clock(left * mean_time)} (run {clock(left_in_run * mean_time)}) "
-            f"lr {lr:.3g}\ttime {time_now:.4f} ({mean_time:.4f})\t"
-            f"loss {values['loss']:.4f} ({progress.loss.item() / progress.updates:.4f})\t"
-            f"grad_norm {values['grad_norm']:.4f} ({progress.norm.item() / progress.updates:.4f})\t"
-            f"mem {peak_memory_mb(self.run.device):.0f}MB"
+            f"eta {clock(left * mean_seconds)} (run {clock(left_in_run * mean_seconds)}) "
+            f"lr {lr:.3g}\ttime {seconds:.4f} ({mean_seconds:.4f})\t"
+            f"loss {loss:.4f} ({mean_loss:.4f})\t"
+            f"grad_norm {norm:.4f} ({mean_norm:.4f})\t"
+            f"mem {peak_memory_mb(run.device):.0f}MB"
             + (f"\tskipped {skipped}" if skipped else "")
-            + ("\t" + " ".join(f"{name} {loss:.4f}" for name, loss in parts.items()) if parts else ""),
-            mean_time * (self.updates - self.first),
+            + ("\t" + " ".join(f"{name} {part:.4f}" for name, part in parts.items()) if parts else ""),
+            mean_seconds * (self.updates - self.first),
         )
-        self.bar.set_postfix_str(f"loss {values['loss']:.4f}")
-        values.update({f"loss_{name}": loss for name, loss in parts.items()})
-        speed = self.run.sampler.images_per_update / time_now
-        self.run.record.scalars(self.run.before + update, lr=lr, images_per_second=speed, **values)
-
-    def _seconds_per_update(self, update):
-        """Since the last line, and since the epoch's start or resume."""
-        now, done = time.time(), update + 1
-        time_now = (now - self.printed) / (done - self.printed_update)
-        self.printed, self.printed_update = now, done
-        return time_now, (now - self.begin) / (done - self.first)
+        self.bar.set_postfix_str(f"loss {loss:.4f}")
+        values = dict(lr=lr, images_per_second=run.sampler.images_per_update / seconds, loss=loss)
+        values.update(grad_norm=norm, **{f"loss_{name}": part for name, part in parts.items()})
+        run.record.scalars(run.before + update, **values)
 
     def end(self):
         """Write the last line of the epoch; returns its means, as :func:`train_one_epoch` does."""

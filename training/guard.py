@@ -18,7 +18,7 @@ logger = logging.getLogger("msg_transformer")
 
 
 def build_guard(config):
-    """The :class:`Guard` of a run; nothing is claimed yet."""
+    """The :class:`Guard` of a run; its folder is not claimed yet."""
     return Guard(config.TRAIN.SAVE_STEPS, config.TRAIN.SAVE_MINUTES, FolderClaim(config.OUTPUT))
 
 
@@ -78,9 +78,6 @@ class FolderClaim:
 
     The operating system gives the lock to one process and takes it back when that ends, however it ends. The
     file itself stays, and says who had it last. Data-loading workers do not inherit the lock.
-
-    Args:
-        folder: the run's output folder; nothing is claimed yet.
     """
 
     def __init__(self, folder):
@@ -118,7 +115,7 @@ class FolderClaim:
                     f"{self.folder} belongs to another run, {other}: wait for its end or choose another --tag"
                 )
             time.sleep(0.1)
-        # A full disk keeps nobody from training.
+        # Do not fail if the disk is full; the note is optional.
         with contextlib.suppress(OSError):
             self.file.truncate(0)
             now = time.strftime("%Y-%m-%d %H:%M:%S")

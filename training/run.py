@@ -28,7 +28,7 @@ from distributed import (
     rank_and_world_size,
     sum_over_processes,
 )
-from logger import DETAIL, DRAWN, clock, write_config
+from logger import DETAIL, DRAWN, FILE, clock, write_config
 from lr_scheduler import build_scheduler
 from optimizer import NonFiniteError, Updater, build_average, build_optimizer
 
@@ -40,74 +40,38 @@ logger = logging.getLogger("msg_transformer")
 
 @dataclass(frozen=True)
 class Task:
-    """What the runs of a program have in common.
+    """What the runs of a program have in common."""
 
-    Args:
-        base_images: images per update that ``TRAIN.BASE_LR`` is for.
-        score: the figure of an evaluation, in percent, that ``best.pth`` is best in; with ``TRAIN.EMA`` the
-            higher of those of the weights and of their average.
-        score_name: its name in the log.
-        shown: figures of an evaluation that the console shows after each epoch, and their names there.
-        load_pretrained: called with the model, the content of ``--pretrained`` and its path.
-        draw, drawn: the curves of a run, see :class:`~training.tracking.RunRecord`.
-    """
-
-    base_images: int = 512
+    base_images: int = 512  # images per update that TRAIN.BASE_LR is for
+    # The figure of an evaluation, in percent, that best.pth is best in, and its name in the log. With
+    # TRAIN.EMA it is the higher one of the weights and of their average.
     score: str = "acc1"
     score_name: str = "accuracy"
-    shown: tuple = (("acc1", "top-1"),)
+    shown: tuple = (("acc1", "top-1"),)  # figures on the console after each epoch, and their names there
+    # Called with the model, the content of --pretrained and its path.
     load_pretrained: Callable = functools.partial(ckpt.load_weights, new_head=True)
-    draw: Callable = draw_curves
+    draw: Callable = draw_curves  # the curves of a run, see training.tracking.RunRecord
     drawn: tuple = DRAWN
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run was asked for.
+    """What a run was asked for."""
 
-    Args:
-        folder: its output folder.
-        task: the program's :class:`Task`.
-        epochs: to train, counted from the start of the run.
-        config: YAML text of the effective config, for people who open the folder or a checkpoint.
-        print_freq: updates between log lines.
-        save_freq: epochs between checkpoints; there is one after the last epoch too.
-        keep: epoch checkpoints to keep, 0 for all.
-        stop_on_save_error: end the run when a checkpoint cannot be written.
-        start_epoch: the first one of a run that continues from no checkpoint.
-    """
-
-    folder: str
+    folder: str  # its output folder
     task: Task = Task()
-    epochs: int = 300
+    epochs: int = 300  # to train, counted from the start of the run
     seed: int = 0
-    config: str = ""
-    print_freq: int = 10
-    save_freq: int = 1
-    keep: int = 0
-    stop_on_save_error: bool = False
-    start_epoch: int = 0
+    config: str = ""  # YAML text of the effective config, for people who open the folder or a checkpoint
+    print_freq: int = 10  # updates between log lines
+    save_freq: int = 1  # epochs between checkpoints; there is one after the last epoch too
+    keep: int = 0  # epoch checkpoints to keep, 0 for all
+    stop_on_save_error: bool = False  # end the run when a checkpoint cannot be written
+    start_epoch: int = 0  # the first one of a run that continues from no checkpoint
 
     def is_due(self, epoch):
         """Whether a checkpoint is written at the end of ``epoch``."""
         return epoch % self.save_freq == 0 or epoch + 1 == self.epochs
-
-
-def build_settings(config, task):
-    """The :class:`Settings` of a run of ``task``."""
-    train = config.TRAIN
-    return Settings(
-        folder=config.OUTPUT,
-        task=task,
-        epochs=train.EPOCHS,
-        seed=config.SEED,
-        config=dump_config(config),
-        print_freq=config.PRINT_FREQ,
-        save_freq=config.SAVE_FREQ,
-        keep=train.KEEP_CHECKPOINTS,
-        stop_on_save_error=train.ON_SAVE_ERROR == "stop",
-        start_epoch=train.START_EPOCH,
-    )
 
 
 def build_run(config, model, sampler, setup, task):
@@ -121,6 +85,18 @@ def build_run(config, model, sampler, setup, task):
         A :class:`Run` at the epoch to train next, its updater's model parallelised over the processes.
     """
     train, rank = config.TRAIN, sampler.rank
+    settings = Settings(
+        folder=config.OUTPUT,
+        task=task,
+        epochs=train.EPOCHS,
+        seed=config.SEED,
+        config=dump_config(config),
+        print_freq=config.PRINT_FREQ,
+        save_freq=config.SAVE_FREQ,
+        keep=train.KEEP_CHECKPOINTS,
+        stop_on_save_error=train.ON_SAVE_ERROR == "stop",
+        start_epoch=train.START_EPOCH,
+    )
     lr_scale = sampler.images_per_update / task.base_images
     optimizer = build_optimizer(config, model, lr_scale)
     scheduler = build_scheduler(config, optimizer, sampler.updates_per_epoch, lr_scale)
@@ -130,11 +106,11 @@ def build_run(config, model, sampler, setup, task):
     updater.average = build_average(config, model)
     record = RunRecord(config.OUTPUT, rank, task.draw, task.drawn)
     record.hyperparameters, record.tracker = flat_config(config), build_tracker(config, rank)
-    run = Run(build_settings(config, task), updater, scheduler, sampler, record, setup.guard)
+    run = Run(settings, updater, scheduler, sampler, record, setup.guard)
     run.restore(setup.take_start())
     run.write_config()
-    run.tell_disk_use()
-    run.tell_what_is_too_slow(train)
+    run.warn_of_a_small_disk()
+    run.warn_of_a_short_run(train)
     if sampler.world_size > 1:
         updater.model = parallelize(model, setup.compute.device)
     return run
@@ -146,62 +122,59 @@ def percent(score):
 
 
 class Progress:
-    """Where a run stands: the epoch, how many of its images were used, the sums behind the epoch's means."""
+    """Where a run stands: the epoch, how many of its images were used, the sums behind the epoch's means.
+
+    Attributes:
+        sums: by name, over the updates of this process: loss, norm, and ``loss_<part>`` of a loss that has
+            several parts.
+    """
 
     def __init__(self, epoch, device):
         self.epoch, self.images, self.updates = epoch, 0, 0
-        self.loss, self.norm = torch.zeros((), device=device), torch.zeros((), device=device)
-        self.parts = {}  # of a loss that has several, by name
+        self.sums = dict(loss=torch.zeros((), device=device), norm=torch.zeros((), device=device))
 
     def add(self, images, losses, norm):
         """Count an update: its images over all processes, its mean losses here, its gradient norm."""
         self.images, self.updates = self.images + images, self.updates + 1
-        self.loss = self.loss + torch.nan_to_num(sum(losses.values()), 0.0, 0.0, 0.0)
-        self.norm = self.norm + torch.nan_to_num(norm, 0.0, 0.0, 0.0)
+        values = dict(loss=sum(losses.values()), norm=norm)
         if len(losses) > 1:
-            for name, loss in losses.items():
-                self.parts[name] = self.parts.get(name, 0) + torch.nan_to_num(loss, 0.0, 0.0, 0.0)
+            values.update({f"loss_{part}": loss for part, loss in losses.items()})
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + torch.nan_to_num(value, 0.0, 0.0, 0.0)
 
     def means(self):
         """Means over the updates and all processes: loss, norm, and ``loss_<part>``; all must call it."""
-        sums = dict(loss=self.loss, norm=self.norm)
-        sums.update({f"loss_{name}": self.parts[name] for name in sorted(self.parts)})
-        total = sum_over_processes(torch.stack(list(sums.values())))
-        return dict(zip(sums, (total / self.updates / rank_and_world_size()[1]).tolist()))
+        names = sorted(self.sums, key=lambda name: (name.startswith("loss_"), name))
+        total = sum_over_processes(torch.stack([self.sums[name] for name in names]))
+        return dict(zip(names, (total / self.updates / rank_and_world_size()[1]).tolist()))
 
     def state_dict(self):
         """Plain numbers, the same on every process; all processes must call it."""
-        sums = [gather_floats(self.loss), gather_floats(self.norm)]
-        parts = {name: gather_floats(self.parts[name]) for name in sorted(self.parts)}
+        sums = {name: gather_floats(self.sums[name]) for name in sorted(self.sums)}
         counts = dict(epoch=self.epoch, images=self.images, updates=self.updates)
-        return dict(counts, loss=sums[0], norm=sums[1], parts=parts)
+        state = dict(counts, loss=sums.pop("loss"), norm=sums.pop("norm"))
+        return dict(state, parts={name.removeprefix("loss_"): values for name, values in sums.items()})
 
     def load_state_dict(self, state, rank, world_size):
         """Continue from :meth:`state_dict`, on the same number of processes or another."""
         self.epoch, self.images, self.updates = state["epoch"], state["images"], state["updates"]
-        self.parts = {name: torch.zeros_like(self.loss) for name in state.get("parts", {})}
-        totals = [(state["loss"], self.loss), (state["norm"], self.norm)]
-        totals += [(state["parts"][name], total) for name, total in self.parts.items()]
-        for sums, total in totals:
-            total.fill_(sums[rank] if len(sums) == world_size else sum(sums) / len(sums))
+        found = {f"loss_{part}": sums for part, sums in state.get("parts", {}).items()}
+        for name, sums in dict(found, loss=state["loss"], norm=state["norm"]).items():
+            value = sums[rank] if len(sums) == world_size else sum(sums) / len(sums)
+            self.sums[name] = torch.full_like(self.sums["loss"], value)
 
 
 class Run:
     """What a training run consists of, and how it is saved, restored and stopped.
 
     Args:
-        settings: what it was asked for.
-        updater: the run's :class:`~optimizer.Updater`, whose model is still the plain module.
+        updater: an :class:`~optimizer.Updater` whose model is still the plain module.
         scheduler: timm's, of the learning rate.
-        sampler: the training sampler; it is told where to start.
-        record: the run's :class:`~training.tracking.RunRecord`.
-        guard: the run's :class:`~training.guard.Guard`.
 
     Attributes:
         model: the plain module whose weights are saved.
-        best: the score of the better weights in ``best.pth``.
-        highest: the highest score so far, whether written or not.
-        better, highest_of: of which weights the last and the highest score are, model or ema.
+        best, best_of: the score in ``best.pth``, below 0 without one, and of which weights: model or ema.
+        better: of which weights the last score is.
         before: updates of the epochs before this one, however many each had.
         first, begin: the epoch that it starts with here, and when.
     """
@@ -211,8 +184,8 @@ class Run:
         self.sampler, self.record, self.guard = sampler, record, guard
         self.model, self.device = updater.model, updater.compute.device
         self.progress = Progress(settings.start_epoch, self.device)
-        self.best = self.highest = -1.0  # below 0, so that even a first score of 0 is the best so far
-        self.better = self.highest_of = None
+        self.best = -1.0  # below 0, so that even a first score of 0 is the best so far
+        self.best_of = self.better = None
         self.saved = []  # names of the files that the last epoch left
         self.before = settings.start_epoch * sampler.updates_per_epoch
         self.first, self.begin = settings.start_epoch, time.time()
@@ -229,19 +202,11 @@ class Run:
             figures |= {f"ema_{name}": value for name, value in evaluate(average.model).items()}
         return figures
 
-    def score_of(self, figures):
-        """The score of an epoch, and of which weights it is: ema where the average is as good, or model."""
-        name = self.settings.task.score
-        scores = dict(ema=figures[f"ema_{name}"]) if self.updater.average is not None else {}
-        scores["model"] = figures[name]
-        better = max(scores, key=scores.get)
-        return float(scores[better]), better
-
-    def highest_in_words(self):
-        """The highest score as text, and of which weights it is where there is an average."""
+    def best_in_words(self):
+        """The best score as text, and of which weights it is where there is an average."""
         whose = dict(model=" of the weights themselves", ema=" of their average")
         averages = self.updater.average is not None
-        return percent(self.highest) + (whose.get(self.highest_of, "") if averages else "")
+        return percent(self.best) + (whose.get(self.best_of, "") if averages else "")
 
     def epochs_left(self):
         """Yield the epochs to train, having started each, and sum up after the last.
@@ -251,20 +216,19 @@ class Run:
         Raises:
             CheckpointError: the last checkpoint could not be written.
         """
-        settings, score_name = self.settings, self.settings.task.score_name
+        settings, task = self.settings, self.settings.task
         first, epochs, per_epoch = self.progress.epoch, settings.epochs, self.sampler.updates_per_epoch
         if first >= epochs:
             logger.info(
-                f"all {epochs} epochs are trained already; max {score_name} {self.highest_in_words()}"
+                f"all {epochs} epochs are trained already; max {task.score_name} {self.best_in_words()}"
             )
             return
         self.guard.start()
         self.first, self.begin = first, time.time()
-        images = self.sampler.images_per_update
-        rate = max(self.scheduler.base_values)
         logger.info(
-            f"{epochs} epochs of {per_epoch} updates with {images} images each, at a learning rate of up to "
-            f"{rate:.3g} (TRAIN.BASE_LR for {settings.task.base_images} images), to {settings.folder}"
+            f"{epochs} epochs of {per_epoch} updates with {self.sampler.images_per_update} images each, at a "
+            f"learning rate of up to {max(self.scheduler.base_values):.3g} (TRAIN.BASE_LR for "
+            f"{task.base_images} images), to {settings.folder}"
         )
         for epoch in range(first, epochs):
             self.start_epoch(epoch)
@@ -273,10 +237,11 @@ class Run:
             raise ckpt.CheckpointError(f"the last checkpoint could not be written to {settings.folder}")
         self.record.close()
         if self.sampler.rank == 0:
+            path = os.path.join(settings.folder, ckpt.BEST)
             logger.info(
                 f"trained epochs {first} to {epochs - 1} in {clock(time.time() - self.begin)}\n"
-                f"  {f'max {score_name}:':16} {self.highest_in_words()}\n"
-                f"  best checkpoint: {self.best_checkpoint()}\n"
+                f"  {f'max {task.score_name}:':16} {self.best_in_words()}\n"
+                f"  best checkpoint: {path if self.best >= 0 else f'none, {path} could not be written'}\n"
                 f"  training curves: {self.record.picture}"
             )
 
@@ -315,36 +280,37 @@ class Run:
 
         Args:
             means: of its training.
-            figures: of the evaluation of its weights, in percent the one that counts, see :meth:`figures_of`.
+            figures: what :meth:`figures_of` returned; the one that counts is in percent.
 
         Returns:
-            The names of the files written, as :meth:`save` does.
+            The names of the files written.
         """
-        epoch, task = self.progress.epoch, self.settings.task
+        epoch, task, average = self.progress.epoch, self.settings.task, self.updater.average
         # The epoch's own last update: a run that goes on after it drops TensorBoard's events from there on.
         last = self.before + self.progress.updates - 1
         self.record.end_epoch(last, epoch=epoch, **means, **figures)
-        score, self.better = self.score_of(figures)
-        before, self.best = self.best, max(self.best, score)
-        if score > self.highest:
-            self.highest, self.highest_of = score, self.better
-        logger.info(f"Max {task.score_name}: {self.highest_in_words()}", extra=DETAIL)
-        best = self.best > before
+        scores = dict(ema=figures[f"ema_{task.score}"]) if average is not None else {}
+        scores["model"] = figures[task.score]
+        self.better = max(scores, key=scores.get)  # the average where both are as good
+        score, before = float(scores[self.better]), (self.best, self.best_of)
+        best = score > self.best
+        if best:
+            self.best, self.best_of = score, self.better
+        logger.info(f"Max {task.score_name}: {self.best_in_words()}", extra=DETAIL)
         self.saved = self.save(score, self.settings.is_due(epoch), best)
         if best and ckpt.BEST not in self.saved:
-            self.best = before  # the next epoch may still write a best checkpoint
-        self.tell_epoch(means["train_loss"], figures)
+            self.best, self.best_of = before  # the next epoch may still write a best checkpoint
+        self._tell_epoch(means["train_loss"], figures)
         return self.saved
 
-    def tell_epoch(self, loss, figures):
-        """Log how good the epoch that has just ended is, and how long those that are left will take."""
+    def _tell_epoch(self, loss, figures):
         done, epochs, task = self.progress.epoch + 1, self.settings.epochs, self.settings.task
         shown = [*task.shown, *((f"ema_{key}", f"EMA {name}") for key, name in task.shown)]
         scores = [f"{name} {percent(figures[key])}" for key, name in shown if key in figures]
         left = (time.time() - self.begin) / (done - self.first) * (epochs - done)
         logger.info(
             f"epoch {done - 1:{len(str(epochs))}} ({done} of {epochs}): loss {loss:.4f}, {', '.join(scores)} "
-            f"(best {self.highest_in_words()}), {clock(left)} left"
+            f"(best {self.best_in_words()}), {clock(left)} left"
         )
 
     def save(self, score=None, due=True, best=False):
@@ -361,15 +327,14 @@ class Run:
         Raises:
             CheckpointError: writing failed and ``stop_on_save_error`` is set.
         """
-        settings, folder = self.settings, self.settings.folder
-        progress, updater = self.progress.state_dict(), self.updater.state_dict()
-        epoch, epoch_done = self.progress.epoch, score is not None
+        settings, updater, average = self.settings, self.updater, self.updater.average
+        epoch, epoch_done, progress = self.progress.epoch, score is not None, self.progress.state_dict()
         checkpoint = dict(
             model=self.model.state_dict(),
-            optimizer=self.updater.optimizer.state_dict(),
+            optimizer=updater.optimizer.state_dict(),
             # For the official code, which reads it; here the rate is a function of the place in the run.
             lr_scheduler=self.scheduler.state_dict(),
-            updater=updater,
+            updater=updater.state_dict(),
             progress=None if epoch_done else dict(progress, images_per_update=self.sampler.images_per_update),
             max_accuracy=self.best,
             score=score,
@@ -378,16 +343,15 @@ class Run:
             config=settings.config,
             classes=getattr(self.model, "classes", None),
         )
-        average = self.updater.average
         if average is not None:
             ema = dict(updates=average.updates)
             checkpoint.update(model_ema=average.model.state_dict(), ema=ema, better=self.better)
-        if hasattr(self.updater.optimizer, "name"):
-            checkpoint.update(optimizer_name=self.updater.optimizer.name)
+        if hasattr(updater.optimizer, "name"):
+            checkpoint.update(optimizer_name=updater.optimizer.name)
         name = ckpt.epoch_name(epoch) if epoch_done else ckpt.within_epoch_name(epoch, self.progress.images)
 
         def write():
-            files = []
+            files, folder = [], settings.folder
             try:
                 if self.guard.claim is not None:
                     self.guard.claim.keep()
@@ -410,41 +374,31 @@ class Run:
             logger.error(f"{problem}; training goes on, earlier checkpoints are untouched")
         return [os.path.basename(path) for path in files]
 
-    def best_checkpoint(self):
-        """The path of ``best.pth``, and what to know about it."""
-        path = os.path.join(self.settings.folder, ckpt.BEST)
-        if self.best < 0:
-            return f"none, {path} could not be written"
-        if self.best < self.highest:
-            return f"{path}, with {percent(self.best)}: the better one could not be written"
-        return path
+    def write_config(self):
+        """Write ``config.yaml`` on rank 0."""
+        if self.sampler.rank == 0:
+            write_config(self.settings.folder, "config.yaml", self.settings.config)
 
-    def tell_disk_use(self):
-        """Log what the checkpoints of the epochs that are left will take on the disk, and what is free."""
+    def warn_of_a_small_disk(self):
+        """Warn where the checkpoints of the epochs that are left will not find room on the disk."""
         settings = self.settings
-        left = list(filter(settings.is_due, range(self.progress.epoch, settings.epochs)))
-        # The best is one of those, or kept.
-        count = min(len(left), settings.keep + 1) if settings.keep else len(left)
+        if self.sampler.rank:
+            return
+        left = sum(map(settings.is_due, range(self.progress.epoch, settings.epochs)))
+        count = min(left, settings.keep + 1) if settings.keep else left  # the best is one of those, or kept
         moments = 2 if "betas" in self.updater.optimizer.defaults else 1
         size = sum(tensor.nbytes for tensor in self.model.state_dict().values())
         size *= 1 if self.updater.average is None else 2
         size += moments * sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
-        if not left or self.sampler.rank:
-            return
         free = shutil.disk_usage(settings.folder).free
-        logger.log(
-            logging.WARNING if count * size > free else logging.INFO,
-            f"checkpoints: {count} of {size / 1e6:.0f} MB each will take {count * size / 1e9:.2f} GB of the "
-            f"{free / 1e9:.2f} GB that are free (TRAIN.KEEP_CHECKPOINTS and SAVE_FREQ limit them)",
-            extra=None if count * size > free else DETAIL,
-        )
+        if count * size > free:
+            logger.warning(
+                f"checkpoints: {count} of {size / 1e6:.0f} MB each will take {count * size / 1e9:.2f} GB, "
+                f"and {free / 1e9:.2f} GB are free (TRAIN.KEEP_CHECKPOINTS and SAVE_FREQ limit them)"
+            )
 
-    def tell_what_is_too_slow(self, train):
-        """Warn of a warm-up, or of an average without one, that needs more updates than the run has.
-
-        Args:
-            train: the section ``TRAIN`` of the config.
-        """
+    def warn_of_a_short_run(self, train):
+        """Warn of a warm-up, or of an average without one, that needs more updates than the run has."""
         per_epoch, average = self.sampler.updates_per_epoch, self.updater.average
         updates = train.EPOCHS * per_epoch
         if self.progress.epoch >= train.EPOCHS:
@@ -461,11 +415,6 @@ class Run:
                     f"{100 * stays:.0f}% of it will be the weights that it begins with; set TRAIN.EMA.WARMUP "
                     f"True, or DECAY to {max(0, 1 - 3 / updates):.6g} or less"
                 )
-
-    def write_config(self):
-        """Write ``config.yaml`` to the run's folder, on rank 0."""
-        if self.sampler.rank == 0:
-            write_config(self.settings.folder, "config.yaml", self.settings.config)
 
     def restore(self, start):
         """Load what the run starts from.
@@ -488,7 +437,7 @@ class Run:
                 raise ckpt.CheckpointError(f"{path} is not the checkpoint of a run ({reason})") from error
             self._agree_with_best(path, start.checkpoint)
             where = f"epoch {self.progress.epoch}, image {self.progress.images}"
-            score = f"max {self.settings.task.score_name} {self.highest_in_words()}"
+            score = f"max {self.settings.task.score_name} {self.best_in_words()}"
             logger.info(f"resuming from {path}: {where}, {score}")
             if isinstance(start.checkpoint["config"], str):
                 self._tell_changed_options(start.checkpoint["config"], path)
@@ -507,6 +456,7 @@ class Run:
         self.record.start(self.progress.epoch, self.before + self.progress.updates, per_epoch)
 
     def _load(self, path, checkpoint):
+        sampler, place = self.sampler, checkpoint.get("progress")
         weights = {name: checkpoint[name] for name in ("model", "classes", "config")}
         ckpt.load_weights(self.model, weights, path)
         self._load_average(path, checkpoint)
@@ -516,27 +466,24 @@ class Run:
         self.progress = Progress(checkpoint["epoch"] + 1, self.device)
         if "updater" in checkpoint:
             self.updater.load_state_dict(checkpoint["updater"])
-        if checkpoint.get("progress"):
-            images, length = checkpoint["progress"]["images"], self.sampler.length
-            if images > length:
+        if place:
+            if place["images"] > sampler.length:
                 raise ckpt.CheckpointError(
-                    f"{path} stands at image {images} of an epoch, and the training set has {length}: resume "
-                    f"with the same data, or start from the weights alone with {ckpt.NEW_RUN}"
+                    f"{path} stands at image {place['images']} of an epoch, and the training set has "
+                    f"{sampler.length}: resume with the same data, or start from the weights alone with "
+                    f"{ckpt.NEW_RUN}"
                 )
-            self._continue_epoch(checkpoint["progress"])
+            self.progress.load_state_dict(place, sampler.rank, sampler.world_size)
+            if place["images_per_update"] != sampler.images_per_update:
+                logger.warning(
+                    f"images per update: {place['images_per_update']} before, {sampler.images_per_update} "
+                    f"now. The epoch goes on after its first {place['images']} images; the learning rate "
+                    "follows the images seen and the new size"
+                )
         # Without a count, as in earlier releases, the epochs are taken to have been as long as now.
-        self.before = self.progress.epoch * self.sampler.updates_per_epoch
+        self.before = self.progress.epoch * sampler.updates_per_epoch
         if "updates" in checkpoint:
             self.before = checkpoint["updates"] - self.progress.updates
-
-    def _tell_changed_options(self, before, path):
-        """Log which options of the run differ from those in a checkpoint, given as YAML text."""
-        with contextlib.suppress(ConfigError):  # options of a stranger's, or of another release
-            before, now = flat_text(before, path), flat_text(self.settings.config, "the config")
-            keys = [key for key in now if before.get(key) != now[key] and key not in (*APART, "MODEL.RESUME")]
-            changed = [f"{key} {before.get(key)!r:.60} -> {now[key]!r:.60}" for key in keys]
-            if changed:
-                logger.warning(f"options that the checkpoint was not trained with: {', '.join(changed)}")
 
     def _load_average(self, path, checkpoint):
         average, saved = self.updater.average, "ema" in checkpoint
@@ -557,7 +504,6 @@ class Run:
 
         An epoch's checkpoint is written before ``best.pth``, and claims to be the best already.
         """
-
         folder = self.settings.folder
 
         def agree():
@@ -569,41 +515,34 @@ class Run:
                     held, whose = self.best, ckpt.better_of(checkpoint)
             return held, whose
 
-        held, self.highest_of = from_rank_0(agree)
+        held, self.best_of = from_rank_0(agree)
         if held < self.best:
             logger.warning(
                 f"{path} is of a run that reached {percent(self.best)}, but no {ckpt.BEST} in {folder} "
                 f"has that score: the best so far is {percent(held)}"
             )
-        self.best = self.highest = held
+        self.best = held
 
-    def _continue_epoch(self, state):
-        self.progress.load_state_dict(state, self.sampler.rank, self.sampler.world_size)
-        before, now = state["images_per_update"], self.sampler.images_per_update
-        if before != now:
-            logger.warning(
-                f"images per update: {before} before, {now} now. The epoch goes on after its first "
-                f"{state['images']} images; the learning rate follows the images seen and the new size"
-            )
+    def _tell_changed_options(self, before, path):
+        """Log which options of the run differ from those in a checkpoint, given as YAML text."""
+        with contextlib.suppress(ConfigError):  # options of a stranger's, or of another release
+            before, now = flat_text(before, path), flat_text(self.settings.config, "the config")
+            keys = [key for key in now if before.get(key) != now[key] and key not in (*APART, "MODEL.RESUME")]
+            changed = [f"{key} {before.get(key)!r:.60} -> {now[key]!r:.60}" for key in keys]
+            if changed:
+                logger.warning(f"options that the checkpoint was not trained with: {', '.join(changed)}")
 
     def explain(self, error, paths, update):
-        """Add to a NonFiniteError the files of an update; ``nonfinite_rank<rank>.txt`` lists them all.
+        """A NonFiniteError that names files of an update; the log file lists them all.
 
         Args:
             paths: the file of every image index.
             update: counted from where the sampler's iteration started.
         """
-        folder = self.settings.folder
-        path = os.path.join(folder, f"nonfinite_rank{self.sampler.rank}.txt")
         files = [paths[index] for index in self.sampler.indices_of(update)]
-        try:
-            with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
-                file.writelines(f"{name}\n" for name in files)
-            where = f"all of it in {path}"
-        except OSError as problem:
-            where = f"{path} cannot be written: {problem.strerror}"
+        logger.info("\n".join(["the last batch of this process:", *files]), extra=FILE)
         return NonFiniteError(
-            f"{error}; the last batch of this process held {', '.join(files[:3])} ... ({where}). "
-            f"The last good checkpoint is in {folder}: lower TRAIN.BASE_LR, look at the files, or use "
-            "AMP_DTYPE bfloat16"
+            f"{error}; the last batch of this process held {', '.join(files[:3])} ... (all of it is in "
+            f"log_rank{self.sampler.rank}.txt). The last good checkpoint is in {self.settings.folder}: lower "
+            "TRAIN.BASE_LR, look at the files, or use AMP_DTYPE bfloat16"
         )

@@ -30,8 +30,6 @@ class RunRecord:
     records of other ranks are silent.
 
     Args:
-        folder: the run's output folder.
-        rank: of this process.
         draw: draws the curves of a list of rows to a file, called with both and the hyper-parameters.
         drawn: what it needs of every row.
 
@@ -63,11 +61,7 @@ class RunRecord:
         self._write_scalars("train", values, update)
 
     def first_batch(self, draw):
-        """Write the first batch of a run from scratch as the TensorBoard image ``train/first_batch``.
-
-        Args:
-            draw: returns it as a PIL image; is called for the first batch only.
-        """
+        """Write the TensorBoard image ``train/first_batch`` of a run from scratch, which ``draw`` returns."""
         if self.batch_due:
             self.batch_due = False
             self.image("train/first_batch", draw())
@@ -100,12 +94,7 @@ class RunRecord:
     def _write_scalars(self, group, values, update):
         self.update = update
         tags = {f"{group}/{name}": value for name, value in values.items()}
-
-        def write(board):
-            for tag, value in tags.items():
-                board.add_scalar(tag, value, update)
-
-        self._write(write)
+        self._write(lambda board: [board.add_scalar(tag, value, update) for tag, value in tags.items()])
         if self.tracker is not None:
             self.tracker.log(group, tags, update)
 
@@ -113,7 +102,7 @@ class RunRecord:
         """Have ``write`` write to the TensorBoard file, ``size`` bytes beside a few of its own."""
         if self.silent:
             return
-        if not os.path.isdir(self.board_folder):
+        if not os.path.isdir(self.board_folder):  # somebody removed it
             self.board = None
         with self._told():
             # The writer's thread would end with a traceback.
@@ -146,11 +135,7 @@ def write_hyperparameters(board, values, drawn):
 
 
 def require_tracker(name):
-    """Refuse a ``LOG.TRACKER`` whose package cannot be imported.
-
-    Raises:
-        UserError: which package to install.
-    """
+    """Raise a UserError where the package of ``LOG.TRACKER`` cannot be imported."""
     if not name:
         return
     try:
@@ -180,7 +165,6 @@ class Tracker:
 
     Args:
         package: wandb or trackio.
-        folder: the run's output folder.
         name: what the name of the tracked run begins with.
     """
 
@@ -191,11 +175,7 @@ class Tracker:
         self.run, self.state = None, {}
 
     def start(self, update, updates_per_epoch, hyperparameters):
-        """Go on with the tracked run, or at update 0 start another.
-
-        Args:
-            hyperparameters: a flat dict.
-        """
+        """Go on with the tracked run, or at update 0 start another."""
         with self._told():
             if update and os.path.exists(self.path):
                 with open(self.path, encoding="utf-8") as file:
@@ -207,7 +187,9 @@ class Tracker:
             if self.state.get("updates_per_epoch", updates_per_epoch) != updates_per_epoch:
                 shift = max(shift, self.state["train"] + 1 - update, self.state["epoch"] + 1 - update)
             self.state.update(updates_per_epoch=updates_per_epoch, shift=shift)
-            arguments = dict(name=self.state["run"], config=hyperparameters, resume="allow")
+            # Trackers write JSON in UTF-8, which a path of other bytes would break.
+            given = {k: printable(x) if isinstance(x, str) else x for k, x in hyperparameters.items()}
+            arguments = dict(name=self.state["run"], config=given, resume="allow")
             self.run, where = getattr(self, f"_start_{self.package}")(arguments)
             logger.info(f"tracked by {self.package} as {self.state['run']}: {where}")
 
@@ -229,16 +211,10 @@ class Tracker:
         import trackio
 
         with contextlib.redirect_stdout(io.StringIO()):
-            run = trackio.init(PROJECT, **arguments)
-        return run, f"trackio show --project {PROJECT}"
+            return trackio.init(PROJECT, **arguments), f"trackio show --project {PROJECT}"
 
     def log(self, group, tags, update):
-        """Give it scalars of an update, unless it has some of this group and update, or of a later one.
-
-        Args:
-            group: train or epoch.
-            tags: a dict of the scalars by their tags.
-        """
+        """Give it scalars by tag, unless it has some of this group (train or epoch) and update, or later."""
         if self.run is None or update + self.state["shift"] <= self.state[group]:
             return
         update += self.state["shift"]

@@ -4,9 +4,7 @@ import argparse
 import functools
 import hashlib
 import http.server
-import logging
 import os
-import pickle
 import shutil
 import ssl
 import stat
@@ -60,18 +58,6 @@ def official_checkpoint(path, old_torch):
     return model, optimizer
 
 
-@pytest.mark.parametrize("saved, chosen", [("sgd", "adamw"), ("adamw", "sgd")])
-def test_the_state_of_another_optimizer_is_refused_by_name(saved, chosen):
-    model = micro()
-    first, second = (
-        build_optimizer(digits_config("TRAIN.OPTIMIZER.NAME", name), model, 1.0) for name in (saved, chosen)
-    )
-    model(torch.randn(2, 3, 32, 32)).sum().backward()
-    first.step()
-    with pytest.raises(ckpt.CheckpointError, match="another TRAIN.OPTIMIZER.NAME"):
-        ckpt.load_optimizer(second, model, dict(optimizer=first.state_dict()), "a.pth")
-
-
 @pytest.mark.parametrize("old_torch", [False, True])
 def test_official_checkpoint_loads_weights_and_optimizer(tmp_path, old_torch):
     path = str(tmp_path / "ckpt_epoch_7.pth")
@@ -91,48 +77,6 @@ def test_official_checkpoint_loads_weights_and_optimizer(tmp_path, old_torch):
     assert {group["lr"] for group in optimizer.param_groups} == {8e-3}  # the run's own
     model(torch.randn(2, 3, 32, 32)).sum().backward()
     optimizer.step()
-
-
-def test_own_checkpoint_round_trip(tmp_path):
-    path = str(tmp_path / "c.pth")
-    model = micro()
-    optimizer = build_optimizer(digits_config(), model, 1.0)
-    model(torch.randn(2, 3, 32, 32)).sum().backward()
-    optimizer.step()
-    ckpt.save_checkpoint(path, dict(model=model.state_dict(), optimizer=optimizer.state_dict(), epoch=3))
-    other = MSGTransformer(**MICRO)
-    other_optimizer = build_optimizer(digits_config(), other, 1.0)
-    checkpoint = ckpt.read_checkpoint(path)
-    ckpt.load_weights(other, checkpoint, path)
-    ckpt.load_optimizer(other_optimizer, other, checkpoint, path)
-    for a, b in zip(model.parameters(), other.parameters()):
-        assert torch.equal(a, b)
-        assert torch.equal(optimizer.state[a]["exp_avg_sq"], other_optimizer.state[b]["exp_avg_sq"])
-
-
-class RunsCode:
-    """Unpickling this makes a folder."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.folder),)
-
-
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("legacy", [False, True])
-def test_code_in_a_checkpoint_never_runs(tmp_path, legacy):
-    path, trap = str(tmp_path / "evil.pth"), tmp_path / "trap"
-    content = dict(model=micro().state_dict(), config=RunsCode(trap))
-    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(ckpt.CheckpointError, match="they can run code"):
-        ckpt.read_checkpoint(path)
-    with open(path, "wb") as file:
-        pickle.dump(content, file)
-    with pytest.raises(ckpt.CheckpointError, match="evil.pth"):
-        ckpt.read_checkpoint(path)
-    assert not trap.exists()
 
 
 def test_damaged_files_are_refused_and_passed_over(tmp_path):
@@ -229,14 +173,6 @@ def test_other_architectures_are_refused_with_what_differs(changes, words):
     assert all(word in str(error.value) for word in ["other.pth", *words]), error.value
 
 
-def test_fine_tuning_keeps_the_body_and_renews_the_head():
-    source, target = micro(num_classes=7), MSGTransformer(**MICRO)
-    head = target.head.weight.clone()
-    ckpt.load_weights(target, source.state_dict(), "bare.pth", new_head=True)
-    assert torch.equal(target.head.weight, head)
-    assert torch.equal(target.norm.weight, source.norm.weight)
-
-
 def quantized(x):
     return torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)
 
@@ -310,6 +246,7 @@ def test_broken_optimizer_states_are_refused(name):
         dict(param_groups=[1, 2]),
         dict(param_groups=None),
         dict(param_groups=[dict(params=None)]),
+        dict(param_groups=[dict(params=[1, 0])]),
         dict(state=[1]),
         dict(state={0: [1]}),
         dict(state={10**6: {}}),
@@ -322,15 +259,6 @@ def test_optimizer_entries_of_another_form_are_refused(change):
     optimizer = build_optimizer(digits_config(), model, 1.0)
     with pytest.raises(ckpt.CheckpointError, match="a.pth.*optimizer"):
         ckpt.load_optimizer(optimizer, model, dict(optimizer=dict(optimizer.state_dict(), **change)), "a.pth")
-
-
-def test_swapped_parameters_of_the_optimizer_are_refused():
-    model = micro()
-    optimizer = build_optimizer(digits_config(), model, 1.0)
-    state = optimizer.state_dict()
-    state["param_groups"][0]["params"].reverse()
-    with pytest.raises(ckpt.CheckpointError, match="a.pth"):
-        ckpt.load_optimizer(optimizer, model, dict(optimizer=state), "a.pth")
 
 
 OTHER_CLASSES = [
@@ -358,16 +286,14 @@ def test_other_classes_are_refused_with_what_differs(names, words):
         (None, True, ["the head is kept", "c.pth does not name its classes"]),
     ],
 )
-def test_fine_tuning_says_whether_the_head_is_new(classes, kept, words, caplog):
+def test_fine_tuning_says_whether_the_head_is_new(classes, kept, words):
     source, target = micro(), MSGTransformer(**MICRO)
     target.classes, head = list("abcdefghij"), target.head.weight.clone()
-    logging.getLogger("msg_transformer").addHandler(caplog.handler)
-    caplog.set_level("INFO", "msg_transformer")
-    ckpt.load_weights(target, dict(model=source.state_dict(), classes=classes), "c.pth", new_head=True)
-    logging.getLogger("msg_transformer").removeHandler(caplog.handler)
+    with logged() as lines:
+        ckpt.load_weights(target, dict(model=source.state_dict(), classes=classes), "c.pth", new_head=True)
     assert torch.equal(target.head.weight, source.head.weight if kept else head)
     assert torch.equal(target.norm.weight, source.norm.weight)
-    assert all(word in caplog.text for word in words), caplog.text
+    assert all(word in " ".join(lines) for word in words), lines
 
 
 def test_weights_without_optimizer_are_not_resumed():
@@ -468,10 +394,8 @@ def test_evaluation_under_another_config_is_refused_with_both_values(described, 
 
 
 def test_another_config_is_refused_before_the_data_are_read_unless_it_is_on_purpose(described):
-    key, words = (
-        "MODEL.MSG.MANIP_TYPE",
-        "c.pth was trained with another config: MODEL.MSG.MANIP_TYPE is 'shuf'",
-    )
+    key = "MODEL.MSG.MANIP_TYPE"
+    words = f"c.pth was trained with another config: {key} is 'shuf'"
     for modes in ({}, dict(THROUGHPUT_MODE=True)):
         with pytest.raises(ckpt.CheckpointError, match=words):
             read_start(evaluated(described, key, "none", **modes))
@@ -482,16 +406,7 @@ def test_another_config_is_refused_before_the_data_are_read_unless_it_is_on_purp
 
 
 def test_what_leaves_the_result_as_it_is_may_differ(described):
-    opts = [
-        "MODEL.DROP_PATH_RATE",
-        0.3,
-        "MODEL.MSG.ATTENTION",
-        "eager",
-        "DATA.IMG_SIZE",
-        [32, 32],
-        "TAG",
-        "x",
-    ]
+    opts = ["MODEL.DROP_PATH_RATE", 0.3, "MODEL.MSG.ATTENTION", "eager", "DATA.IMG_SIZE", [32, 32]]
     opts += ["DATA.INTERPOLATION", "random", "TEST.CROP", False, "DATA.BACKEND", "opencv", "TAG", "x"]
     with logged() as lines:
         read_start(evaluated(described, *opts))

@@ -7,7 +7,6 @@ import os
 import pickle
 import resource
 import runpy
-import shlex
 import subprocess
 import tarfile
 import time
@@ -300,28 +299,6 @@ def test_resuming_from_the_official_entries(tmp_path, official):
     assert restored(official, tmp_path).progress.epoch == 6
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        dict(epoch=None),
-        dict(epoch="5"),
-        dict(max_accuracy="high"),
-        dict(optimizer=[1]),
-        dict(optimizer={}),
-        dict(optimizer=dict(state={}, param_groups=[1, 2])),
-        dict(model={"head.weight": torch.ones(1), "norm.weight": 3}),
-        dict(model={"head.weight": torch.ones(1), 3: torch.ones(1)}),
-        dict(model={name: value.to("meta") for name, value in micro().state_dict().items()}),
-        dict(updater=3),
-        dict(progress=dict(epoch=1)),
-    ],
-    ids=str,
-)
-def test_nonsense_in_a_checkpoint_is_refused(tmp_path, official, changes):
-    with pytest.raises(ckpt.CheckpointError, match="other.pth"):
-        restored(official, tmp_path, **changes)
-
-
 def run_entries():
     """Entries of a checkpoint within an epoch, besides the optimizer's."""
     scaler = torch.amp.GradScaler("cpu", init_scale=1.0).state_dict()
@@ -487,40 +464,15 @@ def test_what_is_not_a_regular_file_is_not_opened(tmp_path):
     assert ckpt.read_latest(str(tmp_path), lambda _: None) == (None, None)
 
 
-def test_foreign_files_are_passed_over(tmp_path, official):
-    torch.save(official, tmp_path / "ckpt_epoch_4.pth")
-    torch.save(dict(hello=1), tmp_path / "ckpt_epoch_5.pth")
-    torch.save(micro().state_dict(), tmp_path / "ckpt_epoch_6.pth")
-    warnings = []
-    assert ckpt.read_latest(str(tmp_path), warnings.append)[0] == str(tmp_path / "ckpt_epoch_4.pth")
-    assert "ckpt_epoch_6.pth" in warnings[0] and "ckpt_epoch_5.pth" in warnings[1]
-
-
-SMALL = shlex.split("--cfg configs/digits.yaml --batch-size 4 --opts DATA.NUM_WORKERS 0")
-SMALL += shlex.split("TRAIN.WARMUP_EPOCHS 0 TRAIN.EPOCHS")
-
-
-@pytest.mark.parametrize("way", [["--resume"], ["--eval", "--resume"], ["--pretrained"]], ids=" ".join)
-def test_malicious_files_end_the_run_with_one_message(tmp_path, official, data, way, count):
+def test_malicious_files_end_the_run_with_one_message(tmp_path, official, data, count):
     trap, path = str(tmp_path / "trap"), str(tmp_path / "official.pth")
     torch.save(dict(official, amp=Calls(os.mkdir, trap)), path)
-    done = run_main(*SMALL, 1, "--data-path", data, "--output", tmp_path, *way, path, check=False)
+    arguments = ["--cfg", "configs/digits.yaml", "--data-path", data, "--output", tmp_path, "--resume", path]
+    done = run_main(*arguments, check=False)
     assert done.returncode == 1
     (message,) = done.stderr.strip().splitlines()
     assert message.startswith(f"error: {path} ") and "can run code" in message
     assert not os.path.exists(trap)
-    count("malicious files refused by main.py", 1)
-
-
-def test_auto_resume_passes_over_a_malicious_file(tmp_path, official, data, count):
-    arguments = ["--data-path", data, "--output", tmp_path]
-    folder, trap = tmp_path / "digits" / "default", str(tmp_path / "trap")
-    run_main(*SMALL, 1, *arguments)
-    torch.save(dict(official, config=Calls(os.mkdir, trap)), folder / "ckpt_epoch_5.pth")
-    printed = run_main(*SMALL, 2, *arguments).stdout
-    assert f"not resuming from a damaged checkpoint: {folder}/ckpt_epoch_5.pth" in printed
-    assert f"resuming from {folder}/ckpt_epoch_0.pth: epoch 1" in printed
-    assert "trained epochs 1 to 1" in printed and not os.path.exists(trap)
     count("malicious files refused by main.py", 1)
 
 
@@ -569,16 +521,6 @@ def test_code_in_option_values_is_text(tmp_path):
     tag = digits_config("TAG", code).TAG
     assert tag == code
     assert not trap.exists()
-
-
-def test_a_malicious_config_ends_the_run_with_one_message(tmp_path, data, count):
-    trap, path = str(tmp_path / "trap"), tmp_path / "bad.yaml"
-    path.write_text(tagged(trap)[0])
-    done = run_main("--cfg", path, "--data-path", data, "--output", tmp_path, check=False)
-    assert done.returncode == 1
-    (message,) = done.stderr.strip().splitlines()
-    assert message.startswith(f"error: {path} is not valid YAML: ") and not os.path.exists(trap)
-    count("malicious configs refused", 1)
 
 
 @pytest.mark.parametrize(

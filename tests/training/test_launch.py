@@ -1,10 +1,10 @@
 """Launchers, signals, and processes that die."""
 
 import contextlib
+import errno
 import os
 import re
 import shlex
-import shutil
 import signal
 import socket
 import stat
@@ -19,9 +19,10 @@ from helpers import (
     ROOT,
     Started,
     assert_same_weights,
+    coco_config,
+    digits_config,
     group_of_two,
     main_command,
-    meeting_at,
     run_folder,
     run_main,
     start_ranks,
@@ -30,6 +31,8 @@ from helpers import (
 import checkpoint as ckpt
 import distributed
 import utils
+from data.loaders import start_worker
+from training.guard import Guard
 from utils import UserError
 
 ARGUMENTS = shlex.split(
@@ -119,32 +122,13 @@ def test_a_signal_saves_and_the_same_command_goes_on(name, to_all, data, tmp_pat
     assert_same_weights(tmp_path, undisturbed(1))
 
 
-def catches(pid, number):
-    """Whether a process has a handler of its own for a signal."""
-    mask = re.search(r"SigCgt:\s+(\w+)", Path(f"/proc/{pid}/status").read_text())[1]
-    return bool(int(mask, 16) >> (number - 1) & 1)
-
-
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
-def test_a_signal_before_training_asks_to_start_again(name, data, tmp_path):
-    """The set-up is made to last."""
-    script = tmp_path / "waiting.py"
-    script.write_text(
-        "import runpy, time\n"
-        "from training import setup\n"
-        "setup.read_start = lambda config: time.sleep(3000)\n"
-        "runpy.run_path('main.py', run_name='__main__')\n"
-    )
-    command = main_command(*ARGUMENTS, "--data-path", data, "--output", tmp_path)
-    command[1] = script
-    run, number = Started(tmp_path, command, PYTHONPATH=str(ROOT)), getattr(signal, name)
-    # The handlers are set in this order, and Python has one of its own for SIGINT.
-    while not catches(run.process.pid, utils.STOP_SIGNALS[-1]):
-        assert run.runs(), run.text()
-        time.sleep(0.01)
-    run.process.send_signal(number)
-    assert run.wait() == 75, run.text()
-    assert run.text().endswith(f"stopped by {name} before training: the same command starts again\n")
+def test_a_signal_before_training_asks_to_start_again(name, capsys):
+    Guard(0, 0)
+    with pytest.raises(SystemExit) as end:
+        signal.raise_signal(getattr(signal, name))
+    assert end.value.code == 75
+    assert capsys.readouterr().err == f"stopped by {name} before training: the same command starts again\n"
 
 
 def test_torchrun_restarts_a_killed_worker_and_resumes(data, tmp_path, hold, undisturbed):
@@ -178,44 +162,6 @@ def test_processes_stop_saved_when_their_launcher_is_gone(data, tmp_path, hold, 
     assert_same_weights(tmp_path, undisturbed(2))
 
 
-@pytest.mark.slow
-def test_torchrun_ends_all_when_a_process_is_killed(data, tmp_path, hold):
-    where = ["--data-path", data, "--output", tmp_path]
-    held, release = hold
-    run = Started(tmp_path, held(main_command(*ARGUMENTS, *where, processes=2)))
-    run.wait_for("the fifth update waits")
-    os.kill(training_processes(tmp_path)[0], signal.SIGKILL)
-    release()
-    assert run.wait() != 0
-    assert "Signal 9 (SIGKILL) received" in run.text() and "lost contact" in run.text()
-    assert not training_processes(tmp_path)
-
-
-@pytest.mark.slow
-def test_a_process_that_raises_ends_the_others(data, tmp_path, port):
-    """Rank 1 alone sees broken images; no launcher is there to end rank 0."""
-    broken = tmp_path / "data"
-    shutil.copytree(data, broken)
-    for path in broken.glob("train/*/*.png"):
-        path.write_bytes(b"broken")
-    arguments = [*ARGUMENTS, "--output", tmp_path, "--data-path"]
-    good, bad = start_ranks(tmp_path, [*arguments, data], [*arguments, broken], **group_of_two(port))
-    assert bad.wait() == 1 and "cannot be read as an image" in bad.text(), bad.text()
-    assert good.wait() == 1, good.text()
-    assert "error: lost contact with another process" in good.text()
-
-
-def test_a_killed_process_ends_the_others_without_a_launcher(data, tmp_path, hold, port):
-    arguments = [*ARGUMENTS, "--output", tmp_path, "--data-path", data]
-    held, release = hold
-    first, second = start_ranks(tmp_path, arguments, arguments, change=held, **group_of_two(port))
-    first.wait_for("the fifth update waits")
-    second.process.kill()
-    release()
-    assert first.wait() == 1, first.text()
-    assert "error: lost contact with another process" in first.text()
-
-
 def test_a_process_that_hangs_ends_the_others_after_the_timeout(data, tmp_path, hold, port):
     """A stopped process keeps its connections open: only the timeout can tell."""
     arguments = [*ARGUMENTS, "DIST.TIMEOUT_SECONDS", "8", "--data-path", data, "--output", tmp_path]
@@ -234,24 +180,6 @@ def test_a_process_that_hangs_ends_the_others_after_the_timeout(data, tmp_path, 
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(run.process.pid, signal.SIGKILL)
             run.wait()
-
-
-@pytest.mark.slow
-def test_under_torchrun_the_first_failure_is_shown_first(data, tmp_path):
-    """The data folders of the two processes differ; in that of rank 1 no image can be read."""
-    (tmp_path / "data0").symlink_to(data)
-    shutil.copytree(data, tmp_path / "data1")
-    for path in (tmp_path / "data1").glob("train/*/*.png"):
-        path.write_bytes(b"broken")
-    script = f'exec {sys.executable} main.py "$@" --data-path {tmp_path}/data$RANK'
-    command = main_command(*ARGUMENTS, "--output", tmp_path, processes=2, torchrun=["--no-python"])
-    at = command.index("main.py")
-    command[at : at + 1] = ["bash", "-c", script, "bash"]
-    run = Started(tmp_path, command)
-    assert run.wait() != 0
-    errors = re.findall("^error: .*", run.text(), re.MULTILINE)
-    assert "cannot be read as an image" in errors[0], run.text()
-    assert all("lost contact" in error for error in errors[1:])
 
 
 def test_an_unexpected_error_is_shown_whole_and_before_its_consequences(data, tmp_path, port):
@@ -280,21 +208,6 @@ def test_an_unexpected_error_is_shown_whole_and_before_its_consequences(data, tm
     assert bad.path.stat().st_mtime_ns < good.path.stat().st_mtime_ns
     log = (run_folder(tmp_path) / "log_rank0.txt").read_text()
     assert "Traceback (most recent call last)" in log  # where the others got to, for a report
-
-
-def test_slurm_tasks_form_one_group(data, tmp_path, port):
-    slurm = dict(SLURM_PROCID="{rank}", SLURM_LOCALID="{rank}", SLURM_STEP_NUM_TASKS="2")
-    arguments = [*ARGUMENTS, "--data-path", data, "--output", tmp_path]
-    both = start_ranks(tmp_path, arguments, arguments, **slurm, **meeting_at(port))
-    assert [run.wait() for run in both] == [0, 0], both[0].text() + both[1].text()
-    assert "train on 2 x cpu" in both[0].text()
-    for rank in range(2):
-        log = (run_folder(tmp_path) / f"log_rank{rank}.txt").read_text()
-        assert "train on 2 x cpu" in log
-    lost = start_ranks(tmp_path, arguments, arguments, **slurm)
-    assert [run.wait() for run in lost] == [1, 1]
-    for run in lost:
-        assert re.fullmatch("error: srun with several tasks needs MASTER_ADDR .*\n", run.text())
 
 
 def test_the_slurm_script_requeues_on_exit_code_75(tmp_path):
@@ -380,6 +293,19 @@ def test_launcher_variables_that_do_not_fit_together_are_one_sentence(found, wor
     assert distributed.rank_and_world_size() == (0, 1)
 
 
+def test_slurm_tasks_form_one_group(variables, monkeypatch):
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    monkeypatch.setenv("SLURM_LOCALID", "0")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    variables({})
+    with pytest.raises(UserError, match="srun with several tasks needs MASTER_ADDR and MASTER_PORT set"):
+        utils.adopt_launcher()
+    variables(dict(MASTER_ADDR="node1", MASTER_PORT="29501"))
+    utils.adopt_launcher()
+    expected = dict(WHOLE, MASTER_ADDR="node1", WORLD_SIZE="2", LOCAL_RANK="0")
+    assert utils.is_launched() and {name: os.environ[name] for name in WHOLE} == expected
+
+
 @pytest.mark.parametrize("found", [{}, dict(MASTER_ADDR="node1"), dict(MASTER_ADDR="a", MASTER_PORT="1")])
 def test_without_a_launcher_there_is_one_process(found, variables):
     """scripts/slurm.sh says where to meet for one task, too."""
@@ -412,36 +338,73 @@ def fail(error):
     raise error
 
 
-@pytest.mark.parametrize(
-    "error, message",
-    [
-        (
-            torch.OutOfMemoryError("Tried to allocate 2.00 GiB. GPU 0"),
-            "out of memory (tried to allocate 2.00 GiB)",
-        ),
-        (MemoryError("bad allocation"), "out of memory: "),
-        (RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"), "out of memory: "),
-        (OSError(12, "Cannot allocate memory"), "out of memory: "),
-        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "out of memory (a data-"),
-        (
-            RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is"),
-            "/dev/shm, through",
-        ),
-        (
-            RuntimeError("unable to write to file </torch_7>: No space left on device (28)"),
-            "/dev/shm, through",
-        ),
-        (RuntimeError("unable to allocate shared memory(shm) for file </torch_7>: No"), "/dev/shm, through"),
-        (OSError(24, "Too many open files"), "no file descriptors are left"),
-        (RuntimeError("unable to open </torch_7>: Too many open files (24)"), "no file descriptors are left"),
-        (RuntimeError("received 0 items of ancdata"), "no file descriptors are left"),
+SHORTAGES = {
+    "out of memory (tried to allocate 2.00 GiB)": [
+        torch.OutOfMemoryError("Tried to allocate 2.00 GiB. GPU 0"),
     ],
+    "out of memory: ": [
+        MemoryError("bad allocation"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"),
+        OSError(12, "Cannot allocate memory"),
+    ],
+    "out of memory (a data-": [RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")],
+    "/dev/shm, through": [
+        RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is"),
+        RuntimeError("unable to write to file </torch_7>: No space left on device (28)"),
+        RuntimeError("unable to allocate shared memory(shm) for file </torch_7>: No"),
+    ],
+    "no file descriptors are left": [
+        OSError(24, "Too many open files"),
+        RuntimeError("unable to open </torch_7>: Too many open files (24)"),
+        RuntimeError("received 0 items of ancdata"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    "message, error", [(message, error) for message, errors in SHORTAGES.items() for error in errors]
 )
-def test_what_a_machine_runs_out_of_is_one_sentence_with_the_keys_that_help(error, message):
+def test_what_a_machine_runs_out_of_is_one_sentence_with_the_keys_that_help(message, error):
     with pytest.raises(SystemExit) as end:
         distributed.run_command(lambda: fail(error), "SMALLER", "WORKERS")
     assert end.value.code.startswith(f"error: {message}") and "\n" not in end.value.code
     assert "SMALLER" in end.value.code or "lower WORKERS" in end.value.code
+
+
+class Unsendable:
+    """A batch that a worker cannot hand over."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __reduce__(self):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "no file descriptors are left"),
+        (RuntimeError("unable to write to file </torch_7>: x (28)"), "/dev/shm, through which"),
+    ],
+)
+def test_a_batch_that_a_worker_cannot_send_ends_the_run(error, message):
+    """Python drops such a batch; the timeout is for a run that would wait for it."""
+    options = dict(worker_init_fn=start_worker, collate_fn=lambda _: Unsendable(error), timeout=100)
+    loader = torch.utils.data.DataLoader([0], num_workers=1, **options)
+    with pytest.raises(SystemExit, match=f"^error: {message}.* lower WORKERS"):
+        distributed.run_command(lambda: next(iter(loader)), "SMALLER", "WORKERS")
+
+
+def test_what_needs_less_memory_is_told_by_the_keys_that_count():
+    batch = "lower DATA.BATCH_SIZE (--batch-size), which is 5"
+    training = f"{batch}, and raise TRAIN.ACCUMULATION_STEPS as much"
+    training += ", or set TRAIN.USE_CHECKPOINT True (--use-checkpoint)"
+    assert distributed.smaller_run(digits_config(batch_size=5)) == training
+    assert distributed.smaller_run(digits_config(batch_size=5, eval=True)) == batch
+    assert distributed.smaller_run(digits_config(batch_size=5, throughput=True)) == batch
+    found = distributed.smaller_run(coco_config("shapes", "DATA.BATCH_SIZE", 5))
+    assert found == f"{training}, or lower DET.MIN_SIZES and DET.MAX_SIZE"
 
 
 def test_pytorchs_own_words_for_too_little_memory_are_known():

@@ -9,11 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import digits_config, logged, micro, reference, silent_record
-from timm.scheduler import create_scheduler_v2
 from torch import nn
 
 import checkpoint as ckpt
-from config import ConfigError
 from data.samplers import TrainBatchSampler
 from distributed import Compute
 from lr_scheduler import build_scheduler
@@ -56,69 +54,38 @@ def test_cosine_schedule_has_the_reference_values():
     assert rates("cosine", expected) == pytest.approx(expected, rel=1e-12)
 
 
-def test_linear_schedule_falls_from_the_base_to_the_minimum_rate():
-    first, last = 20 * 1251, 300 * 1251
-    middle = (first + last) // 2
-    expected = {
-        0: 1e-6,
-        first // 2: 1e-6 + (1e-3 - 1e-6) / 2,
-        first: 1e-3,
-        middle: (1e-3 + 1e-5) / 2,
-        last: 1e-5,
-    }
-    assert rates("linear", expected) == pytest.approx(expected, rel=1e-12)
+FIRST, LAST = 20 * 1251, 300 * 1251  # updates of the warm-up, and of the run
 
 
-def test_step_schedule_decays_every_given_number_of_epochs():
-    expected = {10 * 1251: 5.005e-4, 29 * 1251: 1e-3, 30 * 1251: 1e-4, 89 * 1251: 1e-5, 90 * 1251: 1e-6}
-    assert rates("step", expected) == pytest.approx(expected, rel=1e-12)
-
-
-def test_multistep_schedule_decays_after_each_milestone():
-    milestones = ["TRAIN.LR_SCHEDULER.MILESTONES", "[27, 33]"]
-    first, second = 27 * 1251, 33 * 1251
-    expected = {0: 1e-6, first - 1: 1e-3, first: 1e-4, second - 1: 1e-4, second: 1e-5}
-    assert rates("multistep", expected, *milestones) == pytest.approx(expected, rel=1e-12)
-
-
-@pytest.mark.parametrize("name", ["cosine", "tanh", "poly"])
-@pytest.mark.parametrize("cycles, cooldown", [(1, 0), (1, 60), (4, 60)])
-def test_cycles_and_cooldown_are_those_of_timms_factory(name, cycles, cooldown):
-    """300 epochs of 1251 updates, a cycle of 60 or more; timm adds cycles and cooldown to its own epochs."""
-    optimizer = torch.optim.SGD(nn_model().parameters(), lr=1e-3)
-    expected, epochs = create_scheduler_v2(
-        optimizer, name, num_epochs=(300 - cooldown) // cycles, cooldown_epochs=cooldown, min_lr=1e-5,
-        warmup_lr=1e-6, warmup_epochs=20, cycle_limit=cycles, cycle_decay=0.5, decay_rate=0.7,
-        step_on_epochs=False, updates_per_epoch=1251,
-    )  # fmt: skip
-    assert epochs == 300
-    settings = dict(COOLDOWN_EPOCHS=cooldown, CYCLES=cycles, CYCLE_DECAY=0.5, POWER=0.7)
-    opts = [word for key, value in settings.items() for word in (f"TRAIN.LR_SCHEDULER.{key}", value)]
-    places = (0, 7_000, 25_020, 60_000, 75_060, 100_000, 200_000, 300_239, 300_240, 360_000, 375_299)
-    for place, lr in rates(name, places, *opts).items():
-        expected.step_update(place)
-        assert lr == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12), place
-        assert lr == 1e-5 or place < (300 - cooldown) * 1251
-
-
-def test_the_linear_schedule_may_end_early_and_steps_have_no_cooldown():
-    key = "TRAIN.LR_SCHEDULER.COOLDOWN_EPOCHS"
-    first, last = 20 * 1251, 280 * 1251
-    expected = {first: 1e-3, (first + last) // 2: (1e-3 + 1e-5) / 2, last: 1e-5, 299 * 1251: 1e-5}
-    assert rates("linear", expected, key, 20) == pytest.approx(expected, rel=1e-12)
-    for name, opts in (
-        ("step", [key, 1]),
-        ("linear", ["TRAIN.LR_SCHEDULER.CYCLES", 2]),
-        ("cosine", [key, 300]),
-    ):
-        with pytest.raises(ConfigError, match=opts[0]):
-            rates(name, [0], *opts)
-
-
-def test_warm_up_may_be_given_in_updates():
-    expected = {0: 1e-6, 250: 1e-6 + (1e-3 - 1e-6) / 2, 500: 1e-3}
-    found = rates("step", expected, "TRAIN.WARMUP_STEPS", 500)
-    assert found == pytest.approx(expected, rel=1e-12)
+@pytest.mark.parametrize(
+    "name, opts, expected",
+    [
+        (
+            "linear",
+            [],
+            {
+                0: 1e-6,
+                FIRST // 2: 1e-6 + (1e-3 - 1e-6) / 2,
+                FIRST: 1e-3,
+                (FIRST + LAST) // 2: (1e-3 + 1e-5) / 2,
+                LAST: 1e-5,
+            },
+        ),
+        (
+            "step",
+            [],
+            {FIRST // 2: 5.005e-4, 29 * 1251: 1e-3, 30 * 1251: 1e-4, 89 * 1251: 1e-5, 90 * 1251: 1e-6},
+        ),
+        (
+            "multistep",
+            ["TRAIN.LR_SCHEDULER.MILESTONES", "[27, 33]"],
+            {0: 1e-6, 27 * 1251 - 1: 1e-3, 27 * 1251: 1e-4, 33 * 1251 - 1: 1e-4, 33 * 1251: 1e-5},
+        ),
+        ("step", ["TRAIN.WARMUP_STEPS", 500], {0: 1e-6, 250: 1e-6 + (1e-3 - 1e-6) / 2, 500: 1e-3}),
+    ],
+)
+def test_other_schedules_have_the_rates_of_their_formulas(name, opts, expected):
+    assert rates(name, expected, *opts) == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_optimizer_has_the_settings_of_the_config():
@@ -202,7 +169,7 @@ def test_accumulation_equals_the_large_batch_and_clips_once():
 
 
 @pytest.mark.parametrize("amp_dtype", [None, torch.float16])
-@pytest.mark.parametrize("clip_grad, moved", [(0.0, 5.0), (2.0, 2.0), (4.9, 4.9), (5.1, 5.0)])
+@pytest.mark.parametrize("clip_grad, moved", [(0.0, 5.0), (4.9, 4.9), (5.1, 5.0)])
 def test_gradients_are_cut_to_the_threshold_and_left_alone_below_it(clip_grad, moved, amp_dtype):
     """The gradient is (3, 4) and the rate 1, so that the weights move as far as the gradient is long."""
     model = nn.Linear(2, 1, bias=False)
@@ -280,7 +247,7 @@ def test_means_of_an_epoch_go_on_with_the_sums_of_each_rank():
     def restored(rank, world_size):
         progress = Progress(0, torch.device("cpu"))
         progress.load_state_dict(saved, rank, world_size)
-        return progress.loss.item(), progress.norm.item(), progress.parts["box"].item()
+        return tuple(progress.sums[name].item() for name in ("loss", "norm", "loss_box"))
 
     assert restored(0, 2) == (1, 5, 0.5) and restored(1, 2) == (3, 5, 1.5)
     # The mean stays the same where their number changes.
@@ -323,22 +290,16 @@ def test_checkpoints_are_due_after_so_many_updates_or_minutes(monkeypatch):
     assert due(0, 0, range(10, 400, 10)) == []
 
 
-def test_log_lines_have_the_fields_of_swin():
-    _, _, lines, _ = train([(torch.randn(2, 3, 32, 32), torch.tensor([1, 2]))] * 2)
-    for update, line in enumerate(lines[:2]):
-        assert line.startswith(f"Train: [3/20][{update}/2]\teta ")
-        for field in (" lr ", "\ttime ", "\tloss ", "\tgrad_norm ", "\tmem "):
-            assert field in line
-    assert lines[2].startswith("EPOCH 3 training takes")
-
-
-def test_log_lines_say_how_long_the_epoch_and_the_run_still_take(monkeypatch):
+def test_log_lines_have_the_fields_of_swin_and_say_how_long_the_epoch_and_the_run_still_take(monkeypatch):
     """A clock that goes on by 10 s whenever the epoch looks at it; 16 epochs of 2 updates follow."""
     clock = itertools.count(0, 10)
     monkeypatch.setattr(engine, "time", SimpleNamespace(time=lambda: next(clock)))
     _, metrics, lines, _ = train([(torch.randn(2, 3, 32, 32), torch.tensor([1, 2]))] * 2)
-    for line, left in zip(lines, ("eta 0:00:10 (run 0:05:30)", "eta 0:00:00 (run 0:05:20)")):
-        assert left in line and "time 10.0000 (10.0000)" in line
+    for update, left in enumerate(("eta 0:00:10 (run 0:05:30)", "eta 0:00:00 (run 0:05:20)")):
+        assert lines[update].startswith(f"Train: [3/20][{update}/2]\t{left} lr ")
+        for field in ("\ttime 10.0000 (10.0000)", "\tloss ", "\tgrad_norm ", "\tmem "):
+            assert field in lines[update]
+    assert lines[2].startswith("EPOCH 3 training takes")
     assert metrics["seconds"] == 30 and metrics["images_per_second"] == pytest.approx(4 / 30)
 
 
@@ -396,7 +357,6 @@ def test_an_average_follows_the_weights_of_a_short_run_by_default():
         ),
         ({"EMA.WARMUP": False, "EMA.DECAY": 0.98}, "or DECAY to 0.966667 or less"),
         ({"EMA.WARMUP": False, "EMA.DECAY": 0.966667}, ""),
-        ({}, ""),
         ({"WARMUP_STEPS": 90}, "TRAIN.WARMUP_STEPS covers the whole run: TRAIN.BASE_LR is never reached"),
         ({"WARMUP_STEPS": 89}, ""),
         ({"WARMUP_EPOCHS": 10}, "TRAIN.WARMUP_EPOCHS covers the whole run: TRAIN.BASE_LR is never reached"),
@@ -431,15 +391,15 @@ def test_the_average_computes_with_its_own_weights():
         torch.testing.assert_close(average.model(images), before, rtol=1e-4, atol=1e-5)
 
 
-def test_too_many_bad_updates_in_a_row_end_the_run_with_their_files(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_too_many_bad_updates_in_a_row_end_the_run_with_their_files():
     good, bad = ((torch.full((2, 3, 32, 32), x), torch.tensor([1, 2])) for x in (1.0, float("nan")))
-    with pytest.raises(NonFiniteError, match=r"3 updates in a row; .* held \d+.png, \d+.png") as error:
+    with logged() as lines, pytest.raises(NonFiniteError, match=r"3 updates in a row; .* held ") as error:
         train([good, bad, bad, bad, good, good])
-    files = (tmp_path / "nonfinite_rank0.txt").read_text().split()
+    title, *files = lines[-1].split("\n")
     sampler = TrainBatchSampler(12, 2, 1, 0, 1, seed=0)
     sampler.start(3)
-    assert files == [Batches.paths[index] for index in sampler.indices_of(3)] and files[0] in str(error.value)
+    assert files == [Batches.paths[index] for index in sampler.indices_of(3)] and title.startswith("the last")
+    assert ", ".join(files) in str(error.value)
 
 
 def test_evaluation_figures_are_means_over_images_not_batches():

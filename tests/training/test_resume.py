@@ -1,5 +1,6 @@
 """A run that is killed at any moment and started again ends with the same bits as one that never was."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -13,11 +14,11 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import (
-    ROOT,
     Started,
     assert_same_weights,
     digits_config,
@@ -38,7 +39,9 @@ from data.samplers import TrainBatchSampler
 from distributed import be_deterministic
 from logger import read_metrics
 from optimizer import WeightAverage
+from training.guard import FolderClaim
 from training.setup import read_start
+from utils import UserError
 
 ARGUMENTS = shlex.split(
     "--cfg configs/digits.yaml --batch-size 4 --opts DATA.NUM_WORKERS 1 MODEL.DROP_RATE 0.1"
@@ -150,7 +153,7 @@ def test_the_best_survives_a_kill_at_every_step_of_a_save(tmp_path, count, due):
         killed = code == -signal.SIGKILL
         assert killed or code == 0
         again, best = resumed(folder), ckpt.read_checkpoint(str(folder / "best.pth"))
-        assert again.best == again.highest == best["score"] == best["max_accuracy"]
+        assert again.best == best["score"] == best["max_accuracy"]
         assert best["epoch"] == [50.0, 60.0].index(again.best)
         assert again.progress.epoch == (2 if due and again.best == 60.0 else 1)
         outcomes.add(again.best)
@@ -178,16 +181,22 @@ def test_a_run_claims_no_best_that_its_folder_does_not_hold(tmp_path):
 
 def test_a_best_that_cannot_be_written_is_not_reported(tmp_path):
     (tmp_path / "best.pth").mkdir()
-    run = small_run(tmp_path)
+    run = small_run(tmp_path, epochs=2)
     with logged() as lines:
-        assert end_epoch(run, 50.0) == ["ckpt_epoch_0.pth"]
-    assert run.best_checkpoint() == f"none, {tmp_path}/best.pth could not be written"
-    assert "Max accuracy: 50.00%" in lines and "-1.00" not in "".join(lines)
-    run.start_epoch(1)
-    (tmp_path / "best.pth").rmdir()
-    assert end_epoch(run, 40.0) == ["ckpt_epoch_1.pth", "best.pth"]
-    assert run.best_checkpoint() == f"{tmp_path}/best.pth, with 40.00%: the better one could not be written"
-    assert run.highest == 50.0 and resumed(tmp_path).best == 40.0
+        for epoch, score, best in ((0, 50.0, -1.0), (1, 40.0, 40.0)):
+            run.start_epoch(epoch)
+            assert end_epoch(run, score) == [f"ckpt_epoch_{epoch}.pth", "best.pth"][: 1 + epoch]
+            assert run.best == best
+            if not epoch:
+                (tmp_path / "best.pth").rmdir()
+    assert "cannot write a checkpoint" in "".join(lines) and "(best unknown)" in "".join(lines)
+    assert "-1.00" not in "".join(lines) and resumed(tmp_path).best == 40.0
+    (tmp_path / "other" / "best.pth").mkdir(parents=True)
+    run = small_run(tmp_path / "other", epochs=1)
+    with logged() as lines:
+        for _ in run.epochs_left():
+            end_epoch(run, 50.0)
+    assert f"best checkpoint: none, {tmp_path}/other/best.pth could not be written" in lines[-1]
 
 
 def forked(work):
@@ -223,36 +232,41 @@ def test_two_writers_of_one_file_leave_one_of_them_whole(tmp_path):
     assert reads > 5 and os.listdir(tmp_path) == ["file.pth"]
 
 
-def test_a_second_run_in_the_same_folder_is_refused(tmp_path, data):
-    where = ["--data-path", data, "--output", tmp_path]
-    first = Started(tmp_path, main_command(*ARGUMENTS, "TRAIN.EPOCHS", 999, *where))
-    first.wait_for("[0/999][1/")
-    second = Started(tmp_path, main_command(*ARGUMENTS, *where))
-    assert second.wait() == 1
-    folder, owner = run_folder(tmp_path), f"process {first.process.pid} on {socket.gethostname()} since "
-    assert second.text().startswith(f"error: {folder} belongs to another run, {owner}"), second.text()
-    assert "Traceback" not in second.text() and first.runs()
-    first.process.kill()
-    run_main(*ARGUMENTS, *where)
-    assert (folder / "log_rank0.txt").read_text().count("train on 1 x cpu") == 2
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
+    ready = tmp_path / "ready"
+    first = forked(lambda: (FolderClaim(str(tmp_path)).take(), ready.touch(), time.sleep(600)))
+    while not ready.exists():
+        time.sleep(0.01)
+    owner = f"process {first} on {socket.gethostname()} since "
+    with pytest.raises(
+        UserError, match=f"^{tmp_path} belongs to another run, {owner}.* choose another --tag"
+    ):
+        FolderClaim(str(tmp_path)).take()
+    os.kill(first, signal.SIGKILL)
+    FolderClaim(str(tmp_path)).take()
+    os.waitpid(first, 0)
+    assert (tmp_path / "run.lock").read_text().startswith(f"process {os.getpid()} on ")
 
 
 def test_a_wrong_checkpoint_is_told_before_the_data_are_looked_at(tmp_path):
-    for way in ("--resume", "--pretrained"):
-        where = ["--data-path", tmp_path / "nowhere", "--output", tmp_path, way, tmp_path / "missing.pth"]
-        done = run_main(*ARGUMENTS, *where, check=False)
-        assert done.returncode == 1 and done.stderr == f"error: no checkpoint file {tmp_path}/missing.pth\n"
+    where = ["--data-path", tmp_path / "nowhere", "--output", tmp_path, "--resume", tmp_path / "missing.pth"]
+    done = run_main(*ARGUMENTS, *where, check=False)
+    assert done.returncode == 1 and done.stderr == f"error: no checkpoint file {tmp_path}/missing.pth\n"
 
 
-def test_the_disk_that_checkpoints_will_take_is_told(tmp_path):
-    run = small_run(tmp_path, epochs=10, keep=2)
-    end_epoch(run, 50.0)
-    size = sum(parameter.nbytes for parameter in run.model.parameters()) * 3
+@pytest.mark.parametrize(
+    "settings, count",
+    [(dict(keep=2), 3), (dict(save_freq=4), 4)],  # two and the best; after epochs 0, 4, 8 and 9
+)
+def test_the_disk_that_checkpoints_will_take_is_told(tmp_path, monkeypatch, settings, count):
+    run = small_run(tmp_path, epochs=10, **settings)
+    size = sum(tensor.nbytes for tensor in run.model.state_dict().values())
+    size += 2 * sum(parameter.nbytes for parameter in run.model.parameters())
     with logged() as lines:
-        run.tell_disk_use()
-        small_run(tmp_path, epochs=10, save_freq=4).tell_disk_use()  # after epochs 0, 4, 8 and 9
-    assert f"checkpoints: 3 of {size / 1e6:.0f} MB each will take " in lines[0]
-    assert "checkpoints: 4 of " in lines[1]
+        for free in (count * size, count * size - 1):
+            monkeypatch.setattr(shutil, "disk_usage", lambda folder, free=free: SimpleNamespace(free=free))
+            run.warn_of_a_small_disk()
+    assert len(lines) == 1 and f"checkpoints: {count} of {size / 1e6:.0f} MB each will take " in lines[0]
 
 
 def disturbed_run(tmp_path, data, count, processes, kills, opts):
@@ -272,7 +286,7 @@ def disturbed_run(tmp_path, data, count, processes, kills, opts):
 @pytest.mark.parametrize("backend", ["pil", pytest.param("opencv", marks=pytest.mark.slow)])
 def test_resume_is_bit_exact_after_kills(tmp_path, data, count, backend):
     opts = ["DATA.BACKEND", backend, "AUG.AUTO_AUGMENT", "rand-m9-mstd0.5-inc1", "AUG.REPROB", 0.5]
-    disturbed_run(tmp_path, data, count, 1, 3, [*opts, "TRAIN.ACCUMULATION_STEPS", 2, "TRAIN.EPOCHS", 2])
+    disturbed_run(tmp_path, data, count, 1, 2, [*opts, "TRAIN.ACCUMULATION_STEPS", 2, "TRAIN.EPOCHS", 2])
 
 
 @pytest.mark.slow
@@ -288,15 +302,6 @@ def test_averaged_weights_go_on_bit_for_bit_after_kills(tmp_path, data, count):
     assert [best["score"], best["max_accuracy"]] == [scores[best["epoch"]]] * 2 == [max(scores)] * 2
     assert last["score"] == scores[1]
     assert last["better"] == ("ema" if scores[1] == rows[1]["ema_acc1"] else "model")
-
-
-@pytest.mark.slow
-def test_distillation_goes_on_bit_for_bit_after_kills(tmp_path, data, count):
-    run_main(*ARGUMENTS, "TRAIN.EPOCHS", 1, "--data-path", data, "--output", tmp_path / "teacher")
-    teacher = run_folder(tmp_path / "teacher") / "best.pth"
-    disturbed_run(tmp_path, data, count, 1, 2, ["DISTILL.TEACHER", teacher])
-    log = (run_folder(tmp_path / "disturbed") / "log_rank0.txt").read_text()
-    assert log.count("distillation (soft") >= 2  # a kill may come before it is logged
 
 
 def test_averaging_may_begin_and_end_with_a_resume_and_the_log_says_so(tmp_path):
@@ -365,7 +370,7 @@ def test_the_best_is_the_best_of_the_weights_and_of_their_average_and_says_which
     assert "EMA top-1 60.00% (best 60.00% of their average)" in told and taken(best) == "model"
     assert "EMA top-1 31.00% (best 84.00% of the weights themselves)" in told
     again = averaging_run(tmp_path, epochs=5)
-    assert (again.best, again.highest_in_words()) == (84.0, "84.00% of the weights themselves")
+    assert (again.best, again.best_in_words()) == (84.0, "84.00% of the weights themselves")
 
 
 def test_an_evaluation_takes_the_weights_that_it_is_asked_for(tmp_path):
@@ -398,7 +403,7 @@ def test_a_checkpoint_of_earlier_releases_is_evaluated_by_its_average_and_resume
     assert [taken(best, which) for which in ("auto", "model", "ema")] == ["model_ema", "model", "model_ema"]
     again = averaging_run(tmp_path)
     assert (again.progress.epoch, again.before) == (1, 2)
-    assert again.highest_in_words() == "31.00% of their average"
+    assert again.best_in_words() == "31.00% of their average"
     again.end_epoch(dict(train_loss=1.0), dict(acc1=84.0, ema_acc1=31.0))
     assert ckpt.score_of_best(str(tmp_path)) == (84.0, "model")
 
@@ -446,15 +451,7 @@ def test_resume_is_bit_exact_with_a_compiled_model(tmp_path, data, count, proces
     assert "torch.compile took" in (run_folder(tmp_path / "disturbed") / "log_rank0.txt").read_text()
 
 
-def test_resuming_asks_for_unseen_images_only():
-    sampler = TrainBatchSampler(72, 4, 1, 0, 1, seed=0)
-    first = [index for batch in list(sampler)[:3] for _, index in batch]
-    sampler.start(0, images=12)
-    rest = [index for batch in sampler for _, index in batch]
-    assert sorted(first + rest) == list(range(72))
-
-
-@pytest.mark.parametrize("batch_size, world_size", [(4, 1), (5, 1), (4, 2), (3, 3)])
+@pytest.mark.parametrize("batch_size, world_size", [(8, 1), (5, 1), (4, 2), (3, 3)])
 def test_another_size_goes_on_with_the_unseen_images(batch_size, world_size):
     seen = [index for batch in list(TrainBatchSampler(72, 8, 1, 0, 1, seed=0))[:4] for _, index in batch]
     rest = []
@@ -466,42 +463,47 @@ def test_another_size_goes_on_with_the_unseen_images(batch_size, world_size):
     assert len(seen) + len(rest) > 72 - batch_size * world_size
 
 
-def test_another_number_of_processes_resumes_and_says_what_changed(tmp_path, data):
-    arguments = [*ARGUMENTS, "TRAIN.SAVE_STEPS", 1, "--data-path", data, "--output", tmp_path]
-    run = Started(tmp_path, main_command(*arguments))
-    run.wait_for("[0/2][5/")
-    run.process.send_signal(signal.SIGTERM)
-    assert run.wait() == 75 and "stopped by SIGTERM" in run.text(), run.text()
-    images = ckpt.place_of(ckpt.in_order(run_folder(tmp_path))[-1])[1]
-    printed = run_main(*arguments, processes=2).stdout
-    assert "images per update: 4 before, 8 now" in printed
-    assert f"goes on after its first {images} images" in printed
-    updates = (72 - images) // 8 + images // 4
-    assert "trained epochs 0 to 1" in printed
-    assert f"[0/2][{updates - 1}/{updates}]" in (run_folder(tmp_path) / "log_rank0.txt").read_text()
+def test_another_number_of_processes_resumes_and_says_what_changed(tmp_path):
+    run = small_run(tmp_path)
+    run.start_epoch(0)
+    run.progress.add(4, dict(loss=torch.tensor(3.0)), torch.tensor(1.0))
+    assert run.save() == ["ckpt_epoch_0_images_4.pth"]
+    again = small_run(tmp_path)
+    again.sampler = TrainBatchSampler(8, 1, 1, 1, 2, seed=0)  # of the second of two
+    with logged() as lines:
+        again.restore()
+    told = "images per update: 4 before, 2 now. The epoch goes on after its first 4 images"
+    assert any(told in line for line in lines), lines
+    assert (again.progress.images, again.position()) == (4, 2.0)
+    assert again.progress.sums["loss"] == 3.0
 
 
-def test_a_full_disk_never_damages_a_checkpoint(tmp_path, data):
-    """Files may grow to 8 MB, half a checkpoint, as if the disk were full then."""
-    where = ["--data-path", data, "--output", tmp_path]
-    run_main(*ARGUMENTS, "TRAIN.EPOCHS", 1, *where)
-    folder = run_folder(tmp_path)
-    before = {name: (folder / name).read_bytes() for name in ("ckpt_epoch_0.pth", "best.pth")}
+@contextlib.contextmanager
+def small_disk():
+    """Files may grow to 100 kB, less than a checkpoint, as if the disk were full then."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    def limited(*opts):
-        command = main_command(*ARGUMENTS, *opts, *where)
-        limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8 << 20, 8 << 20))  # noqa: E731
-        return subprocess.run(
-            command, cwd=ROOT, preexec_fn=limit, capture_output=True, text=True, timeout=200, check=False
-        )
 
-    stopping = limited("TRAIN.ON_SAVE_ERROR", "stop")
-    assert stopping.returncode == 1 and "error: cannot write a checkpoint to" in stopping.stderr
-    going_on = limited()
-    assert "training goes on, earlier checkpoints are untouched" in going_on.stdout
-    assert going_on.returncode == 1 and "the last checkpoint could not be written" in going_on.stderr
-    assert {name: (folder / name).read_bytes() for name in before} == before
-    assert not any(name.endswith(".tmp") for name in os.listdir(folder))
+def test_a_full_disk_never_damages_a_checkpoint(tmp_path):
+    end_epoch(small_run(tmp_path, epochs=2), 50.0)
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.pth")}
+    run, stopping = (small_run(tmp_path, epochs=2, stop_on_save_error=stop) for stop in (False, True))
+    for each in (run, stopping):
+        each.restore()
+    with logged() as lines, small_disk(), pytest.raises(ckpt.CheckpointError, match="last checkpoint could"):
+        for _ in run.epochs_left():
+            assert end_epoch(run, 60.0) == [] and run.best == 50.0
+    assert "training goes on, earlier checkpoints are untouched" in "".join(lines)
+    stopping.start_epoch(1)
+    with small_disk(), pytest.raises(ckpt.CheckpointError, match="cannot write a checkpoint to .*; stopping"):
+        end_epoch(stopping, 60.0)
+    assert {path: path.read_bytes() for path in before} == before
+    assert sorted(os.listdir(tmp_path)) == ["best.pth", "ckpt_epoch_0.pth", "config.yaml"]
 
 
 def test_a_disk_that_is_full_from_the_start_ends_in_one_message(tmp_path, data):
@@ -537,10 +539,10 @@ def test_a_removed_output_folder_is_made_again(tmp_path, data):
     assert any(path.stat().st_size > 500 for path in (folder / "tensorboard").iterdir())
 
 
-def test_an_output_folder_that_cannot_be_written_is_one_clear_message(tmp_path, data):
+def test_an_output_folder_that_cannot_be_written_is_one_clear_message(tmp_path):
     (tmp_path / "file").write_text("")
-    done = run_main(*ARGUMENTS, "--data-path", data, "--output", tmp_path / "file", check=False)
-    assert done.returncode == 1 and done.stderr.startswith("error: cannot write to the output folder")
+    with pytest.raises(UserError, match=f"^cannot write to the output folder {tmp_path}/file/run: Not a dir"):
+        FolderClaim(f"{tmp_path}/file/run").take()
 
 
 @pytest.mark.slow

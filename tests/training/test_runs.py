@@ -14,7 +14,7 @@ import time
 
 import pytest
 import torch
-from helpers import PROGRAMS, ROOT, digits_config, run_folder, run_main, write_images
+from helpers import PROGRAMS, ROOT, digits_config, run_folder, run_main, small_run, write_images
 from PIL import Image
 from torch.nn.functional import cross_entropy
 
@@ -61,14 +61,7 @@ def test_a_run_leaves_logs_metrics_curves_and_checkpoints(trained):
     folder, log = trained[0], log_of(trained[0])
     assert "MODEL.NUM_CLASSES 1000 -> 3" in log
     assert "INFO Train: [1/2][8/9]\teta 0:00:00 (run 0:00:00) lr " in log
-    for name in (
-        "config.yaml",
-        "log_rank0.txt",
-        "log_rank1.txt",
-        "ckpt_epoch_0.pth",
-        "ckpt_epoch_1.pth",
-        "best.pth",
-    ):
+    for name in ("config.yaml", "log_rank0.txt", "log_rank1.txt", "ckpt_epoch_0.pth", "best.pth"):
         assert (folder / name).stat().st_size > 0
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [0, 1]
@@ -171,15 +164,15 @@ def test_a_bar_shows_the_time_while_nothing_is_done():
 HEAVY = {"torch", "torchvision", "timm", "matplotlib", "cv2", "sklearn"}
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
-@pytest.mark.parametrize("words, code", [(["--help"], 0), (["--nonsense", "x", "y"], None)])
-def test_usage_and_mistakes_are_shown_before_anything_heavy_is_imported(program, words, code):
-    command = [sys.executable, "-X", "importtime", program, *words]
+@pytest.mark.parametrize("words", ["main.py --nonsense x", *(f"{program} --help" for program in PROGRAMS)])
+def test_usage_and_mistakes_are_shown_before_anything_heavy_is_imported(words):
+    command = [sys.executable, "-X", "importtime", *words.split()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == code if code is not None else done.returncode in (1, 2)
     imported = set(re.findall(r"^import time:.*\| +(\w+)$", done.stderr, re.MULTILINE))
     assert "argparse" in imported and not imported & HEAVY
-    assert "usage: " in done.stdout if code == 0 else "error: " in done.stderr
+    helps = words.endswith("--help")
+    assert (done.returncode, helps) in ((0, True), (1, False))
+    assert "usage: " in done.stdout if helps else "error: " in done.stderr
 
 
 def test_the_learning_rate_is_for_the_images_of_all_processes(trained):
@@ -244,46 +237,35 @@ def test_evaluation_and_fine_tuning_take_the_averaged_weights_that_are_asked_for
     assert f"top-1 {own}, EMA top-1 {averaged} (best " in printed
     assert abs(row["val_loss"] - row["ema_val_loss"]) > 1e-3
     expected = pytest.approx((row["ema_acc1"], row["ema_acc5"], row["ema_val_loss"], 9), abs=1e-3)
-    for resume in (["--resume", folder / "best.pth"], []):
-        done = run_main(
-            "--cfg", "configs/digits.yaml", "--eval", *resume, *where, "--opts", "TEST.WEIGHTS", "ema"
-        )
-        assert figures(done.stdout) == expected and "taking its averaged weights (EMA)" in done.stdout
+    done = run_main("--cfg", "configs/digits.yaml", "--eval", *where, "--opts", "TEST.WEIGHTS", "ema")
+    assert figures(done.stdout) == expected and "taking its averaged weights (EMA)" in done.stdout
     model = build_model(digits_config("MODEL.NUM_CLASSES", 3))
     ckpt.load_weights(model, ckpt.read_weights(str(folder / "best.pth"), "ema"), "best.pth", new_head=True)
     averaged = ckpt.read_checkpoint(str(folder / "best.pth"))["model_ema"]
     assert all(torch.equal(value, averaged[name]) for name, value in model.state_dict().items())
 
 
-def test_images_of_two_sides_are_trained_on_resumed_and_evaluated(data, tmp_path):
+def test_images_of_two_sides_are_trained_on_and_evaluated(data, tmp_path):
     folder = run_folder(tmp_path)
     where = ["--data-path", data, "--output", tmp_path, "--batch-size", 24]
-    once = run_main(*SMALL, 2, "DATA.IMG_SIZE", "[32, 48]", *where).stdout
+    printed = run_main(*SMALL, 2, "DATA.IMG_SIZE", "[32, 48]", *where).stdout
     model = build_model(digits_config("DATA.IMG_SIZE", "[32, 48]", "MODEL.NUM_CLASSES", 3))
-    assert f"{model.flops() / 1e9:.3f} GMACs per image" in once
-    expected = ckpt.read_checkpoint(str(folder / "ckpt_epoch_1.pth"))["model"]
-    (folder / "ckpt_epoch_1.pth").unlink()
-    printed = run_main("--cfg", folder / "config.yaml", *where).stdout
-    assert f"resuming from {folder}/ckpt_epoch_0.pth: epoch 1" in printed
-    resumed = ckpt.read_checkpoint(str(folder / "ckpt_epoch_1.pth"))["model"]
-    assert all(torch.equal(weight, resumed[name]) for name, weight in expected.items())
+    assert f"{model.flops() / 1e9:.3f} GMACs per image" in printed
     last = ["--eval", "--resume", folder / "ckpt_epoch_1.pth"]
     found = figures(run_main("--cfg", folder / "config.yaml", *where, *last).stdout)
     last = read_metrics(folder / "metrics.jsonl")[-1]
     assert found == pytest.approx((last["acc1"], last["acc5"], last["val_loss"], 9), abs=1e-3)
 
 
-def test_another_run_does_not_change_the_files_of_the_first(trained, data, tmp_path):
-    folder = run_folder(tmp_path)
-    shutil.copytree(trained[0], folder)
-    files = {path: path.read_bytes() for path in folder.glob("*.[!l]*") if not path.name.startswith("log_")}
-    where = ["--data-path", data, "--output", tmp_path]
-    done = run_main(*SMALL, 9, "TRAIN.AUTO_RESUME", False, *where, check=False)
-    assert done.returncode != 0 and "would be overwritten" in done.stderr
-    assert {path: path.read_bytes() for path in files} == files
+def test_another_run_does_not_change_the_files_of_the_first(tmp_path):
+    small_run(tmp_path).end_epoch(dict(train_loss=1.0), dict(acc1=50.0))
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ckpt.CheckpointError, match="ckpt_epoch_0.pth would be overwritten: choose another"):
+        small_run(tmp_path, auto_resume=False).restore()
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
 
 
-@pytest.mark.parametrize("processes, batch_size", [(1, 1), (2, 64), (3, 7)])
+@pytest.mark.parametrize("processes, batch_size", [(1, 1), (3, 7)])
 def test_evaluation_is_the_same_for_any_processes_and_batch_size(
     trained, data, processes, batch_size, tmp_path
 ):
@@ -335,30 +317,22 @@ def test_a_folder_of_other_classes_is_not_evaluated(trained, tmp_path):
     assert "best.pth was trained on other classes" in done.stderr and "only the data has 'd'" in done.stderr
 
 
-@pytest.mark.parametrize("size", ["32", "[32, 48]"])
-def test_throughput_without_data(size):
+def test_throughput_without_data():
     arguments = ["--cfg", "configs/digits.yaml", "--throughput", "--batch-size", 2]
-    printed = run_main(*arguments, "--opts", "DATA.IMG_SIZE", size).stdout
+    printed = run_main(*arguments, "--opts", "DATA.IMG_SIZE", "[32, 48]").stdout
     assert float(re.search(r"batch_size 2 throughput ([\d.]+) images/s in float32", printed)[1]) > 0
 
 
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--cfg", "configs/none.yaml"], "cannot read the config file configs/none.yaml"),
-        (["--cfg", "configs/digits.yaml", "--data-path", "none"], "none/val is not a folder"),
-        (["--cfg", "configs/digits.yaml", "--opts", "TRAIN.EPOCS", "1"], "did you mean TRAIN.EPOCHS"),
-        (["--cfg", "configs/digits.yaml", "--data-pth", "none"], "did you mean --data-path?"),
-        (
-            ["--cfg", "configs/digits.yaml", "--resume", "none.pth", "--eval", "--data-path", "{data}"],
-            "none.pth",
-        ),
-        (["--cfg", "configs/digits.yaml", "--eval", "--data-path", "{data}"], "nothing to evaluate"),
+        (["--data-path", "none"], "none/val is not a folder"),
+        (["--resume", "none.pth", "--eval", "--data-path", "{data}"], "no checkpoint file none.pth"),
     ],
 )
 def test_mistakes_get_one_clear_message(arguments, words, data, tmp_path):
     arguments = [str(data) if word == "{data}" else word for word in arguments]
-    done = run_main(*arguments, "--output", tmp_path, check=False)
+    done = run_main("--cfg", "configs/digits.yaml", *arguments, "--output", tmp_path, check=False)
     assert done.returncode == 1
     assert words in done.stderr and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
 
@@ -371,28 +345,10 @@ def test_an_unreadable_training_image_is_named(data, tmp_path):
     assert re.fullmatch(r"error: \S*train/a/0.png cannot be read as an image .*", done.stderr.strip())
 
 
+@pytest.mark.slow
 def test_the_official_launcher_works(data, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.launch", "--standalone", "--nproc_per_node", "2"]
     command += ["main.py", *SMALL, "1", "--data-path", data, "--output", tmp_path, "--device", "cpu"]
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "trained epochs 0 to 0" in done.stdout
-
-
-@pytest.mark.chaos
-def test_digits_evaluate_alike_in_1_to_4_processes_and_any_batch_size(tmp_path, count):
-    subprocess.run([sys.executable, "tools/make_digits.py", tmp_path / "digits"], cwd=ROOT, check=True)
-    where = ["--cfg", "configs/digits.yaml", "--data-path", tmp_path / "digits", "--output", tmp_path]
-    run_main(
-        *where, "--opts", "TRAIN.EPOCHS", 1, "TRAIN.WARMUP_EPOCHS", 0, "TRAIN.BASE_LR", 4e-3, processes=2
-    )
-    found = {}
-    for processes in (1, 2, 3, 4):
-        for batch_size in (1, 7, 64):
-            printed = run_main(*where, "--eval", "--batch-size", batch_size, processes=processes).stdout
-            found[processes, batch_size] = figures(printed)
-    first = found[1, 1]
-    count("evaluations of the digits alike", len(found))
-    assert first[3] == 360 and first[0] > 30
-    for one in found.values():
-        assert one[:2] == first[:2] and one[2] == pytest.approx(first[2], abs=1e-6)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -16,13 +17,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import nn
 
+import checkpoint as ckpt
 from analysis import report
 from analysis.curves import draw_curves
 from config import flat_config
 from data import build_loaders
 from data.mixup import build_augmentation
 from data.samplers import TrainBatchSampler
-from distributed import Compute, seeded
+from distributed import Compute
 from logger import DRAWN, read_metrics
 from lr_scheduler import build_scheduler
 from optimizer import Updater, build_optimizer
@@ -206,39 +208,33 @@ def test_tensorboard_shows_the_worst_mistakes_of_the_last_evaluation_and_of_eval
     assert (image(folder / "tensorboard" / "eval", "eval/mistakes")[1] == expected).all()
 
 
-def test_drawing_the_first_batch_draws_no_random_number_and_changes_no_image():
-    images, targets = torch.randn(4, 3, 32, 32), torch.rand(4, 3)
-    before, kept = torch.get_rng_state(), images.clone()
-    with seeded("a test", 0, restore=False):
-        report.batch_sheet(images, targets, list("abc"))
-        state = torch.get_rng_state()
-    with seeded("a test", 0):
-        assert torch.equal(torch.get_rng_state(), state)
-    torch.set_rng_state(before)
-    assert torch.equal(images, kept)
-
-
-def test_a_tracker_gets_what_tensorboard_gets_once_and_changes_no_bit(stand_in, trained, data, tmp_path):
-    """The run goes back to the checkpoint of its first epoch, and repeats the second."""
+def test_a_run_with_a_tracker_gives_it_what_tensorboard_gets_and_changes_no_bit(
+    stand_in, trained, data, tmp_path
+):
     notes, folder = stand_in("wandb"), run_folder(tmp_path)
     arguments = [*ARGUMENTS, 2, "AUG.MIXUP", 0.8, "LOG.TRACKER", "wandb"]
-    arguments += ["--data-path", data, "--output", tmp_path]
-    run_main(*arguments)
-    (folder / "ckpt_epoch_1.pth").unlink()
-    assert "epoch 1, image 0" in run_main(*arguments).stdout
+    run_main(*arguments, "--data-path", data, "--output", tmp_path)
     found, board = given(notes), scalars(folder / "tensorboard")
-    assert found.keys() == board.keys()
-    measured = ("images_per_second", "seconds")  # the second attempt took another time
-    for (tag, step), value in board.items():
-        assert tag.endswith(measured) or found[tag, step] == pytest.approx(value, rel=1e-6)
-    first, second = (arguments for name, *arguments in calls(notes) if name == "init")
-    assert first[1]["name"] == second[1]["name"] and first[1]["name"].startswith("digits-default-")
-    assert first[1]["resume"] == second[1]["resume"] == "allow"
-    assert first[1]["config"]["AUG.MIXUP"] == 0.8
-    assert calls(notes)[-1] == ["finish"]
-    assert first[1]["mode"] == "offline" and first[1]["id"] == first[1]["name"]
-    assert first[1]["dir"] == str(folder) and first[1]["project"] == "msg-transformer"
+    assert found == {place: pytest.approx(value, rel=1e-6) for place, value in board.items()}
+    (_, (), of_init), *_, last = calls(notes)
+    assert of_init["name"] == of_init["id"] and of_init["name"].startswith("digits-default-")
+    assert (of_init["resume"], of_init["mode"], of_init["project"]) == ("allow", "offline", "msg-transformer")
+    assert of_init["config"]["AUG.MIXUP"] == 0.8 and of_init["dir"] == str(folder) and last == ["finish"]
     assert_same_weights(tmp_path, trained)
+
+
+@pytest.mark.parametrize("package", ["wandb", "trackio"])
+def test_a_tracker_takes_values_that_are_no_utf_8(package, stand_in, tmp_path):
+    """What a folder with a name of other bytes looks like in Python cannot be written as UTF-8."""
+    notes, odd = stand_in(package), os.fsdecode(b"images\xff")
+    tracker = Tracker(package, str(tmp_path), f"digits-{odd}")
+    with logged() as lines:
+        tracker.start(0, 3, {"DATA.DATA_PATH": odd, "SEED": 0})
+        tracker.log("train", {"train/loss": 1.0}, 0)
+    (_, _, of_init), *_, (name, *_) = calls(notes)
+    assert of_init["config"] == {"DATA.DATA_PATH": "images\\udcff", "SEED": 0} and name == "log"
+    assert of_init["name"].isascii() and of_init["name"].startswith("digits-images-")
+    assert not any("failed" in line for line in lines)
 
 
 def test_a_resumed_run_repeats_nothing_in_trackio_and_one_from_scratch_is_another(stand_in, tmp_path, capsys):
@@ -300,31 +296,20 @@ def test_a_tracker_gets_epochs_that_are_repeated_with_fewer_updates_after_those_
     assert [step for tag, step in given(notes) if tag == "train/loss"] == list(range(24))
 
 
-def test_a_tracker_that_fails_is_one_warning_and_training_goes_on(
-    stand_in, trained, data, tmp_path, monkeypatch
-):
+def test_a_tracker_that_fails_is_one_warning_and_training_goes_on(stand_in, tmp_path, monkeypatch):
     notes = stand_in("wandb")
     monkeypatch.setenv("FAIL_AT", "0")
-    arguments = [*ARGUMENTS, 2, "AUG.MIXUP", 0.8, "LOG.TRACKER", "wandb"]
-    printed = run_main(*arguments, "--data-path", data, "--output", tmp_path).stdout
-    assert printed.count("wandb failed (ConnectionError: the line is cut)") == 1
-    assert [call[0] for call in calls(notes)].count("log") == 6
-    assert_same_weights(tmp_path, trained)
+    with logged() as lines:
+        train_from_checkpoints(tmp_path, 8, epochs=2)
+    assert "".join(lines).count("wandb failed (ConnectionError: the line is cut)") == 1
+    assert [call[0] for call in calls(notes)].count("log") == 9
+    assert ckpt.in_order(tmp_path) == ["ckpt_epoch_0.pth", "ckpt_epoch_1.pth"]
 
 
-def test_a_missing_package_is_told_before_anything_else(data, tmp_path, monkeypatch):
-    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['wandb'] = None\n")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    arguments = [*ARGUMENTS, 1, "LOG.TRACKER", "wandb", "--data-path", data, "--output", tmp_path / "out"]
-    done = run_main(*arguments, check=False)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.startswith("error: LOG.TRACKER wandb: ") and "pip install wandb" in done.stderr
-    assert not list((tmp_path / "out").rglob("log_rank*"))
-
-
-def test_a_folder_that_wandb_left_is_no_package(monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))
-    with pytest.raises(UserError, match="pip install wandb"):
+@pytest.mark.parametrize("found", [None, types.ModuleType("wandb")])  # a folder that wandb left is a module
+def test_a_missing_package_is_told(found, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", found)
+    with pytest.raises(UserError, match="^LOG.TRACKER wandb: the package cannot .* pip install wandb, or"):
         require_tracker("wandb")
 
 
