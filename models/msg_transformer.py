@@ -9,6 +9,8 @@ row-major, then the windows of a region row-major, then the messenger as token 0
 tokens of the window row-major.
 """
 
+from functools import partial
+
 import torch
 from timm.layers import DropPath, Mlp, trunc_normal_
 from torch import nn
@@ -19,7 +21,7 @@ from .geometry import BlockOptions, Geometry, check_choices, drop_path_rates, kn
 from .padding import PaddedStage, pad_to_even, pad_to_patches
 from .positions import RelativePositions, resample_positions
 from .timm_interface import TimmInterface, feature_info
-from .tracing import count_squares, plain_sizes, replace_messengers, replaceable, split_sides
+from .tracing import count_squares, plain_sizes, replace_messengers, split_sides
 
 
 class PatchEmbed(nn.Module):
@@ -79,6 +81,17 @@ def shuffle_messengers(messengers):
     return groups.flatten(2)  # B*regions, G, C
 
 
+def attend_in_windows(qkv, attention):
+    """Apply ``attention``, from (N, tokens, 3C) to (N, tokens, C), to all windows of all regions."""
+    heads = attention(qkv.flatten(0, 1))  # B*regions*windows, tokens, C
+    return heads.unflatten(0, (-1, qkv.shape[1]))  # B*regions, windows, tokens, C
+
+
+def attend_of_messengers(qkv, attention):
+    """What :func:`attend_in_windows` gives to the messengers alone: (B*regions, windows, 1, C)."""
+    return attend_in_windows(qkv, attention)[:, :, :1]
+
+
 class LocalAttention(RelativePositions):
     """Multi-head self-attention over the tokens of each window, with a learned bias per head (section 3.1).
 
@@ -109,33 +122,28 @@ class LocalAttention(RelativePositions):
         of_patches = torch.cat([from_patch, bias], dim=2)  # heads, w*w, 1+w*w
         return torch.cat([from_messenger, of_patches], dim=1)  # heads, 1+w*w, 1+w*w
 
-    def attend(self, qkv, bias, hidden=None):
+    def attention(self, qkv, bias, hidden=None):
         """Attention of windows, (N, tokens, 3*C) to (N, tokens, C), where nobody sees ``hidden`` tokens."""
         dropout = self.attn_drop_rate if self.training else 0.0
         return windowed_attention(qkv, bias, self.scale, self.backend, hidden, dropout)
 
-    def project(self, x):
-        """The output projection, with its dropout: (..., C) to the same shape."""
-        return self.proj_drop(self.proj(x))
+    def forward(self, x, attend=attend_in_windows):
+        """Attend within windows: (B*regions, windows, tokens, C) to the same shape.
 
-    @replaceable
-    def forward(self, x):
-        """Attend within windows: (B*regions, windows, tokens, C) to the same shape."""
-        bias, qkv = self.bias(), self.qkv(x)  # B*regions, windows, tokens, 3*C
-        heads = self.attend(qkv.flatten(0, 1), bias)  # B*regions*windows, tokens, C
-        return self.project(heads).unflatten(0, (-1, x.shape[1]))  # B*regions, windows, tokens, C
-
-    def forward_messengers(self, x):
-        """What :meth:`forward` gives to the messengers alone: (B*regions, windows, 1, C)."""
-        bias, qkv = self.bias(), self.qkv(x)  # B*regions, windows, tokens, 3*C
-        heads = self.attend(qkv.flatten(0, 1), bias)[:, :1]  # B*regions*windows, 1, C
-        return self.project(heads).unflatten(0, (-1, x.shape[1]))  # B*regions, windows, 1, C
+        ``attend`` applies the attention of a window to all; padding.py has another order of tokens.
+        """
+        attention = partial(self.attention, bias=self.bias())
+        heads = attend(self.qkv(x), attention)  # B*regions, windows, tokens, C
+        return self.proj_drop(self.proj(heads))
 
 
 class Block(nn.Module):
     """One MSG-Transformer block: local attention, messenger shuffle, MLP, the branches with drop path.
 
     The shuffle stands between the two residual branches and acts on the residual stream itself.
+
+    ``block(x, function)`` runs the function of the block and x in place of the formula, for example
+    ``Block.forward_messengers``, and the hooks of the block around it: some gather sharded weights.
     """
 
     def __init__(self, dim, heads, drop_path, options):
@@ -147,9 +155,10 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * options.mlp_ratio), drop=options.proj_drop_rate)
         self.drop_path = DropPath(drop_path)
 
-    @replaceable
-    def forward(self, x):
+    def forward(self, x, instead=None):
         """Apply the block: (B*regions, windows, tokens, C) to the same shape."""
+        if instead is not None:
+            return instead(self, x)
         x = x + self.drop_path(self.attn(self.norm1(x)))
         x = self.shuffle(x)
         return x + self.drop_path(self.mlp(self.norm2(x)))
@@ -160,7 +169,7 @@ class Block(nn.Module):
 
     def forward_messengers(self, x):
         """The messengers of :meth:`forward` alone, (B*regions, windows, 1, C): all that a head may read."""
-        x = x[:, :, :1] + self.drop_path(self.attn(self.norm1(x), LocalAttention.forward_messengers))
+        x = x[:, :, :1] + self.drop_path(self.attn(self.norm1(x), attend_of_messengers))
         x = self.shuffle(x)
         return x + self.drop_path(self.mlp(self.norm2(x)))
 

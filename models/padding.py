@@ -279,13 +279,13 @@ class Layout:
         """The messengers of rows (N, T, C) as windows of one token, (N*regions, windows, 1, C)."""
         return x.index_select(1, self.messengers).reshape(-1, self.windows, 1, x.shape[2])
 
-    def attend(self, qkv, attend, only_messengers=False):
+    def attend(self, qkv, attention, only_messengers=False):
         """Attention in every window.
 
         Args:
             qkv: rows (N, T, 3C).
-            attend: computes the attention of windows, (windows, tokens, 3C) to (windows, tokens, C), where
-                some tokens are ``hidden``: bool (windows, tokens).
+            attention: of windows, (windows, tokens, 3C) to (windows, tokens, C), where some tokens are
+                ``hidden``: bool (windows, tokens).
             only_messengers: whether the result is that of the messengers alone.
 
         Returns:
@@ -296,13 +296,13 @@ class Layout:
         parts = []
         if self.full:
             x = of_full.unflatten(1, (self.full, self.tokens)).flatten(0, 1)  # N*full, tokens, 3C
-            x = attend(x).unflatten(0, (-1, self.full))  # N, full, tokens, C
+            x = attention(x).unflatten(0, (-1, self.full))  # N, full, tokens, C
             parts.append(x[:, :, 0] if only_messengers else x.flatten(1, 2))
         if self.padded:
             x = _take(of_padded, self.filled, self.gathered)  # N, padded*tokens, 3C
             x = x.unflatten(1, (self.padded, self.tokens)).flatten(0, 1)  # N*padded, tokens, 3C
             hidden = self.hidden.repeat(qkv.shape[0], 1) if exporting() or not qkv.shape[0] else self.hidden
-            x = attend(x, hidden=hidden).unflatten(0, (-1, self.padded))  # N, padded, tokens, C
+            x = attention(x, hidden=hidden).unflatten(0, (-1, self.padded))  # N, padded, tokens, C
             rows = self.gathered, self.spread
             parts.append(x[:, :, 0] if only_messengers else _take(x.flatten(1, 2), *rows))
         if self.empty:  # who attends to itself gets its value
@@ -384,15 +384,9 @@ def _inverse(index, count):
     return inverse
 
 
-def attend_rows(attention, x, layout, only_messengers=False):
-    """What a LocalAttention does to windows, done to rows (N, T, C); see :meth:`Layout.attend`."""
-    attend = partial(attention.attend, bias=attention.bias())
-    return attention.project(layout.attend(attention.qkv(x), attend, only_messengers))
-
-
 def block_on_rows(block, x, layout):
     """What a Block does to windows, done to rows (N, T, C)."""
-    x = layout.add(x, block.attn(block.norm1(x), partial(attend_rows, layout=layout)), block.drop_path)
+    x = layout.add(x, block.attn(block.norm1(x), layout.attend), block.drop_path)
     if block.exchange:
         x = layout.exchange(x, block.exchange)
     return layout.add(x, block.mlp(block.norm2(x)), block.drop_path)
@@ -400,7 +394,7 @@ def block_on_rows(block, x, layout):
 
 def block_on_messengers(block, x, layout):
     """The messengers of :func:`block_on_rows` alone, as windows of one token, (N*regions, windows, 1, C)."""
-    attend = partial(attend_rows, layout=layout, only_messengers=True)
+    attend = partial(layout.attend, only_messengers=True)
     x = layout.read_messengers(x) + block.drop_path(block.attn(block.norm1(x), attend))
     x = block.shuffle(x)
     return x + block.drop_path(block.mlp(block.norm2(x)))
