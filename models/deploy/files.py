@@ -330,14 +330,26 @@ def run_onnxruntime(path, dtype=torch.float32):
     return lambda images: tuple(map(torch.from_numpy, session.run(None, {"images": images.numpy()})))
 
 
+def openvino_has_bfloat16():
+    """Whether OpenVINO computes in bfloat16 on this processor: elsewhere it takes float32 without a word."""
+    import openvino
+
+    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
 def run_openvino(path, dtype=torch.float32):
     """A function of images float32 that OpenVINO computes on the CPU from an ONNX file.
 
     Args:
         dtype: float32 or bfloat16; its own choice is bfloat16 where the processor has that.
+
+    Raises:
+        UserError: the processor has no bfloat16.
     """
     import openvino
 
+    if dtype == torch.bfloat16 and not openvino_has_bfloat16():
+        raise UserError("OpenVINO does not compute in bfloat16 on this processor")
     settings = dict(
         INFERENCE_PRECISION_HINT="bf16" if dtype == torch.bfloat16 else "f32",
         INFERENCE_NUM_THREADS=torch.get_num_threads(),

@@ -101,14 +101,46 @@ def test_a_runtime_that_fails_at_a_single_image_is_refused(handed_over):
         runtime(images(3))
 
 
-def test_openvino_computes_in_bfloat16_to_within_its_rounding(handed_over):
+@pytest.fixture
+def installed(monkeypatch):
+    """Makes packages seem installed, and all others missing."""
+
+    def pretend(*names):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in names else None)
+
+    return pretend
+
+
+@pytest.fixture
+def has_bfloat16(monkeypatch):
+    """Makes OpenVINO say that this processor has bfloat16."""
+    core = openvino.Core
+    capable = SimpleNamespace(get_property=lambda *_: ["FP32", "BF16"])
+    capable.compile_model = lambda *given: core().compile_model(*given)
+    monkeypatch.setattr(openvino, "Core", lambda: capable)
+    return "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def test_bfloat16_is_refused_where_openvino_would_compute_in_float32_instead(monkeypatch, installed):
+    installed("onnx", "onnxscript", "openvino")
+    words = "does not compute in bfloat16 on this processor"
+    monkeypatch.setattr(openvino, "Core", lambda: SimpleNamespace(get_property=lambda *_: ["FP32", "INT8"]))
+    with pytest.raises(UserError, match=f"^RUNTIME openvino {words}: set AMP_OPT_LEVEL to O0"):
+        choose_runtime("openvino", ROUNDED)
+    with pytest.raises(UserError, match=f"^OpenVINO {words}$"):
+        run_openvino("x.onnx", torch.bfloat16)
+    assert choose_runtime("openvino", CPU) == ("openvino", "")
+    name, reason = choose_runtime("auto", ROUNDED)
+    assert name == "pytorch" and words in reason
+
+
+def test_openvino_computes_in_bfloat16_to_within_its_rounding(handed_over, has_bfloat16):
     model, runtime = handed_over("openvino", torch.bfloat16)
     with torch.no_grad():
         expected = model(images(6))
     with logged() as lines, models.inference(runtime, torch.bfloat16), ROUNDED.autocast():
         error = (runtime(images(6)) - expected).square().mean().sqrt() / expected.std()
-    rounds = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    assert (1e-4 if rounds else 0) < error < 0.05  # processors without bfloat16 compute in float32
+    assert (1e-4 if has_bfloat16 else 0) < error < 0.05
     assert re.fullmatch(r"RUNTIME openvino: \d.\d% of the spread .* in float32, on 6 images", lines[0])
     runtime.compared = False
     with torch.no_grad():
@@ -156,16 +188,6 @@ def test_throughput_by_a_runtime_names_it(tmp_path):
     assert float(re.search(r"batch_size 2 throughput ([\d.]+) images/s in float32", printed)[1]) > 0
 
 
-@pytest.fixture
-def installed(monkeypatch):
-    """Makes packages seem installed, and all others missing."""
-
-    def pretend(*names):
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in names else None)
-
-    return pretend
-
-
 @pytest.mark.parametrize(
     "name, compute, words",
     [
@@ -182,7 +204,7 @@ def test_a_runtime_that_cannot_be_used_is_refused(installed, name, compute, word
         choose_runtime(name, compute)
 
 
-def test_auto_is_openvino_on_the_cpu_where_it_is_installed(installed):
+def test_auto_is_openvino_on_the_cpu_where_it_is_installed(installed, has_bfloat16):
     installed("onnx", "onnxscript", "openvino")
     found = "openvino", "it is installed, and this is the CPU"
     assert choose_runtime("auto", CPU) == choose_runtime("auto", ROUNDED) == found
@@ -226,8 +248,9 @@ def test_a_runtime_has_the_threads_of_pytorch(monkeypatch):
     monkeypatch.setattr(onnxruntime, "InferenceSession", lambda path, options, **_: found.append(options))
     run_onnxruntime("x.onnx")
     assert found[0].intra_op_num_threads == 3
-    compile_model = SimpleNamespace(compile_model=lambda path, device, settings: found.append(settings))
-    monkeypatch.setattr(openvino, "Core", lambda: compile_model)
+    core = SimpleNamespace(compile_model=lambda path, device, settings: found.append(settings))
+    core.get_property = lambda *_: ["BF16"]
+    monkeypatch.setattr(openvino, "Core", lambda: core)
     for dtype, hint in ((torch.float32, "f32"), (torch.bfloat16, "bf16")):
         run_openvino("x.onnx", dtype)
         settings = dict(INFERENCE_NUM_THREADS=3, ENABLE_CPU_PINNING=False, INFERENCE_PRECISION_HINT=hint)
