@@ -27,10 +27,9 @@ class TimmInterface:
     def set_input_size(self, img_size=None, *, window_size=None):
         """Make the model for images of another size, or give it other windows (timm's interface).
 
-        Images of any size are taken without this; it matters for the windows, for absolute positions, which
-        are resampled once instead of in every call, for ``strict_img_size`` and for :meth:`flops`. Shuffle
-        regions keep their number of windows, that of training. Parameters that are resized are new objects:
-        an optimizer comes after this.
+        Images of any size are taken without this, which sets the windows, resamples absolute positions once,
+        and counts for ``strict_img_size`` and :meth:`flops`. Shuffle regions keep their number of windows.
+        Parameters that are resized are new objects: an optimizer comes after this.
 
         Args:
             img_size: side of the images in pixels, or (height, width); None for what it is.
@@ -61,9 +60,7 @@ class TimmInterface:
         self._model_args = dict(getattr(self, "_model_args", {}), img_size=sides, window_size=window_size)
 
     def load_pretrained(self, path, prefix=""):
-        """Load the weights of a file, checked and fitted as those of ``--pretrained`` (timm's interface).
-
-        timm calls it for a ``pretrained_cfg`` with a ``file`` and ``custom_load``.
+        """Load a file as ``--pretrained`` does: timm calls this where ``pretrained_cfg`` has ``custom_load``.
 
         Args:
             path: a file, or an https address.
@@ -97,17 +94,15 @@ class TimmInterface:
             x: images (B, in_chans, height, width).
             indices: stages to return: a list, the last n for an int, all for None.
             norm: apply the final norm to the last stage's map.
-            stop_early: accepted for timm; the stages after the last chosen one never run with
-                intermediates_only.
+            stop_early: accepted for timm; ``intermediates_only`` stops after the last chosen stage.
             output_fmt: ``NCHW``, ``NHWC`` or ``NLC``.
             intermediates_only: leave out what the head reads.
-            output_dict: return a dict of ``image_intermediates``, with prefix tokens
-                ``image_intermediates_prefix``, and ``image_features`` for what the head reads.
-            return_prefix_tokens: give the messengers (B, windows, C) with every map.
+            output_dict: return a dict of ``image_intermediates``, ``image_intermediates_prefix`` and
+                ``image_features``, what the head reads.
+            return_prefix_tokens: make pairs of maps and messengers (B, windows, C).
 
         Returns:
-            The list of maps, or of pairs (map, messengers) with prefix tokens; unless ``intermediates_only``,
-            (what the head reads, list).
+            The list of maps; unless ``intermediates_only``, what the head reads and the list.
 
         Raises:
             ValueError: a format that does not exist, or messengers of a model without them.
@@ -209,15 +204,11 @@ class TimmInterface:
         return {name for name, _ in self.named_parameters() if name.endswith(kinds)}
 
     def flops(self):
-        """Multiply-accumulate operations for one image, under the name that Swin's models give them."""
+        """Multiply-accumulate operations for one image, under Swin's name for them."""
         return classifier_macs(self)
 
     def __prepare_scriptable__(self):
-        """What ``torch.jit.script`` asks first.
-
-        Raises:
-            NotImplementedError: always.
-        """
+        """Refuse what ``torch.jit.script`` asks for first."""
         raise NotImplementedError("the model cannot be scripted: use torch.jit.trace or torch.export")
 
 

@@ -115,18 +115,12 @@ def _build(
     dtype=None,
     **arguments,
 ):
-    """MSGTransformer of timm's arguments.
+    """MSGTransformer of timm's arguments; raises a ValueError for what cannot be built.
 
     Args:
-        window_size: tokens on a side of a window.
         norm_layer: class, or a name that timm knows, of norms over the last dimension.
         shuffle_size: fitted to the images of training, whatever the size of these.
-        strict_img_size: refuse images of other sizes; None for False.
-        dynamic_img_size: the opposite; None to leave it to ``strict_img_size``.
-        device, dtype: of the parameters.
-
-    Raises:
-        ValueError: a combination that cannot be built.
+        dynamic_img_size: the opposite of ``strict_img_size``, or None.
     """
     if dynamic_img_size and strict_img_size:
         raise ValueError("dynamic_img_size and strict_img_size contradict each other: give one of them")
@@ -150,11 +144,7 @@ def _build(
 
 
 def _known_norm(norm_layer):
-    """The class of a norm.
-
-    Raises:
-        ValueError: timm has none of this name, or it does not work on tokens (..., C).
-    """
+    """The class of a norm, tried on tokens (..., C)."""
     try:
         norm = get_norm_layer(norm_layer)
         with torch.device("cpu"), torch.no_grad():

@@ -88,9 +88,8 @@ def hand_over(model, name, size, dtype=torch.float32):
 
     Args:
         model: on the CPU; its weights must stay as they are.
-        name: of ``RUNTIMES``.
+        name, dtype: of ``RUNTIMES``, and what it computes in.
         size: (C, H, W) of its images.
-        dtype: to compute in.
 
     Raises:
         UserError: a package is missing, or the runtime cannot compute this model.
@@ -116,9 +115,8 @@ class HandedOver(nn.Module):
 
     Args:
         model: in PyTorch.
-        name: of ``RUNTIMES``.
-        run: what that makes of the model, a function of images (B, C, H, W) float32.
-        dtype: that it computes in.
+        name, dtype: of ``RUNTIMES``, and what it computes in.
+        run: a function of images (B, C, H, W) float32.
     """
 
     def __init__(self, model, name, run, dtype):
