@@ -194,7 +194,7 @@ def _messenger_rows(attention, x, layout):
     whole = layout.full * layout.tokens
     of_full, of_padded, _ = qkv[0].split([whole, layout.held, layout.empty])
     of_full = of_full.unflatten(0, (layout.full, layout.tokens))
-    of_padded = of_padded[layout.filled.index].unflatten(0, (layout.padded, layout.tokens))
+    of_padded = of_padded[layout.spread.index].unflatten(0, (layout.padded, layout.tokens))
     alone = functional.one_hot(layout.order.new_zeros(layout.empty, len(bias)), layout.tokens)
     parts = [
         weights(of_full, bias),

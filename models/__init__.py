@@ -1,6 +1,6 @@
 """The architecture (``msg_transformer.py``), how a config (``build.py``) or a timm name (``timm_names.py``)
-builds it, how it comes back from a checkpoint (``ready.py``), and what makes it fast, computes in its place
-(``runtime.py``) or says how fast it could be."""
+builds it, how it comes back from a checkpoint (``from_checkpoint.py``), what makes it fast (``fast/``) and
+what computes in its place (``deploy/``)."""
 
 from pathlib import Path
 

@@ -21,17 +21,11 @@ logger = logging.getLogger("msg_transformer")
 
 
 class Ready(NamedTuple):
-    """What is needed to use a trained model.
+    """What is needed to use a trained model."""
 
-    Attributes:
-        model: in evaluation mode, on the CPU, in float32.
-        transform: of a PIL image of any size to what the model takes.
-        class_names: in the order of the model's outputs; None where the checkpoint does not name them.
-    """
-
-    model: nn.Module
-    transform: Callable
-    class_names: list | None
+    model: nn.Module  # in evaluation mode, on the CPU, in float32
+    transform: Callable  # of a PIL image of any size to what the model takes
+    class_names: list | None  # in the order of the outputs; None where the checkpoint does not name them
 
 
 def load(path, cfg=None, runtime="pytorch", weights="auto"):
@@ -49,8 +43,7 @@ def load(path, cfg=None, runtime="pytorch", weights="auto"):
             holds them, unless they scored lower than the others.
 
     Returns:
-        A :class:`Ready`: model, transform (to a float tensor (C, H, W) of the config's size, normalised) and
-        class names.
+        A :class:`Ready`.
 
     Raises:
         CheckpointError: no such file, damaged, without a config, or of a detector.

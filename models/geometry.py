@@ -22,19 +22,12 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class StageSizes:
-    """One stage.
+    """One stage."""
 
-    Args:
-        dim: channels (C).
-        heads: of its attention.
-        depth: blocks.
-        shuffle_size: windows on a side of a shuffle region (R).
-    """
-
-    dim: int
-    heads: int
-    depth: int
-    shuffle_size: int
+    dim: int  # channels (C)
+    heads: int  # of its attention
+    depth: int  # blocks
+    shuffle_size: int  # windows on a side of a shuffle region (R)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,61 +46,37 @@ class BlockOptions:
     exchange: object  # of messengers, a function; None for none
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """The sizes of a classifier, under the names of MSGTransformer's arguments."""
+def plan_stages(embed_dim, depths, num_heads, shuffle_size, exchange):
+    """The sizes of each stage, a list of :class:`StageSizes`, from the arguments of MSGTransformer.
 
-    img_size: int | tuple
-    patch_size: int
-    embed_dim: int
-    depths: tuple
-    num_heads: tuple
-    window_size: int
-    shuffle_size: tuple
+    Args:
+        exchange: whether messengers exchange channel groups, which the channels must allow.
 
-    @property
-    def sides(self):
-        """(height, width) of the images, in pixels."""
-        return to_2tuple(self.img_size)
-
-    @property
-    def grid(self):
-        """(rows, columns) of the map of patches."""
-        return patch_grid(self.sides, self.patch_size)
-
-    def stages(self, exchange):
-        """The sizes of each stage.
-
-        Args:
-            exchange: whether messengers exchange channel groups, which the channels must allow.
-
-        Returns:
-            A list of :class:`StageSizes`.
-
-        Raises:
-            ValueError: what does not fit and which config key to change.
-        """
-        self._check_lists()
-        known_sides(self.img_size, self.patch_size)
-        stages = []
-        for i, (depth, heads, shuffle_size) in enumerate(zip(self.depths, self.num_heads, self.shuffle_size)):
-            stages.append(StageSizes(self.embed_dim * 2**i, heads, depth, shuffle_size))
-            _check_stage(i, stages[-1], exchange)
-        return stages
-
-    def _check_lists(self):
-        lists = {"DEPTHS": self.depths, "NUM_HEADS": self.num_heads, "SHUF_SIZE": self.shuffle_size}
-        lengths = {key: len(values) for key, values in lists.items()}
-        if not self.depths or len(set(lengths.values())) > 1:
-            listed = ", ".join(f"MODEL.MSG.{key} {length}" for key, length in lengths.items())
+    Raises:
+        ValueError: what does not fit and which config key to change.
+    """
+    lists = {"DEPTHS": depths, "NUM_HEADS": num_heads, "SHUF_SIZE": shuffle_size}
+    lengths = {key: len(values) for key, values in lists.items()}
+    if not depths or len(set(lengths.values())) > 1:
+        listed = ", ".join(f"MODEL.MSG.{key} {length}" for key, length in lengths.items())
+        raise ValueError(f"these need one entry per stage, but their lengths are {listed}: make them equal")
+    for key, values in lists.items():
+        if not all(isinstance(value, int) and value > 0 for value in values):
             raise ValueError(
-                f"these need one entry per stage, but their lengths are {listed}: make them equal"
+                f"MODEL.MSG.{key} is {list(values)}: every entry must be a positive whole number"
             )
-        for key, values in lists.items():
-            if not all(isinstance(value, int) and value > 0 for value in values):
-                raise ValueError(
-                    f"MODEL.MSG.{key} is {list(values)}: every entry must be a positive whole number"
-                )
+    stages = []
+    for i, (depth, heads, region) in enumerate(zip(depths, num_heads, shuffle_size)):
+        dim = embed_dim * 2**i
+        if dim % heads:
+            raise ValueError(
+                f"stage {i + 1} has {dim} channels, which MODEL.MSG.NUM_HEADS[{i}]={heads} does not divide: "
+                "change it or MODEL.MSG.EMBED_DIM"
+            )
+        if exchange:
+            check_exchange(i, dim, region, f"MODEL.MSG.SHUF_SIZE[{i}]")
+        stages.append(StageSizes(dim, heads, depth, region))
+    return stages
 
 
 def fit_regions(shuffle_size, img_size, patch_size=4, window_size=7, embed_dim=96, exchange=True):
@@ -137,18 +106,6 @@ def drop_path_rates(rate, depths):
     """The rates of the blocks of each stage, a list of lists: from 0 to ``rate`` in equal steps."""
     last, blocks = max(1, sum(depths) - 1), itertools.count()
     return [[rate * next(blocks) / last for _ in range(depth)] for depth in depths]
-
-
-def _check_stage(i, sizes, exchange):
-    """Raise a ValueError if stage ``i``, counted from 0, cannot be built in these sizes."""
-    dim, heads, region = sizes.dim, sizes.heads, sizes.shuffle_size
-    if dim % heads:
-        raise ValueError(
-            f"stage {i + 1} has {dim} channels, which MODEL.MSG.NUM_HEADS[{i}]={heads} does not divide: "
-            "change it or MODEL.MSG.EMBED_DIM"
-        )
-    if exchange:
-        check_exchange(i, dim, region, f"MODEL.MSG.SHUF_SIZE[{i}]")
 
 
 def check_exchange(i, dim, region, key):

@@ -47,7 +47,7 @@ def backbone_macs(model, height, width):
 
 def stage_sizes(model, height, width):
     """Patch tokens and windows of every stage for an image of so many pixels: a list of pairs."""
-    extent, sizes = Extent(-(-height // model.patch_size), -(-width // model.patch_size)), []
+    extent, sizes = Extent.of_images(height, width, model.patch_size), []
     for stage in model.layers:
         rows, columns = extent.windows(stage.window_size)
         sizes.append((extent.height * extent.width, rows * columns))

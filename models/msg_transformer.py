@@ -9,17 +9,20 @@ row-major, then the windows of a region row-major, then the messenger as token 0
 tokens of the window row-major.
 """
 
+import math
+from functools import partial
+
 import torch
 from timm.layers import DropPath, Mlp, trunc_normal_
 from torch import nn
 
+from . import geometry
 from .exchange import OTHER_EXCHANGES
 from .fast.attention import windowed_attention
-from .geometry import BlockOptions, Geometry, check_choices, drop_path_rates, known_pool, require_size
 from .padding import PaddedStage, pad_to_even, pad_to_patches
 from .positions import RelativePositions, resample_positions
 from .timm_interface import TimmInterface, feature_info
-from .tracing import count_squares, plain_sizes, replace_messengers, replaceable, split_sides
+from .tracing import count_squares, plain_sizes, replace_messengers, split_sides
 
 
 class PatchEmbed(nn.Module):
@@ -79,6 +82,12 @@ def shuffle_messengers(messengers):
     return groups.flatten(2)  # B*regions, G, C
 
 
+def attend_in_windows(qkv, attention, only_messengers=False):
+    """Apply ``attention``, (N, tokens, 3C) to (N, tokens, C), to (B*regions, windows, tokens, 3C)."""
+    heads = attention(qkv.flatten(0, 1)).unflatten(0, (-1, qkv.shape[1]))  # B*regions, windows, tokens, C
+    return heads[:, :, :1] if only_messengers else heads
+
+
 class LocalAttention(RelativePositions):
     """Multi-head self-attention over the tokens of each window, with a learned bias per head (section 3.1).
 
@@ -109,33 +118,24 @@ class LocalAttention(RelativePositions):
         of_patches = torch.cat([from_patch, bias], dim=2)  # heads, w*w, 1+w*w
         return torch.cat([from_messenger, of_patches], dim=1)  # heads, 1+w*w, 1+w*w
 
-    def attend(self, qkv, bias, hidden=None):
+    def attention(self, qkv, bias, hidden=None):
         """Attention of windows, (N, tokens, 3*C) to (N, tokens, C), where nobody sees ``hidden`` tokens."""
         dropout = self.attn_drop_rate if self.training else 0.0
         return windowed_attention(qkv, bias, self.scale, self.backend, hidden, dropout)
 
-    def project(self, x):
-        """The output projection, with its dropout: (..., C) to the same shape."""
-        return self.proj_drop(self.proj(x))
-
-    @replaceable
-    def forward(self, x):
-        """Attend within windows: (B*regions, windows, tokens, C) to the same shape."""
-        bias, qkv = self.bias(), self.qkv(x)  # B*regions, windows, tokens, 3*C
-        heads = self.attend(qkv.flatten(0, 1), bias)  # B*regions*windows, tokens, C
-        return self.project(heads).unflatten(0, (-1, x.shape[1]))  # B*regions, windows, tokens, C
-
-    def forward_messengers(self, x):
-        """What :meth:`forward` gives to the messengers alone: (B*regions, windows, 1, C)."""
-        bias, qkv = self.bias(), self.qkv(x)  # B*regions, windows, tokens, 3*C
-        heads = self.attend(qkv.flatten(0, 1), bias)[:, :1]  # B*regions*windows, 1, C
-        return self.project(heads).unflatten(0, (-1, x.shape[1]))  # B*regions, windows, 1, C
+    def forward(self, x, attend=attend_in_windows):
+        """Attend in windows, which ``attend`` finds: (B*regions, windows, tokens, C) to the same shape."""
+        attention = partial(self.attention, bias=self.bias())
+        heads = attend(self.qkv(x), attention)  # B*regions, windows, tokens, C
+        return self.proj_drop(self.proj(heads))
 
 
 class Block(nn.Module):
     """One MSG-Transformer block: local attention, messenger shuffle, MLP, the branches with drop path.
 
     The shuffle stands between the two residual branches and acts on the residual stream itself.
+    ``block(x, function)`` runs the function of the block and x in place of the formula, for example
+    ``Block.forward_messengers``, and the hooks of the block around it: some gather sharded weights.
     """
 
     def __init__(self, dim, heads, drop_path, options):
@@ -147,9 +147,10 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * options.mlp_ratio), drop=options.proj_drop_rate)
         self.drop_path = DropPath(drop_path)
 
-    @replaceable
-    def forward(self, x):
+    def forward(self, x, instead=None):
         """Apply the block: (B*regions, windows, tokens, C) to the same shape."""
+        if instead is not None:
+            return instead(self, x)
         x = x + self.drop_path(self.attn(self.norm1(x)))
         x = self.shuffle(x)
         return x + self.drop_path(self.mlp(self.norm2(x)))
@@ -160,7 +161,8 @@ class Block(nn.Module):
 
     def forward_messengers(self, x):
         """The messengers of :meth:`forward` alone, (B*regions, windows, 1, C): all that a head may read."""
-        x = x[:, :, :1] + self.drop_path(self.attn(self.norm1(x), LocalAttention.forward_messengers))
+        attend = partial(attend_in_windows, only_messengers=True)
+        x = x[:, :, :1] + self.drop_path(self.attn(self.norm1(x), attend))
         x = self.shuffle(x)
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
@@ -197,9 +199,8 @@ class Stage(PaddedStage):
     """Blocks at one resolution, and the patch merging after them unless it is the last stage.
 
     Args:
-        sizes: a :class:`~models.geometry.StageSizes`.
+        sizes, options: a StageSizes and the BlockOptions of geometry.py.
         drop_path: a rate for each block.
-        options: of the blocks.
         downsample: kind of merging, or None for the last stage.
     """
 
@@ -293,11 +294,10 @@ class MSGTransformer(TimmInterface, nn.Module):
         strict_img_size=False,
     ):
         super().__init__()
-        sizes = Geometry(img_size, patch_size, embed_dim, depths, num_heads, window_size, shuffle_size)
-        check_choices(manip_type, patch_embed, downsample, attention)
+        geometry.check_choices(manip_type, patch_embed, downsample, attention)
         exchange = dict(OTHER_EXCHANGES, shuf=shuffle_messengers)[manip_type] if tokens else None
-        stages = sizes.stages(exchange is not None)
-        options = BlockOptions(
+        stages = geometry.plan_stages(embed_dim, depths, num_heads, shuffle_size, exchange is not None)
+        options = geometry.BlockOptions(
             window_size=window_size,
             mlp_ratio=mlp_ratio,
             qkv_bias=qkv_bias,
@@ -309,22 +309,23 @@ class MSGTransformer(TimmInterface, nn.Module):
             attention=attention,
             exchange=exchange,
         )
-        self.img_size, self.grid_size, self.strict_img_size = sizes.sides, sizes.grid, strict_img_size
+        self.img_size, self.strict_img_size = geometry.known_sides(img_size, patch_size), strict_img_size
+        self.grid_size = geometry.patch_grid(self.img_size, patch_size)
         self.patch_size, self.shuffle_size = patch_size, list(shuffle_size)
-        self.num_classes, self.tokens, self.global_pool = num_classes, tokens, known_pool(global_pool, tokens)
+        self.num_classes, self.tokens = num_classes, tokens
+        self.global_pool = geometry.known_pool(global_pool, tokens)
         self.num_features = self.head_hidden_size = stages[-1].dim
         self.feature_info = feature_info(stages, patch_size)
-        patches, windows = sizes.grid[0] * sizes.grid[1], self.shuffle_size[0] ** 2
 
+        patches, windows = math.prod(self.grid_size), shuffle_size[0] ** 2
         self.absolute_pos_embed = nn.Parameter(torch.empty(1, patches, embed_dim)) if ape else None
         self.msg_tokens = nn.Parameter(torch.empty(1, windows, 1, embed_dim)) if tokens else None
-        patch_norm = norm_layer if patch_norm else None
-        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, patch_norm, patch_embed)
+        norm = norm_layer if patch_norm else None
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, norm, patch_embed)
         self.pos_drop = nn.Dropout(drop_rate)
         self.layers = nn.ModuleList()
-        for stage, rates in zip(stages, drop_path_rates(drop_path_rate, depths)):
-            merging = None if stage is stages[-1] else downsample
-            self.layers.append(Stage(stage, rates, options, merging))
+        for sizes, rates in zip(stages, geometry.drop_path_rates(drop_path_rate, depths)):
+            self.layers.append(Stage(sizes, rates, options, downsample if sizes is not stages[-1] else None))
         self.norm = norm_layer(self.num_features)
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
@@ -347,7 +348,7 @@ class MSGTransformer(TimmInterface, nn.Module):
             outside of each image.
         """
         if self.strict_img_size:
-            x = require_size(x, self.img_size)
+            x = geometry.require_size(x, self.img_size)
         x, extent = pad_to_patches(x, self.patch_size, sizes)
         x = self.patch_embed(x)  # B, H, W, C
         if self.absolute_pos_embed is not None:
@@ -375,7 +376,7 @@ class MSGTransformer(TimmInterface, nn.Module):
         return self.read_features(*self.forward_stages(x)[-1])
 
     def read_features(self, patches, messengers):
-        """What :meth:`forward_features` gives for the last stage's maps."""
+        """What the head reads of the last stage's maps: see :meth:`forward_features`."""
         if self.global_pool != "token":
             return self.norm(patches)
         return torch.cat([self.pool(messengers), self.norm(patches.flatten(1, 2))], dim=1)

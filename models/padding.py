@@ -18,7 +18,7 @@ what is exported takes any number of them.
 """
 
 import functools
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import NamedTuple
 
@@ -28,6 +28,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from .geometry import patch_grid
 from .tracing import exporting, image_size, plain_sizes, unwarned_trace
 
 KEPT = 16  # layouts that a stage remembers
@@ -54,9 +55,9 @@ class Extent:
             height, width: of the batch, in pixels.
             sizes: (height, width) in pixels of each image; None where all fill the batch.
         """
-        tokens = [(-(-rows // patch_size), -(-columns // patch_size)) for rows, columns in sizes or ()]
-        whole = -(-height // patch_size), -(-width // patch_size)
-        return cls(*whole, tuple(tokens) if any(size != whole for size in tokens) else None)
+        tokens = tuple(patch_grid(sides, patch_size) for sides in sizes or ())
+        whole = patch_grid((height, width), patch_size)
+        return cls(*whole, tokens if any(size != whole for size in tokens) else None)
 
     def windows(self, window_size):
         """How many windows hold the map, vertically and horizontally."""
@@ -106,68 +107,50 @@ class Rows(NamedTuple):
     blank: torch.Tensor
 
     @classmethod
-    def of(cls, index):
+    def of(cls, index, device):
         """From a numpy array of indices, with -1 for nowhere."""
         index = index.ravel()
-        return cls(torch.from_numpy(index.clip(min=0)), torch.from_numpy(np.flatnonzero(index < 0)))
+        parts = index.clip(min=0), np.flatnonzero(index < 0)
+        return cls(*(torch.from_numpy(part).to(device) for part in parts))
 
 
 @dataclass(frozen=True)
 class Layout:
     """Where the tokens of a stage are, for images of given sizes.
 
-    Args:
-        images: how many share the rows.
-        extent: of their maps.
-        window_size: of the stage.
-        regions, windows: shuffle regions of these images, and windows in a region.
-        has_messengers: whether windows have them.
-        full, padded, empty: windows whose tokens are all patches, some of them, and none.
-        tokens: of a window, the messenger included.
-        held: rows of all padded windows.
-        rows: each row's place in the map of patches followed by that of messengers, both flattened.
-        maps: each place's row; the opposite of ``rows``.
-        filled: the row of each token of the padded windows, counted from the first row of them all; hidden
-            tokens take the first row of their window.
-        spread: the same, where hidden tokens are zero.
-        gathered: the token of each row of the padded windows; the opposite of ``spread``.
-        messengers: the row of each window's messenger, (regions * windows,).
-        order: each window's number, full ones first, then padded ones, then empty ones, (regions * windows,).
-        messenger_map: each place's window in the map of messengers, among regions * windows.
-        region: each row's region.
-        hidden: bool (padded windows, tokens), the tokens that no row stands for.
+    A token of a window that no row stands for is hidden.
     """
 
-    images: int
-    extent: Extent
+    images: int  # that share the rows
+    extent: Extent  # of their maps
     window_size: int
-    regions: int
-    windows: int
+    regions: int  # shuffle regions of these images
+    windows: int  # in a region
     has_messengers: bool
-    full: int
-    padded: int
-    empty: int
-    tokens: int
-    held: int
-    rows: Rows
-    maps: Rows
-    filled: Rows
-    spread: Rows
-    gathered: Rows
-    messengers: torch.Tensor
-    order: torch.Tensor
-    messenger_map: Rows
-    region: torch.Tensor
-    hidden: torch.Tensor
+    full: int  # windows whose tokens are all patches
+    padded: int  # windows with some patches
+    empty: int  # windows without patches
+    tokens: int  # of a window, the messenger included
+    held: int  # rows of all padded windows
+    rows: Rows  # each row's place in the map of patches followed by that of messengers, both flattened
+    maps: Rows  # each place's row; the opposite of ``rows``
+    spread: Rows  # the row of each token of the padded windows, from their first; hidden tokens are zero
+    gathered: Rows  # the token of each row of the padded windows; the opposite of ``spread``
+    messengers: torch.Tensor  # (regions * windows,), the row of each window's messenger
+    order: torch.Tensor  # (regions * windows,), each window's number: first the full, last the empty ones
+    messenger_map: Rows  # each place's window in the map of messengers, among regions * windows
+    region: torch.Tensor  # each row's region
+    hidden: torch.Tensor  # bool (padded windows, tokens)
 
     @classmethod
-    def build(cls, images, extent, window_size, shuffle_size, has_messengers):
-        """The layout of a stage, with its tensors on the CPU.
+    def build(cls, images, extent, window_size, shuffle_size, has_messengers, device="cpu"):
+        """The layout of a stage.
 
         Args:
             images: how many share the rows: the length of ``extent.sizes``, where that is given.
             extent: of the stage's maps.
             window_size, shuffle_size, has_messengers: of the stage.
+            device: of the tensors.
         """
         height, width = extent.windows(window_size)
         region_rows, region_columns = -(-height // shuffle_size), -(-width // shuffle_size)
@@ -199,14 +182,16 @@ class Layout:
         by_row = np.concatenate([full, padded, empty])  # each window, in the order of the rows
         of_padded = tokens[padded].ravel()
         gathered = np.flatnonzero(of_padded >= 0)
-        spread = _inverse(gathered, len(of_padded))
-        first_of_window = spread[:: tokens.shape[1]].repeat(tokens.shape[1])
         rows = np.concatenate([tokens[full].ravel(), of_padded[gathered], np.full(len(empty), -1)])
         lengths = np.concatenate(
             [(tokens[by_row[: len(full) + len(padded)]] >= 0).sum(1), np.ones_like(empty)]
         )
         order, first = np.zeros((2, regions * windows), dtype=np.int64)
         order[by_row], first[by_row] = np.arange(len(by_row)), lengths.cumsum() - lengths
+
+        def moved(array):
+            return torch.from_numpy(array).to(device)
+
         return cls(
             images=images,
             extent=extent,
@@ -219,28 +204,16 @@ class Layout:
             empty=len(empty),
             tokens=tokens.shape[1],
             held=len(gathered),
-            rows=Rows.of(rows),
-            maps=Rows.of(_inverse(rows, of_maps)),
-            filled=Rows.of(np.where(spread < 0, first_of_window, spread)),
-            spread=Rows.of(spread),
-            gathered=Rows.of(gathered),
-            messengers=torch.from_numpy(first),
-            order=torch.from_numpy(order),
-            messenger_map=Rows.of(_inverse(messengers.ravel(), images * height * width)),
-            region=torch.from_numpy((by_row // windows).repeat(lengths)),
-            hidden=torch.from_numpy(tokens[padded] < 0),
+            rows=Rows.of(rows, device),
+            maps=Rows.of(_inverse(rows, of_maps), device),
+            spread=Rows.of(_inverse(gathered, len(of_padded)), device),
+            gathered=Rows.of(gathered, device),
+            messengers=moved(first),
+            order=moved(order),
+            messenger_map=Rows.of(_inverse(messengers.ravel(), images * height * width), device),
+            region=moved((by_row // windows).repeat(lengths)),
+            hidden=moved(tokens[padded] < 0),
         )
-
-    def to(self, device):
-        """The same with its tensors on a device."""
-        moved = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, torch.Tensor):
-                moved[field.name] = value.to(device)
-            elif isinstance(value, Rows):
-                moved[field.name] = Rows(*(tensor.to(device) for tensor in value))
-        return replace(self, **moved)
 
     def cut(self, patches, messengers):
         """Maps to rows (N, T, C).
@@ -279,13 +252,13 @@ class Layout:
         """The messengers of rows (N, T, C) as windows of one token, (N*regions, windows, 1, C)."""
         return x.index_select(1, self.messengers).reshape(-1, self.windows, 1, x.shape[2])
 
-    def attend(self, qkv, attend, only_messengers=False):
+    def attend(self, qkv, attention, only_messengers=False):
         """Attention in every window.
 
         Args:
             qkv: rows (N, T, 3C).
-            attend: computes the attention of windows, (windows, tokens, 3C) to (windows, tokens, C), where
-                some tokens are ``hidden``: bool (windows, tokens).
+            attention: of windows, (windows, tokens, 3C) to (windows, tokens, C), where some tokens are
+                ``hidden``: bool (windows, tokens).
             only_messengers: whether the result is that of the messengers alone.
 
         Returns:
@@ -296,15 +269,16 @@ class Layout:
         parts = []
         if self.full:
             x = of_full.unflatten(1, (self.full, self.tokens)).flatten(0, 1)  # N*full, tokens, 3C
-            x = attend(x).unflatten(0, (-1, self.full))  # N, full, tokens, C
+            x = attention(x).unflatten(0, (-1, self.full))  # N, full, tokens, C
             parts.append(x[:, :, 0] if only_messengers else x.flatten(1, 2))
         if self.padded:
-            x = _take(of_padded, self.filled, self.gathered)  # N, padded*tokens, 3C
+            x = _take(of_padded, self.spread, self.gathered)  # N, padded*tokens, 3C
             x = x.unflatten(1, (self.padded, self.tokens)).flatten(0, 1)  # N*padded, tokens, 3C
             hidden = self.hidden.repeat(qkv.shape[0], 1) if exporting() or not qkv.shape[0] else self.hidden
-            x = attend(x, hidden=hidden).unflatten(0, (-1, self.padded))  # N, padded, tokens, C
-            rows = self.gathered, self.spread
-            parts.append(x[:, :, 0] if only_messengers else _take(x.flatten(1, 2), *rows))
+            x = attention(x, hidden=hidden).unflatten(0, (-1, self.padded))  # N, padded, tokens, C
+            parts.append(
+                x[:, :, 0] if only_messengers else _take(x.flatten(1, 2), self.gathered, self.spread)
+            )
         if self.empty:  # who attends to itself gets its value
             parts.append(alone.chunk(3, dim=2)[2])
         x = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
@@ -384,15 +358,9 @@ def _inverse(index, count):
     return inverse
 
 
-def attend_rows(attention, x, layout, only_messengers=False):
-    """What a LocalAttention does to windows, done to rows (N, T, C); see :meth:`Layout.attend`."""
-    attend = partial(attention.attend, bias=attention.bias())
-    return attention.project(layout.attend(attention.qkv(x), attend, only_messengers))
-
-
 def block_on_rows(block, x, layout):
     """What a Block does to windows, done to rows (N, T, C)."""
-    x = layout.add(x, block.attn(block.norm1(x), partial(attend_rows, layout=layout)), block.drop_path)
+    x = layout.add(x, block.attn(block.norm1(x), layout.attend), block.drop_path)
     if block.exchange:
         x = layout.exchange(x, block.exchange)
     return layout.add(x, block.mlp(block.norm2(x)), block.drop_path)
@@ -400,7 +368,7 @@ def block_on_rows(block, x, layout):
 
 def block_on_messengers(block, x, layout):
     """The messengers of :func:`block_on_rows` alone, as windows of one token, (N*regions, windows, 1, C)."""
-    attend = partial(attend_rows, layout=layout, only_messengers=True)
+    attend = partial(layout.attend, only_messengers=True)
     x = layout.read_messengers(x) + block.drop_path(block.attn(block.norm1(x), attend))
     x = block.shuffle(x)
     return x + block.drop_path(block.mlp(block.norm2(x)))
@@ -448,7 +416,7 @@ class PaddedStage(nn.Module):
         asked = images, extent, self.window_size, self.shuffle_size, self.tokens
         if recorded:  # what is made here belongs to the recording
             with unwarned_trace():
-                return Layout.build(*asked).to(x.device)
+                return Layout.build(*asked, x.device)
         if torch.compiler.is_compiling():
             sizes = extent.height, extent.width, extent.sizes
             parts = _constant_parts(images, sizes, *asked[2:], str(x.device))
@@ -482,13 +450,13 @@ class Layouts:
         return Layouts, ()
 
 
-def _layout(images, extent, window_size, shuffle_size, has_messengers, device):
+def _layout(*asked):
     with torch.inference_mode(False):  # or no training could use it
-        return Layout.build(images, extent, window_size, shuffle_size, has_messengers).to(device)
+        return Layout.build(*asked)
 
 
 @torch.compiler.assume_constant_result
-def _constant_parts(images, sizes, window_size, shuffle_size, has_messengers, device):
+def _constant_parts(images, sizes, *asked):
     """The fields of a layout without its extent: torch.compile takes no other objects for constants."""
-    layout = _layout(images, Extent(*sizes), window_size, shuffle_size, has_messengers, device)
+    layout = _layout(images, Extent(*sizes), *asked)
     return tuple(getattr(layout, field.name) for field in fields(Layout) if field.name != "extent")

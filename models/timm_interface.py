@@ -1,6 +1,7 @@
 """What timm's users expect of a model, besides ``forward_features`` and ``forward_head``."""
 
 from timm.layers import resample_abs_pos_embed, trunc_normal_
+from timm.models._features import feature_take_indices
 from torch import nn
 
 import checkpoint as ckpt
@@ -26,10 +27,9 @@ class TimmInterface:
     def set_input_size(self, img_size=None, *, window_size=None):
         """Make the model for images of another size, or give it other windows (timm's interface).
 
-        Images of any size are taken without this; it matters for the windows, for absolute positions, which
-        are resampled once instead of in every call, for ``strict_img_size`` and for :meth:`flops`. Shuffle
-        regions keep their number of windows, that of training. Parameters that are resized are new objects:
-        an optimizer comes after this.
+        Images of any size are taken without this, which sets the windows, resamples absolute positions once,
+        and counts for ``strict_img_size`` and :meth:`flops`. Shuffle regions keep their number of windows.
+        Parameters that are resized are new objects: an optimizer comes after this.
 
         Args:
             img_size: side of the images in pixels, or (height, width); None for what it is.
@@ -47,19 +47,20 @@ class TimmInterface:
             self.absolute_pos_embed = _like(self.absolute_pos_embed, positions)
         self.img_size, self.grid_size = sides, grid
         for stage in self.layers:
-            if window_size != stage.window_size:
-                stage.window_size = window_size
-                for block in stage.blocks:
-                    _set_window(block.attn, window_size)
+            if window_size == stage.window_size:
+                continue
+            stage.window_size = window_size
+            for block in stage.blocks:
+                table = block.attn.relative_position_bias_table
+                resized = resize_table(table.detach(), window_size)
+                block.attn.relative_position_bias_table = _like(table, resized)
+                block.attn.set_index(window_size)
         # From these, newer versions of timm build the model again.
         self._traits = dict(getattr(self, "_traits", {}), img_size=sides)
-        built = dict(getattr(self, "_model_args", {}), img_size=sides, window_size=window_size)
-        self._model_args = built
+        self._model_args = dict(getattr(self, "_model_args", {}), img_size=sides, window_size=window_size)
 
     def load_pretrained(self, path, prefix=""):
-        """Load the weights of a file, checked and fitted as those of ``--pretrained`` (timm's interface).
-
-        timm calls it for a ``pretrained_cfg`` with a ``file`` and ``custom_load``.
+        """Load a file as ``--pretrained`` does: timm calls this where ``pretrained_cfg`` has ``custom_load``.
 
         Args:
             path: a file, or an https address.
@@ -93,27 +94,26 @@ class TimmInterface:
             x: images (B, in_chans, height, width).
             indices: stages to return: a list, the last n for an int, all for None.
             norm: apply the final norm to the last stage's map.
-            stop_early: accepted for timm; the stages after the last chosen one never run with
-                intermediates_only.
+            stop_early: accepted for timm; ``intermediates_only`` stops after the last chosen stage.
             output_fmt: ``NCHW``, ``NHWC`` or ``NLC``.
             intermediates_only: leave out what the head reads.
-            output_dict: return a dict of ``image_intermediates``, with prefix tokens
-                ``image_intermediates_prefix``, and ``image_features`` for what the head reads.
-            return_prefix_tokens: give the messengers (B, windows, C) with every map.
+            output_dict: return a dict of ``image_intermediates``, ``image_intermediates_prefix`` and
+                ``image_features``, what the head reads.
+            return_prefix_tokens: make pairs of maps and messengers (B, windows, C).
 
         Returns:
-            The list of maps, or of pairs (map, messengers) with prefix tokens; unless ``intermediates_only``,
-            (what the head reads, list).
+            The list of maps; unless ``intermediates_only``, what the head reads and the list.
 
         Raises:
-            ValueError: a format or stage that does not exist, or messengers of a model without them.
+            ValueError: a format that does not exist, or messengers of a model without them.
+            AssertionError: stages that do not exist.
         """
         if output_fmt not in ("NCHW", "NHWC", "NLC"):
             raise ValueError(f"output_fmt {output_fmt!r}: use NCHW, NHWC or NLC")
         if return_prefix_tokens and not self.tokens:
             raise ValueError("return_prefix_tokens: this model has no messengers")
-        chosen = stage_indices(indices, len(self.layers))
-        stages = self.forward_stages(x, count=1 + max(chosen) if intermediates_only else None)
+        chosen, last = feature_take_indices(len(self.layers), indices)
+        stages = self.forward_stages(x, count=1 + last if intermediates_only else None)
         maps, prefixes = [], []
         for i in sorted(chosen):
             normed = norm and i + 1 == len(self.feature_info)
@@ -136,8 +136,8 @@ class TimmInterface:
 
     def prune_intermediate_layers(self, indices=1, prune_norm=False, prune_head=True):
         """Drop what :meth:`forward_intermediates` does not need for ``indices`` (timm's interface)."""
-        chosen = stage_indices(indices, len(self.layers))
-        self.layers = self.layers[: max(chosen) + 1]
+        chosen, last = feature_take_indices(len(self.layers), indices)
+        self.layers = self.layers[: last + 1]
         self.layers[-1].downsample = None
         if prune_norm:
             self.norm = nn.Identity()
@@ -204,15 +204,11 @@ class TimmInterface:
         return {name for name, _ in self.named_parameters() if name.endswith(kinds)}
 
     def flops(self):
-        """Multiply-accumulate operations for one image, under the name that Swin's models give them."""
+        """Multiply-accumulate operations for one image, under Swin's name for them."""
         return classifier_macs(self)
 
     def __prepare_scriptable__(self):
-        """What ``torch.jit.script`` asks first.
-
-        Raises:
-            NotImplementedError: always.
-        """
+        """Refuse what ``torch.jit.script`` asks for first."""
         raise NotImplementedError("the model cannot be scripted: use torch.jit.trace or torch.export")
 
 
@@ -221,28 +217,9 @@ def _like(parameter, values):
     return nn.Parameter(values, requires_grad=parameter.requires_grad)
 
 
-def _set_window(attention, window_size):
-    """Resize the position biases of a LocalAttention to windows of ``window_size`` tokens on a side."""
-    table = attention.relative_position_bias_table
-    attention.relative_position_bias_table = _like(table, resize_table(table.detach(), window_size))
-    attention.set_index(window_size)
-
-
 def feature_info(stages, patch_size):
     """What timm's ``features_only`` asks of each of the stages, given as a list of StageSizes."""
     return [
         dict(num_chs=sizes.dim, reduction=patch_size * 2**i, module=f"layers.{i}")
         for i, sizes in enumerate(stages)
     ]
-
-
-def stage_indices(indices, stages):
-    """Numbers of the chosen stages, from None (all), an int (the last n) or a list, -1 for the last stage."""
-    if indices is None:
-        return list(range(stages))
-    if isinstance(indices, int):
-        indices = range(stages - indices, stages)
-    chosen = [i + stages if i < 0 else i for i in indices]
-    if not chosen or not all(0 <= i < stages for i in chosen):
-        raise ValueError(f"stage indices {list(indices)}: the model has stages 0 to {stages - 1}")
-    return chosen

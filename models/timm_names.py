@@ -5,8 +5,8 @@ All take any arguments of MSGTransformer, and timm's ``device``, ``dtype``, ``dy
 ``img_size`` and ``window_size``. ``msg_cifar10`` alone has weights, in a file of this repository.
 
 Whatever weights these models load, by ``pretrained``, ``checkpoint_path`` or ``load_state_dict``, may be of
-other sizes: see ``loading.py``. With ``pretrained``, timm itself adapts the first convolution and renews the
-head; those of ``msg_cifar10`` are loaded as those of ``--pretrained`` are.
+other sizes: see checkpoint/resize.py. With ``pretrained``, timm adapts the first convolution and renews
+the head; those of ``msg_cifar10`` are loaded as those of ``--pretrained`` are.
 """
 
 import contextlib
@@ -60,25 +60,49 @@ _CIFAR10 = dict(
     license="apache-2.0",
     description="trained on CIFAR-10, see weights/msg_cifar10/README.md",
 )
-default_cfgs = generate_default_cfgs(
-    {
-        f"msg_{variant}{size}_p4_win7_224": _UNTRAINED
-        for variant in ("", "cvpr22_")
-        for size in ("tiny", "small", "base")
-    }
-    | {"msg_cifar10": _CIFAR10}
-)
+_CVPR22 = dict(patch_embed="conv", downsample="conv")
+# Arguments where they differ from MSGTransformer's defaults, and the depths of all.
+_ARGUMENTS = {
+    "msg_tiny_p4_win7_224": dict(depths=(2, 2, 6, 2), drop_path_rate=0.2),
+    "msg_small_p4_win7_224": dict(depths=(2, 2, 18, 2), drop_path_rate=0.3),
+    "msg_base_p4_win7_224": dict(
+        embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32), drop_path_rate=0.5
+    ),
+    "msg_cvpr22_tiny_p4_win7_224": dict(
+        _CVPR22, embed_dim=64, depths=(2, 4, 12, 4), num_heads=(2, 4, 8, 16), drop_path_rate=0.1
+    ),
+    "msg_cvpr22_small_p4_win7_224": dict(_CVPR22, depths=(2, 4, 12, 4), drop_path_rate=0.3),
+    "msg_cvpr22_base_p4_win7_224": dict(_CVPR22, depths=(2, 4, 28, 4), drop_path_rate=0.5),
+    "msg_cifar10": dict(
+        img_size=32,
+        patch_size=2,
+        embed_dim=32,
+        depths=(2, 2, 2),
+        num_heads=(1, 2, 4),
+        window_size=4,
+        shuffle_size=(4, 2, 1),
+        drop_path_rate=0.0,
+    ),
+}
+default_cfgs = generate_default_cfgs(dict.fromkeys(_ARGUMENTS, _UNTRAINED) | {"msg_cifar10": _CIFAR10})
 
 
-def _create(variant, pretrained, defaults, kwargs, stages=4):
-    features = dict(out_indices=tuple(range(stages)), feature_cls="getter") | kwargs.pop("feature_cfg", {})
-    feature_cls = kwargs.get("feature_cls", features["feature_cls"])
-    if feature_cls != "getter":
-        raise ValueError(
-            f"feature_cls {feature_cls!r}: stages give pairs of patches and messengers, from which only the "
-            "default, getter, makes maps"
-        )
-    return build_model_with_cfg(_build, variant, pretrained, feature_cfg=features, **dict(defaults, **kwargs))
+def _register(name, defaults):
+    """The function that creates a model, which timm knows by its name."""
+
+    def create(pretrained=False, **kwargs):
+        stages = tuple(range(len(defaults["depths"])))
+        features = dict(out_indices=stages, feature_cls="getter") | kwargs.pop("feature_cfg", {})
+        feature_cls = kwargs.get("feature_cls", features["feature_cls"])
+        if feature_cls != "getter":
+            raise ValueError(
+                f"feature_cls {feature_cls!r}: stages give pairs of patches and messengers, from which only "
+                "the default, getter, makes maps"
+            )
+        return build_model_with_cfg(_build, name, pretrained, feature_cfg=features, **(defaults | kwargs))
+
+    create.__name__ = name
+    return register_model(create)
 
 
 def _build(
@@ -91,18 +115,12 @@ def _build(
     dtype=None,
     **arguments,
 ):
-    """MSGTransformer of timm's arguments.
+    """MSGTransformer of timm's arguments; raises a ValueError for what cannot be built.
 
     Args:
-        window_size: tokens on a side of a window.
         norm_layer: class, or a name that timm knows, of norms over the last dimension.
         shuffle_size: fitted to the images of training, whatever the size of these.
-        strict_img_size: refuse images of other sizes; None for False.
-        dynamic_img_size: the opposite; None to leave it to ``strict_img_size``.
-        device, dtype: of the parameters.
-
-    Raises:
-        ValueError: a combination that cannot be built.
+        dynamic_img_size: the opposite of ``strict_img_size``, or None.
     """
     if dynamic_img_size and strict_img_size:
         raise ValueError("dynamic_img_size and strict_img_size contradict each other: give one of them")
@@ -126,11 +144,7 @@ def _build(
 
 
 def _known_norm(norm_layer):
-    """The class of a norm.
-
-    Raises:
-        ValueError: timm has none of this name, or it does not work on tokens (..., C).
-    """
+    """The class of a norm, tried on tokens (..., C)."""
     try:
         norm = get_norm_layer(norm_layer)
         with torch.device("cpu"), torch.no_grad():
@@ -142,62 +156,5 @@ def _known_norm(norm_layer):
     return norm
 
 
-@register_model
-def msg_tiny_p4_win7_224(pretrained=False, **kwargs):
-    """MSG-Transformer-T of arXiv v1: 28.3M parameters, 4.6 GMACs."""
-    return _create("msg_tiny_p4_win7_224", pretrained, dict(drop_path_rate=0.2), kwargs)
-
-
-@register_model
-def msg_small_p4_win7_224(pretrained=False, **kwargs):
-    """MSG-Transformer-S of arXiv v1: 49.6M parameters, 8.9 GMACs."""
-    defaults = dict(depths=(2, 2, 18, 2), drop_path_rate=0.3)
-    return _create("msg_small_p4_win7_224", pretrained, defaults, kwargs)
-
-
-@register_model
-def msg_base_p4_win7_224(pretrained=False, **kwargs):
-    """MSG-Transformer-B of arXiv v1: 87.8M parameters, 15.8 GMACs."""
-    defaults = dict(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32), drop_path_rate=0.5)
-    return _create("msg_base_p4_win7_224", pretrained, defaults, kwargs)
-
-
-def _cvpr22(**sizes):
-    return dict(patch_embed="conv", downsample="conv", **sizes)
-
-
-@register_model
-def msg_cvpr22_tiny_p4_win7_224(pretrained=False, **kwargs):
-    """MSG-Transformer-T of CVPR 2022: 25.1M parameters, 3.8 GMACs."""
-    defaults = _cvpr22(embed_dim=64, depths=(2, 4, 12, 4), num_heads=(2, 4, 8, 16), drop_path_rate=0.1)
-    return _create("msg_cvpr22_tiny_p4_win7_224", pretrained, defaults, kwargs)
-
-
-@register_model
-def msg_cvpr22_small_p4_win7_224(pretrained=False, **kwargs):
-    """MSG-Transformer-S of CVPR 2022: 56.0M parameters, 8.5 GMACs."""
-    defaults = _cvpr22(depths=(2, 4, 12, 4), drop_path_rate=0.3)
-    return _create("msg_cvpr22_small_p4_win7_224", pretrained, defaults, kwargs)
-
-
-@register_model
-def msg_cvpr22_base_p4_win7_224(pretrained=False, **kwargs):
-    """MSG-Transformer-B of CVPR 2022: 84.4M parameters, 14.3 GMACs."""
-    defaults = _cvpr22(depths=(2, 4, 28, 4), drop_path_rate=0.5)
-    return _create("msg_cvpr22_base_p4_win7_224", pretrained, defaults, kwargs)
-
-
-@register_model
-def msg_cifar10(pretrained=False, **kwargs):
-    """The model of configs/cifar10_small.yaml, not in the paper: 0.57M parameters, 0.02 GMACs at 32 px."""
-    defaults = dict(
-        img_size=32,
-        patch_size=2,
-        embed_dim=32,
-        depths=(2, 2, 2),
-        num_heads=(1, 2, 4),
-        window_size=4,
-        shuffle_size=(4, 2, 1),
-        drop_path_rate=0.0,
-    )
-    return _create("msg_cifar10", pretrained, defaults, kwargs, stages=3)
+for name, defaults in _ARGUMENTS.items():
+    globals()[name] = _register(name, defaults)

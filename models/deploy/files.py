@@ -6,6 +6,7 @@ A file takes any number of images of one size, because windows and padding are l
 import contextlib
 import copy
 import importlib.util
+import math
 import os
 import tempfile
 import warnings
@@ -29,23 +30,14 @@ QUANTISED, SAME_QUANTISED = 0.1, 0.01
 
 @dataclass(frozen=True)
 class Exportable:
-    """What a file is made from.
+    """What a file is made from."""
 
-    Args:
-        model: takes images (B, C, H, W), gives a tensor or a tuple of them.
-        weights: tensors by name, for formats that hold weights alone.
-        size: (C, H, W) of an image.
-        outputs: a name for each tensor that it gives.
-        metadata: text by name, that formats carry along.
-        rebuild: called with the path of a file of weights, makes the model again from it alone.
-    """
-
-    model: nn.Module
-    weights: dict
-    size: tuple
-    outputs: tuple
-    metadata: dict
-    rebuild: Callable
+    model: nn.Module  # takes images (B, C, H, W), gives a tensor or a tuple of them
+    weights: dict  # tensors by name, for formats that hold weights alone
+    size: tuple  # (C, H, W) of an image
+    outputs: tuple  # a name for each tensor that the model gives
+    metadata: dict  # text by name, that formats carry along
+    rebuild: Callable  # makes the model again from the path of a file of weights
 
     def images(self, count):
         """Normalised noise images (count, C, H, W), the same ones for the same count."""
@@ -54,54 +46,33 @@ class Exportable:
 
 @dataclass(frozen=True)
 class Format:
-    """How a kind of file is written and run.
+    """How a kind of file is written and run."""
 
-    Args:
-        ending: of file names.
-        write: called with an :class:`Exportable`, its model prepared, and a path.
-        runners: by name, what makes of a path and the Exportable a function of images.
-        optional: names of runners that are left out where their package is missing.
-        packages: what ``pip install`` is asked for; the module names are the same.
-        prepare: makes of a model the one that is written, in place of it.
-    """
-
-    ending: str
-    write: Callable
-    runners: dict
-    optional: tuple = ()
-    packages: tuple = ()
-    prepare: Callable | None = None
+    ending: str  # of file names
+    write: Callable  # takes an Exportable, its model prepared, and a path
+    runners: dict  # by name, what makes a function of images from a path and the Exportable
+    optional: tuple = ()  # runners that are left out where their package is missing
+    packages: tuple = ()  # for pip install; the module names are the same
+    prepare: Callable | None = None  # makes from a model the one that is written
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """What computes ONNX files on the CPU, on as many threads as PyTorch.
+    """What computes ONNX files on the CPU, on as many threads as PyTorch."""
 
-    Args:
-        title: its name for people.
-        load: makes of a path and a dtype a function of float32 images.
-        dtypes: that it computes in.
-        packages: what ``pip install`` is asked for to write a file and run it; the module names are the same.
-    """
-
-    title: str
-    load: Callable
-    dtypes: tuple
-    packages: tuple
+    title: str  # its name for people
+    load: Callable  # makes a function of float32 images from a path and a dtype
+    dtypes: tuple  # that it computes in
+    packages: tuple  # for pip install, to write a file and run it; the module names are the same
 
 
 @dataclass
 class Kept:
-    """A file that agrees with PyTorch.
-
-    Args:
-        errors: the largest error of each runner.
-        runs: functions of images by runner, of the file under its last name.
-    """
+    """A file that agrees with PyTorch."""
 
     path: str
-    errors: dict = field(default_factory=dict)
-    runs: dict = field(default_factory=dict)
+    errors: dict = field(default_factory=dict)  # the largest error of each runner
+    runs: dict = field(default_factory=dict)  # functions of images by runner
 
 
 def require_packages(names):
@@ -230,14 +201,13 @@ def largest_error(runner, found, expected, limit):
     Raises:
         UserError: it is larger, or the outputs cannot be compared.
     """
-    worst = 0.0
+    errors = []
     for x, y in _pairs(runner, found, expected):
-        error = (x - y).abs().max().item()
-        allowed = limit and limit * max(1.0, y.abs().max().item())
-        if limit and error > allowed:
-            raise UserError(f"{runner} is up to {error:.2g} off PyTorch, more than {allowed:.2g}")
-        worst = max(worst, error)
-    return worst
+        errors.append((x - y).abs().max().item())
+        allowed = (limit or math.inf) * max(1.0, y.abs().max().item())
+        if errors[-1] > allowed:
+            raise UserError(f"{runner} is up to {errors[-1]:.2g} off PyTorch, more than {allowed:.2g}")
+    return max(errors, default=0.0)
 
 
 def require_near(runner, found, expected, limit):
@@ -246,16 +216,13 @@ def require_near(runner, found, expected, limit):
     Raises:
         UserError: it is above ``limit``, or the outputs cannot be compared.
     """
-    worst = 0.0
+    errors = []
     for x, y in _pairs(runner, found, expected):
-        error = ((x - y).square().mean().sqrt() / y.std(correction=0).clamp(min=1e-12)).item()
-        if error > limit:
-            raise UserError(
-                f"{runner} differs from PyTorch by {error:.1%} of the spread of the outputs, more than "
-                f"{limit:.0%}"
-            )
-        worst = max(worst, error)
-    return worst
+        errors.append(((x - y).square().mean().sqrt() / y.std(correction=0).clamp(min=1e-12)).item())
+        if errors[-1] > limit:
+            share = f"{errors[-1]:.1%} of the spread of the outputs"
+            raise UserError(f"{runner} differs from PyTorch by {share}, more than {limit:.0%}")
+    return max(errors, default=0.0)
 
 
 def _as_tuple(outputs):
@@ -315,11 +282,7 @@ def _write_onnx(exportable, path):
 
 
 def run_onnxruntime(path, dtype=torch.float32):
-    """A function of images float32 that ONNX Runtime computes on the CPU from an ONNX file.
-
-    Args:
-        dtype: it has float32 alone.
-    """
+    """A function of images float32 that ONNX Runtime computes on the CPU in float32 from an ONNX file."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -330,14 +293,26 @@ def run_onnxruntime(path, dtype=torch.float32):
     return lambda images: tuple(map(torch.from_numpy, session.run(None, {"images": images.numpy()})))
 
 
+def openvino_has_bfloat16():
+    """Whether OpenVINO computes in bfloat16 on this processor: elsewhere it takes float32 without a word."""
+    import openvino
+
+    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
 def run_openvino(path, dtype=torch.float32):
     """A function of images float32 that OpenVINO computes on the CPU from an ONNX file.
 
     Args:
         dtype: float32 or bfloat16; its own choice is bfloat16 where the processor has that.
+
+    Raises:
+        UserError: the processor has no bfloat16.
     """
     import openvino
 
+    if dtype == torch.bfloat16 and not openvino_has_bfloat16():
+        raise UserError("OpenVINO does not compute in bfloat16 on this processor")
     settings = dict(
         INFERENCE_PRECISION_HINT="bf16" if dtype == torch.bfloat16 else "f32",
         INFERENCE_NUM_THREADS=torch.get_num_threads(),

@@ -20,6 +20,7 @@ from .files import (
     InPyTorch,
     attempt,
     largest_error,
+    openvino_has_bfloat16,
     outputs_of,
     require_near,
     require_packages,
@@ -70,13 +71,15 @@ def _obstacle(name, compute):
     """Why a runtime cannot evaluate as ``compute`` says, in words that begin with its name; or ""."""
     if compute.device.type != "cpu":
         return f"{name} computes on the CPU: add --device cpu"
+    advice = "set AMP_OPT_LEVEL to O0 (--disable-amp)"
     if compute.dtype not in (None, *RUNTIMES[name].dtypes):
-        dtype = str(compute.dtype).removeprefix("torch.")
-        return f"{name} does not compute in {dtype}: set AMP_OPT_LEVEL to O0 (--disable-amp)"
+        return f"{name} does not compute in {str(compute.dtype).removeprefix('torch.')}: {advice}"
     try:
         require_packages([name])
     except UserError as error:
         return str(error)
+    if compute.dtype == torch.bfloat16 and not openvino_has_bfloat16():
+        return f"{name} does not compute in bfloat16 on this processor: {advice}"
     return ""
 
 
@@ -85,9 +88,8 @@ def hand_over(model, name, size, dtype=torch.float32):
 
     Args:
         model: on the CPU; its weights must stay as they are.
-        name: of ``RUNTIMES``.
+        name, dtype: of ``RUNTIMES``, and what it computes in.
         size: (C, H, W) of its images.
-        dtype: to compute in.
 
     Raises:
         UserError: a package is missing, or the runtime cannot compute this model.
@@ -113,9 +115,8 @@ class HandedOver(nn.Module):
 
     Args:
         model: in PyTorch.
-        name: of ``RUNTIMES``.
-        run: what that makes of the model, a function of images (B, C, H, W) float32.
-        dtype: that it computes in.
+        name, dtype: of ``RUNTIMES``, and what it computes in.
+        run: a function of images (B, C, H, W) float32.
     """
 
     def __init__(self, model, name, run, dtype):

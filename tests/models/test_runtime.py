@@ -16,14 +16,13 @@ import checkpoint as ckpt
 import models
 from config import ConfigError, dump_config, get_config, parse_config
 from distributed import Compute
-from models.deploy.files import run_onnxruntime, run_openvino
-from models.deploy.runtime import HandedOver, build_runtime, choose_runtime, hand_over
+from models.deploy.files import FORMATS, RUNTIMES, Exportable, run_onnxruntime, run_openvino
+from models.deploy.runtime import HandedOver, build_runtime, choose_runtime
 from utils import UserError
 
 SMALL = ["MODEL.NUM_CLASSES", 3, "MODEL.MSG.DEPTHS", "[1, 1]", "MODEL.MSG.NUM_HEADS", "[3, 6]"]
 SMALL += ["MODEL.MSG.SHUF_SIZE", "[4, 2]", "DATA.NUM_WORKERS", 0]
 CPU, ROUNDED = Compute(torch.device("cpu")), Compute(torch.device("cpu"), torch.bfloat16)
-RUNTIMES = ["onnxruntime", "openvino"]
 
 
 def small():
@@ -35,9 +34,11 @@ def images(count):
 
 
 @pytest.fixture(scope="module")
-def written():
-    """What runtimes made of the small model, by name and dtype."""
-    return {}
+def written(tmp_path_factory):
+    """The ONNX file of the small model."""
+    path = tmp_path_factory.mktemp("written") / "x.onnx"
+    FORMATS["onnx"].write(Exportable(small(), {}, (3, 32, 32), ("logits",), {}, None), str(path))
+    return path
 
 
 @pytest.fixture
@@ -46,9 +47,7 @@ def handed_over(written):
 
     def load(name, dtype=torch.float32):
         model = small()
-        if (name, dtype) not in written:
-            written[name, dtype] = hand_over(model, name, (3, 32, 32), dtype).run
-        return model, HandedOver(model, name, written[name, dtype], dtype)
+        return model, HandedOver(model, name, RUNTIMES[name].load(written, dtype), dtype)
 
     return load
 
@@ -101,61 +100,6 @@ def test_a_runtime_that_fails_at_a_single_image_is_refused(handed_over):
         runtime(images(3))
 
 
-def test_openvino_computes_in_bfloat16_to_within_its_rounding(handed_over):
-    model, runtime = handed_over("openvino", torch.bfloat16)
-    with torch.no_grad():
-        expected = model(images(6))
-    with logged() as lines, models.inference(runtime, torch.bfloat16), ROUNDED.autocast():
-        error = (runtime(images(6)) - expected).square().mean().sqrt() / expected.std()
-    rounds = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    assert (1e-4 if rounds else 0) < error < 0.05  # processors without bfloat16 compute in float32
-    assert re.fullmatch(r"RUNTIME openvino: \d.\d% of the spread .* in float32, on 6 images", lines[0])
-    runtime.compared = False
-    with torch.no_grad():
-        model.head.bias[1] += 1
-    with pytest.raises(UserError, match="OpenVINO differs from PyTorch by .* more than 5%: set RUNTIME py"):
-        runtime(images(6))
-
-
-@pytest.fixture(scope="module")
-def evaluate(checkpoint, data, tmp_path_factory):
-    """A function that evaluates the checkpoint in batches of 4; gives the figures and what is printed."""
-
-    def run(runtime, processes=1):
-        output = tmp_path_factory.mktemp("output")
-        arguments = ["--cfg", "configs/digits.yaml", "--data-path", data, "--output", output, "--eval"]
-        arguments += ["--resume", checkpoint, "--batch-size", 4, "--opts", *SMALL, "RUNTIME", runtime]
-        printed = run_main(*arguments, processes=processes).stdout
-        return json.loads((run_folder(output) / "eval.json").read_text()), printed
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def figures_of_pytorch(evaluate):
-    figures, printed = evaluate("pytorch")
-    assert "RUNTIME" not in printed
-    return figures
-
-
-@pytest.mark.parametrize("name, processes", [("onnxruntime", 2), ("openvino", 1)])
-def test_evaluation_by_a_runtime_gives_the_figures_of_pytorch(evaluate, figures_of_pytorch, name, processes):
-    figures, printed = evaluate(name, processes)
-    assert f"RUNTIME {name}: " in printed and "off PyTorch in float32, on 4 images" in printed
-    assert figures["acc1"] == figures_of_pytorch["acc1"] and figures["images"] == 9
-    assert figures["val_loss"] == pytest.approx(figures_of_pytorch["val_loss"], abs=1e-5)
-    for there, here in zip(figures["classes"], figures_of_pytorch["classes"], strict=True):
-        assert there == pytest.approx(here, abs=1e-5)
-
-
-@pytest.mark.slow
-def test_throughput_by_a_runtime_names_it(tmp_path):
-    arguments = ["--cfg", "configs/digits.yaml", "--throughput", "--batch-size", 2, "--output", tmp_path]
-    printed = run_main(*arguments, "--opts", *SMALL, "RUNTIME", "onnxruntime").stdout
-    assert re.search(r"RUNTIME onnxruntime: ONNX Runtime [\d.]+ in float32, 1 threads", printed)
-    assert float(re.search(r"batch_size 2 throughput ([\d.]+) images/s in float32", printed)[1]) > 0
-
-
 @pytest.fixture
 def installed(monkeypatch):
     """Makes packages seem installed, and all others missing."""
@@ -164,6 +108,44 @@ def installed(monkeypatch):
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in names else None)
 
     return pretend
+
+
+@pytest.fixture
+def has_bfloat16(monkeypatch):
+    """Makes OpenVINO say that this processor has bfloat16."""
+    core = openvino.Core
+    capable = SimpleNamespace(get_property=lambda *_: ["FP32", "BF16"])
+    capable.compile_model = lambda *given: core().compile_model(*given)
+    monkeypatch.setattr(openvino, "Core", lambda: capable)
+    return "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def test_bfloat16_is_refused_where_openvino_would_compute_in_float32_instead(monkeypatch, installed):
+    installed("onnx", "onnxscript", "openvino")
+    words = "does not compute in bfloat16 on this processor"
+    monkeypatch.setattr(openvino, "Core", lambda: SimpleNamespace(get_property=lambda *_: ["FP32", "INT8"]))
+    with pytest.raises(UserError, match=f"^RUNTIME openvino {words}: set AMP_OPT_LEVEL to O0"):
+        choose_runtime("openvino", ROUNDED)
+    with pytest.raises(UserError, match=f"^OpenVINO {words}$"):
+        run_openvino("x.onnx", torch.bfloat16)
+    assert choose_runtime("openvino", CPU) == ("openvino", "")
+    name, reason = choose_runtime("auto", ROUNDED)
+    assert name == "pytorch" and words in reason
+
+
+def test_openvino_computes_in_bfloat16_to_within_its_rounding(handed_over, has_bfloat16):
+    model, runtime = handed_over("openvino", torch.bfloat16)
+    with torch.no_grad():
+        expected = model(images(6))
+    with logged() as lines, models.inference(runtime, torch.bfloat16), ROUNDED.autocast():
+        error = (runtime(images(6)) - expected).square().mean().sqrt() / expected.std()
+    assert (1e-4 if has_bfloat16 else 0) < error < 0.05
+    assert re.fullmatch(r"RUNTIME openvino: \d.\d% of the spread .* in float32, on 6 images", lines[0])
+    runtime.compared = False
+    with torch.no_grad():
+        model.head.bias[1] += 1
+    with pytest.raises(UserError, match="OpenVINO differs from PyTorch by .* more than 5%: set RUNTIME py"):
+        runtime(images(6))
 
 
 @pytest.mark.parametrize(
@@ -182,7 +164,7 @@ def test_a_runtime_that_cannot_be_used_is_refused(installed, name, compute, word
         choose_runtime(name, compute)
 
 
-def test_auto_is_openvino_on_the_cpu_where_it_is_installed(installed):
+def test_auto_is_openvino_on_the_cpu_where_it_is_installed(installed, has_bfloat16):
     installed("onnx", "onnxscript", "openvino")
     found = "openvino", "it is installed, and this is the CPU"
     assert choose_runtime("auto", CPU) == choose_runtime("auto", ROUNDED) == found
@@ -194,6 +176,25 @@ def test_auto_is_openvino_on_the_cpu_where_it_is_installed(installed):
     with logged() as lines:
         assert build_runtime(config, model, CPU) is model
     assert lines == ["RUNTIME auto: pytorch, because openvino: missing packages: pip install openvino"]
+
+
+@pytest.mark.parametrize(
+    "name, processes", [("onnxruntime", 2), pytest.param("openvino", 1, marks=pytest.mark.slow)]
+)
+def test_evaluation_by_a_runtime_gives_the_figures_of_pytorch(checkpoint, data, tmp_path, name, processes):
+    found = []
+    for runtime, count in (("pytorch", 1), (name, processes)):
+        arguments = ["--cfg", "configs/digits.yaml", "--data-path", data, "--output", tmp_path, "--eval"]
+        arguments += ["--resume", checkpoint, "--batch-size", 4, "--opts", *SMALL, "RUNTIME", runtime]
+        printed = run_main(*arguments, processes=count).stdout
+        assert (f"RUNTIME {name}: " in printed) is (runtime == name)
+        found.append(json.loads((run_folder(tmp_path) / "eval.json").read_text()))
+    expected, figures = found
+    assert "off PyTorch in float32, on 4 images" in printed
+    assert figures["acc1"] == expected["acc1"] and figures["images"] == 9
+    assert figures["val_loss"] == pytest.approx(expected["val_loss"], abs=1e-5)
+    for there, here in zip(figures["classes"], expected["classes"], strict=True):
+        assert there == pytest.approx(here, abs=1e-5)
 
 
 def test_a_runtime_evaluates_in_float32_unless_a_precision_is_asked_for(tmp_path):
@@ -226,15 +227,16 @@ def test_a_runtime_has_the_threads_of_pytorch(monkeypatch):
     monkeypatch.setattr(onnxruntime, "InferenceSession", lambda path, options, **_: found.append(options))
     run_onnxruntime("x.onnx")
     assert found[0].intra_op_num_threads == 3
-    compile_model = SimpleNamespace(compile_model=lambda path, device, settings: found.append(settings))
-    monkeypatch.setattr(openvino, "Core", lambda: compile_model)
+    core = SimpleNamespace(compile_model=lambda path, device, settings: found.append(settings))
+    core.get_property = lambda *_: ["BF16"]
+    monkeypatch.setattr(openvino, "Core", lambda: core)
     for dtype, hint in ((torch.float32, "f32"), (torch.bfloat16, "bf16")):
         run_openvino("x.onnx", dtype)
         settings = dict(INFERENCE_NUM_THREADS=3, ENABLE_CPU_PINNING=False, INFERENCE_PRECISION_HINT=hint)
         assert found[-1] == settings
 
 
-def test_a_runtime_is_given_the_images_and_the_precision_of_the_config(monkeypatch):
+def test_a_runtime_is_given_the_images_and_the_precision_of_the_config(monkeypatch, has_bfloat16):
     found = []
     monkeypatch.setattr("models.deploy.runtime.hand_over", lambda *given: found.append(given[1:]))
     config = digits_config("RUNTIME", "openvino", "MODEL.MSG.IN_CHANS", 1, "DATA.IMG_SIZE", "[40, 48]")
@@ -243,12 +245,10 @@ def test_a_runtime_is_given_the_images_and_the_precision_of_the_config(monkeypat
     assert found == [("openvino", (1, 40, 48), dtype) for dtype in (torch.float32, torch.bfloat16)]
 
 
-def test_a_loaded_model_can_be_a_runtimes(checkpoint):
+def test_a_loaded_model_can_be_a_runtimes(checkpoint, monkeypatch):
+    monkeypatch.setattr("models.deploy.runtime.hand_over", lambda *given: given)
     model, _, names = models.load(checkpoint, runtime="onnxruntime")
-    assert names == [*"abc"] and not model.training
-    with torch.no_grad():
-        found, expected = model(images(2)), models.load(checkpoint).model(images(2))
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
-    assert not torch.equal(found, expected)
+    assert names == [*"abc"] and not model[0].training
+    assert model[1:] == ("onnxruntime", (3, 32, 32), torch.float32)
     with pytest.raises(UserError, match="^RUNTIME 'tensorrt' is none of"):
         models.load(checkpoint, runtime="tensorrt")

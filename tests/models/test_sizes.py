@@ -7,9 +7,8 @@ import random
 
 import pytest
 import torch
-from helpers import CVPR22, MICRO, golden_images, loop_exchange, micro
+from helpers import CVPR22, loop_exchange, micro
 from timm.layers import resample_abs_pos_embed
-from torch import nn
 from torch.nn import functional
 
 from detection.backbone import MSGBackbone
@@ -17,7 +16,7 @@ from models import inference, use_onednn
 from models.exchange import OTHER_EXCHANGES
 from models.fast.attention import windowed_attention
 from models.geometry import fit_regions
-from models.msg_transformer import MSGTransformer, shuffle_messengers
+from models.msg_transformer import shuffle_messengers
 from models.padding import KEPT, Extent, Layout
 
 VARIANTS = dict(
@@ -117,10 +116,11 @@ def loop_logits(model, image):
 
 
 def random_sizes():
-    """60 pairs of a variant and a size, each variant with several sizes, some smaller than a window."""
+    """Pairs of a variant and a size, each variant with several sizes, some smaller than a window."""
     draw = random.Random(0)
     names = itertools.cycle(VARIANTS)
-    return [(next(names), (draw.randint(1, 52), draw.randint(1, 52))) for _ in range(60)]
+    sizes = [(draw.randint(1, 52), draw.randint(1, 52)) for _ in range(40)]
+    return [(next(names), size) for size in [(64, 64), *sizes]]  # the first has several windows at the end
 
 
 @pytest.mark.parametrize("name, size", random_sizes())
@@ -144,39 +144,6 @@ def test_maps_and_gradients_are_those_of_the_loop(name):
     scale = max(grad.abs().max() for _, grad in gradients[0])
     for (name, expected), (_, found) in zip(*gradients, strict=True):
         assert (found - expected).abs().max() < 1e-11 * scale, name
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_logits_of_a_batch_are_those_of_each_image(name):
-    model = micro(**VARIANTS[name]).double()
-    images = torch.randn(3, 3, 46, 70, dtype=torch.float64)
-    with torch.no_grad():
-        alone = torch.cat([model(image[None]) for image in images])
-        torch.testing.assert_close(model(images), alone, rtol=0, atol=1e-10)
-
-
-def test_several_last_windows_of_whole_regions_are_averaged():
-    model = micro().double()
-    images = golden_images(64)
-    assert Extent(32, 32).whole(model.layers[0].window_size * model.layers[0].shuffle_size)
-    with torch.no_grad():
-        expected = torch.stack([loop_logits(model, image) for image in images])
-        torch.testing.assert_close(model(images), expected, rtol=1e-9, atol=1e-10)
-
-
-@pytest.mark.parametrize("attention", ["eager", "sdpa", "blocked"])
-@pytest.mark.parametrize("changes", [{}, dict(tokens=False)])
-def test_every_backend_hides_what_is_not_there(attention, changes):
-    images = torch.randn(2, 3, 30, 45, dtype=torch.float64)
-    expected, found = (micro(attention=name, **changes).double() for name in ("eager", attention))
-    results = []
-    for model in (expected, found):
-        logits = model(images)
-        logits.square().sum().backward()
-        results.append([logits.detach(), *(p.grad for p in model.parameters())])
-    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
-    with torch.no_grad():
-        torch.testing.assert_close(found(images), results[0][0], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa", "blocked"])
@@ -204,17 +171,17 @@ def test_rows_hold_what_images_show_and_a_token_for_each_empty_window():
     assert len(without.rows.index) == 12 * 7
 
 
-@pytest.mark.parametrize("name", ["v1", "no_messengers"])
-def test_any_fixed_size_compiles_without_graph_breaks(name):
+@pytest.mark.parametrize("size", [(32, 32), (37, 26)])
+def test_a_model_compiles_without_graph_breaks(size):
     torch._dynamo.reset()
-    model = micro(**VARIANTS[name]).train()
+    model = micro(depths=(1, 1, 1)).train()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)
-    x = torch.randn(2, 3, 37, 26)
+    x = torch.randn(2, 3, *size)
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
     compiled(x).sum().backward()
 
 
-@pytest.mark.parametrize("way", ["trace", "export"])
+@pytest.mark.parametrize("way", ["trace", pytest.param("export", marks=pytest.mark.slow)])
 def test_a_program_of_an_odd_size_takes_any_number_of_images(way):
     model = micro()
     use_onednn(model)
@@ -280,40 +247,6 @@ def test_drop_path_drops_whole_regions():
     assert kept == {(2 * 4, 1)}  # twenty tokens on a side are five windows, so two by two regions
 
 
-@pytest.mark.parametrize("pool", ["token", "avg", ""])
-def test_what_the_head_reads(pool):
-    model = micro().double()
-    model.reset_classifier(7, pool)
-    x = golden_images(40)
-    patches, messengers = model.forward_stages(x)[-1]
-    features = model.forward_features(x)
-    torch.testing.assert_close(model.forward_head(features), model(x), rtol=1e-12, atol=1e-12)
-    if pool == "token":
-        assert features.shape == (2, 1 + 25, 192)
-        expected = model.norm(messengers).mean((1, 2))
-    else:
-        assert features.shape == (2, 5, 5, 192)
-        expected = model.norm(patches) if not pool else model.norm(patches).mean((1, 2))
-    torch.testing.assert_close(model.forward_head(features, pre_logits=True), expected)
-
-
-def test_intermediates_in_every_format():
-    model, x = micro().double(), golden_images(40)
-    stages = model.forward_stages(x)
-    found = model.forward_intermediates(x, [0, 2], True, output_fmt="NLC", return_prefix_tokens=True)
-    torch.testing.assert_close(found[0], model.forward_features(x))
-    for (patches, messengers), stage, norm in zip(found[1], (0, 2), (nn.Identity(), model.norm)):
-        torch.testing.assert_close(patches, norm(stages[stage][0]).flatten(1, 2))
-        torch.testing.assert_close(messengers, norm(stages[stage][1]).flatten(1, 2))
-    as_dict = model.forward_intermediates(x, 1, output_dict=True, output_fmt="NHWC")
-    assert set(as_dict) == {"image_intermediates", "image_features"}
-    torch.testing.assert_close(as_dict["image_intermediates"], [stages[2][0]])
-    alone = model.forward_intermediates(x, [0], intermediates_only=True, output_dict=True)
-    assert set(alone) == {"image_intermediates"}
-    with pytest.raises(ValueError, match="no messengers"):
-        micro(tokens=False).forward_intermediates(x.float(), return_prefix_tokens=True)
-
-
 def test_positions_of_a_batch_of_sizes_are_those_of_each_image():
     model = MSGBackbone(micro(ape=True)).double().eval()
     images = torch.randn(2, 3, 64, 48, dtype=torch.float64)
@@ -322,29 +255,6 @@ def test_positions_of_a_batch_of_sizes_are_those_of_each_image():
     alone = model(images[:1, :, :37, :29], [(37, 29)])
     for x, y in zip(alone, together):
         torch.testing.assert_close(x[0], y[0, :, : x.shape[2], : x.shape[3]], rtol=0, atol=1e-10)
-
-
-def test_a_size_that_is_not_the_models_is_refused_where_that_is_asked_for():
-    strict = micro(img_size=(32, 48), strict_img_size=True)
-    assert strict(torch.zeros(1, 3, 32, 48)).shape == (1, 10)
-    with pytest.raises(ValueError, match="takes 32x48 images, these are 32x32"):
-        strict(torch.zeros(1, 3, 32, 32))
-
-
-@pytest.mark.parametrize(
-    "changes, words",
-    [
-        (dict(img_size=1), ["1x1 pixels are smaller than a patch of 2x2", "DATA.IMG_SIZE"]),
-        (dict(img_size=(32, 32, 3)), ["DATA.IMG_SIZE", "[height, width]"]),
-        (dict(img_size=40, shuffle_size=(5, 2, 1)), ["48 channels", "25 windows", "SHUF_SIZE[0]"]),
-        (dict(global_pool="max"), ["HEAD", "token or avg"]),
-        (dict(global_pool="token", tokens=False), ["use avg", "TOKENS"]),
-    ],
-)
-def test_impossible_sizes_and_heads_name_the_key_to_change(changes, words):
-    with pytest.raises(ValueError) as error:
-        MSGTransformer(**dict(MICRO, **changes))
-    assert all(word in str(error.value) for word in words), error.value
 
 
 def test_a_region_is_the_whole_side_only_where_the_channels_allow_it():

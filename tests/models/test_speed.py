@@ -43,19 +43,6 @@ def test_onednn_linear_layers_equal_pytorchs_with_all_gradients(widths, bias):
 
 
 @needs_onednn
-def test_onednn_linear_layers_have_second_gradients():
-    fast = nn.Sequential(nn.Linear(6, 4)).requires_grad_(True)
-    plain = copy.deepcopy(fast)
-    use_onednn(fast)
-    x = torch.randn(5, 6, requires_grad=True)
-    penalties = []
-    for layer in (fast, plain):
-        (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-        penalties.append(torch.autograd.grad(grad.square().sum(), layer[0].weight)[0])
-    torch.testing.assert_close(*penalties, rtol=1e-4, atol=1e-5)
-
-
-@needs_onednn
 def test_gelu_is_applied_once_in_training_and_evaluation():
     plain = Mlp(8, 32)
     fast = copy.deepcopy(plain)
@@ -109,7 +96,7 @@ def test_hessians_times_vectors_in_input_and_weights_are_those_of_the_formula(si
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # PyTorch's own, for dual numbers
 @pytest.mark.parametrize("size", [32, 36])
 def test_transforms_of_torch_func_see_the_formula(size):
-    fast, plain = micro(), micro(attention="eager").double()
+    fast, plain = micro(depths=(1, 1, 1)), micro(depths=(1, 1, 1), attention="eager").double()
     use_onednn(fast)
     x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
 
@@ -215,7 +202,7 @@ def test_threads_share_a_model_in_inference():
             return [model(images), model(images)]
 
     with ThreadPoolExecutor(4) as pool:
-        for answer in itertools.chain(*pool.map(answers, range(40))):
+        for answer in itertools.chain(*pool.map(answers, range(20))):
             torch.testing.assert_close(answer, expected, rtol=1e-5, atol=1e-6)
     assert model.training and not any(kept_of(model))
 
@@ -242,7 +229,7 @@ def test_one_of_two_contexts_that_overlap_ends_without_the_other():
 
 
 def test_copies_made_in_inference_are_not_fixed():
-    model, images = micro(), torch.randn(1, 3, 32, 32)
+    model, images = micro(depths=(1, 1, 1)), torch.randn(1, 3, 32, 32)
     use_onednn(model)
     with inference(model):
         copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
@@ -257,7 +244,7 @@ def test_copies_made_in_inference_are_not_fixed():
 
 def test_other_parameters_count_in_inference():
     """Those of torch.func.functional_call, and new ones in place of what was fixed."""
-    model, other, images = micro(), micro(), torch.randn(1, 3, 32, 32)
+    model, other, images = micro(depths=(1, 1, 1)), micro(depths=(1, 1, 1)), torch.randn(1, 3, 32, 32)
     use_onednn(model)
     with torch.no_grad():
         for parameter in other.parameters():

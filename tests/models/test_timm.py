@@ -181,19 +181,6 @@ def test_strict_and_dynamic_sizes_contradict_each_other():
         create(strict_img_size=True, dynamic_img_size=True)
 
 
-@pytest.mark.parametrize("size", [(96, 96), (50, 130)])
-def test_feature_maps_of_any_size_are_the_models_intermediates(size):
-    model = create()
-    features = create(features_only=True, out_indices=(0, 2))
-    own = features.model.state_dict()
-    features.model.load_state_dict({name: model.state_dict()[name] for name in own})
-    x = torch.randn(1, 3, *size)
-    with torch.no_grad():
-        expected = model.forward_intermediates(x, (0, 2), intermediates_only=True)
-        for found, there in zip(features(x), expected, strict=True):
-            assert torch.equal(found, there)
-
-
 @pytest.mark.parametrize("arguments", [dict(feature_cls="hook"), dict(feature_cfg=dict(feature_cls="fx"))])
 def test_ways_of_taking_features_that_would_give_pairs_are_refused(arguments):
     with pytest.raises(ValueError, match="feature_cls '(hook|fx)': stages give pairs"):
@@ -212,10 +199,3 @@ def test_weight_decay_and_layer_decay_go_by_timms_groups():
     assert scale[id(model.msg_tokens)] < scale[id(model.layers[0].blocks[0].attn.qkv.weight)]
     first, last = model.layers[0].downsample, model.layers[3].blocks[0]
     assert scale[id(first.reduction.weight)] < scale[id(last.attn.qkv.weight)] < scale[id(model.head.weight)]
-
-
-def test_a_copy_of_a_model_is_a_model():
-    model = create()
-    twin = copy.deepcopy(model)
-    x = torch.randn(1, 3, 50, 70)
-    assert torch.equal(twin(x), model(x))
