@@ -63,14 +63,6 @@ class Grid:
         region = row // self.region * across + column // self.region
         return region, row % self.region * self.region + column % self.region
 
-    def window_at(self, region, number):
-        """Undo :meth:`number_of`: row and column."""
-        (down, right), (row, column) = (
-            divmod(region, self.columns // self.region),
-            divmod(number, self.region),
-        )
-        return down * self.region + row, right * self.region + column
-
     def means(self, x):
         """The means of a map of pixels (height, width) over the windows that hold some: ``shown``."""
         height, width = x.shape

@@ -23,7 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from distributed import gather_lists
 from logger import DETAIL
-from utils import replacing
+from utils import UserError, replacing
 
 BAR, INK, PAPER = "#9dc3ea", "#22262b", "#ffffff"
 FILES = ("eval.json", "eval_classes.csv", "eval_confusions.png", "eval_mistakes.png")
@@ -241,6 +241,21 @@ def write_report(folder, outcomes, names, paths, about):
     logger.info(f"report: {target}, {', '.join(FILES[1:])}", extra=DETAIL)
 
 
+@contextlib.contextmanager
+def writing(path):
+    """Context that yields the name of a file to write, which becomes ``path``, in a folder that is made.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        os.makedirs(os.path.dirname(path) or os.curdir, exist_ok=True)
+        with replacing(path) as temporary:
+            yield temporary
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
 def _mistake(outcomes, place, names, paths):
     numbers = dict(confidence=outcomes.confidence, truth=outcomes.truth, loss=outcomes.loss)
     return dict(
@@ -286,7 +301,7 @@ def class_table(rows, most=MOST_LISTED):
 
 
 def chosen_classes(pairs, count, most=MOST_DRAWN):
-    """The classes that a picture of confusions shows: all, or those of the most frequent ones, side by side.
+    """The classes that a picture of confusions shows: all, or those of the most frequent confusions.
 
     Args:
         pairs: what :func:`confusions` returns.
@@ -294,16 +309,8 @@ def chosen_classes(pairs, count, most=MOST_DRAWN):
     """
     if count <= most:
         return list(range(count))
-    chosen = []
-    for target, predicted, _ in pairs:
-        new = [number for number in (target, predicted) if number not in chosen]
-        if len(chosen) + len(new) > most:
-            break
-        for number in new:
-            partner = predicted if number == target else target
-            place = chosen.index(partner) + 1 if partner in chosen else len(chosen)
-            chosen.insert(place, number)
-    return chosen or list(range(most))
+    chosen = dict.fromkeys(number for target, predicted, _ in pairs for number in (target, predicted))
+    return list(chosen)[:most] or list(range(most))
 
 
 def draw_confusions(outcomes, names, path):

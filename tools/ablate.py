@@ -16,7 +16,6 @@ import statistics
 import subprocess
 import sys
 import threading
-import time
 from concurrent import futures
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,14 +70,16 @@ def parse_args():
 
 if __name__ == "__main__":  # before what takes seconds to import
     check_environment()
-    parse_args()
+    ARGS = parse_args()
 
 from matplotlib.figure import Figure
 from timm.layers import to_2tuple
+from tqdm import tqdm
 
 from config import APART, flat_config, get_config
-from logger import clock, read_metrics
+from logger import read_metrics
 from models import build_model, count_macs
+from tools import tables
 from training.guard import REQUEUE_EXIT_CODE
 from utils import UserError
 
@@ -108,8 +109,8 @@ class Planned:
         return [row for row in rows if row["epoch"] < self.epochs]
 
 
-def main():
-    args = parse_args()
+def main(args):
+    """Train what is not finished, then compare and draw."""
     runs = plan_runs(args)
     for run in runs:
         require_same_config(run)
@@ -198,6 +199,7 @@ def train(runs, args):
                 process.send_signal(signal.SIGTERM)
             code = process.wait()
             working.pop(run)
+            print(f"{run.name}, seed {run.seed}: {len(run.rows())} of {run.epochs} epochs", file=sys.stderr)
             if code and not stop.is_set():
                 failed.append(
                     f"{run.name}, seed {run.seed} (exit code {code}, see {path}: {last_line(path)})"
@@ -243,21 +245,12 @@ def last_line(path):
 
 
 def show_progress(runs, tasks, working):
-    """Until all tasks are done, show how many epochs of all runs are, and the time left."""
-    begin, total = time.monotonic(), sum(run.epochs for run in runs)
-    first = sum(len(run.rows()) for run in runs)
-    said, interval = "", 2 if sys.stderr.isatty() else 30
-    while futures.wait(tasks, timeout=interval).not_done:
-        done = sum(len(run.rows()) for run in runs)
-        seconds = time.monotonic() - begin
-        left = clock(seconds / (done - first) * (total - done)) if done > first else "unknown"
-        now = ", ".join(f"{run.name} seed {run.seed}" for run in list(working))
-        line = f"{done}/{total} epochs, {left} left: {now}"
-        if line != said:
-            end = "\r" if sys.stderr.isatty() else "\n"
-            print(f"{line:<110}" if sys.stderr.isatty() else line, end=end, flush=True, file=sys.stderr)
-        said = line
-    print(file=sys.stderr)
+    """Until all tasks are done, show on a terminal how many epochs of all runs are, and the time left."""
+    total, first = sum(run.epochs for run in runs), sum(len(run.rows()) for run in runs)
+    with tqdm(total=total, initial=first, unit="epoch", disable=None) as bar:
+        while futures.wait(tasks, timeout=2).not_done:
+            bar.set_postfix_str(", ".join(f"{run.name} seed {run.seed}" for run in list(working)))
+            bar.update(sum(len(run.rows()) for run in runs) - bar.n)
 
 
 def summarise(runs, args):
@@ -316,43 +309,19 @@ def mean_and_interval(values):
 
 def ablation_table(result):
     """A result in Markdown."""
-
-    def value(numbers, form="{:.2f}"):
-        if numbers["mean"] is None:
-            return "not finished"
-        text = form.format(numbers["mean"])
-        return text if numbers["half"] is None else f"{text} ± {numbers['half']:.2f}"
-
-    first = result["rows"][0]["name"]
-    epochs = " or ".join(map(str, result["epochs"]))
-    columns = ["config", "best", "std", "last", f"best, difference to {first}", "last, difference"]
-    columns += ["parameters", "MMACs", "images/s"]
-    lines = [
-        f"`{result['command']}`",
-        "",
-        f"Top-1 in percent, {epochs} epochs, mean of {result['seeds']} seeds ± half of the 95% "
-        f"interval of the mean (Student's t). Differences to {first} are of the same seeds, and evidence "
-        "only where their interval leaves out 0. Images/s are those of training, beside other runs.",
-        "",
-        "| " + " | ".join(columns) + " |",
-        "|---" + "|---:" * (len(columns) - 1) + "|",
-    ]
-    for row in result["rows"]:
-        baseline = row["name"] == first
-        std, speed = row["best"]["std"], row["images_per_second"]
-        cells = [
-            row["name"],
-            value(row["best"]),
-            "" if std is None else f"{std:.2f}",
-            value(row["last"]),
-            "" if baseline else value(row["best_difference"], "{:+.2f}"),
-            "" if baseline else value(row["last_difference"], "{:+.2f}"),
-            f"{row['parameters']:,}",
-            f"{row['macs'] / 1e6:.1f}",
-            "" if speed is None else f"{speed:.0f}",
+    first, epochs = result["rows"][0]["name"], " or ".join(map(str, result["epochs"]))
+    return "\n".join(
+        [
+            f"`{result['command']}`",
+            "",
+            f"Best top-1 in percent, {epochs} epochs, mean of {result['seeds']} seeds ± half of the 95% "
+            f"interval of the mean (Student's t). Differences to {first} are of the same seeds, and evidence "
+            "only where their interval leaves out 0.",
+            "",
+            *tables.ablation(result),
+            "",
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    )
 
 
 def draw(result):
@@ -382,6 +351,6 @@ def draw(result):
 
 if __name__ == "__main__":
     try:
-        main()
+        main(ARGS)
     except UserError as error:
         sys.exit(f"error: {error}")

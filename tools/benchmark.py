@@ -36,9 +36,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import benchmarking
-import tables
-
+from tools import benchmarking, tables
 from utils import check_environment
 
 DTYPES = ("float32", "bfloat16", "float16")

@@ -21,7 +21,6 @@ import argparse
 import functools
 import json
 import os
-import re
 import statistics
 import sys
 from pathlib import Path
@@ -29,12 +28,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from config import CHOICES
+from tools import benchmarking
 
 FORMAT_NAMES = ("onnx", "torch_export", "aoti", "safetensors", "int8")
 BATCHES = 1, 2, 5  # numbers of images that files are compared on
 
 
-def parse_args(argv=None):
+def parse_args():
     """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -45,7 +45,8 @@ def parse_args(argv=None):
     add("--formats", nargs="+", choices=FORMAT_NAMES, default=formats, help=f"default: {' '.join(formats)}")
     add("--cfg", metavar="FILE", help="config of a checkpoint that holds none, such as an official one")
     add("--weights", choices=CHOICES["TEST.WEIGHTS"], default="auto", help="as TEST.WEIGHTS; default: auto")
-    add("--size", type=parse_size, metavar="PX", help="a side or HEIGHTxWIDTH; default: that of the config")
+    sides = "a side or HEIGHTxWIDTH, as a file is for one size; default: that of the config"
+    add("--size", type=benchmarking.image_sides, metavar="PX", help=sides)
     add("--data-path", metavar="DIR", help="compare top-1 too, over DIR/val/<class>/<image>")
     add(
         "--images",
@@ -57,7 +58,7 @@ def parse_args(argv=None):
     add("--output", metavar="DIR", help="default: the folder of the checkpoint")
     add("--name", help="what file names begin with; default: that of the checkpoint")
     add("--overwrite", action="store_true", help="replace files that are there already")
-    return parser.parse_args(argv)
+    return parser.parse_args()
 
 
 def at_least(least):
@@ -71,24 +72,9 @@ def at_least(least):
     return parse
 
 
-def parse_size(text):
-    """(height, width) in pixels from a side or HEIGHTxWIDTH, as ``--size`` takes them."""
-    found = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)
-    sides = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
-    if text == "dynamic":
-        raise argparse.ArgumentTypeError(
-            "a file is for one size, because windows and their padding are laid out for it: export one file "
-            "for each size"
-        )
-    if 0 in sides:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a side in pixels nor HEIGHTxWIDTH")
-    return sides
+if __name__ == "__main__":  # before what takes seconds to import
+    ARGS = parse_args()
 
-
-if __name__ == "__main__":
-    parse_args()  # before what takes seconds to import
-
-import benchmarking
 from timm.layers import to_2tuple
 from torch.utils.data import DataLoader, Subset
 
@@ -250,15 +236,15 @@ def export(args):
     return len(kept) == len(paths)
 
 
-def main(argv=None):
+def main(args):
     """Run the command; returns its exit code."""
     print_any_name()
     try:
-        return 0 if export(parse_args(argv)) else 1
+        return 0 if export(args) else 1
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(ARGS))

@@ -12,7 +12,6 @@ Exit code: 0; 3 where files were skipped because they cannot be read, which are 
 """
 
 import argparse
-import contextlib
 import csv
 import json
 import logging
@@ -61,8 +60,8 @@ def parse_args():
     return args
 
 
-if __name__ == "__main__":
-    parse_args()  # before what takes seconds to import
+if __name__ == "__main__":  # before what takes seconds to import
+    ARGS = parse_args()
 
 import cv2
 import numpy as np
@@ -71,7 +70,7 @@ from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader
 
 import distributed
-from analysis.report import caption
+from analysis.report import caption, writing
 from data.loaders import start_worker
 from data.transforms import image_mode
 from detection.detector import to_original_size
@@ -84,12 +83,11 @@ from models import build_runtime, inference
 from models.deploy.files import RUNTIMES
 from models.from_checkpoint import build_ready, read_described
 from tools.sources import Pictures, find_files, frame_rate
-from utils import UserError, replacing
+from utils import UserError
 
 
-def main():
+def main(args):
     """Predict, show and write."""
-    args = parse_args()
     paths, skipped, ignored = find_files(args.paths)
     drawn = picture_names(paths, args.pictures) if args.pictures else None
     config, checkpoint = read_described(args.checkpoint, args.cfg, args.weights)
@@ -122,11 +120,12 @@ def main():
     results.sort(key=lambda result: (result[0].place, result[0].frame or 0))
     results = [(paths[picture.place], picture, found) for picture, found in results]
     show(results, task, SHOWN if args.csv or args.json else len(results))
+    text = dict(mode="w", encoding="utf-8", errors="backslashreplace", newline="")
     if args.csv:
-        with writing_text(args.csv, newline="") as file:
+        with writing(args.csv) as temporary, open(temporary, **text) as file:
             csv.writer(file).writerows([["file", "frame", *task.columns()], *task.rows(results)])
     if args.json:
-        with writing_text(args.json) as file:
+        with writing(args.json) as temporary, open(temporary, **text) as file:
             json.dump(task.content(results, skipped), file, indent=1)
     for path in filter(None, (args.csv, args.json)):
         print(f"wrote {path}")
@@ -389,27 +388,12 @@ def save_picture(image, name):
     """Write a picture: as JPEG where the file is one, else as PNG."""
     jpeg = name.lower().endswith((".jpg", ".jpeg"))
     name = name if jpeg or name.lower().endswith(".png") else f"{name}.png"
-    try:
-        os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
-        with replacing(name) as temporary:
-            image.save(temporary, format="JPEG" if jpeg else "PNG", **(dict(quality=92) if jpeg else {}))
-    except OSError as error:
-        raise UserError(f"cannot write {name}: {error.strerror or error}") from error
-
-
-@contextlib.contextmanager
-def writing_text(path, **options):
-    """Context that yields a text file, which becomes ``path`` in the end."""
-    try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        options.update(encoding="utf-8", errors="backslashreplace")
-        with replacing(path) as temporary, open(temporary, "w", **options) as file:
-            yield file
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    with writing(name) as temporary:
+        image.save(temporary, format="JPEG" if jpeg else "PNG", **(dict(quality=92) if jpeg else {}))
 
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(message)s")
     logging.getLogger("msg_transformer").setLevel(logging.INFO)
-    distributed.run_command(main, "lower --batch-size, or take --device cpu", "--workers")
+    smaller = "lower --batch-size, or take --device cpu"
+    distributed.run_command(lambda: main(ARGS), smaller, "--workers")

@@ -325,7 +325,7 @@ def show(monkeypatch):
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["visualize.py", *map(str, arguments), "--device", "cpu"])
-        visualize.main()
+        visualize.main(visualize.parse_args())
 
     return run
 

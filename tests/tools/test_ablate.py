@@ -32,7 +32,7 @@ def run(ablate, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["ablate.py", *map(str, arguments)])
         monkeypatch.chdir(ROOT)
         with keeping_signals():
-            ablate.main()
+            ablate.main(ablate.parse_args())
         return capsys.readouterr().out
 
     return call

@@ -414,4 +414,4 @@ def test_sizes_modes_and_maps_are_combined(tool, monkeypatch):
 @pytest.mark.parametrize("text", ["", "0", "-1", "64x", "x64", "64x64x3", "64,64", "0x64", "999999", "a"])
 def test_what_is_no_size_is_refused(tool, text):
     with pytest.raises(argparse.ArgumentTypeError, match="neither a side in pixels nor HEIGHTxWIDTH"):
-        tool("benchmark").image_sides(text)
+        tool("benchmarking").image_sides(text)
