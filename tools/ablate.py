@@ -37,24 +37,16 @@ STUDENT = (
 def parse_args():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("configs", nargs="+", metavar="CONFIG", help="YAML files")
-    parser.add_argument(
-        "--baseline", metavar="NAME", help="a config's file without .yaml; default: the first"
-    )
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... of each config; default: 3")
-    parser.add_argument("--data-path", required=True, metavar="DIR", help="folder of the data")
-    parser.add_argument("--output", default="output/ablations", metavar="DIR", help="default: %(default)s")
-    parser.add_argument(
-        "--devices",
-        nargs="+",
-        default=["cpu"],
-        metavar="DEVICE",
-        help="cpu, mps, cuda:0 cuda:1 ...; default: cpu",
-    )
-    parser.add_argument(
-        "--jobs", type=int, help="runs at once on each device; default: 1, on the CPU one for each core"
-    )
-    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="as those of main.py")
+    add = parser.add_argument
+    add("configs", nargs="+", metavar="CONFIG", help="YAML files")
+    add("--baseline", metavar="NAME", help="a config's file without .yaml; default: the first")
+    add("--seeds", type=int, default=3, help="seeds 0, 1, ... of each config; default: 3")
+    add("--data-path", required=True, metavar="DIR", help="folder of the data")
+    add("--output", default="output/ablations", metavar="DIR", help="default: %(default)s")
+    devices = "cpu, mps, cuda:0 cuda:1 ...; default: cpu"
+    add("--devices", nargs="+", default=["cpu"], metavar="DEVICE", help=devices)
+    add("--jobs", type=int, help="runs at once on each device; default: 1, on the CPU one for each core")
+    add("--opts", nargs="+", default=[], metavar="KEY VALUE", help="as those of main.py")
     args = parser.parse_args()
     if args.seeds < 1 or (args.jobs is not None and args.jobs < 1):
         parser.error("--seeds and --jobs must be 1 or more")
@@ -142,9 +134,8 @@ def plan_runs(args):
             config = get_config(argparse.Namespace(cfg=file, opts=opts, **flags), "imagenet")
             other = folders.setdefault(config.OUTPUT, file)
             if other != file:
-                raise UserError(
-                    f"{other} and {file} have the same MODEL.NAME, {config.MODEL.NAME}: change one"
-                )
+                name = config.MODEL.NAME
+                raise UserError(f"{other} and {file} have the same MODEL.NAME, {name}: change one")
             words = [word for flag, value in flags.items() for word in (f"--{flag.replace('_', '-')}", value)]
             runs.append(Planned(file, seed, config, ("--cfg", file, *words, "--opts", *opts)))
     return runs
@@ -201,9 +192,8 @@ def train(runs, args):
             working.pop(run)
             print(f"{run.name}, seed {run.seed}: {len(run.rows())} of {run.epochs} epochs", file=sys.stderr)
             if code and not stop.is_set():
-                failed.append(
-                    f"{run.name}, seed {run.seed} (exit code {code}, see {path}: {last_line(path)})"
-                )
+                what = f"exit code {code}, see {path}: {last_line(path)}"
+                failed.append(f"{run.name}, seed {run.seed} ({what})")
 
     def interrupt(number, frame):
         stop.set()
@@ -267,19 +257,17 @@ def summarise(runs, args):
         model = build_model(config)
         shape = (config.MODEL.MSG.IN_CHANS, *to_2tuple(config.DATA.IMG_SIZE))
         speeds = [row["images_per_second"] for epochs in done.values() for row in epochs]
-        rows.append(
-            dict(
-                name=of_file[0].name,
-                file=file,
-                parameters=sum(parameter.numel() for parameter in model.parameters()),
-                macs=count_macs(model, shape),
-                images_per_second=statistics.median(speeds) if speeds else None,
-                best=mean_and_interval(best),
-                last=mean_and_interval(last),
-                best_difference=mean_and_interval(differences(best, baseline["best"])),
-                last_difference=mean_and_interval(differences(last, baseline["last"])),
-            )
+        row = dict(
+            name=of_file[0].name,
+            file=file,
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            macs=count_macs(model, shape),
+            images_per_second=statistics.median(speeds) if speeds else None,
         )
+        for what, values in (("best", best), ("last", last)):
+            row[what] = mean_and_interval(values)
+            row[f"{what}_difference"] = mean_and_interval(differences(values, baseline[what]))
+        rows.append(row)
     command = shlex.join(["python", "tools/ablate.py", *sys.argv[1:]])
     epochs = sorted({run.epochs for run in runs})
     return dict(command=command, seeds=args.seeds, epochs=epochs, rows=rows)
@@ -310,18 +298,12 @@ def mean_and_interval(values):
 def ablation_table(result):
     """A result in Markdown."""
     first, epochs = result["rows"][0]["name"], " or ".join(map(str, result["epochs"]))
-    return "\n".join(
-        [
-            f"`{result['command']}`",
-            "",
-            f"Best top-1 in percent, {epochs} epochs, mean of {result['seeds']} seeds ± half of the 95% "
-            f"interval of the mean (Student's t). Differences to {first} are of the same seeds, and evidence "
-            "only where their interval leaves out 0.",
-            "",
-            *tables.ablation(result),
-            "",
-        ]
+    about = (
+        f"Best top-1 in percent, {epochs} epochs, mean of {result['seeds']} seeds ± half of the 95% "
+        f"interval of the mean (Student's t). Each difference to {first} pairs runs of the same seed. "
+        "It is evidence only if its interval leaves out 0."
     )
+    return "\n".join([f"`{result['command']}`", "", about, "", *tables.ablation(result), ""])
 
 
 def draw(result):
@@ -336,9 +318,8 @@ def draw(result):
             if axes is gaps and place == 0:
                 continue
             axes.plot(list(numbers.values()), [place] * len(numbers), "o", color=colour, alpha=0.45, ms=5)
-            axes.errorbar(
-                row[key]["mean"], place, xerr=row[key]["half"], fmt="D", color=colour, capsize=4, ms=5
-            )
+            mean, half = row[key]["mean"], row[key]["half"]
+            axes.errorbar(mean, place, xerr=half, fmt="D", color=colour, capsize=4, ms=5)
         axes.spines[["top", "right"]].set_visible(False)
     gaps.axvline(0, color="black", lw=0.8, ls=":")
     scores.set_yticks(range(len(rows)), [row["name"] for row in rows])

@@ -4,7 +4,7 @@ python tools/benchmark.py                                    MSG-Transformer-T a
 python tools/benchmark.py --modes train --batch-sizes 16     training steps
 python tools/benchmark.py --sizes 256 384x288                classifiers at other sizes, HEIGHTxWIDTH
 python tools/benchmark.py --maps --sizes 800x1280            feature maps, as a detector reads them
-python tools/benchmark.py --models msg_small_p4_win7_224 swin_small_patch4_window7_224 --compile
+python tools/benchmark.py --models msg_small_p4_win7_224 swin_small_patch4_window7_224
 python tools/benchmark.py --tables                           write the tables of the pages again
 
 Any timm name will do. The second model is the one that ratios compare with, unless --peer names another. Each
@@ -14,7 +14,7 @@ as main.py runs them. A name may choose another way:
   <name>:sdpa and the like    another way of computing attention (ours)
   <name>:plain                as timm builds it, ours with eager attention
   <name>:onednn               with the linear layers that ours use on the CPU
-  <name>:compile              under torch.compile; --compile adds this for every model
+  <name>:compile              under torch.compile
   <name>:int8                 int8 linear layers by torchao, float32 between them (inference, CPU)
   <name>:ort, :openvino       its ONNX file in ONNX Runtime or OpenVINO, once it gives what PyTorch gives
                               (inference, CPU; ONNX Runtime in float32 alone)
@@ -59,14 +59,8 @@ def parse_args():
     add("--modes", nargs="+", choices=["inference", "train"], default=["inference"])
     add("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"], help="train: of autocast")
     add("--batch-sizes", nargs="+", type=int, default=[1])
-    add("--compile", action="store_true", help="time them under torch.compile too")
-    add(
-        "--sizes",
-        nargs="+",
-        type=benchmarking.image_sides,
-        metavar="PX",
-        help="image sizes, a side or HEIGHTxWIDTH; default: 224",
-    )
+    sides = "image sizes, a side or HEIGHTxWIDTH; default: 224"
+    add("--sizes", nargs="+", type=benchmarking.image_sides, metavar="PX", help=sides)
     add("--maps", action="store_true", help="feature maps of all stages rather than classifiers")
     add("--memory", action="store_true", help="peak memory too, each candidate in a process of its own")
     add("--rounds", type=int, default=11, help="at least; up to three times as many while ratios are vague")
@@ -179,10 +173,9 @@ class Candidate:
     Args:
         name: as given on the command line.
         setting: a :class:`Setting`.
-        compiled: whether it runs under torch.compile.
     """
 
-    def __init__(self, name, setting, compiled=False):
+    def __init__(self, name, setting):
         self.setting, self.idle = setting, benchmarking.peak_resident()
         self.run = self.model = build(name, setting.sides, setting.maps).to(setting.device)
         self.images = torch.randn(setting.batch, 3, *setting.sides, device=setting.device)
@@ -200,7 +193,7 @@ class Candidate:
         else:
             self.model.eval().to(setting.dtype)
             self.images = self.images.to(setting.dtype)
-        if compiled or variant_of(name) == "compile":
+        if variant_of(name) == "compile":
             self.model.compile(dynamic=False)
 
     def step(self):
@@ -261,40 +254,36 @@ def write_onnx(name, setting):
 
 
 @contextlib.contextmanager
-def ready(name, setting, compiled, threads):
+def ready(name, setting, threads):
     """A :class:`Candidate`, whose weights are fixed for inference."""
     keep_freed_memory()  # as main.py does, for the peers too
     if threads:
         torch.set_num_threads(threads)
-    candidate = Candidate(name, setting, compiled)
+    candidate = Candidate(name, setting)
     fixed = setting.mode == "inference" and variant_of(name) not in ("plain", *FILES)
     with inference(candidate.model) if fixed else contextlib.nullcontext():
         yield candidate
 
 
-def compare(choices, args):
-    """Time candidates in turn, each in a process of its own.
-
-    Args:
-        choices: name, :class:`Setting` and whether it is compiled, for each.
-        args: of the command line.
+def measure(args, setting):
+    """Time the candidates that run in the dtype of a setting in turn, each in a process of its own.
 
     Returns:
-        A row for each: model, compiled if it is, batch, turns, and with ``--memory`` memory, in MiB.
+        A row for each: model, batch, turns, and with ``--memory`` memory, in MiB.
     """
+    names = [name for name in args.models if can_run(name, str(setting.dtype).removeprefix("torch."))]
+    for name in names:
+        write_onnx(name, setting)
     with contextlib.ExitStack() as stack:
-        candidates = [benchmarking.Apart(choice[0], ready, *choice, args.threads) for choice in choices]
+        candidates = [benchmarking.Apart(name, ready, name, setting, args.threads) for name in names]
         for candidate in candidates:
             stack.callback(candidate.close)
         take_turns = [partial(candidate.call, "turn") for candidate in candidates]
-        peer = next(place for place, (name, *_) in enumerate(choices) if name == args.peer)
-        turns = benchmarking.time_in_turn(take_turns, args.rounds, peer)
-        memory = [one.call("peak_memory") for one in candidates] if args.memory else []
-    rows = []
-    for place, ((name, setting, compiled), of_candidate) in enumerate(zip(choices, turns)):
-        row = dict(model=name, **(dict(compiled=True) if compiled else {}), batch=setting.batch)
-        row.update(turns=of_candidate, **(dict(memory=memory[place]) if args.memory else {}))
-        rows.append(row)
+        turns = benchmarking.time_in_turn(take_turns, args.rounds, names.index(args.peer))
+        rows = [dict(model=name, batch=setting.batch, turns=taken) for name, taken in zip(names, turns)]
+        if args.memory:
+            for row, candidate in zip(rows, candidates):
+                row.update(memory=candidate.call("peak_memory"))
     return rows
 
 
@@ -308,19 +297,6 @@ def plan(args):
         setting = Setting(mode, getattr(torch, dtype), batch, args.device, sides, args.maps)
         settings[f"{size}{mode} {dtype}, batch {batch}"] = setting
     return settings
-
-
-def measure(args, setting):
-    """The rows of one setting, of the candidates that run in its dtype."""
-    dtype = str(setting.dtype).removeprefix("torch.")
-    names = [name for name in args.models if can_run(name, dtype)]
-    for name in names:
-        write_onnx(name, setting)
-    choices = [(name, setting, False) for name in names]
-    if args.compile:
-        others = [name for name in names if variant_of(name) not in ("compile", *FILES)]
-        choices += [(name, setting, True) for name in others]
-    return compare(choices, args)
 
 
 def run(args):

@@ -164,14 +164,9 @@ def add_arguments(parser, what):
     Args:
         what: the default of ``--name``.
     """
-    add = parser.add_argument
-    add(
-        "--output",
-        default="output/benchmarks",
-        metavar="DIR",
-        help="to write <machine>/<date>-<name>.json in",
-    )
-    add("--name", default=what, help="default: %(default)s")
+    folder = "to write <machine>/<date>-<name>.json in"
+    parser.add_argument("--output", default="output/benchmarks", metavar="DIR", help=folder)
+    parser.add_argument("--name", default=what, help="default: %(default)s")
 
 
 def main(args, run):

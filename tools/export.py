@@ -48,12 +48,7 @@ def parse_args():
     sides = "a side or HEIGHTxWIDTH, as a file is for one size; default: that of the config"
     add("--size", type=benchmarking.image_sides, metavar="PX", help=sides)
     add("--data-path", metavar="DIR", help="compare top-1 too, over DIR/val/<class>/<image>")
-    add(
-        "--images",
-        type=at_least(1),
-        metavar="N",
-        help="N of these images, evenly spaced; default: all",
-    )
+    add("--images", type=at_least(1), metavar="N", help="N of these, evenly spaced; default: all")
     add("--rounds", type=at_least(2), default=10, help="how often each file is timed, on one image")
     add("--output", metavar="DIR", help="default: the folder of the checkpoint")
     add("--name", help="what file names begin with; default: that of the checkpoint")
@@ -116,10 +111,7 @@ def build_exportable(args):
     classes, text = checkpoint["classes"], dump_config(config) if args.cfg else checkpoint["config"]
     detects = config.DATA.DATASET == "coco"
     if detects and args.data_path:
-        raise UserError(
-            "a detector has no top-1: its backbone and feature pyramid are exported, and compared by their "
-            "maps; leave out --data-path"
-        )
+        raise UserError("a detector has no top-1, its maps are compared: leave out --data-path")
     by_config = (config.DET.TEST_SIZE, config.DET.MAX_SIZE) if detects else config.DATA.IMG_SIZE
     size = to_2tuple(args.size or by_config)
     config.defrost()

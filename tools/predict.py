@@ -45,11 +45,8 @@ def parse_args():
     workers = min(4, os.cpu_count() or 1)
     add("--workers", type=int, default=workers, help=f"processes that read images; default: {workers}")
     add("--device", choices=["cuda", "mps", "cpu"], help="default: cuda where there is one, else cpu")
-    add(
-        "--runtime",
-        choices=CHOICES["RUNTIME"],
-        help="what computes a classifier; onnxruntime and openvino do so in float32; default: pytorch",
-    )
+    runtime = "what computes a classifier; onnxruntime and openvino do so in float32; default: pytorch"
+    add("--runtime", choices=CHOICES["RUNTIME"], help=runtime)
     add("--cfg", metavar="FILE", help="config of a checkpoint that holds none")
     add("--weights", choices=CHOICES["TEST.WEIGHTS"], default="auto", help="as TEST.WEIGHTS; default: auto")
     add("--class-names", metavar="FILE", help="a name per line, for a checkpoint that names no classes")
@@ -107,9 +104,11 @@ def main(args):
     pictures = Pictures(paths, transform, args.every, keep=drawn is not None, mode=mode)
     results = []
     shown = dict(unit="image", disable=None, file=sys.stderr, leave=True)
+    reading = dict(num_workers=args.workers, worker_init_fn=start_worker, collate_fn=list)
+    reading.update(generator=torch.Generator())  # of its own: PyTorch's is left alone
     bar = ProgressBar(None, pictures.count(), **shown)
     with inference(model, compute.dtype), bar, Drawings(paths, drawn, args) as drawings:
-        for batch in batches_of(pictures, min(args.batch_size, task.most_at_once), args.workers):
+        for batch in DataLoader(pictures, min(args.batch_size, task.most_at_once), **reading):
             skipped.update({paths[picture.place]: picture.problem for picture in batch if picture.problem})
             seen = [picture for picture in batch if not picture.problem]
             for picture, found in zip(seen, task.predict(seen) if seen else []):
@@ -178,10 +177,8 @@ class Classes:
 
     def content(self, results, skipped):
         """Of the JSON file."""
-        predictions = [
-            dict(file=path, frame=picture.frame, classes=found) for path, picture, found in results
-        ]
-        return dict(class_names=self.names, predictions=predictions, skipped=skipped)
+        found = [dict(file=path, frame=picture.frame, classes=classes) for path, picture, classes in results]
+        return dict(class_names=self.names, predictions=found, skipped=skipped)
 
 
 class Objects:
@@ -242,18 +239,6 @@ class Objects:
                 objects.append(dict(entry, id=len(objects) + 1, image_id=number, area=area, iscrowd=0))
         content = dict(images=images, categories=self.categories, annotations=objects)
         return dict(content, skipped=skipped)
-
-
-def batches_of(pictures, batch_size, workers):
-    """Batches of pictures, as lists."""
-    return DataLoader(
-        pictures,
-        batch_size,
-        num_workers=workers,
-        collate_fn=list,
-        worker_init_fn=start_worker,
-        generator=torch.Generator(),
-    )
 
 
 def names_to_show(names, path, count):

@@ -158,14 +158,8 @@ def ablation(found):
         difference = difference if rows else "-"
         size = f"{row['parameters'] / 1e6:.2f}M", f"{row['macs'] / 1e6:.1f}M"
         rows.append([row["name"].replace("_", " "), *size, score, difference])
-    columns = [
-        "messengers",
-        "parameters",
-        "MACs",
-        "best top-1, 95% interval",
-        "paired difference to the first",
-    ]
-    return markdown(columns, rows)
+    columns = ["messengers", "parameters", "MACs", "best top-1, 95% interval"]
+    return markdown([*columns, "paired difference to the first"], rows)
 
 
 def orders(found):
@@ -183,15 +177,8 @@ def orders(found):
                 better = "-" if order == "random" else f"{gain:.2f} ± {error:.2f}"
                 row += [f"{kinds[kind]['area']:.2f}", better]
             rows.append(row)
-    columns = [
-        "",
-        "order",
-        "deletion area",
-        "better than random by",
-        "insertion area",
-        "better than random by",
-    ]
-    return markdown(columns, rows)
+    areas = ["deletion area", "better than random by", "insertion area", "better than random by"]
+    return markdown(["", "order", *areas], rows)
 
 
 def exchange(found):

@@ -39,12 +39,8 @@ def parse_args():
     add("checkpoint", help="of a classifier; file or https address")
     add("images", nargs="*", metavar="IMAGE", help="files, folders, patterns")
     add("--output", default="messengers", metavar="DIR", help="sheets go here; default: messengers")
-    add(
-        "--window",
-        type=pair,
-        metavar="ROW,COLUMN",
-        help="of the first stage, from 0,0; default: the one whose messenger the score depends on most",
-    )
+    window = "of the first stage, from 0,0; default: the one whose messenger the score depends on most"
+    add("--window", type=pair, metavar="ROW,COLUMN", help=window)
     add("--size", type=pair, metavar="HEIGHT,WIDTH", help="pixels; default: DATA.IMG_SIZE of the config")
     add("--html", action="store_true", help="also write a page: point at a window, and see its reach")
     add("--curves", metavar="FOLDER", help="measure over the images of this folder, and those below")
@@ -114,11 +110,9 @@ def main(args):
 
 def write_curves(model, transform, mode, args):
     """Measure over a folder, print tables, and write curves.json and curves.png."""
-    paths = images_of([args.curves])
-    chosen = [
-        paths[i] for i in np.linspace(0, len(paths) - 1, min(args.most, len(paths))).round().astype(int)
-    ]
-    measured = []
+    paths, measured = images_of([args.curves]), []
+    places = np.linspace(0, len(paths) - 1, min(args.most, len(paths))).round().astype(int)
+    chosen = [paths[place] for place in places]
     shown = dict(unit="image", disable=None, file=sys.stderr, leave=True)
     with ProgressBar(None, len(chosen), **shown) as bar:
         for number, path in enumerate(bar.over(chosen)):
