@@ -237,7 +237,7 @@ def write_report(folder, outcomes, names, paths, about):
     except OSError as problem:
         logger.error(f"cannot write the report of the evaluation to {folder}: {problem.strerror or problem}")
         return
-    logger.info(f"calibration error (ECE) {error:.4f}\n{class_table(rows)}", extra=DETAIL)
+    logger.info(f"calibration error (ECE) {error:.4f}", extra=DETAIL)
     logger.info(f"report: {target}, {', '.join(FILES[1:])}", extra=DETAIL)
 
 
@@ -283,21 +283,6 @@ def _keep_earlier(folder, content):
         with contextlib.suppress(FileNotFoundError):
             os.replace(os.path.join(folder, name), os.path.join(kept, name))
     logger.info(f"the report of an earlier evaluation is now in {kept}")
-
-
-def class_table(rows, most=MOST_LISTED):
-    """The classes as aligned text, the least accurate first, ``most`` of them."""
-    rows = sorted((row for row in rows if row["images"]), key=lambda row: row["accuracy"])
-    width = max(len("class"), *(len(row["class"]) for row in rows[:most]))
-    lines = [f"{'class':{width}}  accuracy  precision  images"]
-    for row in rows[:most]:
-        precision = "-" if row["precision"] is None else f"{100 * row['precision']:.2f}"
-        lines.append(
-            f"{row['class']:{width}}  {100 * row['accuracy']:8.2f}  {precision:>9}  {row['images']:6}"
-        )
-    if len(rows) > most:
-        lines.append(f"... and {len(rows) - most} classes that are more accurate")
-    return "\n".join(lines)
 
 
 def chosen_classes(pairs, count, most=MOST_DRAWN):
