@@ -128,15 +128,11 @@ def shown(image):
 
 
 def calibration(confidence, right, bins=BINS):
-    """How far confidence is from accuracy: the expected calibration error, and its bins.
+    """How far confidence is from accuracy: the expected calibration error (Guo et al., 2017), and its bins.
 
     Images are put into ``bins`` bins B_m of equal width by the probability of their predicted class, the
-    upper end included. With n images in all,
-
-        ECE = sum_m |B_m| / n * |acc(B_m) - conf(B_m)|,
-
-    where acc is the share of a bin that is predicted right and conf the mean of its probabilities (Guo et
-    al., On Calibration of Modern Neural Networks, 2017). 0 is perfect, 1 the worst.
+    upper end included. With n images in all, the error is sum_m |B_m| / n * |acc(B_m) - conf(B_m)|, where acc
+    is the share of a bin that is predicted right and conf the mean of its probabilities.
 
     Args:
         confidence: (N,) probabilities of the predicted classes.

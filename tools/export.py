@@ -86,18 +86,10 @@ from utils import UserError, print_any_name
 
 
 def open_checkpoint(path, cfg=None, weights="auto"):
-    """What a checkpoint holds, described: its config, its weights and classes, and the part that is exported.
+    """The config of a checkpoint, what :func:`~checkpoint.read_weights` returns, and what is exported.
 
-    Args:
-        cfg: config file of a checkpoint that holds none.
-        weights: a value of ``TEST.WEIGHTS``.
-
-    Returns:
-        The config, what :func:`~checkpoint.read_weights` returns, and the model in evaluation mode: the
-        classifier, or of a detector the :class:`~detection.detector.Pyramid`.
-
-    Raises:
-        UserError: it cannot be read, holds no config, or does not fit it.
+    That is a classifier, or the :class:`~detection.detector.Pyramid` of a detector, in evaluation mode. A
+    UserError says why a checkpoint cannot be read. ``cfg`` and ``weights`` are those of the command line.
     """
     config, checkpoint = read_described(path, cfg, weights)
     if config.DATA.DATASET == "coco":
@@ -132,11 +124,7 @@ def build_exportable(args):
 
 
 def build_images(args, config, classes):
-    """A loader over the validation images of ``--data-path``, or None.
-
-    Raises:
-        UserError: there are none, or their classes are not the checkpoint's.
-    """
+    """A loader over the images of ``--data-path``, or None; a UserError if they have other classes."""
     if not args.data_path:
         return None
     transform = build_transform(config, is_train=False)

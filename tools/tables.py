@@ -163,11 +163,7 @@ def ablation(found):
 
 
 def orders(found):
-    """Areas of the deletion and insertion curves, and how much better than random an order is.
-
-    Args:
-        found: what :func:`~analysis.messenger_curves.summarize` gives, or its file.
-    """
+    """Areas of the curves that :func:`~analysis.messenger_curves.summarize` found, and gains over random."""
     rows = []
     for stage, of_stage in found["curves"].items():
         for order, kinds in of_stage["orders"].items():

@@ -143,11 +143,7 @@ def load_model(args):
 
 
 def images_of(words):
-    """The image files that a user names.
-
-    Raises:
-        UserError: one does not exist, or there are none.
-    """
+    """The image files that a user names; a UserError where one does not exist, or there are none."""
     paths, missing, _ = find_files(words)
     if missing:
         raise UserError("\n".join(missing.values()))
@@ -252,12 +248,9 @@ ABLATION = (
 
 
 def draw_sheet(found, pixels, head, path):
-    """Draw a sheet to a PNG file.
+    """Draw the :class:`~analysis.messengers.Findings` of an image to a PNG file below a headline.
 
-    Args:
-        found: the :class:`~analysis.messengers.Findings`.
-        pixels: the image as the model saw it, (height, width, 3), uint8.
-        head: the headline.
+    ``pixels`` are the image as the model saw it, (height, width, 3), uint8.
     """
     stages, (height, width) = len(found.grids), found.gradient_map.shape
     lines = [*textwrap.wrap(head, 80), f"Chosen window: {found.window[0]},{found.window[1]} (outlined)"]
