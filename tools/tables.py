@@ -150,15 +150,15 @@ def with_half(numbers, form):
     return "not finished" if numbers["mean"] is None else f"{numbers['mean']:{form}}{half}"
 
 
-def ablation(found):
-    """Best top-1 and paired differences of an ablation."""
+def ablation(found, what="config"):
+    """Best top-1 and paired differences of an ablation; ``what`` the rows are."""
     rows = []
     for row in found["rows"]:
         score, difference = with_half(row["best"], ".2f"), with_half(row["best_difference"], "+.2f")
         difference = difference if rows else "-"
         size = f"{row['parameters'] / 1e6:.2f}M", f"{row['macs'] / 1e6:.1f}M"
         rows.append([row["name"].replace("_", " "), *size, score, difference])
-    columns = ["messengers", "parameters", "MACs", "best top-1, 95% interval"]
+    columns = [what, "parameters", "MACs", "best top-1, 95% interval"]
     return markdown([*columns, "paired difference to the first"], rows)
 
 
@@ -214,8 +214,8 @@ PAGES = {
     "README.md": dict(speed=speed),
     "benchmarks/README.md": dict(results=results),
     "docs/ablations.md": dict(
-        digits=lambda: ablation(read("ablation_digits/ablation.json")),
-        cifar10=lambda: ablation(read("cifar10/ablation.json")),
+        digits=lambda: ablation(read("ablation_digits/ablation.json"), "messengers"),
+        cifar10=lambda: ablation(read("cifar10/ablation.json"), "messengers"),
     ),
     "docs/messengers.md": dict(
         orders=lambda: orders(read("messengers_cifar10/curves.json")),
