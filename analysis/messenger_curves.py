@@ -24,17 +24,12 @@ STEPS = 8  # of a curve, at most
 
 
 def measure_curves(model, image, seed=0):
-    """What a class score depends on, for one image and the class that is predicted for it.
-
-    Args:
-        image: (channels, height, width).
-        seed: of the random order.
+    """What the score of the predicted class depends on, for one image (channels, height, width).
 
     Returns:
-        A dict of ``score`` and ``blank``, the score of the class for the image and for a blank one;
-        ``curves``, for each stage of more than one window that holds a part of the image and each of
-        :data:`ORDERS` a pair of arrays (steps+1,): scores where more and more messengers are silenced, and
-        where all but more and more are; and ``exchange``, see :func:`switch_off`.
+        A dict of ``score`` and ``blank``, the scores of the image and of a blank one; ``curves``, what
+        :func:`curve` gives for each stage of more than one window and each of :data:`ORDERS`, ``seed`` being
+        that of the random one; and ``exchange``, see :func:`switch_off`.
     """
     with torch.no_grad():
         scores, blank = class_scores(model, torch.stack([image, torch.zeros_like(image)]))
@@ -66,8 +61,9 @@ def steps_of(count):
 
 
 def curve(model, image, stage, target, order):
-    """Deletion and insertion: the score of a class where the first messengers of an order, or all others, are
-    silenced; a pair of arrays (steps+1,), over :func:`steps_of` messengers.
+    """The score of a class where the first messengers of an order are silenced, and where all others are.
+
+    These are deletion and insertion, a pair of arrays (steps+1,) over :func:`steps_of` messengers.
 
     Args:
         order: numbers of the stage's windows that hold a part of the image, row-major.
@@ -102,18 +98,14 @@ def switch_off(model, image, target):
 
 
 def summarize(measured):
-    """Figures over images.
-
-    Args:
-        measured: what :func:`measure_curves` returned for each.
+    """Figures over images, from what :func:`measure_curves` returned for each.
 
     Returns:
-        A dict of ``images``; ``score`` and ``blank``, means; ``curves``, for each stage and order the mean
-        curves, and for deletion and insertion a dict of ``area``, the mean along the curve as a share from 0,
-        all silenced, to 1, and ``gain`` and ``error``, by how much of the score, and with what standard
-        error, it is better than a random order; ``exchange``, for each name and kind the ``share`` of the
-        score that is lost, the mean ``drop`` with its standard ``error``, and the share of predictions
-        ``kept``.
+        A dict of ``images``; ``score`` and ``blank``, means; ``curves``, for each stage, order, and deletion
+        or insertion a dict of the mean ``curve``, its ``area`` from 0 (all silenced) to 1 (none), and its
+        ``gain`` over a random order with the standard ``error``; ``exchange``, for each name and kind the
+        ``share`` of the score that is lost, the mean ``drop`` with its standard ``error``, and the share of
+        predictions ``kept``.
     """
     score, blank = (np.array([row[key] for row in measured]) for key in ("score", "blank"))
     curves = {}
@@ -158,46 +150,3 @@ def _area(curves):
 def _error(values):
     """The standard error of a mean; None of a single value."""
     return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
-
-
-def curve_tables(summary):
-    """The tables of a summary as Markdown."""
-
-    def plus_minus(entry, key):
-        error = "" if entry["error"] is None else f" ± {entry['error']:.2f}"
-        return f"{entry[key]:.2f}{error}"
-
-    lines = [
-        f"{summary['images']:,} images; the score of the predicted class is {summary['score']:.2f} in the "
-        f"mean, and {summary['blank']:.2f} for a blank image. Errors are standard errors over images."
-    ]
-    for stage, of_stage in summary["curves"].items():
-        lines += [
-            "",
-            f"### Stage {stage + 1}: which order of its messengers the score follows",
-            "",
-            f"All intact: {of_stage['intact']:.2f}. All silenced: {of_stage['silenced']:.2f}.",
-            "",
-            "| order | deletion area (less is better) | better than random by "
-            "| insertion area (more is better) | better than random by |",
-            "|---|---|---|---|---|",
-        ]
-        for name, kinds in of_stage["orders"].items():
-            cells = []
-            for kind in kinds.values():
-                cells += [f"{kind['area']:.2f}", "" if name == "random" else plus_minus(kind, "gain")]
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += [
-        "",
-        "### What crosses windows through the exchange",
-        "",
-        "| exchange off in | share of the score lost | drop of the score | predictions kept "
-        "| share lost, withheld | drop, withheld | kept, withheld |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, kinds in summary["exchange"].items():
-        cells = []
-        for kind in kinds.values():
-            cells += [f"{100 * kind['share']:.1f}%", plus_minus(kind, "drop"), f"{100 * kind['kept']:.1f}%"]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"

@@ -63,14 +63,6 @@ class Grid:
         region = row // self.region * across + column // self.region
         return region, row % self.region * self.region + column % self.region
 
-    def window_at(self, region, number):
-        """Undo :meth:`number_of`: row and column."""
-        (down, right), (row, column) = (
-            divmod(region, self.columns // self.region),
-            divmod(number, self.region),
-        )
-        return down * self.region + row, right * self.region + column
-
     def means(self, x):
         """The means of a map of pixels (height, width) over the windows that hold some: ``shown``."""
         height, width = x.shape
@@ -118,11 +110,9 @@ def hooks(*handles):
 
 @contextlib.contextmanager
 def exchanges(model, change):
-    """Context in which messengers are exchanged in another way.
+    """Context in which ``change((stage, block), exchange)`` takes the place of each block's exchange.
 
-    Args:
-        change: for a block, given by (stage, block), and its exchange, the function that takes its place: of
-            messengers (B*regions, windows, C), after the attention of the block, to the same shape.
+    Both are functions of messengers (B*regions, windows, C), after the attention, to the same shape.
     """
     kept = [(block, block.exchange) for _, block in blocks_of(model)]
     try:
@@ -150,18 +140,15 @@ def keep(messengers):
 
 @torch.no_grad()
 def messenger_attention(model, images):
-    """What messengers attend to.
-
-    Softmax over the tokens of the window of the messenger's own row of scale q k^T + bias, computed from the
-    inputs of each attention layer, whatever backend that uses.
+    """What messengers attend to: their rows of softmax(scale q k^T + bias), whatever the backend.
 
     Args:
         images: (B, channels, height, width).
 
     Returns:
-        A dict of (stage, block), from 0, to weights (B, rows, columns, heads, 1+w*w) that add up to 1: the
-        first is the messenger's for itself, the others are those of the patch tokens, row-major; 0 for
-        places beyond the edge of the image. The messenger of a window without patches sees itself alone.
+        A dict of (stage, block), from 0, to weights (B, rows, columns, heads, 1+w*w) that add up to 1: for
+        the messenger itself, then for the patch tokens, row-major; 0 for places beyond the edge of the
+        image. The messenger of a window without patches sees itself alone.
     """
     found, places, rows = {}, grids(model, images.shape[2:]), layouts(model, images)
 
@@ -174,9 +161,8 @@ def messenger_attention(model, images):
 
         return look
 
-    with hooks(
-        *(block.attn.register_forward_pre_hook(look_into(place)) for place, block in blocks_of(model))
-    ):
+    looks = [block.attn.register_forward_pre_hook(look_into(place)) for place, block in blocks_of(model)]
+    with hooks(*looks):
         model.forward_features(images)
     return found
 
@@ -196,12 +182,8 @@ def _messenger_rows(attention, x, layout):
     of_full = of_full.unflatten(0, (layout.full, layout.tokens))
     of_padded = of_padded[layout.spread.index].unflatten(0, (layout.padded, layout.tokens))
     alone = functional.one_hot(layout.order.new_zeros(layout.empty, len(bias)), layout.tokens)
-    parts = [
-        weights(of_full, bias),
-        weights(of_padded, hide(bias, layout.hidden)),
-        alone.to(qkv.dtype),
-    ]
-    return torch.cat(parts)[layout.order]
+    of_padded = weights(of_padded, hide(bias, layout.hidden))
+    return torch.cat([weights(of_full, bias), of_padded, alone.to(qkv.dtype)])[layout.order]
 
 
 @torch.no_grad()
@@ -295,9 +277,9 @@ class Sent(NamedTuple):
 
 
 def exchange_route(exchange, windows, channels, window):
-    """What a messenger is made of in an exchange: what each :class:`Sent` of the region has for it.
+    """What the messenger of a window is made of in an exchange: a :class:`Sent` for each source.
 
-    Found by sending one messenger at a time through the exchange.
+    It is found by sending one messenger at a time through the exchange.
 
     Args:
         exchange: of a block; None for none.
@@ -335,15 +317,11 @@ def sent_messengers(model, images):
 
 @torch.no_grad()
 def ablate(model, image, stage, masks):
-    """Class scores where messengers of a stage are silenced.
+    """Class scores (N, classes) of an image where messengers of a stage, from 0, are silenced.
 
     Args:
         image: (channels, height, width).
-        stage: from 0.
         masks: bool (N, rows, columns): which messengers, in each of N variants.
-
-    Returns:
-        (N, classes): the logits less their mean, as softmax sees no difference.
     """
     blank = sent_messengers(model, torch.zeros_like(image[None]))
     grid, parts = grids(model, image.shape[1:])[stage], []
@@ -372,7 +350,7 @@ def ablate_each(model, image, stage):
 
 
 def class_scores(model, images):
-    """The logits of images less their mean over the classes: (B, classes)."""
+    """The logits of images less their mean over the classes, (B, classes); softmax sees no difference."""
     logits = model(images)
     return logits - logits.mean(1, keepdim=True)
 
@@ -416,10 +394,9 @@ def _withholding(exchange, blank):
 
 
 def attention_map(model, image):
-    """What the messengers of the last block attend to, as maps of attention are drawn: (height, width).
+    """What the messengers of the last block attend to, the mean over the heads, for each pixel.
 
-    The mean over the heads; a patch token's weight stands for all its pixels. In units of the weight that
-    each of the 1+w*w tokens has in a window that is looked at evenly.
+    It is (height, width), in units of the weight that each of the 1+w*w tokens has in an even look.
     """
     place, _ = blocks_of(model)[-1]
     return patch_weights(model, image, messenger_attention(model, image[None])[place][0].mean(2), place[0])
@@ -500,22 +477,18 @@ def examine(model, image, window=None):
     target = int(scores.argmax())
     drops = [(scores[target] - ablate_each(model, image, stage)[..., target]) for stage in range(len(places))]
     window = window or divmod(int(drops[0].argmax()), columns)
-    weights, last = messenger_attention(model, image[None]), [len(stage.blocks) - 1 for stage in model.layers]
+    attention = messenger_attention(model, image[None])
+    last = {stage: weights[0].mean(2) for (stage, _), weights in attention.items()}  # later blocks win
+    reach = influence(model, image, [window])
     return Findings(
         grids=places,
         window=window,
         target=target,
         scores=scores,
-        attention=[
-            patch_weights(model, image, weights[stage, block][0].mean(2), stage)
-            for stage, block in enumerate(last)
-        ],
+        attention=[patch_weights(model, image, weights, stage) for stage, weights in last.items()],
         drops=drops,
         gradient_map=gradient_map(model, image, target),
-        influence={
-            place: tuple(kind[0] for kind in kinds)
-            for place, kinds in influence(model, image, [window]).items()
-        },
+        influence={place: tuple(kind[0] for kind in kinds) for place, kinds in reach.items()},
         routes=routes_to(model, image, window),
     )
 

@@ -23,7 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from distributed import gather_lists
 from logger import DETAIL
-from utils import replacing
+from utils import UserError, replacing
 
 BAR, INK, PAPER = "#9dc3ea", "#22262b", "#ffffff"
 FILES = ("eval.json", "eval_classes.csv", "eval_confusions.png", "eval_mistakes.png")
@@ -128,15 +128,11 @@ def shown(image):
 
 
 def calibration(confidence, right, bins=BINS):
-    """How far confidence is from accuracy: the expected calibration error, and its bins.
+    """How far confidence is from accuracy: the expected calibration error (Guo et al., 2017), and its bins.
 
     Images are put into ``bins`` bins B_m of equal width by the probability of their predicted class, the
-    upper end included. With n images in all,
-
-        ECE = sum_m |B_m| / n * |acc(B_m) - conf(B_m)|,
-
-    where acc is the share of a bin that is predicted right and conf the mean of its probabilities (Guo et
-    al., On Calibration of Modern Neural Networks, 2017). 0 is perfect, 1 the worst.
+    upper end included. With n images in all, the error is sum_m |B_m| / n * |acc(B_m) - conf(B_m)|, where acc
+    is the share of a bin that is predicted right and conf the mean of its probabilities.
 
     Args:
         confidence: (N,) probabilities of the predicted classes.
@@ -237,8 +233,23 @@ def write_report(folder, outcomes, names, paths, about):
     except OSError as problem:
         logger.error(f"cannot write the report of the evaluation to {folder}: {problem.strerror or problem}")
         return
-    logger.info(f"calibration error (ECE) {error:.4f}\n{class_table(rows)}", extra=DETAIL)
+    logger.info(f"calibration error (ECE) {error:.4f}", extra=DETAIL)
     logger.info(f"report: {target}, {', '.join(FILES[1:])}", extra=DETAIL)
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Context that yields the name of a file to write, which becomes ``path``, in a folder that is made.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        os.makedirs(os.path.dirname(path) or os.curdir, exist_ok=True)
+        with replacing(path) as temporary:
+            yield temporary
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _mistake(outcomes, place, names, paths):
@@ -270,23 +281,8 @@ def _keep_earlier(folder, content):
     logger.info(f"the report of an earlier evaluation is now in {kept}")
 
 
-def class_table(rows, most=MOST_LISTED):
-    """The classes as aligned text, the least accurate first, ``most`` of them."""
-    rows = sorted((row for row in rows if row["images"]), key=lambda row: row["accuracy"])
-    width = max(len("class"), *(len(row["class"]) for row in rows[:most]))
-    lines = [f"{'class':{width}}  accuracy  precision  images"]
-    for row in rows[:most]:
-        precision = "-" if row["precision"] is None else f"{100 * row['precision']:.2f}"
-        lines.append(
-            f"{row['class']:{width}}  {100 * row['accuracy']:8.2f}  {precision:>9}  {row['images']:6}"
-        )
-    if len(rows) > most:
-        lines.append(f"... and {len(rows) - most} classes that are more accurate")
-    return "\n".join(lines)
-
-
 def chosen_classes(pairs, count, most=MOST_DRAWN):
-    """The classes that a picture of confusions shows: all, or those of the most frequent ones, side by side.
+    """The classes that a picture of confusions shows: all, or those of the most frequent confusions.
 
     Args:
         pairs: what :func:`confusions` returns.
@@ -294,16 +290,8 @@ def chosen_classes(pairs, count, most=MOST_DRAWN):
     """
     if count <= most:
         return list(range(count))
-    chosen = []
-    for target, predicted, _ in pairs:
-        new = [number for number in (target, predicted) if number not in chosen]
-        if len(chosen) + len(new) > most:
-            break
-        for number in new:
-            partner = predicted if number == target else target
-            place = chosen.index(partner) + 1 if partner in chosen else len(chosen)
-            chosen.insert(place, number)
-    return chosen or list(range(most))
+    chosen = dict.fromkeys(number for target, predicted, _ in pairs for number in (target, predicted))
+    return list(chosen)[:most] or list(range(most))
 
 
 def draw_confusions(outcomes, names, path):

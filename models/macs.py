@@ -2,7 +2,7 @@
 
 These count: the patch-embedding convolution, every linear layer, q k^T and attention times v over the tokens
 of a window, a LayerNorm as one operation per element, merging of patches and messengers, final norm and head.
-Floating-point operations, which are two for each of these, are in roofline.py.
+A multiply-accumulate is two floating-point operations.
 """
 
 import torch

@@ -16,7 +16,6 @@ import statistics
 import subprocess
 import sys
 import threading
-import time
 from concurrent import futures
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,24 +37,16 @@ STUDENT = (
 def parse_args():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("configs", nargs="+", metavar="CONFIG", help="YAML files")
-    parser.add_argument(
-        "--baseline", metavar="NAME", help="a config's file without .yaml; default: the first"
-    )
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... of each config; default: 3")
-    parser.add_argument("--data-path", required=True, metavar="DIR", help="folder of the data")
-    parser.add_argument("--output", default="output/ablations", metavar="DIR", help="default: %(default)s")
-    parser.add_argument(
-        "--devices",
-        nargs="+",
-        default=["cpu"],
-        metavar="DEVICE",
-        help="cpu, mps, cuda:0 cuda:1 ...; default: cpu",
-    )
-    parser.add_argument(
-        "--jobs", type=int, help="runs at once on each device; default: 1, on the CPU one for each core"
-    )
-    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="as those of main.py")
+    add = parser.add_argument
+    add("configs", nargs="+", metavar="CONFIG", help="YAML files")
+    add("--baseline", metavar="NAME", help="a config's file without .yaml; default: the first")
+    add("--seeds", type=int, default=3, help="seeds 0, 1, ... of each config; default: 3")
+    add("--data-path", required=True, metavar="DIR", help="folder of the data")
+    add("--output", default="output/ablations", metavar="DIR", help="default: %(default)s")
+    devices = "cpu, mps, cuda:0 cuda:1 ...; default: cpu"
+    add("--devices", nargs="+", default=["cpu"], metavar="DEVICE", help=devices)
+    add("--jobs", type=int, help="runs at once on each device; default: 1, on the CPU one for each core")
+    add("--opts", nargs="+", default=[], metavar="KEY VALUE", help="as those of main.py")
     args = parser.parse_args()
     if args.seeds < 1 or (args.jobs is not None and args.jobs < 1):
         parser.error("--seeds and --jobs must be 1 or more")
@@ -71,14 +62,16 @@ def parse_args():
 
 if __name__ == "__main__":  # before what takes seconds to import
     check_environment()
-    parse_args()
+    ARGS = parse_args()
 
 from matplotlib.figure import Figure
 from timm.layers import to_2tuple
+from tqdm import tqdm
 
 from config import APART, flat_config, get_config
-from logger import clock, read_metrics
+from logger import read_metrics
 from models import build_model, count_macs
+from tools import tables
 from training.guard import REQUEUE_EXIT_CODE
 from utils import UserError
 
@@ -108,8 +101,8 @@ class Planned:
         return [row for row in rows if row["epoch"] < self.epochs]
 
 
-def main():
-    args = parse_args()
+def main(args):
+    """Train what is not finished, then compare and draw."""
     runs = plan_runs(args)
     for run in runs:
         require_same_config(run)
@@ -141,9 +134,8 @@ def plan_runs(args):
             config = get_config(argparse.Namespace(cfg=file, opts=opts, **flags), "imagenet")
             other = folders.setdefault(config.OUTPUT, file)
             if other != file:
-                raise UserError(
-                    f"{other} and {file} have the same MODEL.NAME, {config.MODEL.NAME}: change one"
-                )
+                name = config.MODEL.NAME
+                raise UserError(f"{other} and {file} have the same MODEL.NAME, {name}: change one")
             words = [word for flag, value in flags.items() for word in (f"--{flag.replace('_', '-')}", value)]
             runs.append(Planned(file, seed, config, ("--cfg", file, *words, "--opts", *opts)))
     return runs
@@ -198,10 +190,10 @@ def train(runs, args):
                 process.send_signal(signal.SIGTERM)
             code = process.wait()
             working.pop(run)
+            print(f"{run.name}, seed {run.seed}: {len(run.rows())} of {run.epochs} epochs", file=sys.stderr)
             if code and not stop.is_set():
-                failed.append(
-                    f"{run.name}, seed {run.seed} (exit code {code}, see {path}: {last_line(path)})"
-                )
+                what = f"exit code {code}, see {path}: {last_line(path)}"
+                failed.append(f"{run.name}, seed {run.seed} ({what})")
 
     def interrupt(number, frame):
         stop.set()
@@ -243,21 +235,12 @@ def last_line(path):
 
 
 def show_progress(runs, tasks, working):
-    """Until all tasks are done, show how many epochs of all runs are, and the time left."""
-    begin, total = time.monotonic(), sum(run.epochs for run in runs)
-    first = sum(len(run.rows()) for run in runs)
-    said, interval = "", 2 if sys.stderr.isatty() else 30
-    while futures.wait(tasks, timeout=interval).not_done:
-        done = sum(len(run.rows()) for run in runs)
-        seconds = time.monotonic() - begin
-        left = clock(seconds / (done - first) * (total - done)) if done > first else "unknown"
-        now = ", ".join(f"{run.name} seed {run.seed}" for run in list(working))
-        line = f"{done}/{total} epochs, {left} left: {now}"
-        if line != said:
-            end = "\r" if sys.stderr.isatty() else "\n"
-            print(f"{line:<110}" if sys.stderr.isatty() else line, end=end, flush=True, file=sys.stderr)
-        said = line
-    print(file=sys.stderr)
+    """Until all tasks are done, show on a terminal how many epochs of all runs are, and the time left."""
+    total, first = sum(run.epochs for run in runs), sum(len(run.rows()) for run in runs)
+    with tqdm(total=total, initial=first, unit="epoch", disable=None) as bar:
+        while futures.wait(tasks, timeout=2).not_done:
+            bar.set_postfix_str(", ".join(f"{run.name} seed {run.seed}" for run in list(working)))
+            bar.update(sum(len(run.rows()) for run in runs) - bar.n)
 
 
 def summarise(runs, args):
@@ -274,19 +257,17 @@ def summarise(runs, args):
         model = build_model(config)
         shape = (config.MODEL.MSG.IN_CHANS, *to_2tuple(config.DATA.IMG_SIZE))
         speeds = [row["images_per_second"] for epochs in done.values() for row in epochs]
-        rows.append(
-            dict(
-                name=of_file[0].name,
-                file=file,
-                parameters=sum(parameter.numel() for parameter in model.parameters()),
-                macs=count_macs(model, shape),
-                images_per_second=statistics.median(speeds) if speeds else None,
-                best=mean_and_interval(best),
-                last=mean_and_interval(last),
-                best_difference=mean_and_interval(differences(best, baseline["best"])),
-                last_difference=mean_and_interval(differences(last, baseline["last"])),
-            )
+        row = dict(
+            name=of_file[0].name,
+            file=file,
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            macs=count_macs(model, shape),
+            images_per_second=statistics.median(speeds) if speeds else None,
         )
+        for what, values in (("best", best), ("last", last)):
+            row[what] = mean_and_interval(values)
+            row[f"{what}_difference"] = mean_and_interval(differences(values, baseline[what]))
+        rows.append(row)
     command = shlex.join(["python", "tools/ablate.py", *sys.argv[1:]])
     epochs = sorted({run.epochs for run in runs})
     return dict(command=command, seeds=args.seeds, epochs=epochs, rows=rows)
@@ -316,43 +297,13 @@ def mean_and_interval(values):
 
 def ablation_table(result):
     """A result in Markdown."""
-
-    def value(numbers, form="{:.2f}"):
-        if numbers["mean"] is None:
-            return "not finished"
-        text = form.format(numbers["mean"])
-        return text if numbers["half"] is None else f"{text} ± {numbers['half']:.2f}"
-
-    first = result["rows"][0]["name"]
-    epochs = " or ".join(map(str, result["epochs"]))
-    columns = ["config", "best", "std", "last", f"best, difference to {first}", "last, difference"]
-    columns += ["parameters", "MMACs", "images/s"]
-    lines = [
-        f"`{result['command']}`",
-        "",
-        f"Top-1 in percent, {epochs} epochs, mean of {result['seeds']} seeds ± half of the 95% "
-        f"interval of the mean (Student's t). Differences to {first} are of the same seeds, and evidence "
-        "only where their interval leaves out 0. Images/s are those of training, beside other runs.",
-        "",
-        "| " + " | ".join(columns) + " |",
-        "|---" + "|---:" * (len(columns) - 1) + "|",
-    ]
-    for row in result["rows"]:
-        baseline = row["name"] == first
-        std, speed = row["best"]["std"], row["images_per_second"]
-        cells = [
-            row["name"],
-            value(row["best"]),
-            "" if std is None else f"{std:.2f}",
-            value(row["last"]),
-            "" if baseline else value(row["best_difference"], "{:+.2f}"),
-            "" if baseline else value(row["last_difference"], "{:+.2f}"),
-            f"{row['parameters']:,}",
-            f"{row['macs'] / 1e6:.1f}",
-            "" if speed is None else f"{speed:.0f}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    first, epochs = result["rows"][0]["name"], " or ".join(map(str, result["epochs"]))
+    about = (
+        f"Best top-1 in percent, {epochs} epochs, mean of {result['seeds']} seeds ± half of the 95% "
+        f"interval of the mean (Student's t). Each difference to {first} pairs runs of the same seed. "
+        "It is evidence only if its interval leaves out 0."
+    )
+    return "\n".join([f"`{result['command']}`", "", about, "", *tables.ablation(result), ""])
 
 
 def draw(result):
@@ -367,9 +318,8 @@ def draw(result):
             if axes is gaps and place == 0:
                 continue
             axes.plot(list(numbers.values()), [place] * len(numbers), "o", color=colour, alpha=0.45, ms=5)
-            axes.errorbar(
-                row[key]["mean"], place, xerr=row[key]["half"], fmt="D", color=colour, capsize=4, ms=5
-            )
+            mean, half = row[key]["mean"], row[key]["half"]
+            axes.errorbar(mean, place, xerr=half, fmt="D", color=colour, capsize=4, ms=5)
         axes.spines[["top", "right"]].set_visible(False)
     gaps.axvline(0, color="black", lw=0.8, ls=":")
     scores.set_yticks(range(len(rows)), [row["name"] for row in rows])
@@ -382,6 +332,6 @@ def draw(result):
 
 if __name__ == "__main__":
     try:
-        main()
+        main(ARGS)
     except UserError as error:
         sys.exit(f"error: {error}")

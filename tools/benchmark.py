@@ -4,8 +4,7 @@ python tools/benchmark.py                                    MSG-Transformer-T a
 python tools/benchmark.py --modes train --batch-sizes 16     training steps
 python tools/benchmark.py --sizes 256 384x288                classifiers at other sizes, HEIGHTxWIDTH
 python tools/benchmark.py --maps --sizes 800x1280            feature maps, as a detector reads them
-python tools/benchmark.py --roofline                         and the share of what the machine can do
-python tools/benchmark.py --models msg_small_p4_win7_224 swin_small_patch4_window7_224 --compile
+python tools/benchmark.py --models msg_small_p4_win7_224 swin_small_patch4_window7_224
 python tools/benchmark.py --tables                           write the tables of the pages again
 
 Any timm name will do. The second model is the one that ratios compare with, unless --peer names another. Each
@@ -15,10 +14,7 @@ as main.py runs them. A name may choose another way:
   <name>:sdpa and the like    another way of computing attention (ours)
   <name>:plain                as timm builds it, ours with eager attention
   <name>:onednn               with the linear layers that ours use on the CPU
-  <name>:compile              under torch.compile; --compile adds this for every model
-  <name>:frozen, :tuned       as timm builds it, under torch.compile with the weights as constants; tuned:
-                              with the kernels that it times the fastest too (inference, CPU; the first round
-                              may take minutes, and says how long the compiler took)
+  <name>:compile              under torch.compile
   <name>:int8                 int8 linear layers by torchao, float32 between them (inference, CPU)
   <name>:ort, :openvino       its ONNX file in ONNX Runtime or OpenVINO, once it gives what PyTorch gives
                               (inference, CPU; ONNX Runtime in float32 alone)
@@ -31,9 +27,7 @@ large copy reach on the machine are noted too, because machines of one name diff
 import argparse
 import contextlib
 import itertools
-import logging
 import os
-import re
 import sys
 import tempfile
 from dataclasses import dataclass, replace
@@ -42,22 +36,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import benchmarking
-import tables
-
+from tools import benchmarking, tables
 from utils import check_environment
 
 DTYPES = ("float32", "bfloat16", "float16")
 CLASSES = 1000
 # Ways for any model: of computing with it, and of running a file made from it; dtypes for those with limits.
 WAYS = ("plain", "onednn", "compile")
-FROZEN = dict(frozen=dict(freezing=True), tuned=dict(freezing=True, max_autotune=True))  # the compiler's keys
 FILES = dict(int8=("float32",), ort=("float32",), openvino=("float32", "bfloat16"))
 ONNX = dict(ort="onnxruntime", openvino="openvino")
 
 
-def usage():
-    """The parser of the command line."""
+def parse_args():
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -68,83 +59,19 @@ def usage():
     add("--modes", nargs="+", choices=["inference", "train"], default=["inference"])
     add("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"], help="train: of autocast")
     add("--batch-sizes", nargs="+", type=int, default=[1])
-    add("--compile", action="store_true", help="time them under torch.compile too")
-    add(
-        "--sizes",
-        nargs="+",
-        type=image_sides,
-        metavar="PX",
-        help="image sizes, a side or HEIGHTxWIDTH; default: 224",
-    )
+    sides = "image sizes, a side or HEIGHTxWIDTH; default: 224"
+    add("--sizes", nargs="+", type=benchmarking.image_sides, metavar="PX", help=sides)
     add("--maps", action="store_true", help="feature maps of all stages rather than classifiers")
     add("--memory", action="store_true", help="peak memory too, each candidate in a process of its own")
-    add(
-        "--roofline",
-        action="store_true",
-        help="operations and bytes too, and how near to the machine's own limits",
-    )
     add("--rounds", type=int, default=11, help="at least; up to three times as many while ratios are vague")
     add("--tables", action="store_true", help="write the tables of README.md and the other pages, and end")
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one, else cpu")
     add("--threads", type=int, help="CPU threads; default: PyTorch's choice")
     benchmarking.add_arguments(parser, "models")
-    return parser
-
-
-def image_sides(text):
-    """(height, width) in pixels from a side or HEIGHTxWIDTH, as ``--sizes`` takes them."""
-    found = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)
-    sides = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
-    if 0 in sides:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a side in pixels nor HEIGHTxWIDTH")
-    return sides
-
-
-if __name__ == "__main__":  # before what takes seconds to import
-    check_environment()
-    usage().parse_args()
-
-import timm
-import torch
-from timm.layers import set_fused_attn
-from torch.nn.functional import cross_entropy
-
-from models import compile_model, inference, use_onednn
-from models.deploy.files import FORMATS, RUNTIMES, Exportable, require_packages, write_checked
-from models.fast.attention import BACKENDS
-from models.fast.attention_triton import triton_missing
-from tools.roofline import count_work, least_seconds, machine, machine_limits, versions
-from utils import UserError, keep_freed_memory
-
-
-def parse_args():
-    """The command line, with the device and the peer filled in."""
-    parser = usage()
     args = parser.parse_args()
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.peer = args.peer or args.models[min(1, len(args.models) - 1)]
-    if args.memory and args.device == "cpu" and not Path("/proc/self/status").exists():
-        parser.error("--memory on the CPU needs Linux")
-    if args.roofline and (args.sizes or args.maps):
-        parser.error("--roofline is for classifiers at 224 px: leave out --sizes and --maps")
     if args.peer not in args.models:
         parser.error(f"--peer {args.peer} is not among --models")
-    for name in args.models:
-        base, _, variant = name.partition(":")
-        ways = (*WAYS, *FROZEN, *FILES, *(BACKENDS if is_ours(base) else ()))
-        if not timm.is_model(base) or variant not in ("", *ways):
-            known = " or ".join(f":{way}" for way in ways)
-            parser.error(f"{name}: a timm model name, or that and {known}")
-        if variant == "triton" and triton_missing():
-            parser.error(f"{name}: {triton_missing()}")
-        if variant in FILES and (args.maps or args.device != "cpu" or args.modes != ["inference"]):
-            parser.error(f"{name}: for the inference of classifiers on the CPU")
-        if variant in FROZEN and (args.device != "cpu" or args.modes != ["inference"]):
-            parser.error(f"{name}: for inference on the CPU")
-    try:
-        require_runtimes(args.models)
-    except UserError as error:
-        parser.error(str(error))
     if not all(can_run(args.peer, dtype) for dtype in args.dtypes):
         parser.error(f"--peer {args.peer} does not run in all of --dtypes")
     return args
@@ -160,10 +87,39 @@ def can_run(name, dtype):
     return dtype in FILES.get(variant_of(name), DTYPES)
 
 
-def require_runtimes(names):
-    """Raise a UserError where a package is missing that a candidate needs."""
+if __name__ == "__main__":  # before what takes seconds to import
+    check_environment()
+    ARGS = parse_args()
+
+import timm
+import torch
+from timm.layers import set_fused_attn
+from torch.nn.functional import cross_entropy
+
+from models import inference, use_onednn
+from models.deploy.files import FORMATS, RUNTIMES, Exportable, require_packages, write_checked
+from models.fast.attention import BACKENDS
+from models.fast.attention_triton import triton_missing
+from tools.roofline import machine, machine_limits, versions
+from utils import UserError, keep_freed_memory
+
+
+def check(args):
+    """Raise a UserError unless every candidate can be timed as the command line asks."""
+    if args.memory and args.device == "cpu" and not Path("/proc/self/status").exists():
+        raise UserError("--memory on the CPU needs Linux")
+    for name in args.models:
+        base, _, variant = name.partition(":")
+        ways = (*WAYS, *FILES, *(BACKENDS if is_ours(base) else ()))
+        if not timm.is_model(base) or variant not in ("", *ways):
+            known = " or ".join(f":{way}" for way in ways)
+            raise UserError(f"{name}: a timm model name, or that and {known}")
+        if variant == "triton" and triton_missing():
+            raise UserError(f"{name}: {triton_missing()}")
+        if variant in FILES and (args.maps or args.device != "cpu" or args.modes != ["inference"]):
+            raise UserError(f"{name}: for the inference of classifiers on the CPU")
     needed = dict(int8=["int8"], ort=["onnx"], openvino=["onnx", "openvino"])
-    require_packages([kind for name in names for kind in needed.get(variant_of(name), ())])
+    require_packages([kind for name in args.models for kind in needed.get(variant_of(name), ())])
 
 
 def is_ours(name):
@@ -193,8 +149,7 @@ def build(name, sides=(224, 224), maps=False, fused=True):
     except (AssertionError, RuntimeError, ValueError) as error:
         what = f"{name} for {'maps' if maps else 'classes'} of {sides[0]}x{sides[1]} px"
         raise UserError(f"cannot build {what}: {error}") from error
-    # The compiler would leave our linear layers as they are: it can choose kernels for PyTorch's.
-    if (ours and variant not in ("plain", *FROZEN)) or variant == "onednn":
+    if (ours and variant != "plain") or variant == "onednn":
         use_onednn(model)
     return model
 
@@ -218,10 +173,9 @@ class Candidate:
     Args:
         name: as given on the command line.
         setting: a :class:`Setting`.
-        compiled: whether it runs under torch.compile.
     """
 
-    def __init__(self, name, setting, compiled=False):
+    def __init__(self, name, setting):
         self.setting, self.idle = setting, benchmarking.peak_resident()
         self.run = self.model = build(name, setting.sides, setting.maps).to(setting.device)
         self.images = torch.randn(setting.batch, 3, *setting.sides, device=setting.device)
@@ -232,15 +186,15 @@ class Candidate:
             self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=setting.device == "cuda")
             if setting.dtype != torch.float32:
                 self.autocast = lambda: torch.autocast(setting.device, setting.dtype)
-        elif variant_of(name) in FILES:
-            self.run = run_apart_from_pytorch(name, setting, self.model.eval())
+        elif variant_of(name) == "int8":
+            self.run = FORMATS["int8"].prepare(self.model.eval())
+        elif variant_of(name) in ONNX:
+            self.run = RUNTIMES[ONNX[variant_of(name)]].load(onnx_path(name, setting), setting.dtype)
         else:
             self.model.eval().to(setting.dtype)
             self.images = self.images.to(setting.dtype)
-        if compiled or variant_of(name) == "compile":
+        if variant_of(name) == "compile":
             self.model.compile(dynamic=False)
-        elif variant_of(name) in FROZEN:
-            compile_model(self.model)
 
     def step(self):
         """One inference or one training step, until the device has done it."""
@@ -276,13 +230,6 @@ class Candidate:
         return cross_entropy(outputs.float(), self.targets)
 
 
-def run_apart_from_pytorch(name, setting, model):
-    """A function of images that computes what a model computes, as one of ``FILES`` does."""
-    if variant_of(name) == "int8":
-        return FORMATS["int8"].prepare(model)
-    return RUNTIMES[ONNX[variant_of(name)]].load(onnx_path(name, setting), setting.dtype)
-
-
 def onnx_path(name, setting):
     """Where the ONNX file of a candidate is."""
     return os.path.join(setting.files, "{}_{}x{}.onnx".format(name.partition(":")[0], *setting.sides))
@@ -307,68 +254,37 @@ def write_onnx(name, setting):
 
 
 @contextlib.contextmanager
-def ready(name, setting, compiled, threads):
+def ready(name, setting, threads):
     """A :class:`Candidate`, whose weights are fixed for inference."""
     keep_freed_memory()  # as main.py does, for the peers too
     if threads:
         torch.set_num_threads(threads)
-    candidate = Candidate(name, setting, compiled)
-    if variant_of(name) in FROZEN:
-        context = freezing(name)
-    elif setting.mode == "inference" and variant_of(name) not in ("plain", *FILES):
-        context = inference(candidate.model)
-    else:
-        context = contextlib.nullcontext()
-    with context:
+    candidate = Candidate(name, setting)
+    fixed = setting.mode == "inference" and variant_of(name) not in ("plain", *FILES)
+    with inference(candidate.model) if fixed else contextlib.nullcontext():
         yield candidate
 
 
-@contextlib.contextmanager
-def freezing(name):
-    """Context in which torch.compile takes weights for constants, as the name chooses, and tells its time."""
-    from torch._inductor import config as inductor
-
-    logging.basicConfig(format=f"  {name}: %(message)s")
-    logging.getLogger("msg_transformer").setLevel(logging.INFO)
-    silent = dict(autotune_num_choices_displayed=0, max_autotune_report_choices_stats=False)
-    with inductor.patch(**FROZEN[variant_of(name)], **silent):
-        yield
-
-
-def compare(choices, args):
-    """Time candidates in turn, each in a process of its own.
-
-    Args:
-        choices: name, :class:`Setting` and whether it is compiled, for each.
-        args: of the command line.
+def measure(args, setting):
+    """Time the candidates that run in the dtype of a setting in turn, each in a process of its own.
 
     Returns:
-        A row for each: model, compiled if it is, batch, turns, and with ``--memory`` memory, in MiB.
+        A row for each: model, batch, turns, and with ``--memory`` memory, in MiB.
     """
+    names = [name for name in args.models if can_run(name, str(setting.dtype).removeprefix("torch."))]
+    for name in names:
+        write_onnx(name, setting)
     with contextlib.ExitStack() as stack:
-        candidates = [benchmarking.Apart(choice[0], ready, *choice, args.threads) for choice in choices]
+        candidates = [benchmarking.Apart(name, ready, name, setting, args.threads) for name in names]
         for candidate in candidates:
             stack.callback(candidate.close)
         take_turns = [partial(candidate.call, "turn") for candidate in candidates]
-        peer = next(place for place, (name, *_) in enumerate(choices) if name == args.peer)
-        turns = benchmarking.time_in_turn(take_turns, args.rounds, peer)
-        memory = [one.call("peak_memory") for one in candidates] if args.memory else []
-    rows = []
-    for place, ((name, setting, compiled), of_candidate) in enumerate(zip(choices, turns)):
-        row = dict(model=name, **(dict(compiled=True) if compiled else {}), batch=setting.batch)
-        row.update(turns=of_candidate, **(dict(memory=memory[place]) if args.memory else {}))
-        rows.append(row)
+        turns = benchmarking.time_in_turn(take_turns, args.rounds, names.index(args.peer))
+        rows = [dict(model=name, batch=setting.batch, turns=taken) for name, taken in zip(names, turns)]
+        if args.memory:
+            for row, candidate in zip(rows, candidates):
+                row.update(memory=candidate.call("peak_memory"))
     return rows
-
-
-def add_roofline(rows, setting, flops_limit, bytes_limit):
-    """Add to each row what a step computes and moves, and the least time that this takes here."""
-    for row in rows:
-        model = build(row["model"].split(":")[0]).to("meta", setting.dtype)
-        images = torch.empty(setting.batch, 3, *setting.sides, device="meta", dtype=setting.dtype)
-        work = count_work(model, images, setting.mode == "train")
-        flops, size = (sum(parts) for parts in zip(*work))
-        row.update(flops=flops, bytes=size, least_seconds=least_seconds(work, flops_limit, bytes_limit))
 
 
 def plan(args):
@@ -383,21 +299,10 @@ def plan(args):
     return settings
 
 
-def measure(args, setting):
-    """The rows of one setting, of the candidates that run in its dtype."""
-    dtype = str(setting.dtype).removeprefix("torch.")
-    names = [name for name in args.models if can_run(name, dtype)]
-    for name in names:
-        write_onnx(name, setting)
-    choices = [(name, setting, False) for name in names]
-    if args.compile:
-        others = [name for name in names if variant_of(name) not in ("compile", *FROZEN, *FILES)]
-        choices += [(name, setting, True) for name in others]
-    return compare(choices, args)
-
-
 def run(args):
     """Measure every setting and print the ratios; returns the result."""
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check(args)
     if args.threads:
         torch.set_num_threads(args.threads)
     found = machine(args.device)
@@ -407,16 +312,13 @@ def run(args):
     with tempfile.TemporaryDirectory() as files:
         for name, setting in plan(args).items():
             print(name, flush=True)
-            rows = result["settings"][name] = measure(args, replace(setting, files=files))
-            if args.roofline:
-                add_roofline(rows, setting, *rates[str(setting.dtype).removeprefix("torch.")])
+            result["settings"][name] = measure(args, replace(setting, files=files))
             print(tables.in_lines(result, name))
     return result
 
 
 if __name__ == "__main__":
-    arguments = parse_args()
-    if arguments.tables:
+    if ARGS.tables:
         tables.write()
     else:
-        benchmarking.main(arguments, run)
+        benchmarking.main(ARGS, run)

@@ -10,6 +10,7 @@ and a row holds ``model`` and ``turns``, [steps, seconds] of every round. Ratios
 written (``tables.py``).
 """
 
+import argparse
 import contextlib
 import datetime
 import json
@@ -148,20 +149,24 @@ def is_claim(values):
     return (high - low) / 2 <= CLAIM * median
 
 
+def image_sides(text):
+    """(height, width) in pixels from a side or HEIGHTxWIDTH, as flags take them."""
+    found = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)
+    sides = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if 0 in sides:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a side in pixels nor HEIGHTxWIDTH")
+    return sides
+
+
 def add_arguments(parser, what):
     """Add the flags that say what to write.
 
     Args:
         what: the default of ``--name``.
     """
-    add = parser.add_argument
-    add(
-        "--output",
-        default="output/benchmarks",
-        metavar="DIR",
-        help="to write <machine>/<date>-<name>.json in",
-    )
-    add("--name", default=what, help="default: %(default)s")
+    folder = "to write <machine>/<date>-<name>.json in"
+    parser.add_argument("--output", default="output/benchmarks", metavar="DIR", help=folder)
+    parser.add_argument("--name", default=what, help="default: %(default)s")
 
 
 def main(args, run):

@@ -21,7 +21,6 @@ import argparse
 import functools
 import json
 import os
-import re
 import statistics
 import sys
 from pathlib import Path
@@ -29,12 +28,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from config import CHOICES
+from tools import benchmarking
 
 FORMAT_NAMES = ("onnx", "torch_export", "aoti", "safetensors", "int8")
 BATCHES = 1, 2, 5  # numbers of images that files are compared on
 
 
-def parse_args(argv=None):
+def parse_args():
     """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -45,19 +45,15 @@ def parse_args(argv=None):
     add("--formats", nargs="+", choices=FORMAT_NAMES, default=formats, help=f"default: {' '.join(formats)}")
     add("--cfg", metavar="FILE", help="config of a checkpoint that holds none, such as an official one")
     add("--weights", choices=CHOICES["TEST.WEIGHTS"], default="auto", help="as TEST.WEIGHTS; default: auto")
-    add("--size", type=parse_size, metavar="PX", help="a side or HEIGHTxWIDTH; default: that of the config")
+    sides = "a side or HEIGHTxWIDTH, as a file is for one size; default: that of the config"
+    add("--size", type=benchmarking.image_sides, metavar="PX", help=sides)
     add("--data-path", metavar="DIR", help="compare top-1 too, over DIR/val/<class>/<image>")
-    add(
-        "--images",
-        type=at_least(1),
-        metavar="N",
-        help="N of these images, evenly spaced; default: all",
-    )
+    add("--images", type=at_least(1), metavar="N", help="N of these, evenly spaced; default: all")
     add("--rounds", type=at_least(2), default=10, help="how often each file is timed, on one image")
     add("--output", metavar="DIR", help="default: the folder of the checkpoint")
     add("--name", help="what file names begin with; default: that of the checkpoint")
     add("--overwrite", action="store_true", help="replace files that are there already")
-    return parser.parse_args(argv)
+    return parser.parse_args()
 
 
 def at_least(least):
@@ -71,24 +67,9 @@ def at_least(least):
     return parse
 
 
-def parse_size(text):
-    """(height, width) in pixels from a side or HEIGHTxWIDTH, as ``--size`` takes them."""
-    found = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)
-    sides = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
-    if text == "dynamic":
-        raise argparse.ArgumentTypeError(
-            "a file is for one size, because windows and their padding are laid out for it: export one file "
-            "for each size"
-        )
-    if 0 in sides:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a side in pixels nor HEIGHTxWIDTH")
-    return sides
+if __name__ == "__main__":  # before what takes seconds to import
+    ARGS = parse_args()
 
-
-if __name__ == "__main__":
-    parse_args()  # before what takes seconds to import
-
-import benchmarking
 from timm.layers import to_2tuple
 from torch.utils.data import DataLoader, Subset
 
@@ -105,18 +86,10 @@ from utils import UserError, print_any_name
 
 
 def open_checkpoint(path, cfg=None, weights="auto"):
-    """What a checkpoint holds, described: its config, its weights and classes, and the part that is exported.
+    """The config of a checkpoint, what :func:`~checkpoint.read_weights` returns, and what is exported.
 
-    Args:
-        cfg: config file of a checkpoint that holds none.
-        weights: a value of ``TEST.WEIGHTS``.
-
-    Returns:
-        The config, what :func:`~checkpoint.read_weights` returns, and the model in evaluation mode: the
-        classifier, or of a detector the :class:`~detection.detector.Pyramid`.
-
-    Raises:
-        UserError: it cannot be read, holds no config, or does not fit it.
+    That is a classifier, or the :class:`~detection.detector.Pyramid` of a detector, in evaluation mode. A
+    UserError says why a checkpoint cannot be read. ``cfg`` and ``weights`` are those of the command line.
     """
     config, checkpoint = read_described(path, cfg, weights)
     if config.DATA.DATASET == "coco":
@@ -130,10 +103,7 @@ def build_exportable(args):
     classes, text = checkpoint["classes"], dump_config(config) if args.cfg else checkpoint["config"]
     detects = config.DATA.DATASET == "coco"
     if detects and args.data_path:
-        raise UserError(
-            "a detector has no top-1: its backbone and feature pyramid are exported, and compared by their "
-            "maps; leave out --data-path"
-        )
+        raise UserError("a detector has no top-1, its maps are compared: leave out --data-path")
     by_config = (config.DET.TEST_SIZE, config.DET.MAX_SIZE) if detects else config.DATA.IMG_SIZE
     size = to_2tuple(args.size or by_config)
     config.defrost()
@@ -154,11 +124,7 @@ def build_exportable(args):
 
 
 def build_images(args, config, classes):
-    """A loader over the validation images of ``--data-path``, or None.
-
-    Raises:
-        UserError: there are none, or their classes are not the checkpoint's.
-    """
+    """A loader over the images of ``--data-path``, or None; a UserError if they have other classes."""
     if not args.data_path:
         return None
     transform = build_transform(config, is_train=False)
@@ -250,15 +216,15 @@ def export(args):
     return len(kept) == len(paths)
 
 
-def main(argv=None):
+def main(args):
     """Run the command; returns its exit code."""
     print_any_name()
     try:
-        return 0 if export(parse_args(argv)) else 1
+        return 0 if export(args) else 1
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(ARGS))

@@ -22,7 +22,7 @@ def parse_args():
 
 if __name__ == "__main__":  # before what takes seconds to import
     check_environment()
-    parse_args()
+    ARGS = parse_args()
 
 import numpy as np
 from PIL import Image
@@ -30,9 +30,8 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 
-def main():
+def main(folder):
     """Write the folder; an image that is there already is written again with the same bytes."""
-    folder = parse_args().folder
     digits = load_digits()
     numbers = np.arange(len(digits.target))
     train, val = train_test_split(numbers, test_size=360, stratify=digits.target, random_state=0)
@@ -46,4 +45,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(ARGS.folder)

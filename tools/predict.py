@@ -12,7 +12,6 @@ Exit code: 0; 3 where files were skipped because they cannot be read, which are 
 """
 
 import argparse
-import contextlib
 import csv
 import json
 import logging
@@ -46,11 +45,8 @@ def parse_args():
     workers = min(4, os.cpu_count() or 1)
     add("--workers", type=int, default=workers, help=f"processes that read images; default: {workers}")
     add("--device", choices=["cuda", "mps", "cpu"], help="default: cuda where there is one, else cpu")
-    add(
-        "--runtime",
-        choices=CHOICES["RUNTIME"],
-        help="what computes a classifier; onnxruntime and openvino do so in float32; default: pytorch",
-    )
+    runtime = "what computes a classifier; onnxruntime and openvino do so in float32; default: pytorch"
+    add("--runtime", choices=CHOICES["RUNTIME"], help=runtime)
     add("--cfg", metavar="FILE", help="config of a checkpoint that holds none")
     add("--weights", choices=CHOICES["TEST.WEIGHTS"], default="auto", help="as TEST.WEIGHTS; default: auto")
     add("--class-names", metavar="FILE", help="a name per line, for a checkpoint that names no classes")
@@ -61,8 +57,8 @@ def parse_args():
     return args
 
 
-if __name__ == "__main__":
-    parse_args()  # before what takes seconds to import
+if __name__ == "__main__":  # before what takes seconds to import
+    ARGS = parse_args()
 
 import cv2
 import numpy as np
@@ -71,7 +67,7 @@ from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader
 
 import distributed
-from analysis.report import caption
+from analysis.report import caption, writing
 from data.loaders import start_worker
 from data.transforms import image_mode
 from detection.detector import to_original_size
@@ -84,12 +80,11 @@ from models import build_runtime, inference
 from models.deploy.files import RUNTIMES
 from models.from_checkpoint import build_ready, read_described
 from tools.sources import Pictures, find_files, frame_rate
-from utils import UserError, replacing
+from utils import UserError
 
 
-def main():
+def main(args):
     """Predict, show and write."""
-    args = parse_args()
     paths, skipped, ignored = find_files(args.paths)
     drawn = picture_names(paths, args.pictures) if args.pictures else None
     config, checkpoint = read_described(args.checkpoint, args.cfg, args.weights)
@@ -110,9 +105,11 @@ def main():
     pictures = Pictures(paths, transform, args.every, keep=drawn is not None, mode=mode)
     results = []
     shown = dict(unit="image", disable=None, file=sys.stderr, leave=True)
+    reading = dict(num_workers=args.workers, worker_init_fn=start_worker, collate_fn=list)
+    reading.update(generator=torch.Generator())  # of its own: PyTorch's is left alone
     bar = ProgressBar(None, pictures.count(), **shown)
     with inference(model, compute.dtype), bar, Drawings(paths, drawn, args) as drawings:
-        for batch in batches_of(pictures, min(args.batch_size, task.most_at_once), args.workers):
+        for batch in DataLoader(pictures, min(args.batch_size, task.most_at_once), **reading):
             skipped.update({paths[picture.place]: picture.problem for picture in batch if picture.problem})
             seen = [picture for picture in batch if not picture.problem]
             for picture, found in zip(seen, task.predict(seen) if seen else []):
@@ -123,11 +120,12 @@ def main():
     results.sort(key=lambda result: (result[0].place, result[0].frame or 0))
     results = [(paths[picture.place], picture, found) for picture, found in results]
     show(results, task, SHOWN if args.csv or args.json else len(results))
+    text = dict(mode="w", encoding="utf-8", errors="backslashreplace", newline="")
     if args.csv:
-        with writing_text(args.csv, newline="") as file:
+        with writing(args.csv) as temporary, open(temporary, **text) as file:
             csv.writer(file).writerows([["file", "frame", *task.columns()], *task.rows(results)])
     if args.json:
-        with writing_text(args.json) as file:
+        with writing(args.json) as temporary, open(temporary, **text) as file:
             json.dump(task.content(results, skipped), file, indent=1)
     for path in filter(None, (args.csv, args.json)):
         print(f"wrote {path}")
@@ -180,10 +178,8 @@ class Classes:
 
     def content(self, results, skipped):
         """Of the JSON file."""
-        predictions = [
-            dict(file=path, frame=picture.frame, classes=found) for path, picture, found in results
-        ]
-        return dict(class_names=self.names, predictions=predictions, skipped=skipped)
+        found = [dict(file=path, frame=picture.frame, classes=classes) for path, picture, classes in results]
+        return dict(class_names=self.names, predictions=found, skipped=skipped)
 
 
 class Objects:
@@ -244,18 +240,6 @@ class Objects:
                 objects.append(dict(entry, id=len(objects) + 1, image_id=number, area=area, iscrowd=0))
         content = dict(images=images, categories=self.categories, annotations=objects)
         return dict(content, skipped=skipped)
-
-
-def batches_of(pictures, batch_size, workers):
-    """Batches of pictures, as lists."""
-    return DataLoader(
-        pictures,
-        batch_size,
-        num_workers=workers,
-        collate_fn=list,
-        worker_init_fn=start_worker,
-        generator=torch.Generator(),
-    )
 
 
 def names_to_show(names, path, count):
@@ -390,27 +374,12 @@ def save_picture(image, name):
     """Write a picture: as JPEG where the file is one, else as PNG."""
     jpeg = name.lower().endswith((".jpg", ".jpeg"))
     name = name if jpeg or name.lower().endswith(".png") else f"{name}.png"
-    try:
-        os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
-        with replacing(name) as temporary:
-            image.save(temporary, format="JPEG" if jpeg else "PNG", **(dict(quality=92) if jpeg else {}))
-    except OSError as error:
-        raise UserError(f"cannot write {name}: {error.strerror or error}") from error
-
-
-@contextlib.contextmanager
-def writing_text(path, **options):
-    """Context that yields a text file, which becomes ``path`` in the end."""
-    try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        options.update(encoding="utf-8", errors="backslashreplace")
-        with replacing(path) as temporary, open(temporary, "w", **options) as file:
-            yield file
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    with writing(name) as temporary:
+        image.save(temporary, format="JPEG" if jpeg else "PNG", **(dict(quality=92) if jpeg else {}))
 
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(message)s")
     logging.getLogger("msg_transformer").setLevel(logging.INFO)
-    distributed.run_command(main, "lower --batch-size, or take --device cpu", "--workers")
+    smaller = "lower --batch-size, or take --device cpu"
+    distributed.run_command(lambda: main(ARGS), smaller, "--workers")

@@ -1,60 +1,16 @@
-"""What a model has to compute and to move, whoever implements it, and what a machine can do at best.
-
-One operation is a matrix product, a convolution or a whole attention. What stands between them (norms,
-activations, additions, windows that move) is taken as fused into them: it costs no traffic, and its little
-arithmetic is not counted.
-"""
+"""The machine that is measured on: what it is, and what it can do at best."""
 
 import contextlib
 import platform
 import re
 import time
-from typing import NamedTuple
 
 import timm
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from models.fast.cpu import use_onednn
 from models.fast.fixed_weights import inference
-
-ADAMW = 7 * 4  # bytes for a float32 parameter: read with its gradient and two moments, written with these
-
-
-class Work(NamedTuple):
-    """One operation: floating-point operations (a multiply-add is two), and bytes read and written once."""
-
-    flops: int
-    bytes: int
-
-
-def count_work(model, images, training=False):
-    """The operations of one forward pass, or of one training step with AdamW.
-
-    A backward pass reads what the forward pass read and the gradient of the result, and writes the gradients
-    of what it read. Nothing is computed: model and images belong on the meta device, in the dtype in which
-    matrix products are taken.
-
-    Args:
-        model: any module whose parameters are on the meta device.
-        images: (B, C, H, W), likewise.
-        training: count the gradients and the update too.
-
-    Returns:
-        A list of :class:`Work`.
-    """
-    with torch.set_grad_enabled(training), _Counter() as counter:
-        model.train(training)(images)
-    update = [Work(0, ADAMW * sum(parameter.numel() for parameter in model.parameters()))]
-    return counter.forward + (counter.backward + update if training else [])
-
-
-def least_seconds(work, flops_per_second, bytes_per_second):
-    """The time that operations take where each one is limited by arithmetic or by memory traffic alone."""
-    return sum(max(flops / flops_per_second, size / bytes_per_second) for flops, size in work)
 
 
 def machine(device):
@@ -108,39 +64,3 @@ def _best_seconds(function, calls, device, rounds=5):
             torch.cuda.synchronize()
         seconds.append((time.perf_counter() - begin) / calls)
     return min(seconds[1:])
-
-
-class _Counter(TorchFunctionMode):
-    """Records every call of a torch function in which matrices are multiplied."""
-
-    def __init__(self):
-        super().__init__()
-        self.forward, self.backward = [], []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        with FlopCounterMode(display=False) as counter:
-            result = func(*args, **(kwargs or {}))
-        flops = counter.get_total_flops()
-        if flops:
-            inputs = _tensors((args, kwargs))
-            learning = [x for x in inputs if x.requires_grad]
-            moved = _bytes(inputs + _tensors(result))
-            self.forward.append(Work(flops, moved))
-            # A product per operand; images need no gradient.
-            products = 1 + inputs[0].requires_grad
-            self.backward.append(Work(products * flops, moved + _bytes(learning)))
-        return result
-
-
-def _tensors(tree):
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-
-
-def _bytes(tensors):
-    """Bytes of tensors, once where they overlap."""
-    sizes = {}
-    for x in tensors:
-        storage = x.untyped_storage()
-        size = sizes.get(storage._cdata, 0) + x.numel() * x.element_size()
-        sizes[storage._cdata] = min(size, storage.nbytes())
-    return sum(sizes.values())

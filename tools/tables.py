@@ -9,7 +9,7 @@ import re
 import statistics
 from pathlib import Path
 
-import benchmarking
+from tools import benchmarking
 
 ROOT = benchmarking.ROOT
 TINY, PEER = "msg_tiny_p4_win7_224", "swin_tiny_patch4_window7_224"
@@ -139,28 +139,32 @@ def span(values):
     return low if low == high else f"{low} to {high}"
 
 
-def ablation(folder):
-    """Best top-1 and paired differences of an ablation."""
+def read(path):
+    """The content of a file of benchmarks/."""
+    return json.loads((ROOT / "benchmarks" / path).read_text())
+
+
+def with_half(numbers, form):
+    """A mean, and half of its interval where that is known."""
+    half = "" if numbers["half"] is None else f" ± {numbers['half']:.2f}"
+    return "not finished" if numbers["mean"] is None else f"{numbers['mean']:{form}}{half}"
+
+
+def ablation(found, what="config"):
+    """Best top-1 and paired differences of an ablation; ``what`` the rows are."""
     rows = []
-    for row in json.loads((ROOT / "benchmarks" / folder / "ablation.json").read_text())["rows"]:
-        best, apart = row["best"], row["best_difference"]
-        difference = f"{apart['mean']:+.2f} ± {apart['half']:.2f}" if apart["mean"] or apart["half"] else "-"
-        score = f"{best['mean']:.2f} ± {best['half']:.2f}"
+    for row in found["rows"]:
+        score, difference = with_half(row["best"], ".2f"), with_half(row["best_difference"], "+.2f")
+        difference = difference if rows else "-"
         size = f"{row['parameters'] / 1e6:.2f}M", f"{row['macs'] / 1e6:.1f}M"
         rows.append([row["name"].replace("_", " "), *size, score, difference])
-    columns = [
-        "messengers",
-        "parameters",
-        "MACs",
-        "best top-1, 95% interval",
-        "paired difference to the first",
-    ]
-    return markdown(columns, rows)
+    columns = [what, "parameters", "MACs", "best top-1, 95% interval"]
+    return markdown([*columns, "paired difference to the first"], rows)
 
 
-def orders(folder):
-    """Areas of the deletion and insertion curves, and how much better than random an order is."""
-    found, rows = json.loads((ROOT / "benchmarks" / folder / "curves.json").read_text()), []
+def orders(found):
+    """Areas of the curves that :func:`~analysis.messenger_curves.summarize` found, and gains over random."""
+    rows = []
     for stage, of_stage in found["curves"].items():
         for order, kinds in of_stage["orders"].items():
             row = [f"stage {int(stage) + 1}", order]
@@ -169,20 +173,13 @@ def orders(folder):
                 better = "-" if order == "random" else f"{gain:.2f} ± {error:.2f}"
                 row += [f"{kinds[kind]['area']:.2f}", better]
             rows.append(row)
-    columns = [
-        "",
-        "order",
-        "deletion area",
-        "better than random by",
-        "insertion area",
-        "better than random by",
-    ]
-    return markdown(columns, rows)
+    areas = ["deletion area", "better than random by", "insertion area", "better than random by"]
+    return markdown(["", "order", *areas], rows)
 
 
-def exchange(folder):
-    """What is lost where exchanges are switched off."""
-    found, rows = json.loads((ROOT / "benchmarks" / folder / "curves.json").read_text()), []
+def exchange(found):
+    """What is lost where exchanges are switched off; ``found`` as in :func:`orders`."""
+    rows = []
     for place, kinds in found["exchange"].items():
         cells = [f"{100 * kind['share']:.0f}%, {100 * kind['kept']:.0f}%" for kind in kinds.values()]
         rows.append([place, *cells])
@@ -217,12 +214,12 @@ PAGES = {
     "README.md": dict(speed=speed),
     "benchmarks/README.md": dict(results=results),
     "docs/ablations.md": dict(
-        digits=lambda: ablation("ablation_digits"),
-        cifar10=lambda: ablation("cifar10"),
+        digits=lambda: ablation(read("ablation_digits/ablation.json"), "messengers"),
+        cifar10=lambda: ablation(read("cifar10/ablation.json"), "messengers"),
     ),
     "docs/messengers.md": dict(
-        orders=lambda: orders("messengers_cifar10"),
-        exchange=lambda: exchange("messengers_cifar10"),
+        orders=lambda: orders(read("messengers_cifar10/curves.json")),
+        exchange=lambda: exchange(read("messengers_cifar10/curves.json")),
     ),
     "weights/msg_cifar10/README.md": dict(weights=weights),
 }

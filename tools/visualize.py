@@ -6,13 +6,12 @@ python tools/visualize.py <checkpoint> --curves <dataset>/val --output messenger
 
 A sheet has (a) what each messenger attends to, (b) where the content of one window has travelled after each
 block, (c) which windows send it which channels, and (d) which messengers the class score depends on.
---curves writes curves.md, curves.json and curves.png: how well ablation, attention and gradients order the
-messengers, and how much of the score crosses windows. docs/messengers.md explains all of them.
+--curves prints tables and writes curves.json and curves.png: how well ablation, attention and gradients order
+the messengers, and how much of the score crosses windows. docs/messengers.md explains all of them.
 """
 
 import argparse
 import base64
-import contextlib
 import io
 import json
 import logging
@@ -40,12 +39,8 @@ def parse_args():
     add("checkpoint", help="of a classifier; file or https address")
     add("images", nargs="*", metavar="IMAGE", help="files, folders, patterns")
     add("--output", default="messengers", metavar="DIR", help="sheets go here; default: messengers")
-    add(
-        "--window",
-        type=pair,
-        metavar="ROW,COLUMN",
-        help="of the first stage, from 0,0; default: the one whose messenger the score depends on most",
-    )
+    window = "of the first stage, from 0,0; default: the one whose messenger the score depends on most"
+    add("--window", type=pair, metavar="ROW,COLUMN", help=window)
     add("--size", type=pair, metavar="HEIGHT,WIDTH", help="pixels; default: DATA.IMG_SIZE of the config")
     add("--html", action="store_true", help="also write a page: point at a window, and see its reach")
     add("--curves", metavar="FOLDER", help="measure over the images of this folder, and those below")
@@ -69,8 +64,8 @@ def pair(text):
     return first, second
 
 
-if __name__ == "__main__":
-    parse_args()  # before what takes seconds to import
+if __name__ == "__main__":  # before what takes seconds to import
+    ARGS = parse_args()
 
 import numpy as np
 from matplotlib import colormaps
@@ -81,21 +76,21 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 import distributed
-from analysis.messenger_curves import curve_tables, measure_curves, summarize
+from analysis.messenger_curves import measure_curves, summarize
 from analysis.messengers import check_messengers, examine, grids, influence
-from analysis.report import drawable, shown
+from analysis.report import drawable, shown, writing
 from data.datasets import load_image
 from data.transforms import build_transform, image_mode
 from distributed import build_compute
 from logger import ProgressBar
 from models.from_checkpoint import build_ready, read_described
+from tools import tables
 from tools.sources import find_files, is_video
-from utils import UserError, printable, replacing
+from utils import UserError, printable
 
 
-def main():
+def main(args):
     """Look, draw and write."""
-    args = parse_args()
     model, transform, names, mode = load_model(args)
     for path, name in sheet_names(images_of(args.images)) if args.images else ():
         image = transform(load_image(path, mode=mode)).to(next(model.parameters()))
@@ -114,27 +109,22 @@ def main():
 
 
 def write_curves(model, transform, mode, args):
-    """Measure over a folder and write curves.md, curves.json and curves.png."""
-    paths = images_of([args.curves])
-    chosen = [
-        paths[i] for i in np.linspace(0, len(paths) - 1, min(args.most, len(paths))).round().astype(int)
-    ]
-    measured = []
+    """Measure over a folder, print tables, and write curves.json and curves.png."""
+    paths, measured = images_of([args.curves]), []
+    places = np.linspace(0, len(paths) - 1, min(args.most, len(paths))).round().astype(int)
+    chosen = [paths[place] for place in places]
     shown = dict(unit="image", disable=None, file=sys.stderr, leave=True)
     with ProgressBar(None, len(chosen), **shown) as bar:
         for number, path in enumerate(bar.over(chosen)):
             image = transform(load_image(path, mode=mode)).to(next(model.parameters()))
             measured.append(measure_curves(model, image, seed=number))
     summary = summarize(measured)
-    tables = curve_tables(summary)
     about = printable(f"`{args.checkpoint}` on {len(chosen):,} of {len(paths):,} images of `{args.curves}`")
-    with writing(os.path.join(args.output, "curves.md")) as temporary:
-        Path(temporary).write_text(f"# What messengers carry\n\n{about}\n\n{tables}", encoding="utf-8")
     with writing(os.path.join(args.output, "curves.json")) as temporary:
         content = dict(checkpoint=args.checkpoint, folder=args.curves, of=len(paths), **summary)
         Path(temporary).write_text(json.dumps(content, indent=1), encoding="utf-8")
     draw_messenger_curves(summary, about, os.path.join(args.output, "curves.png"))
-    print(tables)
+    print(f"{about}\n", *tables.orders(summary), "", *tables.exchange(summary), sep="\n")
 
 
 def load_model(args):
@@ -153,11 +143,7 @@ def load_model(args):
 
 
 def images_of(words):
-    """The image files that a user names.
-
-    Raises:
-        UserError: one does not exist, or there are none.
-    """
+    """The image files that a user names; a UserError where one does not exist, or there are none."""
     paths, missing, _ = find_files(words)
     if missing:
         raise UserError("\n".join(missing.values()))
@@ -262,12 +248,9 @@ ABLATION = (
 
 
 def draw_sheet(found, pixels, head, path):
-    """Draw a sheet to a PNG file.
+    """Draw the :class:`~analysis.messengers.Findings` of an image to a PNG file below a headline.
 
-    Args:
-        found: the :class:`~analysis.messengers.Findings`.
-        pixels: the image as the model saw it, (height, width, 3), uint8.
-        head: the headline.
+    ``pixels`` are the image as the model saw it, (height, width, 3), uint8.
     """
     stages, (height, width) = len(found.grids), found.gradient_map.shape
     lines = [*textwrap.wrap(head, 80), f"Chosen window: {found.window[0]},{found.window[1]} (outlined)"]
@@ -392,13 +375,14 @@ def draw_routes(found, pixels, axes):
         frame(ax, found, stage, f"stage {stage + 1}, block {block + 1}")
         values = np.full((grid.rows, grid.columns), np.nan)
         words = np.full(values.shape, "", object)
+        top, left = (index // grid.region * grid.region for index in mine)
         for part, strength in route:
-            place = grid.window_at(grid.number_of(*mine)[0], part.source)
+            place = top + part.source // grid.region, left + part.source % grid.region
             values[place], words[place] = strength, f"{span_of(part.sent)}\n→ {span_of(part.received)}"
         norm = Normalize(0, np.nanmax(values) or 1)
         bar(by_window(ax, values, grid, words, cmap="Blues", norm=norm), ax, "difference from blank")
-        top, left = (index // grid.region * grid.region * grid.side for index in mine)
-        ax.set(xlim=(left, left + grid.region * grid.side), ylim=(top + grid.region * grid.side, top))
+        sides = (np.array([left, left + grid.region, top + grid.region, top]) * grid.side).tolist()
+        ax.set(xlim=sides[:2], ylim=sides[2:])
 
 
 def draw_ablation(found, pixels, axes):
@@ -472,17 +456,6 @@ def save(figure, path):
         figure.savefig(temporary, dpi=200, format="png")
 
 
-@contextlib.contextmanager
-def writing(path):
-    """Context that yields the name of a file to write, which becomes ``path`` in the end."""
-    try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with replacing(path) as temporary:
-            yield temporary
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-
-
 if __name__ == "__main__":
     logging.basicConfig(format="%(message)s")
-    distributed.run_command(main, "lower --size, or take --device cpu")
+    distributed.run_command(lambda: main(ARGS), "lower --size, or take --device cpu")

@@ -136,7 +136,7 @@ def test_images_are_shown_as_they_were_before_normalisation():
 def test_many_classes_are_narrowed_to_those_most_often_confused():
     pairs = [(900, 7, 50), (7, 900, 40), (3, 4, 30), (7, 12, 20), *((100 + i, 200 + i, 5) for i in range(50))]
     chosen = report.chosen_classes(pairs, 1000)
-    assert chosen[:5] == [900, 7, 12, 3, 4] and len(chosen) == len(set(chosen)) <= 30
+    assert chosen[:5] == [900, 7, 3, 4, 12] and len(chosen) == len(set(chosen)) <= 30
     assert report.chosen_classes(pairs, 30) == list(range(30))
     assert len(report.chosen_classes([], 1000)) == 30
 

@@ -5,6 +5,7 @@ import copy
 import importlib
 import importlib.util
 import json
+import sys
 from contextlib import nullcontext
 
 import onnxruntime
@@ -53,7 +54,8 @@ def export(monkeypatch, capfd):
 
     def run(*arguments):
         try:
-            code = tool.main([*map(str, arguments), "--rounds", "2"])
+            monkeypatch.setattr(sys, "argv", ["export.py", *map(str, arguments), "--rounds", "2"])
+            code = tool.main(tool.parse_args())
         except SystemExit as stopped:
             code = stopped.code
         return code, *capfd.readouterr()
@@ -291,7 +293,7 @@ def test_what_cannot_be_exported_is_one_message_and_nothing_is_overwritten(tmp_p
     (tmp_path / "x.safetensors").write_text("mine")
     for arguments, words in (
         (["x.pth", "--formats", "safetensors"], "x.safetensors; --overwrite replaces, --name renames"),
-        (["x.pth", "--size", "dynamic"], "--size: a file is for one size, because windows and their padding"),
+        (["x.pth", "--size", "dynamic"], "--size: 'dynamic' is neither a side in pixels nor HEIGHTxWIDTH"),
         (["x.pth", "--data-path", data, "--name", "y"], "the same names in another order, class 1 was 'c'"),
         (["bare.pth"], "bare.pth does not say how its model is built"),
         (["none.pth"], "no checkpoint file"),

@@ -1,7 +1,5 @@
 """The comparison of configs over seeds: its runs, and its statistics against scipy's."""
 
-import contextlib
-import signal
 import sys
 
 import numpy as np
@@ -10,46 +8,27 @@ import yaml
 from helpers import ROOT, write_images
 from scipy import stats
 
+from tools import ablate
 from utils import UserError
 
 QUICK = ["TRAIN.EPOCHS", 1, "TRAIN.WARMUP_EPOCHS", 0, "DATA.BATCH_SIZE", 4, "DATA.NUM_WORKERS", 0]
 
 
 @pytest.fixture
-def ablate(monkeypatch):
-    """The module of the command."""
-    monkeypatch.syspath_prepend(ROOT / "tools")
-    import ablate
-
-    return ablate
-
-
-@pytest.fixture
-def run(ablate, monkeypatch, capsys):
+def run(monkeypatch, capsys):
     """Runs the command in this process; returns what it printed."""
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["ablate.py", *map(str, arguments)])
         monkeypatch.chdir(ROOT)
-        with keeping_signals():
-            ablate.main()
+        ablate.main(ablate.parse_args())
         return capsys.readouterr().out
 
     return call
 
 
-@contextlib.contextmanager
-def keeping_signals():
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 @pytest.mark.parametrize("count", [2, 3, 5, 31, 60])
-def test_intervals_are_those_of_students_t(ablate, count):
+def test_intervals_are_those_of_students_t(count):
     values = dict(enumerate(np.random.default_rng(count).normal(90, 2, count).tolist()))
     found = ablate.mean_and_interval(values)
     numbers = list(values.values())
@@ -59,12 +38,12 @@ def test_intervals_are_those_of_students_t(ablate, count):
     assert found["std"] == pytest.approx(np.std(numbers, ddof=1))
 
 
-def test_one_seed_has_no_interval_and_none_has_no_mean(ablate):
+def test_one_seed_has_no_interval_and_none_has_no_mean():
     assert ablate.mean_and_interval({0: 3.0}) == dict(by_seed={0: 3.0}, mean=3.0, std=None, half=None)
     assert ablate.mean_and_interval({})["mean"] is None
 
 
-def test_differences_are_of_the_same_seeds(ablate):
+def test_differences_are_of_the_same_seeds():
     assert ablate.differences({0: 5, 2: 9}, {0: 4, 1: 7, 2: 10}) == {0: 1, 2: -1}
 
 
@@ -88,15 +67,8 @@ def test_runs_are_done_once_and_another_config_or_a_failure_is_told(run, tmp_pat
         run(*common, "TRAIN.BASE_LR", 1)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"shuffled, seed 0 \(exit code 1, .*empty"):
-        run(
-            tmp_path / "shuffled.yaml",
-            "--seeds",
-            1,
-            "--output",
-            tmp_path / "x",
-            "--data-path",
-            tmp_path / "empty",
-        )
+        flags = ["--seeds", 1, "--output", tmp_path / "x", "--data-path", tmp_path / "empty"]
+        run(tmp_path / "shuffled.yaml", *flags)
 
 
 def test_two_configs_that_share_a_folder_are_refused(run, tmp_path):

@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import copy
 import importlib
-import itertools
 import json
 import math
 import os
@@ -14,7 +13,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, micro, write_set
+from helpers import ROOT, write_set
 from PIL import Image
 from timm.layers import DropPath
 
@@ -40,7 +39,7 @@ def written(folder):
 def test_models_are_compared_with_their_peer(tmp_path):
     models = ["msg_cvpr22_tiny_p4_win7_224", "resnet18"]
     done = benchmark("--models", *models, "--dtypes", "float32", "--modes", "inference", "train",
-                     "--memory", "--roofline", "--output", tmp_path)  # fmt: skip
+                     "--memory", "--output", tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
     result = written(tmp_path)
     assert list(result["settings"]) == ["inference float32, batch 1", "train float32, batch 1"]
@@ -48,7 +47,6 @@ def test_models_are_compared_with_their_peer(tmp_path):
         assert len(ours["turns"]) == len(peer["turns"]) >= 1 and ours["memory"] > 0
         for row in (ours, peer):
             assert all(steps >= 1 and seconds >= 1 for steps, seconds in row["turns"])
-            assert 0 < row["least_seconds"] < min(seconds / steps for steps, seconds in row["turns"])
     assert "of resnet18" in done.stdout
 
 
@@ -69,7 +67,7 @@ def test_training_steps_for_maps_of_any_size_are_compared_with_swins(tmp_path):
 )
 def test_a_candidate_gives_the_maps_or_classes_of_images_of_its_sides(tool, name):
     tools = tool("benchmark")
-    for mode, maps in itertools.product(("inference", "train"), (True, False)):
+    for mode, maps in (("inference", True), ("train", False)):
         candidate = tools.Candidate(name, tools.Setting(mode, torch.float32, 2, "cpu", (64, 96), maps))
         assert candidate.run is candidate.model
         outputs = candidate.model(candidate.images)
@@ -114,37 +112,6 @@ def test_each_runtime_computes_what_the_model_computes(tool, tmp_path):
         assert 0 < (found - expected).abs().max() < near
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("way", ["frozen", "tuned"])
-@pytest.mark.parametrize("ours", [True, False])
-def test_frozen_weights_give_the_numbers_of_pytorch(tool, monkeypatch, way, ours):
-    tools, told = tool("benchmark"), importlib.import_module("torch._dynamo.utils").counters
-    if ours:
-        two = micro(depths=(1, 1), num_heads=(3, 6), shuffle_size=(4, 2))
-        monkeypatch.setattr(tools, "build", lambda *_: copy.deepcopy(two))
-    side = 32 if ours else 160
-    setting = tools.Setting("inference", torch.float32, 2, "cpu", (side, side))
-    with tools.ready(f"test_vit:{way}", setting, False, None) as one:
-        plain = copy.deepcopy(one.model)
-        told.clear()
-        with torch.inference_mode():
-            found, expected = one.run(one.images), type(plain).forward(plain, one.images)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
-    assert told["inductor"]["mkldnn_linear_weight_pack_matcher_count"] > 5
-    assert (told["inductor"]["select_algorithm_autotune"] > 0) == (way == "tuned")
-
-
-def test_compiled_ways_have_the_layers_that_the_compiler_is_given(tool):
-    tools, inductor = tool("benchmark"), importlib.import_module("torch._inductor.config")
-    setting, before = tools.Setting("inference", torch.float32, 1, "cpu"), (False, False)
-    for way, frozen in (("compile", before), ("frozen", (True, False)), ("tuned", (True, True))):
-        with tools.ready(f"msg_tiny_p4_win7_224:{way}", setting, False, None) as one:
-            assert one.model._compiled_call_impl is not None
-            assert ("forward" in vars(one.model.head)) == (way == "compile")
-            assert (inductor.freezing, inductor.max_autotune) == frozen
-        assert (inductor.freezing, inductor.max_autotune) == before
-
-
 class Counting:
     """What test_an_object_apart calls."""
 
@@ -183,34 +150,29 @@ def test_what_cannot_be_made_apart_says_why(tool):
 
 
 @pytest.mark.parametrize(
-    "arguments, words",
+    "words, message",
     [
-        (["--models", "resnet_none"], "resnet_none: a timm model name"),
-        (["--models", "test_vit:sdpa"], "test_vit:sdpa: a timm model name, or that and :plain or :onednn"),
+        ("--models resnet_none", "resnet_none: a timm model name"),
+        ("--models test_vit:sdpa", "test_vit:sdpa: a timm model name, or that and :plain or :onednn"),
         (
-            ["--models", "msg_tiny_p4_win7_224:fast"],
-            ":compile or :frozen or :tuned or :int8 or :ort or :openvino or :auto or :eager or :sdpa",
+            "--models msg_tiny_p4_win7_224:fast",
+            ":compile or :int8 or :ort or :openvino or :auto or :eager or :sdpa",
         ),
-        (
-            ["--models", "test_vit:int8", "--modes", "train"],
-            "test_vit:int8: for the inference of classifiers",
-        ),
-        (["--models", "test_vit", "test_vit:ort"], "--peer test_vit:ort does not run in all of --dtypes"),
-        (["--models", "test_vit:tuned", "--modes", "train"], "test_vit:tuned: for inference on the CPU"),
-        (["--maps", "--roofline"], "--roofline is for classifiers at 224 px: leave out --sizes and --maps"),
-        (["--sizes", "64x0"], "--sizes: '64x0' is neither a side in pixels nor HEIGHTxWIDTH"),
-        (["--models", "test_vit", "--peer", "swin"], "--peer swin is not among --models"),
+        ("--models test_vit:int8 --modes train", "test_vit:int8: for the inference of classifiers"),
+        ("--models test_vit test_vit:ort", "--peer test_vit:ort does not run in all of --dtypes"),
+        ("--sizes 64x0", "--sizes: '64x0' is neither a side in pixels nor HEIGHTxWIDTH"),
+        ("--models test_vit --peer swin", "--peer swin is not among --models"),
     ],
 )
-def test_unknown_models_are_one_clear_message(arguments, words):
-    done = benchmark(*arguments)
-    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+def test_what_cannot_be_timed_is_one_clear_message(tool, monkeypatch, capsys, words, message):
+    with pytest.raises((SystemExit, UserError)) as refused:
+        tool("benchmark").check(arguments(tool("benchmark"), monkeypatch, *words.split()))
+    assert message in f"{refused.value} {capsys.readouterr().err}"
 
 
-def test_a_size_that_a_model_does_not_take_is_one_clear_message():
-    done = benchmark("--models", "msg_tiny_p4_win7_224", "--sizes", "2x64")
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "error: cannot build msg_tiny_p4_win7_224 for classes of 2x64 px: " in done.stderr
+def test_a_size_that_a_model_does_not_take_is_one_clear_message(tool):
+    with pytest.raises(UserError, match="cannot build msg_tiny_p4_win7_224 for classes of 2x64 px: "):
+        tool("benchmark").build("msg_tiny_p4_win7_224", (2, 64))
 
 
 def test_input_pipelines_are_compared_with_timms(tmp_path):
@@ -291,13 +253,11 @@ def test_whole_detectors_are_compared(tmp_path):
         assert ours["memory"] > peer["memory"] / 2 > 0 and len(ours["turns"]) == len(peer["turns"])
 
 
-@pytest.mark.parametrize("folder", ["none", "empty"])
-def test_a_folder_without_images_is_one_clear_message(tmp_path, folder):
-    (tmp_path / "empty").mkdir()
-    command = [sys.executable, "tools/benchmark_data.py", tmp_path / folder]
+def test_a_folder_without_images_is_one_clear_message(tmp_path):
+    command = [sys.executable, "tools/benchmark_data.py", tmp_path]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert f"error: {tmp_path / folder} holds no JPEG images" in done.stderr
+    assert f"error: {tmp_path} holds no JPEG images" in done.stderr
 
 
 @pytest.fixture
@@ -351,7 +311,7 @@ def test_a_ratio_is_taken_within_its_round(tool):
     assert ratios == [2.0, 2.0]
 
 
-@pytest.mark.parametrize("count", [6, 11, 20, 33])
+@pytest.mark.parametrize("count", [6, 11, 33])
 def test_intervals_hold_the_median_19_times_in_20(tool, count):
     values = np.random.default_rng(count).normal(size=(4000, count))
     found = [tool("benchmarking").interval(list(sample)) for sample in values]
@@ -389,10 +349,15 @@ def test_compiled_models_are_compared_with_the_compiled_peer(tool):
     assert [median for _, _, median, _ in found] == [0.5, 1, 0.25, 1]
 
 
+def arguments(tool, monkeypatch, *words):
+    """What benchmark.py makes of these words after --device cpu."""
+    monkeypatch.setattr(sys, "argv", [sys.argv[0], "--device", "cpu", *words])
+    return tool.parse_args()
+
+
 def settings_of(tool, monkeypatch, *words):
-    """What benchmark.py measures when it gets these words after those for a CPU and float32."""
-    monkeypatch.setattr(sys, "argv", [sys.argv[0], "--device", "cpu", "--dtypes", "float32", *words])
-    return tool.plan(tool.parse_args())
+    """What it measures for float32."""
+    return tool.plan(arguments(tool, monkeypatch, "--dtypes", "float32", *words))
 
 
 def test_sizes_modes_and_maps_are_combined(tool, monkeypatch):
@@ -414,4 +379,4 @@ def test_sizes_modes_and_maps_are_combined(tool, monkeypatch):
 @pytest.mark.parametrize("text", ["", "0", "-1", "64x", "x64", "64x64x3", "64,64", "0x64", "999999", "a"])
 def test_what_is_no_size_is_refused(tool, text):
     with pytest.raises(argparse.ArgumentTypeError, match="neither a side in pixels nor HEIGHTxWIDTH"):
-        tool("benchmark").image_sides(text)
+        tool("benchmarking").image_sides(text)

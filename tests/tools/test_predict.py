@@ -51,7 +51,7 @@ def run(monkeypatch, *words):
     """Run the tool in this process; returns its exit code."""
     monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, words), "--device", "cpu"])
     try:
-        predict.main()
+        predict.main(predict.parse_args())
     except SystemExit as end:
         return end.code
     return 0
