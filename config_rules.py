@@ -74,25 +74,6 @@ def _side_or_sides(low, high):
     return Rule(possible, f"a whole number or [height, width], at least {low} and at most {high}")
 
 
-def _phases():
-    possible_size, size, *_ = _side_or_sides(1, 10**5)
-
-    def possible(value):
-        if not all(type(phase) is list and len(phase) == 3 for phase in value):
-            return False
-        epochs, sizes, strengths = zip(*value) if value else ((), (), ())
-        return (
-            _all_between(epochs, 0, 10**6, (int,))
-            and list(epochs) == sorted(set(epochs))
-            and (not epochs or epochs[0] == 0)
-            and all(possible_size(size) for size in sizes)
-            and _all_between(strengths, 0, 1)
-        )
-
-    words = "a list of [first epoch, size, strength]: first epochs from 0 on, each later than the one before;"
-    return Rule(possible, f"{words} sizes, {size}; strengths between 0 and 1")
-
-
 def _numbers(low, high, kinds=(int, float), some=False):
     words = f"a list of {'' if float in kinds else 'whole '}numbers, at least {low} and at most {high}"
     words += ", one or more of them" if some else ""
@@ -132,7 +113,6 @@ RULES = {
     ),
     "DATA.IMG_SIZE": _side_or_sides(1, 10**5),
     "DATA.INTERPOLATION": _one_of("bicubic", "bilinear", "lanczos", "nearest", "random"),
-    "DATA.PROGRESSIVE": _phases(),
     "DATA.PIN_MEMORY": _BOOL,
     "DATA.ON_ERROR": _one_of("raise", "skip"),
     "DATA.MAX_PIXELS": _at_least(1),
@@ -569,11 +549,6 @@ def check_config(config, sources):
     if schedule.NAME not in ("cosine", "tanh", "poly"):
         require("TRAIN.LR_SCHEDULER.CYCLES", lambda value: value == 1, "1 except for cosine, tanh and poly")
     require("TRAIN.LR_SCHEDULER.COOLDOWN_EPOCHS", lambda value: value < epochs, "below TRAIN.EPOCHS")
-    require(
-        "DATA.PROGRESSIVE",
-        lambda value: all(epoch < epochs for epoch, *_ in value),
-        f"a list whose first epochs are below TRAIN.EPOCHS, {epochs}",
-    )
     near = difflib.get_close_matches(config.TRAIN.OPTIMIZER.NAME.lower(), OPTIMIZERS, 5, 0.5)
     near = near or ["adamw", "sgd", "lamb", "lion"]
     what = "an optimizer of timm that a run can resume with, such as " + ", ".join(map(repr, near))
@@ -582,7 +557,6 @@ def check_config(config, sources):
     if config.DATA.DATASET == "coco":
         require("MODEL.TYPE", lambda value: value == "msg", "'msg' for detection")
         require("DISTILL.TEACHER", lambda value: not value, "empty for detection")
-        require("DATA.PROGRESSIVE", lambda value: not value, "empty for detection, see DET.MIN_SIZES")
         what = "False for detection, whose images have too many sizes to compile for"
         require("COMPILE", lambda value: not value, what)
         require("RUNTIME", lambda value: value == "pytorch", "'pytorch' for detection")

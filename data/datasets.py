@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import copy
 import errno
 import io
 import itertools
@@ -22,8 +21,6 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from distributed import seeded
 from utils import UserError, advice_on_look_alikes
-
-from .progressive import place_of_phase
 
 # Formats of the file names that ImageFolder takes, and GIF, which hides behind them. Not all that Pillow
 # knows: an EPS file would run Ghostscript.
@@ -293,32 +290,17 @@ class TrainingSamples(Dataset):
 
     def __init__(self, dataset, seed, skip):
         self.dataset, self.seed, self.skip = dataset, seed, skip
-        self.phases, self.datasets = [], []
-
-    def set_phases(self, phases, transforms):
-        """Take the transform of an epoch's phase for its images, for progressive resizing.
-
-        Every worker has all of them, and an item names its epoch: so none has to be told of a change.
-
-        Args:
-            phases: :class:`~data.progressive.Phase` objects, in order, the first of epoch 0.
-            transforms: one for each.
-        """
-        self.phases, self.datasets = phases, [copy.copy(self.dataset) for _ in phases]
-        for dataset, transform in zip(self.datasets, transforms):
-            dataset.transform = transform
 
     def __len__(self):
         return len(self.dataset)
 
     def __getitem__(self, key):
         epoch, index, *repeat = key
-        dataset = self.datasets[place_of_phase(self.phases, epoch)] if self.phases else self.dataset
         failed, alone = [], get_worker_info() is None
         while True:
             try:
                 with seeded("augmentation", self.seed, epoch, index, *repeat, restore=alone):
-                    return *dataset[index], failed
+                    return *self.dataset[index], failed
             except DataError:
                 failed.append(index)
                 if not self.skip or len(failed) > 20:

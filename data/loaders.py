@@ -25,7 +25,6 @@ from .datasets import (
     require_classes,
     require_same_classes,
 )
-from .progressive import build_phases, place_of_phase
 from .samplers import TrainBatchSampler, evaluation_shard
 from .transforms import build_transform, image_mode
 
@@ -52,7 +51,6 @@ class Loader:
         self.loader, self.paths, self.to_device = loader, paths, to_device
         self.turn, self.workers = turn, workers
         self.failed, self.failed_now = set(), set()
-        self.phase = None  # of progressive resizing, the one that the log knows of
 
     def __len__(self):
         return len(self.loader)
@@ -61,7 +59,6 @@ class Loader:
         return iter(self.to_device(self._read()))
 
     def _read(self):
-        self._tell_phase()
         self.failed_now = set()  # in this epoch: over many epochs, every process sees all files
         for images, targets, failed in self.loader:
             for index in failed:
@@ -69,16 +66,6 @@ class Loader:
                 self.failed_now.add(index)
                 self._limit(len(self.failed_now))
             yield images, targets
-
-    def _tell_phase(self):
-        """Log the phase of progressive resizing where it begins, and where a resumed run goes on in it."""
-        samples = self.loader.dataset
-        if isinstance(samples, TrainingSamples) and samples.phases:
-            epoch = self.loader.batch_sampler.epoch
-            phase = samples.phases[place_of_phase(samples.phases, epoch)]
-            if phase is not self.phase:
-                logging.getLogger("msg_transformer").info(f"epoch {epoch}: {phase}")
-            self.phase = phase
 
     def indices_seen(self):
         """Of an evaluation, the indices of the images that the last iteration gave this process, in order."""
@@ -256,8 +243,8 @@ def turns(config):
     return config.DATA.EXIF_ORIENTATION == "apply"
 
 
-def build_reader(config, is_train, phase=None):
-    """How ``DATA.BACKEND`` reads an image file, in training for a :class:`~data.progressive.Phase`.
+def build_reader(config, is_train):
+    """How ``DATA.BACKEND`` reads an image file.
 
     Returns:
         The function that opens a file, and the transform from what it returns to a tensor (C, S, S).
@@ -269,10 +256,10 @@ def build_reader(config, is_train, phase=None):
     limits.update(turn=turns(config))
     if config.DATA.BACKEND == "pil":
         limits.update(mode=image_mode(config.MODEL.MSG.IN_CHANS))
-        return functools.partial(load_image, **limits), build_transform(config, is_train, phase)
+        return functools.partial(load_image, **limits), build_transform(config, is_train)
     with needing_opencv():
         from .opencv.transforms import ImageFile, build_opencv_transform
-    return functools.partial(ImageFile, **limits), build_opencv_transform(config, is_train, phase)
+    return functools.partial(ImageFile, **limits), build_opencv_transform(config, is_train)
 
 
 def require_an_update(sampler, where):
@@ -318,9 +305,6 @@ def build_loaders(config, rank=0, world_size=1, device="cpu"):
     )
     sampler.repeats = config.AUG.REPEATED
     require_an_update(sampler, train.root)
-    samples, phases = TrainingSamples(train, config.SEED, skip), build_phases(config)
-    if phases:
-        samples.set_phases(phases, [build_reader(config, True, phase)[1] for phase in phases])
-    loader = DataLoader(samples, batch_sampler=sampler, **options)
+    loader = DataLoader(TrainingSamples(train, config.SEED, skip), batch_sampler=sampler, **options)
     train_loader = Loader(loader, train.paths, to_device, turn=turns(config))
     return train_loader, sampler, val_loader, val.classes

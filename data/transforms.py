@@ -13,8 +13,6 @@ from torchvision.transforms.functional import resize
 
 from config import ConfigError
 
-from .progressive import Phase
-
 
 def image_mode(channels):
     """The mode of Pillow's images that have so many channels, ``MODEL.MSG.IN_CHANS``.
@@ -40,10 +38,8 @@ def normalization(channels):
     return (*IMAGENET_DEFAULT_MEAN, *alpha), (*IMAGENET_DEFAULT_STD, *alpha)
 
 
-def build_transform(config, is_train, phase=None):
+def build_transform(config, is_train):
     """The transform of a PIL image to a normalised float tensor (C, H, W), the sides of ``DATA.IMG_SIZE``.
-
-    In training a :class:`~data.progressive.Phase` has a size of its own, and scales RandAugment's magnitude.
 
     C is ``MODEL.MSG.IN_CHANS``: 1 for grey, 3, or 4 for RGBA, whatever the image is, but 3 take RGB images.
 
@@ -53,7 +49,7 @@ def build_transform(config, is_train, phase=None):
     off, or up to 32 px) resize to the size. Of two sides, the shorter one decides what is up to 32 px.
     """
     if is_train:
-        return _train_transform(config, phase or Phase(0, to_2tuple(config.DATA.IMG_SIZE)))
+        return _train_transform(config)
     cover, size, mode = evaluation_sizes(config)
     if cover:
         steps = [ResizeToCover(cover, mode), transforms.CenterCrop(size)]
@@ -102,8 +98,8 @@ def _resize_mode(interpolation):
     return str_to_interp_mode("bicubic" if interpolation == "random" else interpolation)
 
 
-def _train_transform(config, phase):
-    height, width = size = phase.size
+def _train_transform(config):
+    height, width = size = to_2tuple(config.DATA.IMG_SIZE)
     channels = config.MODEL.MSG.IN_CHANS
     mode, (mean, std) = image_mode(channels), normalization(channels)
     try:
@@ -132,8 +128,6 @@ def _train_transform(config, phase):
         transform.transforms[:1] = [whole, transforms.RandomCrop(size, padding=4)]
     for step in transform.transforms:
         for operation in augment_operations(step):
-            if isinstance(step, RandAugment):
-                operation.magnitude *= phase.strength
             if operation.aug_fn is posterize:
                 operation.aug_fn = posterize_from_0_bits
             if channels == 4:

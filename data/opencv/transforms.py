@@ -181,12 +181,11 @@ def _cut(side, resized, size):
     return slice(round(first * scale), min(side, stop)), start - first
 
 
-def build_opencv_transform(config, is_train, phase=None):
+def build_opencv_transform(config, is_train):
     """The transform of an :class:`ImageFile` to a tensor (3, H, W), uint8, the sides of ``DATA.IMG_SIZE``.
 
-    In training a :class:`~data.progressive.Phase` has sides of its own. The transform is that of
-    transforms.py without normalisation and erasing, which are left to the device; every other step draws the
-    same random numbers.
+    It is the transform of transforms.py without normalisation and erasing, which are left to the device.
+    Every other step draws the same random numbers.
     """
     if not is_train:
         cover, size, mode = evaluation_sizes(config)
@@ -194,7 +193,7 @@ def build_opencv_transform(config, is_train, phase=None):
         crop = ResizeAndCropCenter(cover, size, mode) if cover else ResizeWhole(size, mode)
         return transforms.Compose([crop, to_tensor])
     later = MaybeToTensor, transforms.Normalize, RandomErasing
-    whole = build_transform(config, is_train, phase)
+    whole = build_transform(config, is_train)
     steps = [step for step in whole.transforms if not isinstance(step, later)]
     return transforms.Compose([*map(_for_arrays, steps), to_tensor])
 
