@@ -407,26 +407,31 @@ def find_images(folder, name, ignored, wanted=is_image):
         DataError: a folder cannot be listed, or the class is a link to a folder that holds it.
     """
     path = os.path.join(folder, name)
-    holders, inside = _with_parents(folder), _with_parents(path)
-    if inside[0] in holders:
+    holders = [os.path.realpath(folder)]
+    if _holds(path, holders):
         raise DataError(f"{path} is a link to a folder that holds it: remove it")
-    found, waiting = [], [(path, {*holders, *inside})]
+    found, waiting = [], [(path, holders)]
     while waiting:
         path, holders = waiting.pop()
+        holders = [*holders, os.path.realpath(path)]
         folders, files = list_folder(path)
         found.append((path, sorted(filter(wanted, files))))
         ignored.update(ending(name) for name in files if not wanted(name))
         for entry in folders:
+            below = os.path.join(path, entry.name)
             if entry.name.startswith("."):
                 ignored["hidden folders"] += 1
-                continue
-            below = os.path.join(path, entry.name)
-            inside = _with_parents(below) if entry.is_symlink() else [_identity(below)]
-            if inside[0] in holders:
+            elif entry.is_symlink() and _holds(below, holders):
                 ignored["links to folders that hold them"] += 1
             else:
-                waiting.append((below, {*holders, *inside}))
+                waiting.append((below, holders))
     return [os.path.join(path, name) for path, names in sorted(found) for name in names]
+
+
+def _holds(link, folders):
+    """Whether a link leads to one of some folders, given by their real paths, or to one that holds them."""
+    target = os.path.join(os.path.realpath(link), "")
+    return any(os.path.join(folder, "").startswith(target) for folder in folders)
 
 
 def list_folder(path):
@@ -437,26 +442,20 @@ def list_folder(path):
             silence.
     """
     folders, files = [], []
-    with _following(path), os.scandir(path) as entries:
-        for entry in entries:
-            if _is_folder(entry):
-                folders.append(entry)
-            else:
-                files.append(entry.name)
-    return folders, files
-
-
-@contextlib.contextmanager
-def _following(path):
-    """Context that reports an OSError in it as a DataError that names the path."""
     try:
-        yield
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if _is_folder(entry):
+                    folders.append(entry)
+                else:
+                    files.append(entry.name)
     except OSError as error:
         if error.errno in EXHAUSTED:
             raise
         raise DataError(
             f"cannot follow {error.filename or path} ({error.strerror}): repair or remove it"
         ) from error
+    return folders, files
 
 
 def _is_folder(entry):
@@ -478,18 +477,6 @@ def ending(name):
     if os.path.basename(name).startswith("._"):
         return "notes of a Mac (._*)"
     return os.path.splitext(name)[1].lower() or "no ending"
-
-
-def _identity(path):
-    with _following(path):
-        status = os.stat(path)
-    return status.st_dev, status.st_ino
-
-
-def _with_parents(path):
-    """Identities of a folder and of all that hold it, wherever it really is."""
-    path = Path(os.path.realpath(path))
-    return [_identity(folder) for folder in (path, *path.parents)]
 
 
 def require_same_classes(here, classes, there, other_classes):
