@@ -44,11 +44,7 @@ HIDDEN_FOLDER = re.compile(r"(?:[^/]*/)*?\.[^/]*/")  # the first one of a path i
 def open_dataset(kind, root, split, transform, loader=load_image):
     """The images of a split: what ``transform`` makes of what ``loader`` makes of them.
 
-    In a process group, all processes must call it.
-
-    Args:
-        kind: ``DATA.DATASET``.
-        split: train or val.
+    In a process group, all processes must call it. ``kind`` is ``DATA.DATASET``, ``split`` train or val.
 
     Returns:
         A dataset of (image, class index) that has ``root``, ``classes``, ``paths`` and ``report``.
@@ -76,9 +72,8 @@ def open_dataset(kind, root, split, transform, loader=load_image):
 class StoredImages(Dataset):
     """Images that are not files of their own, used as an ImageFolder is.
 
-    Args:
-        source: has ``root``, ``classes``, ``targets``, ``paths`` and ``ignored`` as an ImageFolder has them,
-            and ``stored``, which returns the :class:`~data.datasets.Stored` of an index.
+    A ``source`` has ``root``, ``classes``, ``targets``, ``paths`` and ``ignored`` as an ImageFolder has them,
+    and ``stored``, which returns the :class:`~data.datasets.Stored` of an index.
     """
 
     def __init__(self, source, transform, loader):
@@ -141,15 +136,11 @@ class Archives(NamedTuple):
 
 
 def find_archives(root, split):
-    """Paths of the tars of a split: ``train.tar``, ``train/*.tar`` or ``*-train-*.tar``.
-
-    Raises:
-        DataError: there are none.
-    """
+    """Paths of the tars of a split: ``train.tar``, ``train/*.tar`` or ``*-train-*.tar``; at least one."""
 
     def tars_in(folder):
-        shown = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
-        return sorted(entry.path for entry in shown if entry.name.lower().endswith(".tar"))
+        names = [name for name in os.listdir(folder) if not name.startswith(".")]
+        return sorted(os.path.join(folder, name) for name in names if name.lower().endswith(".tar"))
 
     for name in NAMES[split]:
         whole, folder = os.path.join(root, f"{name}.tar"), os.path.join(root, name)
@@ -167,10 +158,8 @@ def find_archives(root, split):
 def files_in(path, nested=False):
     """The files that an unpacked tar would have, with links followed: ({name: (first byte, bytes)}, Counter).
 
-    The Counter has what is ignored already: all but the last member of a name, and what is no file.
-
-    Args:
-        nested: also the files of tars in it; their names then begin with that of the tar.
+    The Counter has what is ignored already: all but the last member of a name, and what is no file. With
+    ``nested``, the files of tars in it are found too; their names then begin with that of the tar.
 
     Raises:
         DataError: the tar is damaged or compressed, has a sparse image, or a link to what is no file in it.
@@ -254,13 +243,10 @@ def _unpacked(name):
 
 
 def index_archives(kind, root, archives):
-    """The images of tars or, with the kind ``wds``, of WebDataset shards.
+    """The values of an :class:`Archives` of tars or, with the kind ``wds``, of WebDataset shards.
 
     Images of tars have the order of an ImageFolder of the same images, those of shards their own. Without
     ``classnames.txt`` in ``root``, which names one a line, the classes of shards are called by their numbers.
-
-    Returns:
-        The values of an :class:`Archives`.
 
     Raises:
         DataError: a tar cannot be read, the only tar has no class folders, or an image of a shard no class.

@@ -22,6 +22,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from distributed import seeded
 from utils import UserError, advice_on_look_alikes
 
+logger = logging.getLogger("msg_transformer")
 # Formats of the file names that ImageFolder takes, and GIF, which hides behind them. Not all that Pillow
 # knows: an EPS file would run Ghostscript.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -43,8 +44,7 @@ class DataError(UserError):
 def decoding(path):
     """Context that reports whatever goes wrong in it as a DataError that names the file.
 
-    Raises:
-        OSError: the machine has no file descriptors or memory left.
+    An OSError stays where the machine has no file descriptors or memory left.
     """
     try:
         yield
@@ -61,23 +61,14 @@ def decoding(path):
 
 
 class Stored(NamedTuple):
-    """An image file, or what is one inside an archive.
+    """An image file, or what is one inside an archive."""
 
-    Attributes:
-        size: bytes.
-        read: returns them.
-    """
-
-    size: int
-    read: Callable
+    size: int  # in bytes
+    read: Callable  # returns them
 
     @classmethod
     def at(cls, path):
-        """The file at a path.
-
-        Raises:
-            DataError: it is no regular file.
-        """
+        """The file at a path; a DataError if it is no regular file."""
         status = os.stat(path)
         # A pipe would wait forever, a device would never end.
         if not stat.S_ISREG(status.st_mode):
@@ -179,10 +170,8 @@ def load_image(path, max_pixels=MAX_PIXELS, max_scans=MAX_SCANS, mode="RGB", sto
 def in_8_bits(image, mode, path):
     """An image as :func:`open_image` returns it, in a PIL mode of 8 bits.
 
-    Values of 16 bits keep the upper 8 in grey too, as Pillow does it for colours.
-
-    Raises:
-        DataError: the values are floats or of 32 bits, and the file does not say which one is white.
+    Values of 16 bits keep the upper 8 in grey too, as Pillow does it for colours. Floats and values of 32
+    bits are refused, because the file does not say which one is white.
     """
     if image.mode[0] not in "IF":
         return image.convert(mode)
@@ -201,8 +190,7 @@ def in_8_bits(image, mode, path):
 class ImageFolder(torchvision.datasets.ImageFolder):
     """torchvision's ImageFolder that skips hidden folders and names what cannot be read.
 
-    Attributes:
-        ignored: a Counter of what is in the folders beside images, by ending or in words.
+    ``ignored`` is a Counter of what is in the folders beside images, by ending or in words.
     """
 
     def __init__(self, root, transform=None, loader=load_image):
@@ -210,7 +198,7 @@ class ImageFolder(torchvision.datasets.ImageFolder):
         super().__init__(root, transform, loader=loader, allow_empty=True)
 
     def find_classes(self, directory):
-        """Class folders of ``directory``, sorted: (names, index of each name)."""
+        """As torchvision's: (names, index of each name)."""
         classes = class_names(directory, self.ignored)
         return classes, {name: index for index, name in enumerate(classes)}
 
@@ -238,7 +226,7 @@ class ImageFolder(torchvision.datasets.ImageFolder):
         )
         for folder in (os.path.join(self.root, name) for name in self.classes if name in SPLITS):
             if list_folder(folder)[0]:
-                logging.getLogger("msg_transformer").warning(
+                logger.warning(
                     f"{folder}, which holds folders, is taken for a class: if it is a set of its own, move it"
                 )
 
@@ -246,10 +234,8 @@ class ImageFolder(torchvision.datasets.ImageFolder):
 def report_orientations(paths, stored, turn):
     """Log how many images have an EXIF orientation, of at most 256 evenly over a set, if any has.
 
-    Args:
-        paths: the name of every index.
-        stored: returns the :class:`Stored` of an index; None where the names are files.
-        turn: whether they are turned.
+    ``paths`` has the name of every index. ``stored`` returns the :class:`Stored` of an index, or is None
+    where the names are files. ``turn`` says whether images are turned.
     """
     looked_at = np.unique(np.linspace(0, len(paths) - 1, min(_LOOKED_AT, len(paths))).astype(int)).tolist()
     found = []
@@ -264,7 +250,7 @@ def report_orientations(paths, stored, turn):
                     found.append(path)
     if found:
         action = "apply turns" if turn else "ignore leaves them as stored; apply would turn"
-        logging.getLogger("msg_transformer").log(
+        logger.log(
             logging.INFO if turn else logging.WARNING,
             f"{len(found):,} of {len(looked_at):,} images looked at have an EXIF orientation, such as "
             f"{found[0]}: DATA.EXIF_ORIENTATION {action} them upright",
@@ -276,16 +262,15 @@ def report_found(found, ignored):
     most = [f"{what} {number:,}" for what, number in ignored.most_common(10)]
     if len(ignored) > 10:
         most.append("...")
-    logging.getLogger("msg_transformer").info(found + ("; ignored: " if most else "") + ", ".join(most))
+    logger.info(found + ("; ignored: " if most else "") + ", ".join(most))
 
 
 class TrainingSamples(Dataset):
-    """Training samples whose random transforms depend on (seed, epoch, index) only.
+    """Training samples whose random transforms depend on (seed, epoch, index) only, not on workers.
 
-    Items are asked for by (epoch, index), or (epoch, index, repeat) where an epoch repeats images, so neither
-    the number of workers nor the order in which they work changes an image. An item is (image, target,
-    failed): with ``skip``, an image that cannot be read is replaced by another one, again a function of
-    (seed, epoch, index), and its index is in the list ``failed``.
+    Items are asked for by (epoch, index), or (epoch, index, repeat) where an epoch repeats images. An item is
+    (image, target, failed): with ``skip``, an image that cannot be read is replaced by another one, again a
+    function of (seed, epoch, index), and its index is in the list ``failed``.
     """
 
     def __init__(self, dataset, seed, skip):
@@ -365,12 +350,7 @@ def _root_nearby(root):
 def require_classes(dataset, number):
     """Refuse a set of one class, whose loss would be 0: mostly its class folders are one level too deep.
 
-    Args:
-        dataset: has ``root`` and ``classes``.
-        number: ``MODEL.NUM_CLASSES``, which asks for such a set if it is 1.
-
-    Raises:
-        DataError: there is one class.
+    A ``number`` of 1, ``MODEL.NUM_CLASSES``, asks for such a set.
     """
     if len(dataset.classes) > 1 or number == 1:
         return
@@ -399,7 +379,7 @@ def find_images(folder, name, ignored, wanted=is_image):
     Links are followed, except to a folder that holds them, which would show its images again and again.
 
     Args:
-        folder, name: of the class; it is in ``folder/name``.
+        folder, name: the class is ``folder/name``.
         ignored: a Counter, to which all else in the folder is added.
         wanted: tells of a file name whether to take it.
 
@@ -437,9 +417,8 @@ def _holds(link, folders):
 def list_folder(path):
     """What is in a folder: (entries of folders, names of all else).
 
-    Raises:
-        DataError: the folder cannot be listed, or a link in it leads nowhere: images would be missing in
-            silence.
+    It is a DataError if the folder cannot be listed or a link in it leads nowhere: images would be missing in
+    silence.
     """
     folders, files = [], []
     try:

@@ -15,11 +15,7 @@ from config import ConfigError
 
 
 def image_mode(channels):
-    """The mode of Pillow's images that have so many channels, ``MODEL.MSG.IN_CHANS``.
-
-    Raises:
-        ConfigError: images cannot have so many.
-    """
+    """Pillow's mode of images of 1, 3 or 4 channels, ``MODEL.MSG.IN_CHANS``; a ConfigError for others."""
     modes = {1: "L", 3: "RGB", 4: "RGBA"}
     if channels not in modes:
         raise ConfigError(f"MODEL.MSG.IN_CHANS is {channels}, but images have 1, 3 or 4 channels")
@@ -64,11 +60,9 @@ def build_transform(config, is_train):
 
 
 def evaluation_sizes(config):
-    """What evaluation resizes to.
+    """What evaluation resizes to: (height, width) to cover, (height, width) of the crop, interpolation.
 
-    Returns:
-        (height, width) that the resized image must cover, or None where the whole image becomes the crop;
-        (height, width) of the crop; interpolation.
+    The first is None where the whole image becomes the crop.
     """
     size = to_2tuple(config.DATA.IMG_SIZE)
     crops = config.TEST.CROP and min(size) > 32
@@ -206,10 +200,7 @@ class ResizeToCover:
 
 
 def covering_size(width, height, cover):
-    """(height, width) of an image once it covers both sides of ``cover``, (height, width), one of them just.
-
-    The other is rounded down, as torchvision does it.
-    """
+    """(height, width) of an image that just covers ``cover``, (height, width), rounded as by torchvision."""
     rows, columns = cover
     if columns * height >= rows * width:
         return int(columns * height / width), columns
@@ -220,12 +211,7 @@ def aspect_box(width, height, cover, most=8):
     """The middle of an image, at most ``most`` times as long as an image of the aspect of ``cover``.
 
     A 1x20000 image would need gigabytes once it covers a square, all of which the centre crop throws away.
-
-    Args:
-        cover: (height, width).
-
-    Returns:
-        (left, top, width, height).
+    Returns (left, top, width, height); ``cover`` is (height, width).
     """
     rows, columns = cover
     new_width = min(width, math.ceil(most * height * columns / rows))

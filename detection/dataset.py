@@ -15,6 +15,7 @@ from data.datasets import DataError, load_image
 
 from .evaluation import COCO_PER_IMAGE
 
+logger = logging.getLogger("msg_transformer")
 # In pixels: the side of an image, and the outline of a polygon.
 _LONGEST = 1_000_000
 # In pixels: images with a shorter side are not trained on.
@@ -31,33 +32,22 @@ class CocoDataset(Dataset):
 
     An item is (image, target): a uint8 image (3, H, W), and a dict of boxes (M, 4) as (x1, y1, x2, y2),
     labels (M,) from 1 and masks (M, H, W), all after ``transform``, image_id, and original_size (H, W) before
-    it. Crowds do not count as objects. Without ``with_objects``, only the last two.
+    it. Crowds do not count as objects. With ``per_image``, only the last two. ``records`` and ``paths``
+    are the image record of each item, and its file.
 
     Args:
         images: folder of the image files.
         annotations: a :class:`Annotations`.
         transform: a :class:`~detection.transforms.Transform`.
         is_train: leave out images without objects or with a side below 32 pixels, as mmdet does.
-        with_objects: whether items have boxes, labels and masks.
         read: see :func:`read_annotated`; returns what ``transform`` takes.
-        per_image: detections of an image that evaluation looks at, to be told where they are too few.
-
-    Attributes:
-        records, paths: the image record of each item, and its file.
+        per_image: detections of an image that evaluation looks at, which needs no objects; the log says where
+            they are too few.
     """
 
-    def __init__(
-        self,
-        images,
-        annotations,
-        transform,
-        is_train=False,
-        with_objects=True,
-        read=load_image,
-        per_image=None,
-    ):
+    def __init__(self, images, annotations, transform, is_train=False, read=load_image, per_image=None):
         self.annotations, self.transform, self.read = annotations, transform, read
-        self.with_objects, self.per_image = with_objects, per_image
+        self.per_image = per_image
         self.records = annotations.images
         if is_train:
             self.records = [record for record in self.records if self._has_objects(record)]
@@ -79,18 +69,18 @@ class CocoDataset(Dataset):
                 f"{path} is {image.size[0]}x{image.size[1]}, but {self.annotations.path} says "
                 f"{size[1]}x{size[0]}: correct its width and height"
             )
-        image, target = self.transform(image, self.annotations.coded(record) if self.with_objects else {})
+        objects = self.annotations.coded(record) if self.per_image is None else {}
+        image, target = self.transform(image, objects)
         return image, dict(target, image_id=record["id"], original_size=size)
 
     def report(self):
         """Log what was found, what was left out, and which limits differ from COCO's or are too low."""
-        logger, objects_in = logging.getLogger("msg_transformer"), self.annotations.objects_in
+        objects_in = self.annotations.objects_in
         self.annotations.report()
-        left_out = {record["id"]: record for record in self.annotations.images}
-        for record in self.records:
-            del left_out[record["id"]]
+        kept = {record["id"] for record in self.records}
+        left_out = [record for record in self.annotations.images if record["id"] not in kept]
         if left_out:
-            small = [record for record in left_out.values() if objects_in[record["id"]]]
+            small = [record for record in left_out if objects_in[record["id"]]]
             objects = sum(objects_in[record["id"]] for record in small)
             of_them = f", such as {small[0]['file_name'][:100]}" if small else ""
             logger.info(
@@ -120,10 +110,8 @@ def read_annotated(read, path, size):
     Where it is as large as annotated only with its sides exchanged, EXIF orientations from 5 to 8 may be why:
     then it is turned as they say, or left as stored, whichever fits, and whatever ``read`` does by itself.
 
-    Args:
-        read: :func:`~data.datasets.load_image`, or anything that takes a path and ``turn``, and returns what
-            has a ``size``, (width, height).
-        size: (height, width), as annotated.
+    ``read`` is :func:`~data.datasets.load_image`, or anything that takes a path and ``turn``, and returns
+    what has a ``size``, (width, height). ``size`` is (height, width), as annotated.
     """
     image = read(path)
     if image.size == tuple(size) != image.size[::-1]:
@@ -319,14 +307,12 @@ class Annotations:
     def coded(self, record, most=None):
         """The objects of an image record, or the first ``most``, in its own pixels.
 
-        Returns:
-            dict of boxes (M, 4), labels (M,) and masks, a list of pycocotools' run lengths.
+        A dict of boxes (M, 4), labels (M,) and masks, a list of pycocotools' run lengths.
         """
         size, objects = (record["height"], record["width"]), self.objects_of(record["id"])[:most]
+        boxes = [clipped(item["bbox"], size) for item in objects]
         return dict(
-            boxes=torch.tensor(
-                [clipped(item["bbox"], size) for item in objects], dtype=torch.float32
-            ).reshape(-1, 4),
+            boxes=torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
             labels=torch.tensor([self.labels[item["category_id"]] for item in objects], dtype=torch.int64),
             masks=[self.code_of(item, size) for item in objects],
         )
@@ -350,7 +336,6 @@ class Annotations:
 
     def report(self):
         """Log what was found, and what was left out: how much, why, and an example."""
-        logger = logging.getLogger("msg_transformer")
         objects = list(self.objects_in.values())
         logger.info(
             f"{self.path}: {len(self.images):,} images, {objects.count(0):,} of them without objects; "
@@ -442,8 +427,7 @@ def _number(value):
 def _with_numbers(item, *known):
     """An annotation without what is null, and with numbers in place of numbers written as text.
 
-    Args:
-        known: the ids of images and of categories, which may themselves be text.
+    ``known`` are the ids of images and of categories, which may themselves be text.
     """
     item = {key: value for key, value in item.items() if value is not None}
     for key, ids in zip(("image_id", "category_id"), known):
@@ -529,9 +513,8 @@ def _check_ids(path, section, ids):
 def build_detection_dataset(root, images, annotations, transform, skip, **options):
     """The images of ``root/images`` with the annotations ``root/annotations``.
 
-    Args:
-        skip: files may be missing; they are reported when they are read.
-        transform, options: of :class:`CocoDataset`.
+    The other arguments are those of :class:`CocoDataset`. With ``skip``, files may be missing; they are
+    reported when they are read.
 
     Raises:
         DataError: what is wrong with the files, and what to do.

@@ -96,10 +96,8 @@ def draw_crowd(axes, crowd):
 def annotate(image, detection, names):
     """A PIL image with the masks, boxes, names and scores of its detections, enlarged where it is small.
 
-    Args:
-        detection: boxes (N, 4) and masks (N, H, W) in pixels of the image, labels (N,), and scores (N,),
-            which the ground truth has not.
-        names: of the categories; label 1 is the first.
+    A ``detection`` has boxes (N, 4) and masks (N, H, W) in pixels of the image, labels (N,), of which 1 is
+    the first of ``names``, and scores (N,), which the ground truth has not.
     """
     image, factor = enlarged(image, 448)
     if not len(detection["labels"]):
@@ -130,11 +128,8 @@ def annotate(image, detection, names):
 def detection_batch_sheet(images, sizes, targets, names, most=12):
     """The first images of a training batch with their objects, as one PIL image.
 
-    Args:
-        images: (B, 3, H, W), normalised.
-        sizes: (H, W) of each within its padding.
-        targets: of each a dict of boxes (N, 4), labels (N,) and masks (N, H, W).
-        names: of the categories; label 1 is the first.
+    Images (B, 3, H, W) are normalised, ``sizes`` are their (H, W) within the padding, and ``targets`` are
+    dicts as for :func:`annotate`.
     """
     tiles = []
     for image, (height, width), target in zip(images[:most], sizes, targets):

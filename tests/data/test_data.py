@@ -40,12 +40,16 @@ def batches(folder, workers, epoch=0, opts=()):
     return list(loader)
 
 
-def test_augmentation_depends_on_seed_epoch_and_image_only(folder):
-    alone, with_workers = batches(folder, 0), batches(folder, 2)
+@pytest.mark.parametrize("backend", ["pil", "opencv"])
+def test_augmentation_depends_on_seed_epoch_and_image_only(folder, backend):
+    opts = ["DATA.BACKEND", backend]
+    alone, with_workers = batches(folder, 0, opts=opts), batches(folder, 2, opts=opts)
     assert len(alone) == len(with_workers) == 6
     for (a, x), (b, y) in zip(alone, with_workers):
-        assert torch.equal(a, b) and torch.equal(x, y)
-    other_epoch, other_seed = batches(folder, 0, epoch=1), batches(folder, 0, opts=["SEED", 1])
+        assert torch.equal(a, b) and torch.equal(x, y) and a.dtype == torch.float32
+    other_epoch, other_seed = (
+        batches(folder, 0, epoch, [*opts, "SEED", seed]) for epoch, seed in ((1, 0), (0, 1))
+    )
     assert not torch.equal(alone[0][0], other_epoch[0][0])
     assert not torch.equal(alone[0][0], other_seed[0][0])
 

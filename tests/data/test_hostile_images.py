@@ -266,9 +266,8 @@ def test_values_without_a_known_white_are_refused(tmp_path, mode, what):
             read(path)
 
 
-def test_rotation_is_left_alone_and_animations_give_their_first_frame(tmp_path):
+def test_animations_give_their_first_frame(tmp_path):
     write_files(tmp_path, readable_files())
-    assert load_image(str(tmp_path / "rotated.jpg"), turn=False).size == (40, 28)
     for name in ("animated.png", "animated.webp", "animated_gif_named.png"):
         found = np.asarray(load_image(str(tmp_path / name)), dtype=float)
         first, second = (np.asarray(picture(seed=seed), dtype=float) for seed in (0, 1))
@@ -635,8 +634,8 @@ def read_mutated_files(folder, rounds, files, growth_mb):
 
 
 def test_mutated_files_are_read_or_refused(tmp_path, count):
-    read, refused = read_mutated_files(tmp_path, 2, 200, growth_mb=64)
-    assert read == 400 and read / 5 < refused < read
+    read, refused = read_mutated_files(tmp_path, 2, 100, growth_mb=64)
+    assert read == 200 and read / 5 < refused < read
     count("mutated files read", read)
     count("mutated files refused", refused)
 
