@@ -102,10 +102,7 @@ class StoredImages(Dataset):
 
     def report(self):
         """Log what was found and what was ignored."""
-        empty = len(self.classes) - len(np.unique(self.targets))
-        of_them = f", {empty:,} of them without images" if empty else ""
-        found = f"{self.root}: {len(self):,} images in {len(self.classes):,} classes{of_them}"
-        report_found(found, self.source.ignored)
+        report_found(self, self.source.ignored)
 
 
 class Archives(NamedTuple):
@@ -411,8 +408,11 @@ class TorchvisionDataset:
         # A damaged file can raise nearly anything.
         except Exception as error:
             reason = (str(error) or type(error).__name__).split(". You can use")[0]
+            name = kind.removeprefix("torch/")
+            make = "FashionMNIST" if name == "fashion_mnist" else name.upper()
             raise DataError(
-                f"{root} does not hold the files of {kind} ({reason}): {_fetching(kind, root)}"
+                f'{root} does not hold the files of {kind} ({reason}): python -c "from torchvision import '
+                f'datasets; datasets.{make}({root!r}, download=True)" fetches them'
             ) from error
         self.root, self.classes = f"{root}, {split} of {kind}", list(self.data.classes)
         targets = np.asarray(self.data.targets)
@@ -427,10 +427,3 @@ class TorchvisionDataset:
         self.data[index][0].save(file, "PPM")
         content = file.getvalue()
         return Stored(len(content), lambda: content)
-
-
-def _fetching(kind, root):
-    names = dict(mnist="MNIST", kmnist="KMNIST", fashion_mnist="FashionMNIST", qmnist="QMNIST")
-    name = kind.removeprefix("torch/")
-    make = f"{names.get(name, name.upper())}({root!r}, download=True)"
-    return f'python -c "from torchvision import datasets; datasets.{make}" fetches them'

@@ -221,9 +221,7 @@ class ImageFolder(torchvision.datasets.ImageFolder):
 
     def report(self):
         """Log what was found and what was ignored."""
-        report_found(
-            f"{self.root}: {len(self.samples):,} images in {len(self.classes):,} classes", self.ignored
-        )
+        report_found(self, self.ignored)
         for folder in (os.path.join(self.root, name) for name in self.classes if name in SPLITS):
             if list_folder(folder)[0]:
                 logger.warning(
@@ -257,8 +255,12 @@ def report_orientations(paths, stored, turn):
         )
 
 
-def report_found(found, ignored):
-    """Log what was found, and what a Counter says was ignored."""
+def report_found(dataset, ignored):
+    """Log the images and classes of a dataset, and what a Counter says was ignored."""
+    number = len(dataset.classes)
+    empty = number - len(np.unique(dataset.targets))
+    of_them = f", {empty:,} of them without images" if empty else ""
+    found = f"{dataset.root}: {len(dataset):,} images in {number:,} classes{of_them}"
     most = [f"{what} {number:,}" for what, number in ignored.most_common(10)]
     if len(ignored) > 10:
         most.append("...")
@@ -314,11 +316,8 @@ class EvaluationSamples(Dataset):
 def class_names(folder, ignored=None):
     """Sorted names of the class folders in ``folder``, hidden ones left out.
 
-    Args:
-        ignored: a Counter, to which all else in the folder is added.
-
-    Raises:
-        DataError: the folder is missing, cannot be listed, or holds no class folder.
+    All else in the folder is added to ``ignored``, a Counter. It is a DataError if the folder is missing,
+    cannot be listed, or holds no class folder.
     """
     if not os.path.isdir(folder):
         raise DataError(

@@ -11,10 +11,9 @@ from .transforms import build_detection_transform, change_pillow
 
 
 def collate_detection(samples):
-    """Join samples (image, target, failed) to ((images, sizes), targets, failed).
+    """Join samples (image, target, failed) to ((images, sizes), targets, failed), except for images of None.
 
-    Images (3, H, W) become one tensor (B, 3, H, W), each at the top left; sizes are their (H, W). Samples
-    whose image is None are left out.
+    Images (3, H, W) become one tensor (B, 3, H, W), each at the top left; sizes are their (H, W).
     """
     failed = [index for *_, indices in samples for index in indices]
     read = [(image, target) for image, target, _ in samples if image is not None]
@@ -44,11 +43,7 @@ class BatchToDevice(ToDevice):
 
 
 def build_detection_reader(config):
-    """The function that opens an image file as ``DATA.BACKEND`` does, and the one that changes its pixels.
-
-    Raises:
-        ConfigError: OpenCV cannot be imported.
-    """
+    """The function of :func:`~data.loaders.build_opener`, and what changes the pixels of its files."""
     opener = build_opener(config)
     if config.DATA.BACKEND == "pil":
         return opener, change_pillow

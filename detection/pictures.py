@@ -153,10 +153,8 @@ def group_of_loss(name):
 def draw_detection_curves(epochs, path, hyperparameters=None):
     """Draw the losses and the average precision of a run over its epochs to a PNG file.
 
-    Args:
-        epochs: rows with epoch (from 0), train_loss, lr, box_AP, mask_AP (percent) and ``loss_<name>`` for
-            every part of the loss, which are drawn in the groups of :func:`group_of_loss`.
-        hyperparameters: not used.
+    Rows have epoch (from 0), train_loss, lr, box_AP, mask_AP (percent) and ``loss_<name>`` for every part of
+    the loss, which are drawn in the groups of :func:`group_of_loss`. ``hyperparameters`` are not used.
     """
     x = [row["epoch"] for row in epochs]
     figure = Figure(figsize=(11, 6), layout="constrained")

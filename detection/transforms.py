@@ -18,7 +18,7 @@ class Flip(NamedTuple):
     size: tuple
 
     def change(self, value):
-        """An image (3, H, W), or tv_tensors.BoundingBoxes."""
+        """Change an image (3, H, W), or tv_tensors.BoundingBoxes."""
         return functional.horizontal_flip(value)
 
     def places(self, rows, columns):
@@ -32,7 +32,7 @@ class Resize(NamedTuple):
     size: tuple
 
     def change(self, value):
-        """An image (3, H, W), or tv_tensors.BoundingBoxes."""
+        """Change an image (3, H, W), or tv_tensors.BoundingBoxes."""
         return functional.resize(value, list(self.size))
 
     def places(self, rows, columns):
@@ -51,7 +51,7 @@ class Crop(NamedTuple):
     size: tuple
 
     def change(self, value):
-        """An image (3, H, W), or tv_tensors.BoundingBoxes."""
+        """Change an image (3, H, W), or tv_tensors.BoundingBoxes."""
         return functional.crop(value, self.top, self.left, *self.size)
 
     def places(self, rows, columns):
