@@ -251,10 +251,19 @@ def build_reader(config, is_train):
     return opener, build_opencv_transform(config, is_train)
 
 
-def build_sampler(config, length, rank, world_size):
-    """The sampler of a training set of ``length`` images."""
+def build_sampler(config, length, rank, world_size, where):
+    """The sampler of a training set of ``length`` images, which ``where`` names.
+
+    Raises:
+        DataError: they are fewer than an update takes.
+    """
     accumulation = max(1, config.TRAIN.ACCUMULATION_STEPS)
-    return TrainBatchSampler(length, config.DATA.BATCH_SIZE, accumulation, rank, world_size, config.SEED)
+    sampler = TrainBatchSampler(length, config.DATA.BATCH_SIZE, accumulation, rank, world_size, config.SEED)
+    if not sampler.updates_per_epoch:
+        raise DataError(
+            f"{where} has {length} images, fewer than an update takes: {sampler.parts()}; lower --batch-size"
+        )
+    return sampler
 
 
 def build_loader(config, dataset, sampler, to_device, collate, batch_size=None):
@@ -277,15 +286,6 @@ def build_loader(config, dataset, sampler, to_device, collate, batch_size=None):
         return Loader(loader, dataset.paths, to_device, turns(config))
     loader = DataLoader(EvaluationSamples(dataset, skip), batch_size, sampler=sampler, **options)
     return Loader(loader, dataset.paths, to_device, turns(config), config.DATA.NUM_WORKERS)
-
-
-def require_an_update(sampler, where):
-    """Raise a DataError where the training set is smaller than an update."""
-    if not sampler.updates_per_epoch:
-        raise DataError(
-            f"{where} has {sampler.length} images, fewer than an update takes: {sampler.parts()}; lower "
-            "--batch-size"
-        )
 
 
 def build_loaders(config, rank=0, world_size=1, device="cpu"):
@@ -313,8 +313,7 @@ def build_loaders(config, rank=0, world_size=1, device="cpu"):
     read, transform = build_reader(config, is_train=True)
     train = open_dataset(kind, root, "train", transform, read)
     require_same_classes(train.root, train.classes, val.root, val.classes)
-    sampler = build_sampler(config, len(train), rank, world_size)
+    sampler = build_sampler(config, len(train), rank, world_size, train.root)
     sampler.repeats = config.AUG.REPEATED
-    require_an_update(sampler, train.root)
     train_loader = build_loader(config, train, sampler, to_device, collate)
     return train_loader, sampler, val_loader, val.classes

@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 
 from PIL import Image, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment, create_transform
@@ -146,15 +147,9 @@ class Convert:
 
 
 # What RandAugment and its like do to the places of pixels; all else changes colours.
-MOVES = (
-    auto_augment.shear_x,
-    auto_augment.shear_y,
-    auto_augment.translate_x_abs,
-    auto_augment.translate_y_abs,
-    auto_augment.translate_x_rel,
-    auto_augment.translate_y_rel,
-    auto_augment.rotate,
-)
+MOVES = [
+    function for name, function in vars(auto_augment).items() if re.match("shear_|translate_|rotate", name)
+]
 
 
 class KeepAlpha:

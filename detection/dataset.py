@@ -250,7 +250,7 @@ class Annotations:
     def _mismatch(self, item, size):
         """How a mask contradicts its box, or None; notes boxes that fit as corners, and what is tiny."""
         (x, y, width, height), shape = item["bbox"], item["segmentation"]
-        bounds = self._bounds(item, size)
+        bounds = _bounds(item, size)
         if bounds is not None:
             if isinstance(shape, list) and max(bounds) <= 1 and max(width, height) > 2:
                 return _NORMALISED[1]
@@ -264,57 +264,27 @@ class Annotations:
             self._compared += as_box != as_corners
             if as_corners < as_box:
                 self._note(self._corners, "[x1, y1, x2, y2]", item)
-        if not item.get("iscrowd") and (min(width, height) < 1 or self._is_without_pixel(item, size, bounds)):
+        if not item.get("iscrowd") and (min(width, height) < 1 or _is_without_pixel(item, size, bounds)):
             self._note(self.notes, _TINY, item)
         return None
-
-    def _is_without_pixel(self, item, size, bounds):
-        if bounds is None or min(bounds[2] - bounds[0], bounds[3] - bounds[1]) >= 2:  # spares the drawing
-            return bounds is None
-        return not coco_mask.area(self.code_of(item, size))
-
-    def _bounds(self, item, size):
-        """(x1, y1, x2, y2) of a mask; None where it has no pixel."""
-        shape = item["segmentation"]
-        if isinstance(shape, list):
-            xs, ys = ([value for part in shape for value in part[i::2]] for i in (0, 1))
-            return min(xs), min(ys), max(xs), max(ys)
-        x, y, width, height = coco_mask.toBbox(self.code_of(item, size)).tolist()
-        return (x, y, x + width, y + height) if width and height else None
 
     def kept(self):
         """All annotations but those left out, in the order of their images."""
         return [item for items in self._by_image.values() for item in json.loads(items)]
-
-    def objects_of(self, image_id):
-        """The annotations of an image that are single objects."""
-        return [item for item in json.loads(self._by_image[image_id]) if not item.get("iscrowd")]
-
-    def code_of(self, item, size):
-        """The mask of an annotation, for an image of (height, width), in pycocotools' run lengths."""
-        shape, (height, width) = item["segmentation"], size
-        try:
-            if isinstance(shape, list):
-                shape = coco_mask.merge(coco_mask.frPyObjects(shape, height, width))
-            elif isinstance(shape["counts"], list):
-                shape = coco_mask.frPyObjects(shape, height, width)
-        except (TypeError, ValueError) as error:
-            raise DataError(
-                f"{self.path}: annotation {item.get('id')} has no valid mask ({error})"
-            ) from error
-        return shape
 
     def coded(self, record, most=None):
         """The objects of an image record, or the first ``most``, in its own pixels.
 
         A dict of boxes (M, 4), labels (M,) and masks, a list of pycocotools' run lengths.
         """
-        size, objects = (record["height"], record["width"]), self.objects_of(record["id"])[:most]
+        size = record["height"], record["width"]
+        items = json.loads(self._by_image[record["id"]])
+        objects = [item for item in items if not item.get("iscrowd")][:most]
         boxes = [clipped(item["bbox"], size) for item in objects]
         return dict(
             boxes=torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
             labels=torch.tensor([self.labels[item["category_id"]] for item in objects], dtype=torch.int64),
-            masks=[self.code_of(item, size) for item in objects],
+            masks=[code_of(item, size) for item in objects],
         )
 
     def truth_of(self, record, most=None):
@@ -331,7 +301,7 @@ class Annotations:
         crowd = np.zeros(size, dtype=np.uint8)
         for item in json.loads(self._by_image[record["id"]]):
             if item.get("iscrowd"):
-                crowd |= coco_mask.decode(self.code_of(item, size))
+                crowd |= coco_mask.decode(code_of(item, size))
         return crowd
 
     def report(self):
@@ -361,6 +331,30 @@ class Annotations:
     def as_coco(self):
         """The content of a COCO file without what was left out."""
         return dict(images=self.images, categories=self.categories, annotations=self.kept())
+
+
+def code_of(item, size):
+    """The mask of an annotation, for an image of (height, width), in pycocotools' run lengths."""
+    shape, (height, width) = item["segmentation"], size
+    if isinstance(shape, list):
+        return coco_mask.merge(coco_mask.frPyObjects(shape, height, width))
+    return coco_mask.frPyObjects(shape, height, width) if isinstance(shape["counts"], list) else shape
+
+
+def _bounds(item, size):
+    """(x1, y1, x2, y2) of a mask; None where it has no pixel."""
+    shape = item["segmentation"]
+    if isinstance(shape, list):
+        xs, ys = ([value for part in shape for value in part[i::2]] for i in (0, 1))
+        return min(xs), min(ys), max(xs), max(ys)
+    x, y, width, height = coco_mask.toBbox(code_of(item, size)).tolist()
+    return (x, y, x + width, y + height) if width and height else None
+
+
+def _is_without_pixel(item, size, bounds):
+    if bounds is None or min(bounds[2] - bounds[0], bounds[3] - bounds[1]) >= 2:  # spares the drawing
+        return bounds is None
+    return not coco_mask.area(code_of(item, size))
 
 
 def clipped(box, size):

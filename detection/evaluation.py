@@ -86,16 +86,13 @@ def _mean(precision):
 def _coco(truth, annotations):
     coco = COCO()
     # pycocotools takes two objects with the same id for one, and id 0 for none.
-    items = [dict(_with_area(item), id=i) for i, item in enumerate(annotations, 1)]
+    items = [dict(item, id=i) for i, item in enumerate(annotations, 1)]
+    for item in items:
+        item.setdefault("iscrowd", 0)
+        item.setdefault("area", item["bbox"][2] * item["bbox"][3])
     coco.dataset = dict(truth, annotations=items)
     coco.createIndex()
     return coco
-
-
-def _with_area(item):
-    """An annotation with what COCOeval needs, where the file leaves it out."""
-    area = item["bbox"][2] * item["bbox"][3]
-    return dict(dict(iscrowd=0, area=area), **item)
 
 
 def write_results(path, results):

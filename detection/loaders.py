@@ -3,7 +3,7 @@
 import torch
 
 from data.datasets import DataError
-from data.loaders import ToDevice, build_loader, build_opener, build_sampler, require_an_update
+from data.loaders import ToDevice, build_loader, build_opener, build_sampler
 from data.samplers import evaluation_shard
 
 from .dataset import build_detection_dataset
@@ -86,10 +86,9 @@ def build_detection_loaders(config, rank=0, world_size=1, device="cpu"):
             f"{train.annotations.path} and {val.annotations.path} have different categories: only one of "
             f"them has {name!r} with the id {number}"
         )
-    sampler = build_sampler(config, len(train), rank, world_size)
-    sampler.groups = [record["height"] > record["width"] for record in train.records]  # less padding
     without = len(train.annotations.images) - len(train)
     why = "; ".join(["no objects or small", *train.annotations.reasons()[:3]])
-    where = f"{train.annotations.path}, without {without:,} images ({why})," if without else None
-    require_an_update(sampler, where or train.annotations.path)
+    where = train.annotations.path + (f", without {without:,} images ({why})," if without else "")
+    sampler = build_sampler(config, len(train), rank, world_size, where)
+    sampler.groups = [record["height"] > record["width"] for record in train.records]  # less padding
     return build_loader(config, train, sampler, to_device, collate_detection), sampler, val_loader, val

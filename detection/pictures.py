@@ -59,10 +59,9 @@ def draw_detections(samples, names, path, smallest_score=0.5, turn=False):
 
 
 def _draw(axes, image, objects, names):
-    colours = [_COLOURS[(label - 1) % len(_COLOURS)] for label in objects["labels"].tolist()]
+    colours = _colours(objects["labels"])
     if colours:
-        fill = [tuple(int(255 * part) for part in to_rgb(colour)) for colour in colours]
-        image = draw_segmentation_masks(image, objects["masks"].bool(), alpha=0.45, colors=fill)
+        image = draw_segmentation_masks(image, objects["masks"].bool(), alpha=0.45, colors=_as_rgb(colours))
     axes.imshow(image.movedim(0, 2))
     scores = objects.get("scores", torch.full(objects["labels"].shape, torch.nan)).tolist()
     for box, label, score, colour in zip(
@@ -81,6 +80,14 @@ def _draw(axes, image, objects, names):
             **across, y=y1, fontsize=5, color="white", va=va, bbox=background, parse_math=False, clip_on=True,
         )  # fmt: skip
     axes.set(xlim=(0, image.shape[2]), ylim=(image.shape[1], 0))
+
+
+def _colours(labels):
+    return [_COLOURS[(label - 1) % len(_COLOURS)] for label in labels.tolist()]
+
+
+def _as_rgb(colours):
+    return [tuple(int(255 * part) for part in to_rgb(colour)) for colour in colours]
 
 
 def draw_crowd(axes, crowd):
@@ -103,8 +110,7 @@ def annotate(image, detection, names):
     if not len(detection["labels"]):
         return image
     scores = detection.get("scores", torch.ones(len(detection["labels"]))).tolist()
-    kinds = [(label - 1) % len(_COLOURS) for label in detection["labels"].tolist()]
-    colours = [tuple(int(255 * part) for part in to_rgb(_COLOURS[kind])) for kind in kinds]
+    colours = _as_rgb(_colours(detection["labels"]))
     masks = detection["masks"].repeat_interleave(factor, 1).repeat_interleave(factor, 2)
     picture = draw_segmentation_masks(pil_to_tensor(image), masks.bool(), alpha=0.4, colors=colours)
     picture = to_pil_image(picture)

@@ -453,14 +453,6 @@ def test_limits_hold_for_images_in_archives(tmp_path, backend):
         list(loaders("tar", tmp_path, "DATA.BACKEND", backend, *ONE_CLASS)[2])
 
 
-def test_broken_images_are_skipped_and_counted(tmp_path):
-    tar_of(tmp_path / "train.tar", **{f"a/{i:03d}.png": png() if i else b"broken" for i in range(120)})
-    tar_of(tmp_path / "val.tar", **{f"a/{i:03d}.png": png() if i else b"broken" for i in range(120)})
-    train, _, val, _ = loaders("tar", tmp_path, "DATA.ON_ERROR", "skip", *ONE_CLASS)
-    assert sum(len(targets) for _, targets in val) == 119 and val.indices_seen() == list(range(1, 120))
-    assert sum(len(targets) for _, targets in train) == 120 and train.failed == {0}
-
-
 def test_saved_datasets_that_cannot_be_used_are_named(data, tmp_path):
     datasets = import_datasets()
     assert "holds no val that save_to_disk" in refusal("hfds", tmp_path)
