@@ -67,8 +67,7 @@ def test_the_anchor_of_a_cell_sits_on_its_pixels_whatever_the_sizes():
 
     detector.rpn.head.register_forward_hook(head)
     detector.rpn.register_forward_hook(lambda module, inputs, output: found.append(output[0]))
-    mixed = [(*sizes,) for sizes in zip(ODD_SIZES, ODD_SIZES[5:])]
-    for sizes in [*mixed, *zip(ODD_SIZES)]:
+    for sizes in [*zip(ODD_SIZES[::2], ODD_SIZES[1::2]), ODD_SIZES[:1], ODD_SIZES[-1:]]:
         images, sizes, targets = scene(sizes, torch.float32)
         for image, size in enumerate(sizes):
             for level, stride in enumerate((4, 8, 16, 32)):
@@ -191,12 +190,12 @@ def test_proposals_are_the_best_of_each_level_without_duplicates():
     torch.manual_seed(0)
     rpn = ProposalNetwork(8, [4, 8], 4, RATIOS, 256, (2000, 25)).double()
     torch.nn.init.normal_(rpn.head.bbox_pred.weight, std=0.1)
-    maps = [torch.randn(2, 8, 16, 20).double(), torch.randn(2, 8, 8, 10).double()]
-    sizes = [(64, 80), (40, 52)]
+    maps = [torch.randn(2, 8, 8, 10).double(), torch.randn(2, 8, 4, 5).double()]
+    sizes = [(32, 40), (20, 26)]
     logits, deltas = rpn.head(maps)
     # The padding has the best scores of all.
     hook = rpn.head.register_forward_hook(lambda module, inputs, output: (logits, deltas))
-    for level, rows, columns in ((0, 10, 13), (1, 5, 7)):
+    for level, rows, columns in ((0, 5, 7), (1, 3, 4)):
         logits[level][1, :, rows:] = logits[level][1, :, :, columns:] = 30
     # Boxes of no width, here beyond the left border, are none, whatever their score.
     deltas[0][:, 0, 3, 4], logits[0][:, 0, 3, 4] = -40, 25
