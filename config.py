@@ -61,10 +61,6 @@ def default_config():
     config.DATA.IMG_SIZE = 224
     # Resampling when images are resized: bicubic, bilinear, lanczos, nearest, or random (training only).
     config.DATA.INTERPOLATION = "bicubic"
-    # Progressive resizing: [first epoch, size, strength] of each phase of training, epochs counted from 0; a
-    # size is like IMG_SIZE, a strength the factor of RandAugment's magnitude. Evaluation is always at
-    # IMG_SIZE. Empty: none.
-    config.DATA.PROGRESSIVE = []
     # Page-locked host memory for faster copies to the GPU; without effect on the CPU.
     config.DATA.PIN_MEMORY = True
     # An image that cannot be read: raise ends the run; skip logs it, takes another in training and leaves it
@@ -510,6 +506,8 @@ def parse_config(text, source):
     config, sources = default_config(), {}
     tree = rules.read_tree(text, source, values_as_text=True)
     tree.pop("BASE", None)
+    if isinstance(tree.get("DATA"), dict):
+        tree["DATA"].pop("PROGRESSIVE", None)  # once an option of training
     for key, value in rules.leaves(tree):
         # Training does not decide what the model is, and earlier releases had other options for it.
         if not key.startswith("TRAIN.") and key not in rules.GONE:

@@ -82,25 +82,6 @@ def _side_or_sides(low, high):
     return Rule(possible, f"a whole number or [height, width], at least {low} and at most {high}")
 
 
-def _phases():
-    possible_size, size, *_ = _side_or_sides(1, 10**5)
-
-    def possible(value):
-        if not all(type(phase) is list and len(phase) == 3 for phase in value):
-            return False
-        epochs, sizes, strengths = zip(*value) if value else ((), (), ())
-        return (
-            _all_between(epochs, 0, 10**6, (int,))
-            and list(epochs) == sorted(set(epochs))
-            and (not epochs or epochs[0] == 0)
-            and all(possible_size(size) for size in sizes)
-            and _all_between(strengths, 0, 1)
-        )
-
-    words = "a list of [first epoch, size, strength]: first epochs from 0 on, each later than the one before;"
-    return Rule(possible, f"{words} sizes, {size}; strengths between 0 and 1")
-
-
 def _numbers(low, high, kinds=(int, float), some=False):
     words = f"a list of {'' if float in kinds else 'whole '}numbers, at least {low} and at most {high}"
     words += ", one or more of them" if some else ""
@@ -141,7 +122,6 @@ RULES = {
     ),
     "DATA.IMG_SIZE": _side_or_sides(1, 10**5),
     "DATA.INTERPOLATION": _one_of("bicubic", "bilinear", "lanczos", "nearest", "random"),
-    "DATA.PROGRESSIVE": _phases(),
     "DATA.PIN_MEMORY": _BOOL,
     "DATA.ON_ERROR": _one_of("raise", "skip"),
     "DATA.MAX_PIXELS": _at_least(1),
@@ -572,11 +552,6 @@ def check_config(config, sources):
     if model.TYPE == "timm":
         what = "False for models of timm, which have their own norms"
         require("AMP.FUSED_LAYERNORM", not config.AMP.FUSED_LAYERNORM, what)
-    require(
-        "DATA.PROGRESSIVE",
-        all(epoch < train.EPOCHS for epoch, *_ in data.PROGRESSIVE),
-        f"a list whose first epochs are below TRAIN.EPOCHS, {train.EPOCHS}",
-    )
     if (name := train.OPTIMIZER.NAME) not in OPTIMIZERS:
         near = difflib.get_close_matches(name.lower(), OPTIMIZERS, 5, 0.5) or ["adamw", "sgd", "lamb", "lion"]
         what = "an optimizer of timm that a run can resume with, such as " + ", ".join(map(repr, near))
@@ -586,7 +561,7 @@ def check_config(config, sources):
     if detects:
         require("MODEL.TYPE", model.TYPE == "msg", "'msg' for detection")
         require("DISTILL.TEACHER", not config.DISTILL.TEACHER, "empty for detection")
-        require("DATA.PROGRESSIVE", not data.PROGRESSIVE, "empty for detection, see DET.MIN_SIZES")
+        require("THROUGHPUT_MODE", not config.THROUGHPUT_MODE, "False for detection")
         what = "False for detection, whose images have too many sizes to compile for"
         require("COMPILE", not config.COMPILE, what)
         require("RUNTIME", config.RUNTIME == "pytorch", "'pytorch' for detection")

@@ -44,11 +44,7 @@ HIDDEN_FOLDER = re.compile(r"(?:[^/]*/)*?\.[^/]*/")  # the first one of a path i
 def open_dataset(kind, root, split, transform, loader=load_image):
     """The images of a split: what ``transform`` makes of what ``loader`` makes of them.
 
-    In a process group, all processes must call it.
-
-    Args:
-        kind: ``DATA.DATASET``.
-        split: train or val.
+    In a process group, all processes must call it. ``kind`` is ``DATA.DATASET``, ``split`` train or val.
 
     Returns:
         A dataset of (image, class index) that has ``root``, ``classes``, ``paths`` and ``report``.
@@ -65,8 +61,7 @@ def open_dataset(kind, root, split, transform, loader=load_image):
         )
     if kind in ("tar", "wds"):
         archives = find_archives(root, split)
-        make = index_folders if kind == "tar" else functools.partial(index_samples, root=root)
-        source = Archives(*from_rank_0(lambda: make(archives)))
+        source = Archives(*from_rank_0(lambda: index_archives(kind, root, archives)))
     elif kind == "hfds":
         source = SavedDataset(root, split)
     else:
@@ -77,10 +72,8 @@ def open_dataset(kind, root, split, transform, loader=load_image):
 class StoredImages(Dataset):
     """Images that are not files of their own, used as an ImageFolder is.
 
-    Args:
-        source: has ``root``, what holds the images; ``classes``, their names; ``targets``, a class index for
-            each image; ``paths``, a name for each; ``ignored``, a Counter of what else is there; and
-            ``stored``, which returns the :class:`~data.datasets.Stored` of an index.
+    A ``source`` has ``root``, ``classes``, ``targets``, ``paths`` and ``ignored`` as an ImageFolder has them,
+    and ``stored``, which returns the :class:`~data.datasets.Stored` of an index.
     """
 
     def __init__(self, source, transform, loader):
@@ -109,66 +102,42 @@ class StoredImages(Dataset):
 
     def report(self):
         """Log what was found and what was ignored."""
-        empty = len(self.classes) - len(np.unique(self.targets))
-        of_them = f", {empty:,} of them without images" if empty else ""
-        found = f"{self.root}: {len(self):,} images in {len(self.classes):,} classes{of_them}"
-        report_found(found, self.source.ignored)
-
-
-class Numbered:
-    """Names of images that have none: what holds them, and their place in it."""
-
-    def __init__(self, root, length):
-        self.root, self.length = root, length
-
-    def __len__(self):
-        return self.length
-
-    def __getitem__(self, index):
-        return f"{self.root}, image {index}"
+        report_found(self, self.source.ignored)
 
 
 class Archives(NamedTuple):
-    """Where the images are in some tars; see :class:`StoredImages`.
-
-    Attributes:
-        archives: paths of the tars.
-        places: (images, 3) number of the tar, first byte, bytes.
-    """
+    """Where the images are in some tars; see :class:`StoredImages`."""
 
     root: str
     classes: list
     targets: np.ndarray
     paths: list
     ignored: collections.Counter
-    archives: list
-    places: np.ndarray
+    archives: list  # paths of the tars
+    places: np.ndarray  # (images, 3): number of the tar, first byte, bytes
 
     def stored(self, index):
         """The image of an index."""
         archive, start, size = self.places[index].tolist()
-        return Stored(size, functools.partial(_read_part, self.archives[archive], start, size))
+        path = self.archives[archive]
 
+        def read():
+            with open(path, "rb") as file:
+                file.seek(start)
+                content = file.read(size)
+            if len(content) < size:
+                raise DataError(f"{path} ends before byte {start + size}: it has changed since the start")
+            return content
 
-def _read_part(path, start, size):
-    with open(path, "rb") as file:
-        file.seek(start)
-        content = file.read(size)
-    if len(content) < size:
-        raise DataError(f"{path} ends before byte {start + size}: it has changed since the run started")
-    return content
+        return Stored(size, read)
 
 
 def find_archives(root, split):
-    """Paths of the tars of a split: ``train.tar``, ``train/*.tar`` or ``*-train-*.tar``.
-
-    Raises:
-        DataError: there are none.
-    """
+    """Paths of the tars of a split: ``train.tar``, ``train/*.tar`` or ``*-train-*.tar``; at least one."""
 
     def tars_in(folder):
-        shown = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
-        return sorted(entry.path for entry in shown if entry.name.lower().endswith(".tar"))
+        names = [name for name in os.listdir(folder) if not name.startswith(".")]
+        return sorted(os.path.join(folder, name) for name in names if name.lower().endswith(".tar"))
 
     for name in NAMES[split]:
         whole, folder = os.path.join(root, f"{name}.tar"), os.path.join(root, name)
@@ -183,25 +152,11 @@ def find_archives(root, split):
     raise DataError(f"{root} holds no tars of {split}: {split}.tar, {split}/*.tar or *-{split}-*.tar")
 
 
-def _description(archives):
-    if len(archives) == 1:
-        return archives[0]
-    return f"{archives[0]} to {os.path.basename(archives[-1])} ({len(archives):,} tars)"
-
-
-def index_tars(archives, index):
-    """What ``index``, a function of a path, finds in each of some tars, in their order."""
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:  # network drives take their time to answer
-        return list(pool.map(index, archives))
-
-
 def files_in(path, nested=False):
     """The files that an unpacked tar would have, with links followed: ({name: (first byte, bytes)}, Counter).
 
-    The Counter has what is ignored already: all but the last member of a name, and what is no file.
-
-    Args:
-        nested: also the files of tars in it; their names then begin with that of the tar.
+    The Counter has what is ignored already: all but the last member of a name, and what is no file. With
+    ``nested``, the files of tars in it are found too; their names then begin with that of the tar.
 
     Raises:
         DataError: the tar is damaged or compressed, has a sparse image, or a link to what is no file in it.
@@ -244,14 +199,7 @@ def files_in(path, nested=False):
 
 
 def members_of(path, nested=False):
-    """Yield what is in a tar as (member, first byte of the file in ``path``), named as it would be unpacked.
-
-    Args:
-        nested: also the members of tars in it; their names then begin with that of the tar.
-
-    Raises:
-        DataError: it is damaged or compressed.
-    """
+    """Yield what is in a tar as (member, first byte of its file), named as it would be unpacked."""
     try:
         with tarfile.open(path, "r:") as tar:
             yield from _members(tar, 0, nested)
@@ -291,93 +239,86 @@ def _unpacked(name):
     return re.sub(r"^/*(\.\./)*", "", posixpath.normpath(name))
 
 
-def index_folders(archives):
-    """The images of tars whose class folders are classes, in the order of an ImageFolder of the same images.
+def index_archives(kind, root, archives):
+    """The values of an :class:`Archives` of tars or, with the kind ``wds``, of WebDataset shards.
 
-    As in timm, the class of an image is the folder that holds it, or its tar where it is in no folder. Hidden
-    folders are left out.
-
-    Returns:
-        The values of an :class:`Archives`.
+    Images of tars have the order of an ImageFolder of the same images, those of shards their own. Without
+    ``classnames.txt`` in ``root``, which names one a line, the classes of shards are called by their numbers.
 
     Raises:
-        DataError: a tar cannot be read, or the only tar has no class folders.
+        DataError: a tar cannot be read, the only tar has no class folders, or an image of a shard no class.
     """
-
-    def index(path):
-        found, hidden = {}, set()
-        files, ignored = files_in(path, nested=True)
-        for name, place in files.items():
-            folder, base = posixpath.split(name)
-            if inside := HIDDEN_FOLDER.match(name):
-                hidden.add(inside[0])
-            elif not is_image(name):
-                ignored[ending(name)] += 1
-            elif not folder and len(archives) == 1:
-                ignored["images outside the class folders"] += 1
-            else:
-                of_tar = os.path.splitext(os.path.basename(path))[0]
-                found[folder, base] = posixpath.basename(folder) or of_tar, *place
-        ignored.update(["hidden folders"] * len(hidden))
-        return found, ignored
-
+    is_only = len(archives) == 1
+    index = functools.partial(index_folders, is_only=is_only) if kind == "tar" else index_samples
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:  # network drives take their time to answer
+        indices = list(pool.map(index, archives))
     images, ignored = [], collections.Counter()
-    for number, (found, others) in enumerate(index_tars(archives, index)):
+    for number, (found, others) in enumerate(indices):
         ignored.update(others)
-        images += [(name, folder, base, number, *place) for (folder, base), (name, *place) in found.items()]
-    if not images and ignored["images outside the class folders"]:
-        raise DataError(f"{archives[0]} has no class folders: images belong in <class>/<image>")
-    images.sort()
-    names, folders, bases, numbers, starts, sizes = zip(*images) if images else [()] * 6
-    classes, targets = np.unique(np.array(names, dtype=object), return_inverse=True)
-    paths = [os.path.join(archives[n], f, b) for n, f, b in zip(numbers, folders, bases)]
+        images += [(label, name, number, *place) for label, name, place in found]
+    if kind == "tar":
+        if not images and ignored["images outside the class folders"]:
+            raise DataError(f"{archives[0]} has no class folders: images belong in <class>/<image>")
+        images.sort(key=lambda image: (image[0], *posixpath.split(image[1]), image[2]))
+    labels, names, numbers, starts, sizes = zip(*images) if images else [()] * 5
+    if kind == "tar":
+        classes, labels = np.unique(np.array(labels, dtype=object), return_inverse=True)
+    else:
+        classes = _names_of_classes(root) or map(str, range(max(labels, default=-1) + 1))
+    paths = [os.path.join(archives[number], name) for number, name in zip(numbers, names)]
     places = np.array([numbers, starts, sizes], dtype=np.int64).T
-    return _description(archives), classes.tolist(), targets, paths, ignored, archives, places
+    where = archives[0]
+    if not is_only:
+        where += f" to {os.path.basename(archives[-1])} ({len(archives):,} tars)"
+    return where, list(classes), np.array(labels), paths, ignored, archives, places
 
 
-def index_samples(archives, root):
-    """The images of WebDataset shards, in their order.
+def index_folders(path, is_only):
+    """The images of a tar that has class folders: ([(class, name in the tar, (first byte, bytes))], Counter).
+
+    As in timm, the class of an image is the folder that holds it, or its tar where it is in no folder, unless
+    that is the only one. Hidden folders are left out. The Counter has what is ignored.
+    """
+    found, hidden = [], set()
+    files, ignored = files_in(path, nested=True)
+    for name, place in files.items():
+        folder = posixpath.dirname(name)
+        if inside := HIDDEN_FOLDER.match(name):
+            hidden.add(inside[0])
+        elif not is_image(name):
+            ignored[ending(name)] += 1
+        elif not folder and is_only:
+            ignored["images outside the class folders"] += 1
+        else:
+            of_tar = os.path.splitext(os.path.basename(path))[0]
+            found.append((posixpath.basename(folder) or of_tar, name, place))
+    ignored.update(["hidden folders"] * len(hidden))
+    return found, ignored
+
+
+def index_samples(path):
+    """The images of a WebDataset shard, as :func:`index_folders` returns them, with an index for the class.
 
     Files of the same name up to its first dot are a sample: an image, and its class index in ``.cls``.
-    ``classnames.txt`` in ``root`` names the classes, one a line; without it their names are their numbers.
-
-    Returns:
-        The values of an :class:`Archives`.
-
-    Raises:
-        DataError: a shard cannot be read, or an image has no class.
     """
-
-    def index(path):
-        images, labels = {}, {}
-        files, ignored = files_in(path)
-        with open(path, "rb") as tar:
-            for name, (start, size) in files.items():
-                match = re.fullmatch(r"((?:.*/)?[^./]+)\.([^/]*)", name, re.DOTALL)
-                key, kind = match.groups() if match and not HIDDEN_FOLDER.match(name) else (name, "")
-                if f".{kind.lower()}" in IMG_EXTENSIONS:
-                    if key in images:
-                        raise DataError(f"{path} has two images of the name {key}: keep one")
-                    images[key] = kind, start, size
-                elif kind == "cls":
-                    tar.seek(start)
-                    labels[key] = _label(tar.read(min(size, 20)), f"{path}/{key}.cls")
-                else:
-                    ignored[ending(name)] += 1
-        if missing := next((key for key in images if key not in labels), None):
-            raise DataError(f"{path} has no {missing}.cls, which would hold the class index of its image")
-        return images, labels, ignored
-
-    paths, targets, places, ignored = [], [], [], collections.Counter()
-    for number, (images, labels, others) in enumerate(index_tars(archives, index)):
-        ignored.update(others)
-        for key, (kind, start, size) in images.items():
-            paths.append(os.path.join(archives[number], f"{key}.{kind}"))
-            targets.append(labels[key])
-            places.append((number, start, size))
-    classes = _names_of_classes(root) or list(map(str, range(max(targets, default=-1) + 1)))
-    places = np.array(places, dtype=np.int64).reshape(-1, 3)
-    return _description(archives), classes, np.array(targets), paths, ignored, archives, places
+    images, labels = {}, {}
+    files, ignored = files_in(path)
+    with open(path, "rb") as tar:
+        for name, (start, size) in files.items():
+            match = re.fullmatch(r"((?:.*/)?[^./]+)\.([^/]*)", name, re.DOTALL)
+            key, kind = match.groups() if match and not HIDDEN_FOLDER.match(name) else (name, "")
+            if f".{kind.lower()}" in IMG_EXTENSIONS:
+                if key in images:
+                    raise DataError(f"{path} has two images of the name {key}: keep one")
+                images[key] = name, (start, size)
+            elif kind == "cls":
+                tar.seek(start)
+                labels[key] = _label(tar.read(min(size, 20)), f"{path}/{key}.cls")
+            else:
+                ignored[ending(name)] += 1
+    if missing := next((key for key in images if key not in labels), None):
+        raise DataError(f"{path} has no {missing}.cls, which would hold the class index of its image")
+    return [(labels[key], *image) for key, image in images.items()], ignored
 
 
 def _label(content, where):
@@ -431,7 +372,7 @@ class SavedDataset:
             raise DataError(f"{self.root} cannot be read as a Hugging Face dataset ({reason})") from error
         self.image, self.classes = image, list(saved.features[label].names)
         self.targets = [-1 if target is None else target for target in targets]
-        self.paths, self.ignored = Numbered(self.root, len(self.targets)), collections.Counter()
+        self.paths, self.ignored = _numbered(self.root, len(self.targets)), collections.Counter()
 
     def stored(self, index):
         """The image of an index."""
@@ -439,6 +380,11 @@ class SavedDataset:
         if image["bytes"] is None:
             return Stored.at(image["path"])
         return Stored(len(image["bytes"]), lambda: image["bytes"])
+
+
+def _numbered(root, count):
+    """Names of images that have none: what holds them, and their place in it."""
+    return [f"{root}, image {index}" for index in range(count)]
 
 
 def _column(saved, kind, name):
@@ -462,15 +408,18 @@ class TorchvisionDataset:
         # A damaged file can raise nearly anything.
         except Exception as error:
             reason = (str(error) or type(error).__name__).split(". You can use")[0]
+            name = kind.removeprefix("torch/")
+            make = "FashionMNIST" if name == "fashion_mnist" else name.upper()
             raise DataError(
-                f"{root} does not hold the files of {kind} ({reason}): {_fetching(kind, root)}"
+                f'{root} does not hold the files of {kind} ({reason}): python -c "from torchvision import '
+                f'datasets; datasets.{make}({root!r}, download=True)" fetches them'
             ) from error
         self.root, self.classes = f"{root}, {split} of {kind}", list(self.data.classes)
         targets = np.asarray(self.data.targets)
         self.targets = targets.reshape(len(targets), -1)[:, 0]  # of QMNIST, the class and how it came about
         if len(self.targets) != len(self.data):
             raise DataError(f"{self.root} has {len(self.data)} images, but labels of {len(self.targets)}")
-        self.paths, self.ignored = Numbered(self.root, len(self.targets)), collections.Counter()
+        self.paths, self.ignored = _numbered(self.root, len(self.targets)), collections.Counter()
 
     def stored(self, index):
         """The image of an index, as a file that Pillow reads without a change."""
@@ -478,10 +427,3 @@ class TorchvisionDataset:
         self.data[index][0].save(file, "PPM")
         content = file.getvalue()
         return Stored(len(content), lambda: content)
-
-
-def _fetching(kind, root):
-    names = dict(mnist="MNIST", kmnist="KMNIST", fashion_mnist="FashionMNIST", qmnist="QMNIST")
-    name = kind.removeprefix("torch/")
-    make = f"{names.get(name, name.upper())}({root!r}, download=True)"
-    return f'python -c "from torchvision import datasets; datasets.{make}" fetches them'

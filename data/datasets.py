@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import copy
 import errno
 import io
 import itertools
@@ -23,8 +22,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from distributed import seeded
 from utils import UserError, advice_on_look_alikes
 
-from .progressive import place_of_phase
-
+logger = logging.getLogger("msg_transformer")
 # Formats of the file names that ImageFolder takes, and GIF, which hides behind them. Not all that Pillow
 # knows: an EPS file would run Ghostscript.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -46,8 +44,7 @@ class DataError(UserError):
 def decoding(path):
     """Context that reports whatever goes wrong in it as a DataError that names the file.
 
-    Raises:
-        OSError: the machine has no file descriptors or memory left.
+    An OSError stays where the machine has no file descriptors or memory left.
     """
     try:
         yield
@@ -64,23 +61,14 @@ def decoding(path):
 
 
 class Stored(NamedTuple):
-    """An image file, or what is one inside an archive.
+    """An image file, or what is one inside an archive."""
 
-    Attributes:
-        size: bytes.
-        read: returns them.
-    """
-
-    size: int
-    read: Callable
+    size: int  # in bytes
+    read: Callable  # returns them
 
     @classmethod
     def at(cls, path):
-        """The file at a path.
-
-        Raises:
-            DataError: it is no regular file.
-        """
+        """The file at a path; a DataError if it is no regular file."""
         status = os.stat(path)
         # A pipe would wait forever, a device would never end.
         if not stat.S_ISREG(status.st_mode):
@@ -182,10 +170,8 @@ def load_image(path, max_pixels=MAX_PIXELS, max_scans=MAX_SCANS, mode="RGB", sto
 def in_8_bits(image, mode, path):
     """An image as :func:`open_image` returns it, in a PIL mode of 8 bits.
 
-    Values of 16 bits keep the upper 8 in grey too, as Pillow does it for colours.
-
-    Raises:
-        DataError: the values are floats or of 32 bits, and the file does not say which one is white.
+    Values of 16 bits keep the upper 8 in grey too, as Pillow does it for colours. Floats and values of 32
+    bits are refused, because the file does not say which one is white.
     """
     if image.mode[0] not in "IF":
         return image.convert(mode)
@@ -204,8 +190,7 @@ def in_8_bits(image, mode, path):
 class ImageFolder(torchvision.datasets.ImageFolder):
     """torchvision's ImageFolder that skips hidden folders and names what cannot be read.
 
-    Attributes:
-        ignored: a Counter of what is in the folders beside images, by ending or in words.
+    ``ignored`` is a Counter of what is in the folders beside images, by ending or in words.
     """
 
     def __init__(self, root, transform=None, loader=load_image):
@@ -213,7 +198,7 @@ class ImageFolder(torchvision.datasets.ImageFolder):
         super().__init__(root, transform, loader=loader, allow_empty=True)
 
     def find_classes(self, directory):
-        """Class folders of ``directory``, sorted: (names, index of each name)."""
+        """As torchvision's: (names, index of each name)."""
         classes = class_names(directory, self.ignored)
         return classes, {name: index for index, name in enumerate(classes)}
 
@@ -236,12 +221,10 @@ class ImageFolder(torchvision.datasets.ImageFolder):
 
     def report(self):
         """Log what was found and what was ignored."""
-        report_found(
-            f"{self.root}: {len(self.samples):,} images in {len(self.classes):,} classes", self.ignored
-        )
+        report_found(self, self.ignored)
         for folder in (os.path.join(self.root, name) for name in self.classes if name in SPLITS):
             if list_folder(folder)[0]:
-                logging.getLogger("msg_transformer").warning(
+                logger.warning(
                     f"{folder}, which holds folders, is taken for a class: if it is a set of its own, move it"
                 )
 
@@ -249,10 +232,8 @@ class ImageFolder(torchvision.datasets.ImageFolder):
 def report_orientations(paths, stored, turn):
     """Log how many images have an EXIF orientation, of at most 256 evenly over a set, if any has.
 
-    Args:
-        paths: the name of every index.
-        stored: returns the :class:`Stored` of an index; None where the names are files.
-        turn: whether they are turned.
+    ``paths`` has the name of every index. ``stored`` returns the :class:`Stored` of an index, or is None
+    where the names are files. ``turn`` says whether images are turned.
     """
     looked_at = np.unique(np.linspace(0, len(paths) - 1, min(_LOOKED_AT, len(paths))).astype(int)).tolist()
     found = []
@@ -267,58 +248,46 @@ def report_orientations(paths, stored, turn):
                     found.append(path)
     if found:
         action = "apply turns" if turn else "ignore leaves them as stored; apply would turn"
-        logging.getLogger("msg_transformer").log(
+        logger.log(
             logging.INFO if turn else logging.WARNING,
             f"{len(found):,} of {len(looked_at):,} images looked at have an EXIF orientation, such as "
             f"{found[0]}: DATA.EXIF_ORIENTATION {action} them upright",
         )
 
 
-def report_found(found, ignored):
-    """Log what was found, and what a Counter says was ignored."""
+def report_found(dataset, ignored):
+    """Log the images and classes of a dataset, and what a Counter says was ignored."""
+    number = len(dataset.classes)
+    empty = number - len(np.unique(dataset.targets))
+    of_them = f", {empty:,} of them without images" if empty else ""
+    found = f"{dataset.root}: {len(dataset):,} images in {number:,} classes{of_them}"
     most = [f"{what} {number:,}" for what, number in ignored.most_common(10)]
     if len(ignored) > 10:
         most.append("...")
-    logging.getLogger("msg_transformer").info(found + ("; ignored: " if most else "") + ", ".join(most))
+    logger.info(found + ("; ignored: " if most else "") + ", ".join(most))
 
 
 class TrainingSamples(Dataset):
-    """Training samples whose random transforms depend on (seed, epoch, index) only.
+    """Training samples whose random transforms depend on (seed, epoch, index) only, not on workers.
 
-    Items are asked for by (epoch, index), or (epoch, index, repeat) where an epoch repeats images, so neither
-    the number of workers nor the order in which they work changes an image. An item is (image, target,
-    failed): with ``skip``, an image that cannot be read is replaced by another one, again a function of
-    (seed, epoch, index), and its index is in the list ``failed``.
+    Items are asked for by (epoch, index), or (epoch, index, repeat) where an epoch repeats images. An item is
+    (image, target, failed): with ``skip``, an image that cannot be read is replaced by another one, again a
+    function of (seed, epoch, index), and its index is in the list ``failed``.
     """
 
     def __init__(self, dataset, seed, skip):
         self.dataset, self.seed, self.skip = dataset, seed, skip
-        self.phases, self.datasets = [], []
-
-    def set_phases(self, phases, transforms):
-        """Take the transform of an epoch's phase for its images, for progressive resizing.
-
-        Every worker has all of them, and an item names its epoch: so none has to be told of a change.
-
-        Args:
-            phases: :class:`~data.progressive.Phase` objects, in order, the first of epoch 0.
-            transforms: one for each.
-        """
-        self.phases, self.datasets = phases, [copy.copy(self.dataset) for _ in phases]
-        for dataset, transform in zip(self.datasets, transforms):
-            dataset.transform = transform
 
     def __len__(self):
         return len(self.dataset)
 
     def __getitem__(self, key):
         epoch, index, *repeat = key
-        dataset = self.datasets[place_of_phase(self.phases, epoch)] if self.phases else self.dataset
         failed, alone = [], get_worker_info() is None
         while True:
             try:
                 with seeded("augmentation", self.seed, epoch, index, *repeat, restore=alone):
-                    return *dataset[index], failed
+                    return *self.dataset[index], failed
             except DataError:
                 failed.append(index)
                 if not self.skip or len(failed) > 20:
@@ -347,11 +316,8 @@ class EvaluationSamples(Dataset):
 def class_names(folder, ignored=None):
     """Sorted names of the class folders in ``folder``, hidden ones left out.
 
-    Args:
-        ignored: a Counter, to which all else in the folder is added.
-
-    Raises:
-        DataError: the folder is missing, cannot be listed, or holds no class folder.
+    All else in the folder is added to ``ignored``, a Counter. It is a DataError if the folder is missing,
+    cannot be listed, or holds no class folder.
     """
     if not os.path.isdir(folder):
         raise DataError(
@@ -383,12 +349,7 @@ def _root_nearby(root):
 def require_classes(dataset, number):
     """Refuse a set of one class, whose loss would be 0: mostly its class folders are one level too deep.
 
-    Args:
-        dataset: has ``root`` and ``classes``.
-        number: ``MODEL.NUM_CLASSES``, which asks for such a set if it is 1.
-
-    Raises:
-        DataError: there is one class.
+    A ``number`` of 1, ``MODEL.NUM_CLASSES``, asks for such a set.
     """
     if len(dataset.classes) > 1 or number == 1:
         return
@@ -417,7 +378,7 @@ def find_images(folder, name, ignored, wanted=is_image):
     Links are followed, except to a folder that holds them, which would show its images again and again.
 
     Args:
-        folder, name: of the class; it is in ``folder/name``.
+        folder, name: the class is ``folder/name``.
         ignored: a Counter, to which all else in the folder is added.
         wanted: tells of a file name whether to take it.
 
@@ -425,56 +386,54 @@ def find_images(folder, name, ignored, wanted=is_image):
         DataError: a folder cannot be listed, or the class is a link to a folder that holds it.
     """
     path = os.path.join(folder, name)
-    holders, inside = _with_parents(folder), _with_parents(path)
-    if inside[0] in holders:
+    holders = [os.path.realpath(folder)]
+    if _holds(path, holders):
         raise DataError(f"{path} is a link to a folder that holds it: remove it")
-    found, waiting = [], [(path, {*holders, *inside})]
+    found, waiting = [], [(path, holders)]
     while waiting:
         path, holders = waiting.pop()
+        holders = [*holders, os.path.realpath(path)]
         folders, files = list_folder(path)
         found.append((path, sorted(filter(wanted, files))))
         ignored.update(ending(name) for name in files if not wanted(name))
         for entry in folders:
+            below = os.path.join(path, entry.name)
             if entry.name.startswith("."):
                 ignored["hidden folders"] += 1
-                continue
-            below = os.path.join(path, entry.name)
-            inside = _with_parents(below) if entry.is_symlink() else [_identity(below)]
-            if inside[0] in holders:
+            elif entry.is_symlink() and _holds(below, holders):
                 ignored["links to folders that hold them"] += 1
             else:
-                waiting.append((below, {*holders, *inside}))
+                waiting.append((below, holders))
     return [os.path.join(path, name) for path, names in sorted(found) for name in names]
+
+
+def _holds(link, folders):
+    """Whether a link leads to one of some folders, given by their real paths, or to one that holds them."""
+    target = os.path.join(os.path.realpath(link), "")
+    return any(os.path.join(folder, "").startswith(target) for folder in folders)
 
 
 def list_folder(path):
     """What is in a folder: (entries of folders, names of all else).
 
-    Raises:
-        DataError: the folder cannot be listed, or a link in it leads nowhere: images would be missing in
-            silence.
+    It is a DataError if the folder cannot be listed or a link in it leads nowhere: images would be missing in
+    silence.
     """
     folders, files = [], []
-    with _following(path), os.scandir(path) as entries:
-        for entry in entries:
-            if _is_folder(entry):
-                folders.append(entry)
-            else:
-                files.append(entry.name)
-    return folders, files
-
-
-@contextlib.contextmanager
-def _following(path):
-    """Context that reports an OSError in it as a DataError that names the path."""
     try:
-        yield
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if _is_folder(entry):
+                    folders.append(entry)
+                else:
+                    files.append(entry.name)
     except OSError as error:
         if error.errno in EXHAUSTED:
             raise
         raise DataError(
             f"cannot follow {error.filename or path} ({error.strerror}): repair or remove it"
         ) from error
+    return folders, files
 
 
 def _is_folder(entry):
@@ -496,18 +455,6 @@ def ending(name):
     if os.path.basename(name).startswith("._"):
         return "notes of a Mac (._*)"
     return os.path.splitext(name)[1].lower() or "no ending"
-
-
-def _identity(path):
-    with _following(path):
-        status = os.stat(path)
-    return status.st_dev, status.st_ino
-
-
-def _with_parents(path):
-    """Identities of a folder and of all that hold it, wherever it really is."""
-    path = Path(os.path.realpath(path))
-    return [_identity(folder) for folder in (path, *path.parents)]
 
 
 def require_same_classes(here, classes, there, other_classes):

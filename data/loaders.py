@@ -1,6 +1,5 @@
 """Loaders: datasets, transforms and samplers put together."""
 
-import contextlib
 import functools
 import logging
 import os
@@ -25,10 +24,10 @@ from .datasets import (
     require_classes,
     require_same_classes,
 )
-from .progressive import build_phases, place_of_phase
 from .samplers import TrainBatchSampler, evaluation_shard
 from .transforms import build_transform, image_mode
 
+logger = logging.getLogger("msg_transformer")
 LARGEST_FAILED_SHARE = 0.01
 LARGEST_SHARE_LEFT_OUT = 0.1  # of the images of an epoch, without a warning
 
@@ -52,7 +51,6 @@ class Loader:
         self.loader, self.paths, self.to_device = loader, paths, to_device
         self.turn, self.workers = turn, workers
         self.failed, self.failed_now = set(), set()
-        self.phase = None  # of progressive resizing, the one that the log knows of
 
     def __len__(self):
         return len(self.loader)
@@ -61,7 +59,6 @@ class Loader:
         return iter(self.to_device(self._read()))
 
     def _read(self):
-        self._tell_phase()
         self.failed_now = set()  # in this epoch: over many epochs, every process sees all files
         for images, targets, failed in self.loader:
             for index in failed:
@@ -69,16 +66,6 @@ class Loader:
                 self.failed_now.add(index)
                 self._limit(len(self.failed_now))
             yield images, targets
-
-    def _tell_phase(self):
-        """Log the phase of progressive resizing where it begins, and where a resumed run goes on in it."""
-        samples = self.loader.dataset
-        if isinstance(samples, TrainingSamples) and samples.phases:
-            epoch = self.loader.batch_sampler.epoch
-            phase = samples.phases[place_of_phase(samples.phases, epoch)]
-            if phase is not self.phase:
-                logging.getLogger("msg_transformer").info(f"epoch {epoch}: {phase}")
-            self.phase = phase
 
     def indices_seen(self):
         """Of an evaluation, the indices of the images that the last iteration gave this process, in order."""
@@ -106,13 +93,20 @@ class Loader:
         if rank_and_world_size()[0] == 0:
             source = getattr(dataset, "source", None)
             report_orientations(self.paths, source and source.stored, self.turn)
-        sampler = self.loader.batch_sampler
-        if isinstance(sampler, TrainBatchSampler) and sampler.repeats > 1:
-            logging.getLogger("msg_transformer").info(
+        if isinstance(self.loader.batch_sampler, TrainBatchSampler):
+            self._report_epoch(self.loader.batch_sampler)
+        if self.workers > self.loader.num_workers:
+            logger.info(
+                f"DATA.NUM_WORKERS {self.workers} -> {self.loader.num_workers}, the cores of each process"
+            )
+
+    def _report_epoch(self, sampler):
+        if sampler.repeats > 1:
+            logger.info(
                 f"AUG.REPEATED {sampler.repeats}: an epoch takes {sampler.images_of_an_epoch():,} of these "
                 f"images, others each time, up to {sampler.repeats} times each"
             )
-        elif isinstance(sampler, TrainBatchSampler) and (left := sampler.length % sampler.images_per_update):
+        elif left := sampler.length % sampler.images_per_update:
             level, advice = logging.INFO, ""
             if left > (most := LARGEST_SHARE_LEFT_OUT * sampler.length):
                 per_image = sampler.images_per_update // sampler.batch_size
@@ -121,21 +115,17 @@ class Loader:
                 better = min(enough, key=lambda size: abs(size - sampler.batch_size), default=None)
                 advice = f"--batch-size {better}" if better else "a lower TRAIN.ACCUMULATION_STEPS"
                 level, advice = logging.WARNING, f": {advice} leaves out fewer"
-            logging.getLogger("msg_transformer").log(
+            logger.log(
                 level,
                 f"{left:,} of these images, others each time, are left out of an epoch: they do not fill an "
                 f"update of {sampler.parts()}{advice}",
-            )
-        if self.workers > self.loader.num_workers:
-            logging.getLogger("msg_transformer").info(
-                f"DATA.NUM_WORKERS {self.workers} -> {self.loader.num_workers}, the cores of each process"
             )
 
     def _report(self, index):
         if index not in self.failed:
             self.failed.add(index)
             share = len(self.failed) / len(self.paths)
-            logging.getLogger("msg_transformer").warning(
+            logger.warning(
                 f"skipping {self.paths[index]}, which cannot be read ({len(self.failed)} so far, {share:.2%})"
             )
 
@@ -228,9 +218,63 @@ def cores_of_process():
     return max(1, found // int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
 
 
-def worker_options(config, device):
-    """Arguments of a DataLoader that concern its workers; there are no more of them than cores."""
-    return dict(
+def turns(config):
+    """Whether training and evaluation turn images as their EXIF orientation says."""
+    return config.DATA.EXIF_ORIENTATION == "apply"
+
+
+def build_opener(config):
+    """The function that opens an image file as ``DATA.BACKEND`` does.
+
+    Raises:
+        ConfigError: OpenCV cannot be imported.
+    """
+    limits = dict(max_pixels=config.DATA.MAX_PIXELS, max_scans=config.DATA.MAX_SCANS, turn=turns(config))
+    if config.DATA.BACKEND == "pil":
+        return functools.partial(load_image, mode=image_mode(config.MODEL.MSG.IN_CHANS), **limits)
+    try:
+        from .opencv.transforms import ImageFile
+    except ImportError as error:
+        raise ConfigError(
+            f"DATA.BACKEND opencv: OpenCV cannot be imported ({error}): pip install opencv-python, or "
+            "opencv-python-headless where there is no display"
+        ) from error
+    return functools.partial(ImageFile, **limits)
+
+
+def build_reader(config, is_train):
+    """The function of :func:`build_opener`, and the transform from what it returns to a tensor (C, H, W)."""
+    opener = build_opener(config)
+    if config.DATA.BACKEND == "pil":
+        return opener, build_transform(config, is_train)
+    from .opencv.transforms import build_opencv_transform
+
+    return opener, build_opencv_transform(config, is_train)
+
+
+def build_sampler(config, length, rank, world_size, where):
+    """The sampler of a training set of ``length`` images, which ``where`` names.
+
+    Raises:
+        DataError: they are fewer than an update takes.
+    """
+    accumulation = max(1, config.TRAIN.ACCUMULATION_STEPS)
+    sampler = TrainBatchSampler(length, config.DATA.BATCH_SIZE, accumulation, rank, world_size, config.SEED)
+    if not sampler.updates_per_epoch:
+        raise DataError(
+            f"{where} has {length} images, fewer than an update takes: {sampler.parts()}; lower --batch-size"
+        )
+    return sampler
+
+
+def build_loader(config, dataset, sampler, to_device, collate, batch_size=None):
+    """The :class:`Loader` of a dataset, whose batches ``to_device`` moves.
+
+    Training has a TrainBatchSampler as its ``sampler``; evaluation has indices of images and a batch size.
+    """
+    device, skip = to_device.device, config.DATA.ON_ERROR == "skip"
+    options = dict(
+        collate_fn=collate,
         worker_init_fn=start_worker,
         num_workers=min(config.DATA.NUM_WORKERS, cores_of_process()),
         persistent_workers=config.DATA.NUM_WORKERS > 0,
@@ -238,51 +282,11 @@ def worker_options(config, device):
         # Without a generator of its own, a loader draws from the one that dropout uses, in every epoch.
         generator=torch.Generator(),
     )
-
-
-@contextlib.contextmanager
-def needing_opencv():
-    """Context that reports a failing import of OpenCV as a ConfigError."""
-    try:
-        yield
-    except ImportError as error:
-        raise ConfigError(
-            f"DATA.BACKEND opencv: OpenCV cannot be imported ({error}): pip install opencv-python, or "
-            "opencv-python-headless where there is no display"
-        ) from error
-
-
-def turns(config):
-    """Whether training and evaluation turn images as their EXIF orientation says."""
-    return config.DATA.EXIF_ORIENTATION == "apply"
-
-
-def build_reader(config, is_train, phase=None):
-    """How ``DATA.BACKEND`` reads an image file, in training for a :class:`~data.progressive.Phase`.
-
-    Returns:
-        The function that opens a file, and the transform from what it returns to a tensor (C, S, S).
-
-    Raises:
-        ConfigError: OpenCV cannot be imported.
-    """
-    limits = dict(max_pixels=config.DATA.MAX_PIXELS, max_scans=config.DATA.MAX_SCANS)
-    limits.update(turn=turns(config))
-    if config.DATA.BACKEND == "pil":
-        limits.update(mode=image_mode(config.MODEL.MSG.IN_CHANS))
-        return functools.partial(load_image, **limits), build_transform(config, is_train, phase)
-    with needing_opencv():
-        from .opencv.transforms import ImageFile, build_opencv_transform
-    return functools.partial(ImageFile, **limits), build_opencv_transform(config, is_train, phase)
-
-
-def require_an_update(sampler, where):
-    """Raise a DataError where the training set is smaller than an update."""
-    if not sampler.updates_per_epoch:
-        raise DataError(
-            f"{where} has {sampler.length} images, fewer than an update takes: {sampler.parts()}; lower "
-            "--batch-size"
-        )
+    if batch_size is None:
+        loader = DataLoader(TrainingSamples(dataset, config.SEED, skip), batch_sampler=sampler, **options)
+        return Loader(loader, dataset.paths, to_device, turns(config))
+    loader = DataLoader(EvaluationSamples(dataset, skip), batch_size, sampler=sampler, **options)
+    return Loader(loader, dataset.paths, to_device, turns(config), config.DATA.NUM_WORKERS)
 
 
 def build_loaders(config, rank=0, world_size=1, device="cpu"):
@@ -295,33 +299,22 @@ def build_loaders(config, rank=0, world_size=1, device="cpu"):
     Raises:
         DataError: what is wrong with the folder, and what to do.
     """
-    device = torch.device(device)
-    kind, root, skip = config.DATA.DATASET, config.DATA.DATA_PATH, config.DATA.ON_ERROR == "skip"
+    kind, root, to_device = config.DATA.DATASET, config.DATA.DATA_PATH, ToDevice(torch.device(device))
     if not root:
         raise DataError(
             "no data: give --data-path, a folder with train/<class>/<image> and val/<class>/<image>"
         )
-    to_device, options = ToDevice(device), dict(worker_options(config, device), collate_fn=collate)
     read, transform = build_reader(config, is_train=False)
     val = open_dataset(kind, root, "val", transform, read)
     require_classes(val, config.MODEL.NUM_CLASSES)
     shard = evaluation_shard(len(val), rank, world_size)
-    loader = DataLoader(EvaluationSamples(val, skip), config.DATA.BATCH_SIZE, sampler=shard, **options)
-    val_loader = Loader(loader, val.paths, to_device, turns(config), config.DATA.NUM_WORKERS)
+    val_loader = build_loader(config, val, shard, to_device, collate, config.DATA.BATCH_SIZE)
     if config.EVAL_MODE or config.THROUGHPUT_MODE:
         return None, None, val_loader, val.classes
     read, transform = build_reader(config, is_train=True)
     train = open_dataset(kind, root, "train", transform, read)
     require_same_classes(train.root, train.classes, val.root, val.classes)
-    accumulation = max(1, config.TRAIN.ACCUMULATION_STEPS)
-    sampler = TrainBatchSampler(
-        len(train), config.DATA.BATCH_SIZE, accumulation, rank, world_size, config.SEED
-    )
+    sampler = build_sampler(config, len(train), rank, world_size, train.root)
     sampler.repeats = config.AUG.REPEATED
-    require_an_update(sampler, train.root)
-    samples, phases = TrainingSamples(train, config.SEED, skip), build_phases(config)
-    if phases:
-        samples.set_phases(phases, [build_reader(config, True, phase)[1] for phase in phases])
-    loader = DataLoader(samples, batch_sampler=sampler, **options)
-    train_loader = Loader(loader, train.paths, to_device, turn=turns(config))
+    train_loader = build_loader(config, train, sampler, to_device, collate)
     return train_loader, sampler, val_loader, val.classes

@@ -9,27 +9,18 @@ from distributed import seeded
 class BatchAugmentation:
     """timm's RandomErasing and Mixup, whose random numbers depend on the seed and the place in the run only.
 
-    On CUDA the noise that fills erased rectangles comes from the device's generator, which is the caller's to
-    seed.
-
-    Args:
-        erasing: None where the images come erased.
-        mixup: None for no mixup.
+    Each is None where it is not wanted. On CUDA the noise in erased rectangles comes from the device's
+    generator, which the caller seeds.
     """
 
     def __init__(self, erasing, mixup, seed, rank):
         self.erasing, self.mixup, self.seed, self.rank = erasing, mixup, seed, rank
 
     def __call__(self, images, targets, *place):
-        """Augment a batch.
+        """Normalised images (B, 3, S, S), changed in place, and the targets (B,).
 
-        Args:
-            images: (B, 3, S, S) normalised, on the device, B even for mixup; changed in place.
-            targets: (B,) class indices.
-            place: whole numbers that tell this micro-batch from others of this process, always as many.
-
-        Returns:
-            The images, and the targets or, mixed, soft targets (B, classes) with label smoothing applied.
+        Mixed, targets are soft (B, classes) with label smoothing applied, and B is even. ``place`` are whole
+        numbers that tell this micro-batch from others of this process, always as many.
         """
         if self.erasing is not None:
             with seeded("erasing", self.seed, self.rank, *place):

@@ -15,8 +15,6 @@ class TrainBatchSampler(Sampler):
         length: images in the training set.
         batch_size: images of a micro-batch of one process.
         accumulation: micro-batches of an update.
-        rank, world_size: this process and the number of processes.
-        seed: with the epoch, decides the permutation.
 
     Attributes:
         groups: None, or set afterwards to a number for each image: images of a batch are mostly of one group.
@@ -80,13 +78,10 @@ class TrainBatchSampler(Sampler):
 
 
 def group(order, groups, run=16):
-    """Reorder images so that runs of 16 are of one group, each where its last image was; the rest at the end.
+    """Reorder image indices so that runs of 16 are of one group, each where its last image was.
 
-    The runs have a fixed length, so that the order does not depend on how many processes share it.
-
-    Args:
-        order: image indices.
-        groups: a number for each image.
+    ``groups`` has a number for each image. What fills no run comes at the end. The runs have a fixed length,
+    so that the order does not depend on how many processes share it.
     """
     waiting, result = {}, []
     for index in order.tolist():

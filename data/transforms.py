@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 
 from PIL import Image, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment, create_transform
@@ -13,15 +14,9 @@ from torchvision.transforms.functional import resize
 
 from config import ConfigError
 
-from .progressive import Phase
-
 
 def image_mode(channels):
-    """The mode of Pillow's images that have so many channels, ``MODEL.MSG.IN_CHANS``.
-
-    Raises:
-        ConfigError: images cannot have so many.
-    """
+    """Pillow's mode of images of 1, 3 or 4 channels, ``MODEL.MSG.IN_CHANS``; a ConfigError for others."""
     modes = {1: "L", 3: "RGB", 4: "RGBA"}
     if channels not in modes:
         raise ConfigError(f"MODEL.MSG.IN_CHANS is {channels}, but images have 1, 3 or 4 channels")
@@ -40,10 +35,8 @@ def normalization(channels):
     return (*IMAGENET_DEFAULT_MEAN, *alpha), (*IMAGENET_DEFAULT_STD, *alpha)
 
 
-def build_transform(config, is_train, phase=None):
+def build_transform(config, is_train):
     """The transform of a PIL image to a normalised float tensor (C, H, W), the sides of ``DATA.IMG_SIZE``.
-
-    In training a :class:`~data.progressive.Phase` has a size of its own, and scales RandAugment's magnitude.
 
     C is ``MODEL.MSG.IN_CHANS``: 1 for grey, 3, or 4 for RGBA, whatever the image is, but 3 take RGB images.
 
@@ -53,7 +46,7 @@ def build_transform(config, is_train, phase=None):
     off, or up to 32 px) resize to the size. Of two sides, the shorter one decides what is up to 32 px.
     """
     if is_train:
-        return _train_transform(config, phase or Phase(0, to_2tuple(config.DATA.IMG_SIZE)))
+        return _train_transform(config)
     cover, size, mode = evaluation_sizes(config)
     if cover:
         steps = [ResizeToCover(cover, mode), transforms.CenterCrop(size)]
@@ -68,11 +61,9 @@ def build_transform(config, is_train, phase=None):
 
 
 def evaluation_sizes(config):
-    """What evaluation resizes to.
+    """What evaluation resizes to: (height, width) to cover, (height, width) of the crop, interpolation.
 
-    Returns:
-        (height, width) that the resized image must cover, or None where the whole image becomes the crop;
-        (height, width) of the crop; interpolation.
+    The first is None where the whole image becomes the crop.
     """
     size = to_2tuple(config.DATA.IMG_SIZE)
     crops = config.TEST.CROP and min(size) > 32
@@ -102,8 +93,8 @@ def _resize_mode(interpolation):
     return str_to_interp_mode("bicubic" if interpolation == "random" else interpolation)
 
 
-def _train_transform(config, phase):
-    height, width = size = phase.size
+def _train_transform(config):
+    height, width = size = to_2tuple(config.DATA.IMG_SIZE)
     channels = config.MODEL.MSG.IN_CHANS
     mode, (mean, std) = image_mode(channels), normalization(channels)
     try:
@@ -132,8 +123,6 @@ def _train_transform(config, phase):
         transform.transforms[:1] = [whole, transforms.RandomCrop(size, padding=4)]
     for step in transform.transforms:
         for operation in augment_operations(step):
-            if isinstance(step, RandAugment):
-                operation.magnitude *= phase.strength
             if operation.aug_fn is posterize:
                 operation.aug_fn = posterize_from_0_bits
             if channels == 4:
@@ -158,15 +147,9 @@ class Convert:
 
 
 # What RandAugment and its like do to the places of pixels; all else changes colours.
-MOVES = (
-    auto_augment.shear_x,
-    auto_augment.shear_y,
-    auto_augment.translate_x_abs,
-    auto_augment.translate_y_abs,
-    auto_augment.translate_x_rel,
-    auto_augment.translate_y_rel,
-    auto_augment.rotate,
-)
+MOVES = [
+    function for name, function in vars(auto_augment).items() if re.match("shear_|translate_|rotate", name)
+]
 
 
 class KeepAlpha:
@@ -212,10 +195,7 @@ class ResizeToCover:
 
 
 def covering_size(width, height, cover):
-    """(height, width) of an image once it covers both sides of ``cover``, (height, width), one of them just.
-
-    The other is rounded down, as torchvision does it.
-    """
+    """(height, width) of an image that just covers ``cover``, (height, width), rounded as by torchvision."""
     rows, columns = cover
     if columns * height >= rows * width:
         return int(columns * height / width), columns
@@ -226,12 +206,7 @@ def aspect_box(width, height, cover, most=8):
     """The middle of an image, at most ``most`` times as long as an image of the aspect of ``cover``.
 
     A 1x20000 image would need gigabytes once it covers a square, all of which the centre crop throws away.
-
-    Args:
-        cover: (height, width).
-
-    Returns:
-        (left, top, width, height).
+    Returns (left, top, width, height); ``cover`` is (height, width).
     """
     rows, columns = cover
     new_width = min(width, math.ceil(most * height * columns / rows))

@@ -12,9 +12,8 @@ from utils import UserError
 class MSGBackbone(nn.Module):
     """The patch maps of every stage, each through a LayerNorm of its own: strides 4, 8, 16, 32.
 
-    Args:
-        model: an MSGTransformer, whose final norm and head are dropped.
-        frozen_stages: how many stages do not train; the patch embedding belongs to the first.
+    The final norm and the head of ``model``, an MSGTransformer, are dropped. The first ``frozen_stages``
+    stages do not train; the patch embedding belongs to the first.
     """
 
     def __init__(self, model, frozen_stages=0):
@@ -41,15 +40,10 @@ class MSGBackbone(nn.Module):
         return self
 
     def forward(self, images, sizes):
-        """Images to maps.
+        """Images (B, 3, H, W) to a map (B, C, H / stride, W / stride) for each stage, sides rounded up.
 
-        Args:
-            images: (B, 3, H, W), zero outside of each image.
-            sizes: (height, width) in pixels of each image, which is at the top left; None where all fill
-                ``images``.
-
-        Returns:
-            A map (B, C, H / stride, W / stride) for each stage, sides rounded up; zero outside of each image.
+        ``sizes`` are the (height, width) in pixels of each image, which is at the top left; None where all
+        fill ``images``. Outside of each image, images must be zero and maps are zero.
         """
         maps, extent = [], Extent.of_images(*images.shape[2:], self.model.patch_size, sizes)
         for (patches, _), norm in zip(self.model.forward_stages(images, sizes), self.norms):

@@ -56,15 +56,11 @@ class Samples(NamedTuple):
 
 
 class PyramidRoIAlign(nn.Module):
-    """RoIAlign (arXiv 1703.06870) on the map of a pyramid that fits the size of a box.
+    """RoIAlign (arXiv 1703.06870) to ``side`` bins on a side, on the map that fits the size of a box.
 
     Aligned: the centre of a cell is half a cell from its border. A bin takes as many samples as it has cells.
     Boxes of a side below 112 pixels (the root of their area) are pooled from the first map, and from the next
-    with every doubling.
-
-    Args:
-        strides: of the maps, in pixels.
-        side: bins on a side of what is pooled.
+    with every doubling. ``strides`` are those of the maps, in pixels.
     """
 
     def __init__(self, strides, side):
@@ -94,11 +90,8 @@ def pyramid_levels(boxes, levels):
 class CascadeStage(nn.Module):
     """Box and mask head of one stage, with its own box deltas and IoU threshold.
 
-    Args:
-        layers: :class:`HeadLayers`.
-        iou: a proposal of at least this IoU with a ground-truth box belongs to it.
-        delta_stds: the deltas (dx, dy, dw, dh) are divided by these.
-        box_loss: ``giou`` on decoded boxes, or ``smooth_l1`` on deltas.
+    A proposal belongs to a ground-truth box from an IoU of ``iou``. The deltas (dx, dy, dw, dh) are divided
+    by ``delta_stds``. ``box_loss`` is ``giou`` on decoded boxes, or ``smooth_l1`` on deltas.
     """
 
     def __init__(self, layers, iou, delta_stds, box_loss):
@@ -137,12 +130,10 @@ class CascadeStage(nn.Module):
         return labels, matched.clamp(min=0)
 
     def losses(self, logits, deltas, boxes, labels, goals):
-        """Class and box loss of sampled boxes, both means over the samples.
+        """Class and box loss of sampled boxes (N, 4) of classes ``labels`` (N,), both means over the samples.
 
-        Args:
-            logits, deltas: of :meth:`predict_boxes`.
-            boxes, labels: (N, 4) and (N,), the sampled boxes and their classes.
-            goals: (N, 4), the ground-truth boxes; those of the background do not count.
+        ``logits`` and ``deltas`` are those of :meth:`predict_boxes`. ``goals`` (N, 4) are the ground-truth
+        boxes; those of the background do not count.
         """
         count = max(1, len(labels))
         class_loss = cross_entropy(logits, labels, reduction="sum") / count
@@ -159,9 +150,8 @@ class CascadeHeads(nn.Module):
     """From proposals to losses, or to detections.
 
     Args:
-        stages: the :class:`CascadeStage` modules.
+        stages, loss_weights: the :class:`CascadeStage` modules and the weights of their losses.
         strides: of the feature maps that boxes are pooled from, in pixels.
-        loss_weights: of each stage.
         samples, positive_share: boxes sampled of each image in training, and how many of them at most are
             positive.
         limits: :class:`DetectionLimits`.
@@ -175,16 +165,13 @@ class CascadeHeads(nn.Module):
         self.box_pool, self.mask_pool = PyramidRoIAlign(strides, 7), PyramidRoIAlign(strides, 14)
 
     def losses(self, maps, proposals, sizes, targets):
-        """Losses of all stages.
+        """Weighted losses of all stages, a dict of ``class<i>``, ``box<i>`` and ``mask<i>``, ``i`` from 1.
 
         Args:
             maps: feature maps (B, C, H, W); those after the last stride serve proposals only.
             proposals: boxes (N, 4) of each image.
             sizes: (height, width) of each image.
             targets: of each image, boxes (M, 4), labels (M,) from 1 and masks (M, height, width).
-
-        Returns:
-            dict of ``class<i>``, ``box<i>`` and ``mask<i>`` for the stages from 1, weighted.
         """
         losses = {}
         for i, (stage, weight) in enumerate(zip(self.stages, self.loss_weights)):
@@ -206,15 +193,7 @@ class CascadeHeads(nn.Module):
         return losses
 
     def sample(self, stage, proposals, target):
-        """Match the proposals of an image, add the ground truth, and choose the boxes that are trained on.
-
-        Args:
-            proposals: boxes (N, 4).
-            target: boxes (M, 4) and labels (M,) among others.
-
-        Returns:
-            :class:`Samples`.
-        """
+        """Match the proposals (N, 4) of an image, add the ground truth, and choose the :class:`Samples`."""
         labels, indices = stage.match(proposals, target)
         truth = torch.arange(len(target["boxes"]), device=proposals.device)
         candidates = Samples(
@@ -228,12 +207,9 @@ class CascadeHeads(nn.Module):
         return Samples(*(value[chosen] for value in candidates))
 
     def refine(self, stage, logits, deltas, boxes, sizes, labels=None):
-        """The boxes of a stage for the next: moved by the deltas of their class.
+        """The boxes (N, 4) of each image for the next stage: moved by the deltas of their class, and cut off.
 
         The class is the true one where ``labels`` know it, and otherwise the most probable object class.
-
-        Returns:
-            Boxes (N, 4) of each image, within it.
         """
         classes = logits[:, 1:].argmax(1) + 1
         if labels is not None:
@@ -262,11 +238,9 @@ class CascadeHeads(nn.Module):
         """Detections of each image.
 
         Scores are the softmax of the class logits' mean over the stages, boxes those of the last stage, and
-        masks the mean of the stages' probabilities.
-
-        Returns:
-            For each image a dict of boxes (N, 4), labels (N,), scores (N,) and masks (N, 1, 28, 28), whose
-            values are probabilities within the box; the best first.
+        masks the mean of the stages' probabilities. Returns for each image a dict of boxes (N, 4), labels
+        (N,), scores (N,) and masks (N, 1, 28, 28), whose values are probabilities within the box; the best
+        first.
         """
         total = 0
         for i, stage in enumerate(self.stages):
@@ -279,8 +253,7 @@ class CascadeHeads(nn.Module):
         repeated = torch.cat(proposals).repeat_interleave(deltas.shape[1], dim=0)
         decoded = stage.decode(deltas.flatten(0, 1), repeated).view_as(deltas).split(counts)
         detections = [self.keep_best(*image) for image in zip(decoded, scores.split(counts), sizes)]
-        boxes = [detection["boxes"] for detection in detections]
-        pooled = self.mask_pool(maps, boxes)
+        pooled = self.mask_pool(maps, [detection["boxes"] for detection in detections])
         labels = [detection["labels"] for detection in detections]
         masks = [maskrcnn_inference(stage.predict_masks(pooled), labels) for stage in self.stages]
         for detection, *masks_of_stages in zip(detections, *masks):
@@ -288,13 +261,7 @@ class CascadeHeads(nn.Module):
         return detections
 
     def keep_best(self, boxes, scores, size):
-        """Threshold, suppress and cut the detections of an image.
-
-        Args:
-            boxes: (N, classes, 4).
-            scores: (N, classes).
-            size: (height, width).
-        """
+        """The best detections of an image, from boxes (N, classes, 4) and scores (N, classes)."""
         boxes = clip_boxes_to_image(boxes, size)
         rows, labels = (scores[:, 1:] > self.limits.score_threshold).nonzero().unbind(1)
         labels = labels + 1

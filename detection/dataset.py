@@ -15,6 +15,7 @@ from data.datasets import DataError, load_image
 
 from .evaluation import COCO_PER_IMAGE
 
+logger = logging.getLogger("msg_transformer")
 # In pixels: the side of an image, and the outline of a polygon.
 _LONGEST = 1_000_000
 # In pixels: images with a shorter side are not trained on.
@@ -31,33 +32,22 @@ class CocoDataset(Dataset):
 
     An item is (image, target): a uint8 image (3, H, W), and a dict of boxes (M, 4) as (x1, y1, x2, y2),
     labels (M,) from 1 and masks (M, H, W), all after ``transform``, image_id, and original_size (H, W) before
-    it. Crowds do not count as objects. Without ``with_objects``, only the last two.
+    it. Crowds do not count as objects. With ``per_image``, only the last two. ``records`` and ``paths``
+    are the image record of each item, and its file.
 
     Args:
         images: folder of the image files.
         annotations: a :class:`Annotations`.
         transform: a :class:`~detection.transforms.Transform`.
         is_train: leave out images without objects or with a side below 32 pixels, as mmdet does.
-        with_objects: whether items have boxes, labels and masks.
         read: see :func:`read_annotated`; returns what ``transform`` takes.
-        per_image: detections of an image that evaluation looks at, to be told where they are too few.
-
-    Attributes:
-        records, paths: the image record of each item, and its file.
+        per_image: detections of an image that evaluation looks at, which needs no objects; the log says where
+            they are too few.
     """
 
-    def __init__(
-        self,
-        images,
-        annotations,
-        transform,
-        is_train=False,
-        with_objects=True,
-        read=load_image,
-        per_image=None,
-    ):
+    def __init__(self, images, annotations, transform, is_train=False, read=load_image, per_image=None):
         self.annotations, self.transform, self.read = annotations, transform, read
-        self.with_objects, self.per_image = with_objects, per_image
+        self.per_image = per_image
         self.records = annotations.images
         if is_train:
             self.records = [record for record in self.records if self._has_objects(record)]
@@ -79,18 +69,18 @@ class CocoDataset(Dataset):
                 f"{path} is {image.size[0]}x{image.size[1]}, but {self.annotations.path} says "
                 f"{size[1]}x{size[0]}: correct its width and height"
             )
-        image, target = self.transform(image, self.annotations.coded(record) if self.with_objects else {})
+        objects = self.annotations.coded(record) if self.per_image is None else {}
+        image, target = self.transform(image, objects)
         return image, dict(target, image_id=record["id"], original_size=size)
 
     def report(self):
         """Log what was found, what was left out, and which limits differ from COCO's or are too low."""
-        logger, objects_in = logging.getLogger("msg_transformer"), self.annotations.objects_in
+        objects_in = self.annotations.objects_in
         self.annotations.report()
-        left_out = {record["id"]: record for record in self.annotations.images}
-        for record in self.records:
-            del left_out[record["id"]]
+        kept = {record["id"] for record in self.records}
+        left_out = [record for record in self.annotations.images if record["id"] not in kept]
         if left_out:
-            small = [record for record in left_out.values() if objects_in[record["id"]]]
+            small = [record for record in left_out if objects_in[record["id"]]]
             objects = sum(objects_in[record["id"]] for record in small)
             of_them = f", such as {small[0]['file_name'][:100]}" if small else ""
             logger.info(
@@ -120,10 +110,8 @@ def read_annotated(read, path, size):
     Where it is as large as annotated only with its sides exchanged, EXIF orientations from 5 to 8 may be why:
     then it is turned as they say, or left as stored, whichever fits, and whatever ``read`` does by itself.
 
-    Args:
-        read: :func:`~data.datasets.load_image`, or anything that takes a path and ``turn``, and returns what
-            has a ``size``, (width, height).
-        size: (height, width), as annotated.
+    ``read`` is :func:`~data.datasets.load_image`, or anything that takes a path and ``turn``, and returns
+    what has a ``size``, (width, height). ``size`` is (height, width), as annotated.
     """
     image = read(path)
     if image.size == tuple(size) != image.size[::-1]:
@@ -262,7 +250,7 @@ class Annotations:
     def _mismatch(self, item, size):
         """How a mask contradicts its box, or None; notes boxes that fit as corners, and what is tiny."""
         (x, y, width, height), shape = item["bbox"], item["segmentation"]
-        bounds = self._bounds(item, size)
+        bounds = _bounds(item, size)
         if bounds is not None:
             if isinstance(shape, list) and max(bounds) <= 1 and max(width, height) > 2:
                 return _NORMALISED[1]
@@ -276,59 +264,27 @@ class Annotations:
             self._compared += as_box != as_corners
             if as_corners < as_box:
                 self._note(self._corners, "[x1, y1, x2, y2]", item)
-        if not item.get("iscrowd") and (min(width, height) < 1 or self._is_without_pixel(item, size, bounds)):
+        if not item.get("iscrowd") and (min(width, height) < 1 or _is_without_pixel(item, size, bounds)):
             self._note(self.notes, _TINY, item)
         return None
-
-    def _is_without_pixel(self, item, size, bounds):
-        if bounds is None or min(bounds[2] - bounds[0], bounds[3] - bounds[1]) >= 2:  # spares the drawing
-            return bounds is None
-        return not coco_mask.area(self.code_of(item, size))
-
-    def _bounds(self, item, size):
-        """(x1, y1, x2, y2) of a mask; None where it has no pixel."""
-        shape = item["segmentation"]
-        if isinstance(shape, list):
-            xs, ys = ([value for part in shape for value in part[i::2]] for i in (0, 1))
-            return min(xs), min(ys), max(xs), max(ys)
-        x, y, width, height = coco_mask.toBbox(self.code_of(item, size)).tolist()
-        return (x, y, x + width, y + height) if width and height else None
 
     def kept(self):
         """All annotations but those left out, in the order of their images."""
         return [item for items in self._by_image.values() for item in json.loads(items)]
 
-    def objects_of(self, image_id):
-        """The annotations of an image that are single objects."""
-        return [item for item in json.loads(self._by_image[image_id]) if not item.get("iscrowd")]
-
-    def code_of(self, item, size):
-        """The mask of an annotation, for an image of (height, width), in pycocotools' run lengths."""
-        shape, (height, width) = item["segmentation"], size
-        try:
-            if isinstance(shape, list):
-                shape = coco_mask.merge(coco_mask.frPyObjects(shape, height, width))
-            elif isinstance(shape["counts"], list):
-                shape = coco_mask.frPyObjects(shape, height, width)
-        except (TypeError, ValueError) as error:
-            raise DataError(
-                f"{self.path}: annotation {item.get('id')} has no valid mask ({error})"
-            ) from error
-        return shape
-
     def coded(self, record, most=None):
         """The objects of an image record, or the first ``most``, in its own pixels.
 
-        Returns:
-            dict of boxes (M, 4), labels (M,) and masks, a list of pycocotools' run lengths.
+        A dict of boxes (M, 4), labels (M,) and masks, a list of pycocotools' run lengths.
         """
-        size, objects = (record["height"], record["width"]), self.objects_of(record["id"])[:most]
+        size = record["height"], record["width"]
+        items = json.loads(self._by_image[record["id"]])
+        objects = [item for item in items if not item.get("iscrowd")][:most]
+        boxes = [clipped(item["bbox"], size) for item in objects]
         return dict(
-            boxes=torch.tensor(
-                [clipped(item["bbox"], size) for item in objects], dtype=torch.float32
-            ).reshape(-1, 4),
+            boxes=torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
             labels=torch.tensor([self.labels[item["category_id"]] for item in objects], dtype=torch.int64),
-            masks=[self.code_of(item, size) for item in objects],
+            masks=[code_of(item, size) for item in objects],
         )
 
     def truth_of(self, record, most=None):
@@ -345,12 +301,11 @@ class Annotations:
         crowd = np.zeros(size, dtype=np.uint8)
         for item in json.loads(self._by_image[record["id"]]):
             if item.get("iscrowd"):
-                crowd |= coco_mask.decode(self.code_of(item, size))
+                crowd |= coco_mask.decode(code_of(item, size))
         return crowd
 
     def report(self):
         """Log what was found, and what was left out: how much, why, and an example."""
-        logger = logging.getLogger("msg_transformer")
         objects = list(self.objects_in.values())
         logger.info(
             f"{self.path}: {len(self.images):,} images, {objects.count(0):,} of them without objects; "
@@ -376,6 +331,30 @@ class Annotations:
     def as_coco(self):
         """The content of a COCO file without what was left out."""
         return dict(images=self.images, categories=self.categories, annotations=self.kept())
+
+
+def code_of(item, size):
+    """The mask of an annotation, for an image of (height, width), in pycocotools' run lengths."""
+    shape, (height, width) = item["segmentation"], size
+    if isinstance(shape, list):
+        return coco_mask.merge(coco_mask.frPyObjects(shape, height, width))
+    return coco_mask.frPyObjects(shape, height, width) if isinstance(shape["counts"], list) else shape
+
+
+def _bounds(item, size):
+    """(x1, y1, x2, y2) of a mask; None where it has no pixel."""
+    shape = item["segmentation"]
+    if isinstance(shape, list):
+        xs, ys = ([value for part in shape for value in part[i::2]] for i in (0, 1))
+        return min(xs), min(ys), max(xs), max(ys)
+    x, y, width, height = coco_mask.toBbox(code_of(item, size)).tolist()
+    return (x, y, x + width, y + height) if width and height else None
+
+
+def _is_without_pixel(item, size, bounds):
+    if bounds is None or min(bounds[2] - bounds[0], bounds[3] - bounds[1]) >= 2:  # spares the drawing
+        return bounds is None
+    return not coco_mask.area(code_of(item, size))
 
 
 def clipped(box, size):
@@ -442,8 +421,7 @@ def _number(value):
 def _with_numbers(item, *known):
     """An annotation without what is null, and with numbers in place of numbers written as text.
 
-    Args:
-        known: the ids of images and of categories, which may themselves be text.
+    ``known`` are the ids of images and of categories, which may themselves be text.
     """
     item = {key: value for key, value in item.items() if value is not None}
     for key, ids in zip(("image_id", "category_id"), known):
@@ -529,9 +507,8 @@ def _check_ids(path, section, ids):
 def build_detection_dataset(root, images, annotations, transform, skip, **options):
     """The images of ``root/images`` with the annotations ``root/annotations``.
 
-    Args:
-        skip: files may be missing; they are reported when they are read.
-        transform, options: of :class:`CocoDataset`.
+    The other arguments are those of :class:`CocoDataset`. With ``skip``, files may be missing; they are
+    reported when they are read.
 
     Raises:
         DataError: what is wrong with the files, and what to do.

@@ -19,14 +19,7 @@ from .proposals import ProposalNetwork
 
 
 class Detector(nn.Module):
-    """Backbone, feature pyramid, region proposals and cascade heads.
-
-    Args:
-        backbone: an :class:`MSGBackbone`.
-        fpn: torchvision's.
-        rpn: a :class:`ProposalNetwork`.
-        heads: :class:`CascadeHeads`.
-    """
+    """An MSGBackbone, torchvision's feature pyramid, a ProposalNetwork and CascadeHeads."""
 
     def __init__(self, backbone, fpn, rpn, heads):
         super().__init__()
@@ -96,8 +89,7 @@ def count_detector_macs(detector, height, width, boxes=1000, masks=100):
 def build_detector(config, classes):
     """The detector that ``config.MODEL`` and ``config.DET`` describe, freshly initialised.
 
-    Args:
-        classes: kinds of objects.
+    ``classes`` is the number of kinds of objects.
 
     Raises:
         UserError: a combination that cannot be built; the message names the key to change.
@@ -106,26 +98,15 @@ def build_detector(config, classes):
     channels = det.CHANNELS
     fpn = FeaturePyramidNetwork(backbone.channels, channels, LastLevelMaxPool())
     strides = [info["reduction"] for info in backbone.model.feature_info]
-    rpn = ProposalNetwork(
-        channels,
-        [*strides, 2 * strides[-1]],
-        det.ANCHOR_SCALE,
-        det.ANCHOR_RATIOS,
-        det.RPN_SAMPLES,
-        (det.PROPOSALS_TRAIN, det.PROPOSALS_TEST),
-    )
+    anchors = [*strides, 2 * strides[-1]], det.ANCHOR_SCALE, det.ANCHOR_RATIOS
+    most = det.PROPOSALS_TRAIN, det.PROPOSALS_TEST
+    rpn = ProposalNetwork(channels, *anchors, det.RPN_SAMPLES, most)
     layers = HeadLayers(channels, 1 + classes, det.BOX_CONVS, det.BOX_FCS, det.MASK_CONVS)
     stages = [
         CascadeStage(layers, iou, stds, det.BOX_LOSS) for iou, stds in zip(det.IOU_THRESHOLDS, det.DELTA_STDS)
     ]
-    heads = CascadeHeads(
-        stages,
-        strides,
-        det.LOSS_WEIGHTS,
-        det.ROI_SAMPLES,
-        det.ROI_POSITIVE,
-        DetectionLimits(det.SCORE_THRESHOLD, det.NMS_IOU, det.PER_IMAGE),
-    )
+    limits = DetectionLimits(det.SCORE_THRESHOLD, det.NMS_IOU, det.PER_IMAGE)
+    heads = CascadeHeads(stages, strides, det.LOSS_WEIGHTS, det.ROI_SAMPLES, det.ROI_POSITIVE, limits)
     detector = Detector(backbone, fpn, rpn, heads)
     _initialise(detector)
     return detector
@@ -152,10 +133,9 @@ def load_pretrained(detector, checkpoint, path):
     """Load the weights that a new run starts from.
 
     Args:
-        checkpoint: what ``read_checkpoint`` returned: of a classifier, for the backbone; or of a detector,
-            whose class and mask predictors are left out where the classes differ. Other sizes are fitted as
-            :func:`checkpoint.resize.fit_weights` does.
-        path: its file, for messages.
+        checkpoint: what ``read_checkpoint`` returned for ``path``: of a classifier, for the backbone; or of a
+            detector, whose class and mask predictors are left out where the classes differ. Other sizes are
+            fitted as :func:`checkpoint.resize.fit_weights` does.
 
     Raises:
         CheckpointError: weights of another architecture, with what differs.
@@ -172,14 +152,10 @@ def load_pretrained(detector, checkpoint, path):
 
 
 def to_original_size(detection, size, original):
-    """A detection in pixels of the image as it was before resizing.
+    """A detection in pixels of the image as it was before resizing, on the CPU.
 
-    Args:
-        detection: boxes (N, 4), labels (N,), scores (N,), masks (N, 1, 28, 28) of the detector.
-        size, original: (height, width) that the detector saw, and of the image.
-
-    Returns:
-        The same with masks (N, height, width), bool, on the CPU.
+    ``size`` and ``original`` are the (height, width) that the detector saw, and of the image. Masks become
+    bool (N, height, width).
     """
     detection = {
         name: value.float().cpu() if value.is_floating_point() else value.cpu()

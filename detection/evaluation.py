@@ -23,13 +23,8 @@ def to_results(image_id, detection, categories):
         detection: boxes (N, 4) as (x1, y1, x2, y2), labels (N,), scores (N,) and masks (N, H, W), on the CPU.
         categories: records of the categories; label 1 is the first.
     """
-    results = []
-    for box, label, score, mask in zip(
-        detection["boxes"].tolist(),
-        detection["labels"].tolist(),
-        detection["scores"].tolist(),
-        detection["masks"],
-    ):
+    results, values = [], (detection[name].tolist() for name in ("boxes", "labels", "scores"))
+    for box, label, score, mask in zip(*values, detection["masks"]):
         code = coco_mask.encode(np.asfortranarray(mask.numpy().astype(np.uint8)))
         results.append(
             dict(
@@ -69,7 +64,7 @@ def average_precision(truth, results, image_ids):
                 for result in results
             ]
             detected = ground_truth.loadRes(shown) if shown else _coco(truth, [])
-            evaluation = Evaluation(ground_truth, detected, kind)
+            evaluation = COCOeval(ground_truth, detected, kind)
             evaluation.params.imgIds, evaluation.params.maxDets = sorted(image_ids), [most]
             evaluation.evaluate()
             evaluation.accumulate()
@@ -83,48 +78,6 @@ def average_precision(truth, results, image_ids):
     return figures, rows
 
 
-class Evaluation(COCOeval):
-    """COCOeval, matching in arrays: its own loops take minutes over an image with very many objects."""
-
-    def evaluateImg(self, imgId, catId, aRng, maxDet):
-        """Match the detections of an image, the surest first, to its objects of a category.
-
-        Each takes the free object it overlaps most, the last of equals; crowds and objects of other sizes
-        only where there is no other, and crowds stay free.
-        """
-        truth, found = self._gts[imgId, catId], self._dts[imgId, catId]
-        if not truth and not found:
-            return None
-
-        def of_other_size(items):
-            areas = np.array([item["area"] for item in items], dtype=np.float64)
-            return (areas < aRng[0]) | (areas > aRng[1])
-
-        found = sorted(found, key=lambda item: -item["score"])[:maxDet]
-        crowd = np.array([item["iscrowd"] for item in truth], dtype=bool)
-        ignored = crowd | of_other_size(truth)
-        thresholds = np.minimum(self.params.iouThrs, 1 - 1e-10)[:, None]
-        free = np.ones((len(thresholds), len(truth)), dtype=bool)
-        matched, of_ignored = np.zeros((2, len(thresholds), len(found)), dtype=bool)
-        for i, overlaps in enumerate(self.ious[imgId, catId] if truth else []):
-            near = np.flatnonzero(overlaps >= thresholds.min())[::-1]  # argmax finds the first of equals
-            if not len(near):
-                continue
-            possible = free[:, near] & (overlaps[near] >= thresholds)
-            regular = possible & ~ignored[near]
-            possible = np.where(regular.any(1, keepdims=True), regular, possible)
-            best = near[np.where(possible, overlaps[near], -1).argmax(1)]
-            hit = matched[:, i] = possible.any(1)
-            of_ignored[:, i] = hit & ignored[best]
-            free[hit, best[hit]] = crowd[best[hit]]
-        return dict(
-            dtScores=[item["score"] for item in found],
-            dtMatches=matched,
-            dtIgnore=of_ignored | (~matched & of_other_size(found)),
-            gtIgnore=ignored,
-        )
-
-
 def _mean(precision):
     found = precision[precision > -1]
     return float(found.mean()) if len(found) else float("nan")
@@ -133,16 +86,13 @@ def _mean(precision):
 def _coco(truth, annotations):
     coco = COCO()
     # pycocotools takes two objects with the same id for one, and id 0 for none.
-    items = [dict(_with_area(item), id=i) for i, item in enumerate(annotations, 1)]
+    items = [dict(item, id=i) for i, item in enumerate(annotations, 1)]
+    for item in items:
+        item.setdefault("iscrowd", 0)
+        item.setdefault("area", item["bbox"][2] * item["bbox"][3])
     coco.dataset = dict(truth, annotations=items)
     coco.createIndex()
     return coco
-
-
-def _with_area(item):
-    """An annotation with what COCOeval needs, where the file leaves it out."""
-    area = item["bbox"][2] * item["bbox"][3]
-    return dict(dict(iscrowd=0, area=area), **item)
 
 
 def write_results(path, results):

@@ -13,18 +13,14 @@ from .transforms import build_detection_transform
 
 
 class ImageToBatch:
-    """A PIL image as evaluation shows it to a detector.
-
-    Args:
-        transform: a :class:`~detection.transforms.Transform`.
-    """
+    """A PIL image as evaluation shows it to a detector, by a :class:`~detection.transforms.Transform`."""
 
     def __init__(self, transform):
         self.transform = transform
         self.to_device = BatchToDevice(torch.device("cpu"))
 
     def __call__(self, image):
-        """Returns (1, 3, H, W), resized and normalised, and a list of its (H, W)."""
+        """(1, 3, H, W), resized and normalised, and a list of its (H, W)."""
         resized, _ = self.transform(image, {})
         batch, targets, _ = collate_detection([(resized, {}, [])])
         return self.to_device.move((batch, targets))[0]
@@ -37,25 +33,14 @@ def load(path, cfg=None, weights="auto"):
     label 1 is the first class. :func:`~detection.detector.to_original_size` brings them to those of the
     image.
 
-    Args:
-        path, cfg, weights: as for :func:`models.load`.
-
-    Returns:
-        A :class:`~models.from_checkpoint.Ready`, with an :class:`ImageToBatch` as its transform.
-
-    Raises:
-        CheckpointError: no such file, damaged, without a config or the names of its classes, or of a
-            classifier.
-        ConfigError: its config cannot be used.
+    The arguments and errors are those of :func:`models.load`; checkpoints of classifiers are refused. Returns
+    a :class:`~models.from_checkpoint.Ready`, with an :class:`ImageToBatch` as its transform.
     """
     return build_ready_detector(*read_described(path, cfg, weights), path)
 
 
 def build_ready_detector(config, checkpoint, path):
-    """The :class:`~models.from_checkpoint.Ready` of what ``read_described`` returned.
-
-    ``path`` is for messages.
-    """
+    """The :class:`~models.from_checkpoint.Ready` of what ``read_described`` returned for a path."""
     if config.DATA.DATASET != "coco":
         raise ckpt.CheckpointError(f"{path} is of a classifier: use models.load")
     names = checkpoint["classes"]

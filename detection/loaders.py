@@ -1,23 +1,19 @@
 """Batches of images of different sizes."""
 
-import functools
-
 import torch
-from torch.utils.data import DataLoader
 
-from data.datasets import DataError, EvaluationSamples, TrainingSamples, load_image
-from data.loaders import Loader, ToDevice, needing_opencv, require_an_update, turns, worker_options
-from data.samplers import TrainBatchSampler, evaluation_shard
+from data.datasets import DataError
+from data.loaders import ToDevice, build_loader, build_opener, build_sampler
+from data.samplers import evaluation_shard
 
 from .dataset import build_detection_dataset
 from .transforms import build_detection_transform, change_pillow
 
 
 def collate_detection(samples):
-    """Join samples (image, target, failed) to ((images, sizes), targets, failed).
+    """Join samples (image, target, failed) to ((images, sizes), targets, failed), except for images of None.
 
-    Images (3, H, W) become one tensor (B, 3, H, W), each at the top left; sizes are their (H, W). Samples
-    whose image is None are left out.
+    Images (3, H, W) become one tensor (B, 3, H, W), each at the top left; sizes are their (H, W).
     """
     failed = [index for *_, indices in samples for index in indices]
     read = [(image, target) for image, target, _ in samples if image is not None]
@@ -47,23 +43,13 @@ class BatchToDevice(ToDevice):
 
 
 def build_detection_reader(config):
-    """How ``DATA.BACKEND`` reads an image file.
-
-    Returns:
-        The function that opens a file, and the one that changes its pixels; see
-        :class:`~detection.transforms.Transform`.
-
-    Raises:
-        ConfigError: OpenCV cannot be imported.
-    """
-    limits = dict(max_pixels=config.DATA.MAX_PIXELS, max_scans=config.DATA.MAX_SCANS, turn=turns(config))
+    """The function of :func:`~data.loaders.build_opener`, and what changes the pixels of its files."""
+    opener = build_opener(config)
     if config.DATA.BACKEND == "pil":
-        return functools.partial(load_image, **limits), change_pillow
-    with needing_opencv():
-        from data.opencv.transforms import ImageFile
+        return opener, change_pillow
+    from .opencv import change_file
 
-        from .opencv import change_file
-    return functools.partial(ImageFile, **limits), change_file
+    return opener, change_file
 
 
 def build_detection_loaders(config, rank=0, world_size=1, device="cpu"):
@@ -76,21 +62,17 @@ def build_detection_loaders(config, rank=0, world_size=1, device="cpu"):
     Raises:
         DataError: what is wrong with the data, and what to do.
     """
-    device, det = torch.device(device), config.DET
+    det, to_device = config.DET, BatchToDevice(torch.device(device))
     root, skip = config.DATA.DATA_PATH, config.DATA.ON_ERROR == "skip"
     if not root:
         raise DataError("no data: give --data-path, a folder with images and annotations in COCO format")
-    options = dict(worker_options(config, device), collate_fn=collate_detection)
-    to_device = BatchToDevice(device)
     read, change_pixels = build_detection_reader(config)
     transform = build_detection_transform(config, False, change_pixels)
-    # Evaluation takes the objects from the annotations, in the pixels of the file.
-    options_of_val = dict(with_objects=False, read=read, per_image=det.PER_IMAGE)
-    val = build_detection_dataset(root, det.VAL_IMAGES, det.VAL_JSON, transform, skip, **options_of_val)
+    options = dict(read=read, per_image=det.PER_IMAGE)
+    val = build_detection_dataset(root, det.VAL_IMAGES, det.VAL_JSON, transform, skip, **options)
     shard = evaluation_shard(len(val), rank, world_size)
     # One image at a time: the padding of a batch would change what convolutions see at the borders.
-    loader = DataLoader(EvaluationSamples(val, skip), 1, sampler=shard, **options)
-    val_loader = Loader(loader, val.paths, to_device, turns(config), config.DATA.NUM_WORKERS)
+    val_loader = build_loader(config, val, shard, to_device, collate_detection, batch_size=1)
     if config.EVAL_MODE:
         return None, None, val_loader, val
     transform = build_detection_transform(config, True, change_pixels)
@@ -104,14 +86,9 @@ def build_detection_loaders(config, rank=0, world_size=1, device="cpu"):
             f"{train.annotations.path} and {val.annotations.path} have different categories: only one of "
             f"them has {name!r} with the id {number}"
         )
-    accumulation = max(1, config.TRAIN.ACCUMULATION_STEPS)
-    sampler = TrainBatchSampler(
-        len(train), config.DATA.BATCH_SIZE, accumulation, rank, world_size, config.SEED
-    )
-    sampler.groups = [record["height"] > record["width"] for record in train.records]  # less padding
     without = len(train.annotations.images) - len(train)
     why = "; ".join(["no objects or small", *train.annotations.reasons()[:3]])
-    where = f"{train.annotations.path}, without {without:,} images ({why})," if without else None
-    require_an_update(sampler, where or train.annotations.path)
-    loader = DataLoader(TrainingSamples(train, config.SEED, skip), batch_sampler=sampler, **options)
-    return Loader(loader, train.paths, to_device, turn=turns(config)), sampler, val_loader, val
+    where = train.annotations.path + (f", without {without:,} images ({why})," if without else "")
+    sampler = build_sampler(config, len(train), rank, world_size, where)
+    sampler.groups = [record["height"] > record["width"] for record in train.records]  # less padding
+    return build_loader(config, train, sampler, to_device, collate_detection), sampler, val_loader, val

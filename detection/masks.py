@@ -46,14 +46,9 @@ def _within(places, first, length):
 def mask_targets(masks, boxes, indices, side):
     """What the mask head learns for boxes: whether at least half of a cell belongs to the object.
 
-    Args:
-        masks: (M, H, W), 0 and 1, of the objects of an image.
-        boxes: (N, 4), in pixels of the masks.
-        indices: (N,), of the mask of each box.
-        side: cells on a side of a box.
-
-    Returns:
-        0 and 1, (N, side, side): 1 where the mask's mean over the cell, by aligned RoIAlign, is 0.5 or more.
+    Takes the masks (M, H, W) of the objects of an image, boxes (N, 4) in their pixels, and the index (N,) of
+    the mask of each box. Returns (N, side, side): 1 where the mask's mean over the cell, by aligned RoIAlign,
+    is 0.5 or more, else 0.
     """
     rois = torch.cat([indices[:, None].to(boxes), boxes], dim=1)
     share = roi_align(masks[:, None].to(boxes), rois, side, sampling_ratio=0, aligned=True)[:, 0]
@@ -69,10 +64,9 @@ def paste_masks(masks, boxes, size):
     Args:
         masks: probabilities (N, side, side) of the cells of each box.
         boxes: (N, 4) in pixels of the image, exact: not rounded.
-        size: (height, width) of the image.
 
     Returns:
-        bool (N, height, width).
+        bool (N, height, width), where ``size`` is (height, width).
     """
     pasted = torch.zeros(len(masks), *size, dtype=torch.bool, device=masks.device)
     for place, mask, box in zip(pasted, masks, boxes):

@@ -59,10 +59,9 @@ def draw_detections(samples, names, path, smallest_score=0.5, turn=False):
 
 
 def _draw(axes, image, objects, names):
-    colours = [_COLOURS[(label - 1) % len(_COLOURS)] for label in objects["labels"].tolist()]
+    colours = _colours(objects["labels"])
     if colours:
-        fill = [tuple(int(255 * part) for part in to_rgb(colour)) for colour in colours]
-        image = draw_segmentation_masks(image, objects["masks"].bool(), alpha=0.45, colors=fill)
+        image = draw_segmentation_masks(image, objects["masks"].bool(), alpha=0.45, colors=_as_rgb(colours))
     axes.imshow(image.movedim(0, 2))
     scores = objects.get("scores", torch.full(objects["labels"].shape, torch.nan)).tolist()
     for box, label, score, colour in zip(
@@ -83,6 +82,14 @@ def _draw(axes, image, objects, names):
     axes.set(xlim=(0, image.shape[2]), ylim=(image.shape[1], 0))
 
 
+def _colours(labels):
+    return [_COLOURS[(label - 1) % len(_COLOURS)] for label in labels.tolist()]
+
+
+def _as_rgb(colours):
+    return [tuple(int(255 * part) for part in to_rgb(colour)) for colour in colours]
+
+
 def draw_crowd(axes, crowd):
     """Hatch a mask (H, W), unless it is None or empty, and call it crowd."""
     if crowd is None or not crowd.any():
@@ -96,17 +103,14 @@ def draw_crowd(axes, crowd):
 def annotate(image, detection, names):
     """A PIL image with the masks, boxes, names and scores of its detections, enlarged where it is small.
 
-    Args:
-        detection: boxes (N, 4) and masks (N, H, W) in pixels of the image, labels (N,), and scores (N,),
-            which the ground truth has not.
-        names: of the categories; label 1 is the first.
+    A ``detection`` has boxes (N, 4) and masks (N, H, W) in pixels of the image, labels (N,), of which 1 is
+    the first of ``names``, and scores (N,), which the ground truth has not.
     """
     image, factor = enlarged(image, 448)
     if not len(detection["labels"]):
         return image
     scores = detection.get("scores", torch.ones(len(detection["labels"]))).tolist()
-    kinds = [(label - 1) % len(_COLOURS) for label in detection["labels"].tolist()]
-    colours = [tuple(int(255 * part) for part in to_rgb(_COLOURS[kind])) for kind in kinds]
+    colours = _as_rgb(_colours(detection["labels"]))
     masks = detection["masks"].repeat_interleave(factor, 1).repeat_interleave(factor, 2)
     picture = draw_segmentation_masks(pil_to_tensor(image), masks.bool(), alpha=0.4, colors=colours)
     picture = to_pil_image(picture)
@@ -130,11 +134,8 @@ def annotate(image, detection, names):
 def detection_batch_sheet(images, sizes, targets, names, most=12):
     """The first images of a training batch with their objects, as one PIL image.
 
-    Args:
-        images: (B, 3, H, W), normalised.
-        sizes: (H, W) of each within its padding.
-        targets: of each a dict of boxes (N, 4), labels (N,) and masks (N, H, W).
-        names: of the categories; label 1 is the first.
+    Images (B, 3, H, W) are normalised, ``sizes`` are their (H, W) within the padding, and ``targets`` are
+    dicts as for :func:`annotate`.
     """
     tiles = []
     for image, (height, width), target in zip(images[:most], sizes, targets):
@@ -158,10 +159,8 @@ def group_of_loss(name):
 def draw_detection_curves(epochs, path, hyperparameters=None):
     """Draw the losses and the average precision of a run over its epochs to a PNG file.
 
-    Args:
-        epochs: rows with epoch (from 0), train_loss, lr, box_AP, mask_AP (percent) and ``loss_<name>`` for
-            every part of the loss, which are drawn in the groups of :func:`group_of_loss`.
-        hyperparameters: not used.
+    Rows have epoch (from 0), train_loss, lr, box_AP, mask_AP (percent) and ``loss_<name>`` for every part of
+    the loss, which are drawn in the groups of :func:`group_of_loss`. ``hyperparameters`` are not used.
     """
     x = [row["epoch"] for row in epochs]
     figure = Figure(figsize=(11, 6), layout="constrained")

@@ -20,8 +20,7 @@ class ProposalNetwork(nn.Module):
     """Proposals for a batch of feature pyramids, and the losses of the network.
 
     Args:
-        channels: of the feature maps.
-        strides: of the maps, in pixels.
+        channels, strides: of the feature maps; strides are in pixels.
         scale: side of a square anchor, in strides.
         ratios: height over width of the anchors of a cell; their areas are equal.
         samples: anchors of each image that are trained on, at most half of them positive.
@@ -90,9 +89,8 @@ class ProposalNetwork(nn.Module):
     def _losses(self, logits, deltas, anchors, sizes, targets):
         anchors = torch.cat(anchors)
         matches = [match_anchors(anchors, target["boxes"], size) for target, size in zip(targets, sizes)]
-        chosen = self.sampler(
-            [matched + 1 for matched in matches]
-        )  # -1 leave out, 0 background, 1... objects
+        # For the sampler, -1 is left out, 0 is the background, and from 1 on come objects.
+        chosen = self.sampler([matched + 1 for matched in matches])
         count = sum(max(1, int(image.sum())) for images in chosen for image in images)
         objectness = box_loss = 0
         for i, (matched, positive, negative) in enumerate(zip(matches, *chosen)):
@@ -122,12 +120,8 @@ class LimitedBoxCoder(BoxCoder):
 def anchors_of_map(shape, stride, scale, ratios):
     """The anchors of a map: those of cell (i, j) are centred at (j, i) times the stride, whatever the image.
 
-    Args:
-        shape: rows and columns of the map.
-        stride, scale, ratios: see :class:`ProposalNetwork`.
-
-    Returns:
-        Boxes (rows * columns * ratios, 4), cells row by row, in float64.
+    ``shape`` is (rows, columns) of the map. Returns boxes (rows * columns * ratios, 4), cells row by row, in
+    float64.
     """
     ratios = torch.tensor(ratios, dtype=torch.float64)
     half = stride * scale / 2 * torch.stack([ratios.rsqrt(), ratios.sqrt()], dim=1)  # A, 2: in x and y
@@ -143,13 +137,8 @@ def match_anchors(anchors, boxes, size):
     background if it is below 0.3. Each object also gets the anchors nearest to it, at any IoU from 0.3.
     Anchors that cross the border of the image are left out, before anything else.
 
-    Args:
-        anchors: (N, 4).
-        boxes: (M, 4), the objects.
-        size: (height, width) of the image.
-
-    Returns:
-        Index of the object for each anchor (N,), -1 for the background, and -2 for anchors to leave out.
+    Takes anchors (N, 4), the boxes (M, 4) of the objects, and the (height, width) of the image. Returns the
+    index of the object for each anchor (N,), -1 for the background, and -2 for anchors to leave out.
     """
     inside = (anchors[:, :2] >= 0).all(1) & (anchors[:, 2] < size[1]) & (anchors[:, 3] < size[0])
     matched = torch.full((len(anchors),), -2, device=anchors.device)

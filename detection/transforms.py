@@ -18,7 +18,7 @@ class Flip(NamedTuple):
     size: tuple
 
     def change(self, value):
-        """An image (3, H, W), or tv_tensors.BoundingBoxes."""
+        """Change an image (3, H, W), or tv_tensors.BoundingBoxes."""
         return functional.horizontal_flip(value)
 
     def places(self, rows, columns):
@@ -32,7 +32,7 @@ class Resize(NamedTuple):
     size: tuple
 
     def change(self, value):
-        """An image (3, H, W), or tv_tensors.BoundingBoxes."""
+        """Change an image (3, H, W), or tv_tensors.BoundingBoxes."""
         return functional.resize(value, list(self.size))
 
     def places(self, rows, columns):
@@ -51,7 +51,7 @@ class Crop(NamedTuple):
     size: tuple
 
     def change(self, value):
-        """An image (3, H, W), or tv_tensors.BoundingBoxes."""
+        """Change an image (3, H, W), or tv_tensors.BoundingBoxes."""
         return functional.crop(value, self.top, self.left, *self.size)
 
     def places(self, rows, columns):
@@ -102,17 +102,11 @@ def _random(low, high):
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is drawn for an image: a flip, half of the time a resize and a crop, a resize.
-
-    Args:
-        resize: a :class:`RandomShortSide`.
-        flip: probability.
-        crop: a :class:`RandomShortSide` and a :class:`RandomCrop`, or nothing.
-    """
+    """What is drawn for an image: a flip, half of the time a resize and a crop, a resize."""
 
     resize: RandomShortSide
-    flip: float | None = None
-    crop: tuple = ()
+    flip: float | None = None  # probability
+    crop: tuple = ()  # a RandomShortSide and a RandomCrop, or nothing
 
     def draw(self, size):
         """Steps for an image of ``size``, (height, width), in order."""
@@ -130,23 +124,18 @@ class Recipe:
 class Transform:
     """Draws steps, and does them to an image and to its objects.
 
-    Args:
-        draw: makes the steps for an image of (height, width), as :class:`Recipe` does.
-        change_pixels: makes of an image as it was read, and of steps, a tensor (3, H, W), uint8.
+    ``draw`` makes the steps for an image of (height, width), as :class:`Recipe` does. ``change_pixels`` makes
+    of an image as it was read, and of steps, a tensor (3, H, W), uint8.
     """
 
     def __init__(self, draw, change_pixels):
         self.draw, self.change_pixels = draw, change_pixels
 
     def __call__(self, image, target):
-        """An image (3, H, W), uint8, and its target.
+        """An image (3, H, W), uint8, and its target with masks (M, H, W), uint8.
 
-        Args:
-            target: boxes (M, 4), labels (M,), and masks as pycocotools' run lengths, a list; or none of them.
-
-        Returns:
-            The image, and the target with masks (M, H, W), uint8, without the objects of whose box less
-            than a pixel is left, or of whose mask none.
+        The ``target`` has boxes (M, 4), labels (M,), and a list of masks as pycocotools' run lengths, or none
+        of them. Objects are left out if less than a pixel of their box is left, or no pixel of their mask.
         """
         steps = self.draw(image.size[::-1])
         if "boxes" in target:
@@ -194,11 +183,7 @@ def describe_detection(config):
 def build_detection_transform(config, is_train, change_pixels=change_pillow):
     """The :class:`Transform` of training or evaluation.
 
-    Training: flip; resize to a random short side; half of the time resize and crop before that.
-
-    Args:
-        change_pixels: how images change, see :class:`Transform`.
-    """
+    Training: flip; resize to a random short side; half of the time resize and crop before that."""
     det = config.DET
     if not is_train:
         return Transform(Recipe(RandomShortSide([det.TEST_SIZE], det.MAX_SIZE)).draw, change_pixels)

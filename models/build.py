@@ -3,22 +3,19 @@
 import difflib
 
 import timm
-import torch
-from timm.layers import to_2tuple
 
 from utils import UserError
 
 from .fast.apex import choose_layer_norm
 from .fast.cpu import use_onednn
-from .geometry import fit_regions, known_sides, patch_grid
+from .geometry import fit_regions
 from .msg_transformer import MSGTransformer
 
 
 def build_model(config, shuffle_size=None):
     """Build the classifier that ``config.MODEL`` and ``config.DATA.IMG_SIZE`` describe, freshly initialised.
 
-    ``IMG_SIZE`` is a side or [height, width]. It takes the sizes of ``DATA.PROGRESSIVE`` too. On the CPU its
-    linear layers run through oneDNN.
+    ``IMG_SIZE`` is a side or [height, width]. On the CPU its linear layers run through oneDNN.
 
     Args:
         shuffle_size: windows on a side of a shuffle region in each stage; None for what :func:`regions` says.
@@ -30,8 +27,6 @@ def build_model(config, shuffle_size=None):
         model = _build_timm(config)
     else:
         model = _build_msg(config, shuffle_size or regions(config))
-    for _, size, _ in config.DATA.PROGRESSIVE:
-        _require_other_size(model, size, config)
     if config.TRAIN.USE_CHECKPOINT:
         _checkpoint_gradients(model)
     use_onednn(model)
@@ -116,39 +111,6 @@ def _build_timm(config):
             hint = "set MODEL.DROP_PATH_RATE 0" if unused else "see MODEL.TIMM_ARGS and DATA.IMG_SIZE"
             reason = str(error).split("\n")[0]
             raise UserError(f"timm cannot build {name} ({type(error).__name__}: {reason}): {hint}") from error
-
-
-def _require_other_size(model, size, config):
-    """Refuse a size of ``DATA.PROGRESSIVE`` that the model cannot be trained at."""
-    if config.MODEL.TYPE == "msg":
-        _require_size_of_msg(model, size, config.DEVICE)
-        return
-    height, width = to_2tuple(size)
-    try:
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, config.MODEL.MSG.IN_CHANS, height, width))
-    except Exception as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(
-            f"DATA.PROGRESSIVE: {config.MODEL.TIMM_NAME} takes no images of {height}x{width} ({reason}): "
-            "leave it empty, or set MODEL.TIMM_ARGS.dynamic_img_size True or the like if the model has that"
-        ) from error
-    model.train()
-
-
-def _require_size_of_msg(model, size, device):
-    try:
-        sides = known_sides(size, model.patch_size, "the sizes of DATA.PROGRESSIVE")
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    if model.absolute_pos_embed is None or patch_grid(sides, model.patch_size) == model.grid_size:
-        return
-    on_cuda = device == "cuda" or (not device and torch.cuda.is_available())
-    if on_cuda and torch.are_deterministic_algorithms_enabled():
-        raise UserError(
-            "DATA.PROGRESSIVE resamples the positions of MODEL.MSG.APE, and PyTorch has no deterministic "
-            "gradient for that on CUDA: set MODEL.MSG.APE or DETERMINISTIC to False"
-        )
 
 
 def _checkpoint_gradients(model):

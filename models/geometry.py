@@ -132,19 +132,19 @@ def patch_grid(sides, patch_size):
     return tuple(-(-side // patch_size) for side in sides)
 
 
-def known_sides(img_size, patch_size, key="DATA.IMG_SIZE"):
-    """(height, width) of images, in pixels, from one side or both, as the config key ``key`` has them.
+def known_sides(img_size, patch_size):
+    """(height, width) of images, in pixels, from one side or both, as ``DATA.IMG_SIZE`` has them.
 
     Raises:
         ValueError: these are no sides, or are smaller than a patch.
     """
     sides = to_2tuple(img_size)
     if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
-        raise ValueError(f"{key} is {img_size}: give one side or [height, width], in pixels")
+        raise ValueError(f"DATA.IMG_SIZE is {img_size}: give one side or [height, width], in pixels")
     if min(sides) < patch_size:
         raise ValueError(
             f"images of {sides[0]}x{sides[1]} pixels are smaller than a patch of "
-            f"{patch_size}x{patch_size}: raise {key} or lower MODEL.MSG.PATCH_SIZE"
+            f"{patch_size}x{patch_size}: raise DATA.IMG_SIZE or lower MODEL.MSG.PATCH_SIZE"
         )
     return sides
 

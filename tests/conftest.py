@@ -3,9 +3,11 @@
 import collections
 import itertools
 import signal
+import subprocess
+import sys
 
 import pytest
-from helpers import write_images
+from helpers import ROOT, write_images
 from torch.distributed import TCPStore
 
 import utils
@@ -19,6 +21,15 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     write_images(folder / "train", 24)
     write_images(folder / "val", 3, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory):
+    """Generated shapes for detection: 24 images for training, 7 of them without objects, and 7 others."""
+    folder = tmp_path_factory.mktemp("shapes")
+    command = [sys.executable, "tools/make_shapes.py", str(folder), "--train", "24", "--val", "7"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     return folder
 
 

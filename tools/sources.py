@@ -16,36 +16,22 @@ VIDEOS = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wm
 
 
 class Picture(NamedTuple):
-    """An image or frame, or why there is none.
+    """An image or frame, or why there is none."""
 
-    Attributes:
-        place: of its file in the list of files.
-        frame: of a video, from 0; None for an image file.
-        size: (height, width) in pixels.
-        inputs: what the transform made of it; None where it cannot be read.
-        image: the PIL image, RGB, where it is kept.
-        problem: why it cannot be read; None where it can.
-    """
-
-    place: int
-    frame: int | None = None
-    size: tuple | None = None
-    inputs: Any = None
-    image: Image.Image | None = None
-    problem: str | None = None
+    place: int  # of its file in the list of files
+    frame: int | None = None  # of a video, from 0
+    size: tuple | None = None  # (height, width) in pixels
+    inputs: Any = None  # what the transform made of it
+    image: Image.Image | None = None  # RGB, where it is kept
+    problem: str | None = None  # why it cannot be read
 
 
 class Pictures(IterableDataset):
     """The :class:`Picture` of every image and of every ``every``-th frame of a list of files.
 
     What cannot be read becomes a Picture with a problem. Workers share the files; a video is read from
-    beginning to end by one of them.
-
-    Args:
-        paths: files, as :func:`find_files` lists them.
-        transform: of an image of Pillow.
-        keep: whether to keep the images themselves.
-        mode: of Pillow, of image files; frames are RGB.
+    beginning to end by one of them. ``keep`` keeps the images themselves. ``mode`` is Pillow's, of image
+    files; frames are RGB.
     """
 
     def __init__(self, paths, transform, every=1, keep=False, mode="RGB"):
@@ -133,11 +119,7 @@ def is_video(path):
 
 
 def find_files(words):
-    """The files that a user names.
-
-    Args:
-        words: paths of files, of folders, whose images and videos are taken, those in folders below included,
-            or patterns such as ``photos/*.jpg`` and ``photos/**/*.png``.
+    """The files that a user names: files, folders with images and videos at any depth, or glob patterns.
 
     Returns:
         Their paths, each once; a dict of those that lead nowhere to the reason; and a Counter of what else is

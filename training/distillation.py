@@ -85,8 +85,7 @@ def build_distillation(config, classes, compute):
     if len(their_mean) != len(mean):
         raise UserError(f"DISTILL.TEACHER {settings.TEACHER} takes images of {len(their_mean)} channels")
     rescale = [values[:, None, None] for values in (std / their_std, (mean - their_mean) / their_std)]
-    for size in (config.DATA.IMG_SIZE, *(size for _, size, _ in config.DATA.PROGRESSIVE)):
-        _try(teacher, config, len(classes), size)
+    _try(teacher, config, len(classes))
     logger.info(
         f"distillation ({settings.KIND}, {settings.ALPHA:g} of the loss) from {settings.TEACHER}, "
         f"{sum(parameter.numel() for parameter in teacher.parameters()):,} parameters"
@@ -151,9 +150,9 @@ def _build_timm(config, classes):
     return teacher
 
 
-def _try(teacher, config, classes, size):
+def _try(teacher, config, classes):
     """Refuse a teacher that does not take the run's images, or gives other logits."""
-    height, width = timm.layers.to_2tuple(size)
+    height, width = timm.layers.to_2tuple(config.DATA.IMG_SIZE)
     try:
         with torch.no_grad():
             shape = tuple(teacher.eval()(torch.zeros(2, config.MODEL.MSG.IN_CHANS, height, width)).shape)
@@ -161,8 +160,7 @@ def _try(teacher, config, classes, size):
         reason = str(error).split("\n")[0]
         raise UserError(
             f"DISTILL.TEACHER {config.DISTILL.TEACHER} does not take images of {config.MODEL.MSG.IN_CHANS} "
-            f"channels and {height}x{width} pixels ({reason}): change DATA.IMG_SIZE, DATA.PROGRESSIVE or the "
-            "teacher"
+            f"channels and {height}x{width} pixels ({reason}): change DATA.IMG_SIZE or the teacher"
         ) from error
     if shape != (2, classes):
         raise UserError(

@@ -74,12 +74,12 @@ def shear_y(pixels, factor, **options):
     return _warp(pixels, (1, 0, 0, factor, 1, 0), **options)
 
 
-def translate_x(pixels, share, **options):
+def translate_x_rel(pixels, share, **options):
     """Shift to the left by a fraction of the width."""
     return _shift(pixels, share * pixels.shape[1], 1, **options)
 
 
-def translate_y(pixels, share, **options):
+def translate_y_rel(pixels, share, **options):
     """Shift upwards by a fraction of the height."""
     return _shift(pixels, share * pixels.shape[0], 0, **options)
 
@@ -133,7 +133,7 @@ def _chosen(resample):
     return random.choice(resample) if isinstance(resample, (list, tuple)) else resample
 
 
-def sharpen(pixels, factor, **_):
+def sharpness(pixels, factor, **_):
     """Blend towards (factor below 1) or away from (above 1) a smoothed image; the border pixels stay."""
     kernel = np.full((3, 3), (1 - factor) / 13)
     kernel[1, 1] = factor + (1 - factor) * 5 / 13
@@ -208,21 +208,8 @@ def _blend(other, factor):
     return np.clip(other + np.float32(factor) * (np.arange(256) - other), 0, 255).astype(np.uint8)
 
 
-# What replaces which of timm's operations, which work through Pillow and are slower.
-FASTER = {
-    auto_augment.auto_contrast: auto_contrast,
-    auto_augment.equalize: equalize,
-    auto_augment.invert: invert,
-    auto_augment.solarize: solarize,
-    auto_augment.solarize_add: solarize_add,
-    posterize_from_0_bits: posterize,
-    auto_augment.brightness: brightness,
-    auto_augment.contrast: contrast,
-    auto_augment.color: color,
-    auto_augment.shear_x: shear_x,
-    auto_augment.shear_y: shear_y,
-    auto_augment.translate_x_rel: translate_x,
-    auto_augment.translate_y_rel: translate_y,
-    auto_augment.rotate: rotate,
-    auto_augment.sharpness: sharpen,
-}
+# What replaces which of timm's operations, which work through Pillow and are slower: those of the same name.
+COLOURS = (auto_contrast, equalize, invert, solarize, solarize_add, brightness, contrast, color, sharpness)
+WARPS = (shear_x, shear_y, translate_x_rel, translate_y_rel, rotate)
+FASTER = {getattr(auto_augment, function.__name__): function for function in (*COLOURS, *WARPS)}
+FASTER[posterize_from_0_bits] = posterize

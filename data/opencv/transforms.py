@@ -31,12 +31,8 @@ class ImageFile:
 
     OpenCV decodes JPEGs that look sound, to the same pixels as Pillow; Pillow decodes everything else.
 
-    Args:
-        max_pixels, max_scans, stored: see :func:`~data.datasets.open_image`.
-        turn: whether to turn it as its EXIF orientation says, so that it is upright.
-
-    Attributes:
-        size: (width, height) in pixels, after turning.
+    The arguments are those of :func:`~data.datasets.load_image`; ``size`` is (width, height) in pixels, after
+    turning.
 
     Raises:
         DataError: the file cannot be decoded or exceeds the limits; :meth:`crop` may raise it as well.
@@ -61,19 +57,14 @@ class ImageFile:
     def crop(self, left, top, width, height, scale):
         """The pixels of a box, decoded at a reduced size where twice the pixels wanted on a side remain.
 
-        Args:
-            scale: how many times smaller the sides of the box are going to be.
-
-        Returns:
-            (H, W, 3): the size of the box, or a half, a quarter or an eighth of it.
+        The sides of the box are going to be ``scale`` times smaller. Returns (H, W, 3): the size of the box,
+        or a half, a quarter or an eighth of it.
         """
         reduction = next((factor for factor in (8, 4, 2) if 2 * factor <= scale), 1)
         with decoding(self.path):
             pixels = self._decode_jpeg(reduction) if self.is_sound else None
-            by_pillow = None if pixels is not None else np.array(in_8_bits(self.image, "RGB", self.path))
-        if by_pillow is not None:
-            by_pillow = turned(by_pillow, self.orientation)
-            return by_pillow[top : top + height, left : left + width]
+            if pixels is None:
+                reduction, pixels = 1, np.array(in_8_bits(self.image, "RGB", self.path))
         pixels = turned(pixels, self.orientation)
         rows, columns = (there / here for there, here in zip(pixels.shape, reversed(self.size)))
         first_row, first_column = round(top * rows), round(left * columns)
@@ -131,9 +122,7 @@ class ResizeWhole:
 class ResizeAndCropCenter:
     """The centre crop of a resized :class:`ImageFile`; what the crop leaves out is not resized.
 
-    Args:
-        cover: (height, width) that the resized image covers; see :func:`~data.transforms.covering_size`.
-        size: (height, width) of the crop.
+    ``cover`` and ``size`` are (height, width): what the resized image covers, and the crop.
     """
 
     def __init__(self, cover, size, interpolation):
@@ -160,17 +149,11 @@ class ResizeAndCropCenter:
 
 
 def _cut(side, resized, size):
-    """What is resized of an axis for the ``size`` pixels of the crop.
+    """The slice of an axis of ``side`` pixels that is resized for the ``size`` pixels of the crop.
 
-    The slice must begin where an original and a resized pixel begin at nearly the same place, or the crop
-    would be shifted.
-
-    Args:
-        side: pixels of the axis before resizing.
-        resized: and after.
-
-    Returns:
-        The slice, and how many of its resized pixels precede the crop.
+    The axis would become ``resized`` pixels. The slice must begin where an original and a resized pixel begin
+    at nearly the same place, or the crop would be shifted. Also returns how many of its resized pixels come
+    before the crop.
     """
     scale = side / resized
     start = round((resized - size) / 2)
@@ -181,12 +164,11 @@ def _cut(side, resized, size):
     return slice(round(first * scale), min(side, stop)), start - first
 
 
-def build_opencv_transform(config, is_train, phase=None):
+def build_opencv_transform(config, is_train):
     """The transform of an :class:`ImageFile` to a tensor (3, H, W), uint8, the sides of ``DATA.IMG_SIZE``.
 
-    In training a :class:`~data.progressive.Phase` has sides of its own. The transform is that of
-    transforms.py without normalisation and erasing, which are left to the device; every other step draws the
-    same random numbers.
+    It is the transform of transforms.py without normalisation and erasing, which are left to the device.
+    Every other step draws the same random numbers.
     """
     if not is_train:
         cover, size, mode = evaluation_sizes(config)
@@ -194,7 +176,7 @@ def build_opencv_transform(config, is_train, phase=None):
         crop = ResizeAndCropCenter(cover, size, mode) if cover else ResizeWhole(size, mode)
         return transforms.Compose([crop, to_tensor])
     later = MaybeToTensor, transforms.Normalize, RandomErasing
-    whole = build_transform(config, is_train, phase)
+    whole = build_transform(config, is_train)
     steps = [step for step in whole.transforms if not isinstance(step, later)]
     return transforms.Compose([*map(_for_arrays, steps), to_tensor])
 

@@ -7,8 +7,8 @@ import time
 def compile_model(model):
     """Compile a model in place, for one batch size at a time; it stays the same module with the same state.
 
-    A graph for each size of training, one for evaluation, and one for a smaller last batch; no part runs
-    uncompiled. The log says how long each takes when it happens.
+    Training, evaluation and a smaller last batch have a graph each; no part runs uncompiled. The log says how
+    long each takes when it happens.
     """
     from torch._dynamo import config as dynamo
     from torch._dynamo.callback import on_compile_end, on_compile_start  # PyTorch tells this in no public way

@@ -1,22 +1,19 @@
 """Grey and RGBA images: MODEL.MSG.IN_CHANS 1 and 4 with data."""
 
-import json
 import re
 
 import numpy as np
 import pytest
 import torch
-from helpers import digits_config, run_folder, run_main, write_images
+from helpers import digits_config, write_images
 from PIL import Image
 from timm.data import auto_augment
 
-import models
 from config import ConfigError
 from data import build_loaders
-from data.datasets import ImageFolder, load_image
+from data.datasets import load_image
 from data.transforms import KeepAlpha, build_transform, image_mode, normalization
 from distributed import seeded
-from models import build_model
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])  # of torchvision's models
 
@@ -57,7 +54,7 @@ def test_every_augmentation_takes_the_channels(image, channels, policy, size):
     opts = ["MODEL.MSG.IN_CHANS", channels, "AUG.AUTO_AUGMENT", policy, "DATA.IMG_SIZE", size]
     config = digits_config(*opts, "AUG.HFLIP", 0.5, "AUG.COLOR_JITTER", 0.4, "AUG.REPROB", 0.5)
     transform = build_transform(config, is_train=True)
-    for seed in range(60):
+    for seed in range(15):
         with seeded("test", seed):
             found = transform(image)
         assert found.shape == (channels, size, size) and found.isfinite().all()
@@ -108,19 +105,3 @@ def test_loaders_read_alpha(tmp_path, image):
     wanted = torch.from_numpy(np.asarray(image.getchannel("A")) / 255 * 2 - 1).float()
     torch.testing.assert_close(next(iter(val))[0][0, 3], wanted)
     assert next(iter(train))[0].shape == (1, 4, 32, 32)
-
-
-def test_a_grey_run_is_fine_tuned_from_three_channels(data, tmp_path):
-    torch.save(dict(model=build_model(digits_config()).state_dict()), tmp_path / "rgb.pth")
-    done = run_main(
-        "--cfg", "configs/digits.yaml", "--data-path", data, "--output", tmp_path, "--pretrained",
-        tmp_path / "rgb.pth", "--opts", "DATA.NUM_WORKERS", 0, "TRAIN.EPOCHS", 1, "TRAIN.WARMUP_EPOCHS", 0,
-        "MODEL.MSG.IN_CHANS", 1,
-    )  # fmt: skip
-    assert "patch_embed" in done.stdout + (run_folder(tmp_path) / "log_rank0.txt").read_text()
-    model, transform, _ = models.load(run_folder(tmp_path) / "best.pth")
-    images, targets = zip(*ImageFolder(data / "val", transform))
-    with torch.no_grad():
-        hits = model(torch.stack(images)).argmax(1) == torch.tensor(targets)
-    row = json.loads((run_folder(tmp_path) / "metrics.jsonl").read_text())
-    assert 100 * hits.float().mean().item() == pytest.approx(row["acc1"])

@@ -2,15 +2,14 @@
 
 import itertools
 import random
-import subprocess
 import sys
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, digits_config, write_images
 from helpers import coco_config as detection_config
+from helpers import digits_config
 from PIL import Image
 from test_hostile_images import (
     mutated,
@@ -91,7 +90,7 @@ def test_unreadable_images_are_refused_in_the_same_words(tmp_path):
 
 def test_damaged_jpegs_are_read_or_refused_as_by_pillow(tmp_path):
     rng, path, refused = random.Random(5), str(tmp_path / "damaged.jpg"), 0
-    for _ in range(600):
+    for _ in range(200):
         with open(path, "wb") as file:
             file.write(mutated(rng.choice(originals(rng)[:4]), rng))
         try:
@@ -102,40 +101,35 @@ def test_damaged_jpegs_are_read_or_refused_as_by_pillow(tmp_path):
                 whole(path)
         else:
             np.testing.assert_array_equal(whole(path), expected)
-    assert 100 < refused < 500
+    assert 30 < refused < 170
 
 
-SIZES = [
-    (500, 375),
-    (375, 500),
-    (300, 300),
-    (640, 427),
-    (1600, 1100),
-    (2400, 3100),
-    (97, 133),
-    (4000, 260),
-    (80, 900),
-]
+SIZES = [(500, 375), (375, 500), (300, 300), (800, 550), (1200, 1550), (97, 133), (2000, 260), (80, 900)]
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """Files of photographs of these sizes."""
+    folder = tmp_path_factory.mktemp("photographs")
+    return {size: jpeg(folder / f"{size}.jpg", photograph(size), quality=92) for size in SIZES}
+
+
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "lanczos", "nearest"])
-def test_evaluation_sees_what_it_sees_with_pillow(tmp_path, size, interpolation):
-    path = jpeg(tmp_path / "photograph.jpg", photograph(size), quality=92)
+def test_evaluation_sees_what_it_sees_with_pillow(photographs, interpolation):
     for crop, sides in itertools.product((True, False), ([224, 224], [112, 208])):
         pil, opencv = transforms(
             False, "DATA.IMG_SIZE", sides, "TEST.CROP", crop, "DATA.INTERPOLATION", interpolation
         )
-        expected, found = values(pil(load_image(path))), opencv(ImageFile(path))
-        assert found.shape == (3, *sides) and found.dtype == torch.uint8
-        assert (expected - found).abs().mean() < (4 if interpolation == "nearest" else 1)
+        for size, path in photographs.items():
+            expected, found = values(pil(load_image(path))), opencv(ImageFile(path))
+            assert found.shape == (3, *sides) and found.dtype == torch.uint8
+            assert (expected - found).abs().mean() < (4 if interpolation == "nearest" else 1), size
 
 
 @pytest.mark.parametrize("img_size", [33, 64, 96, 200, [96, 200], [160, 48], [33, 400]])
-def test_every_evaluation_size_is_cropped_from_its_centre(tmp_path, img_size):
-    for size in SIZES:
-        path = jpeg(tmp_path / "photograph.jpg", photograph(size), quality=92)
-        pil, opencv = transforms(False, "DATA.IMG_SIZE", img_size)
+def test_every_evaluation_size_is_cropped_from_its_centre(photographs, img_size):
+    pil, opencv = transforms(False, "DATA.IMG_SIZE", img_size)
+    for size, path in photographs.items():
         found = opencv(ImageFile(path))
         assert found.shape == (3, *to_2tuple(img_size))
         assert (values(pil(load_image(path))) - found).abs().mean() < 2, size
@@ -159,7 +153,7 @@ def test_training_makes_the_choices_that_it_makes_with_pillow(tmp_path):
         for operation in policy.ops:
             operation.aug_fn = remember(operation.name, operation.aug_fn, chosen.setdefault(name, []))
     differences = []
-    for seed in range(150):
+    for seed in range(60):
         images, after = [], []
         for transform, read in ((pil, load_image), (opencv, ImageFile)):
             with seeded("test", seed):
@@ -202,7 +196,7 @@ def test_every_recipe_gives_what_it_gives_with_pillow(tmp_path, opts):
     path = jpeg(tmp_path / "photograph.jpg", photograph((300, 240)), quality=92)
     pil, opencv = transforms(True, "DATA.IMG_SIZE", 96, *opts)
     differences = []
-    for seed in range(40):
+    for seed in range(20):
         images = []
         for transform, read in ((pil, load_image), (opencv, ImageFile)):
             with seeded("test", seed):
@@ -248,31 +242,8 @@ def opencv_config(folder, *opts, **flags):
     return digits_config("DATA.BACKEND", "opencv", *RECIPE, *opts, data_path=str(folder), **flags)
 
 
-@pytest.fixture
-def folder(tmp_path):
-    write_images(tmp_path / "train", 8)
-    write_images(tmp_path / "val", 3, seed=1)
-    return tmp_path
-
-
-def test_batches_depend_on_seed_epoch_and_image_only(folder):
-    def batches(workers, epoch=0, seed=0):
-        config = opencv_config(folder, "DATA.NUM_WORKERS", workers, "SEED", seed, batch_size=4)
-        loader, sampler, _, _ = build_loaders(config)
-        sampler.start(epoch)
-        return list(loader)
-
-    alone, with_workers = batches(0), batches(2)
-    assert len(alone) == len(with_workers) == 6
-    for (images, targets), (same_images, same_targets) in zip(alone, with_workers):
-        assert images.dtype == torch.float32
-        assert torch.equal(images, same_images) and torch.equal(targets, same_targets)
-    assert not torch.equal(alone[0][0], batches(0, epoch=1)[0][0])
-    assert not torch.equal(alone[0][0], batches(0, seed=1)[0][0])
-
-
-def test_batches_are_normalised_as_torchvision_does_it(folder):
-    path = str(folder / "val" / "a" / "0.png")
+def test_batches_are_normalised_as_torchvision_does_it(data):
+    path = str(data / "val" / "a" / "0.png")
     pil, opencv = transforms(False)
     images = opencv(ImageFile(path))[None].repeat(3, 1, 1, 1)
     ((found, _),) = ToDevice(torch.device("cpu"))([(images, torch.zeros(3))])
@@ -295,10 +266,10 @@ def test_erasing_depends_on_the_place_in_the_run_and_follows_its_probability():
     assert build_augmentation(pil, 0, "cpu").erasing is None
 
 
-def test_a_missing_opencv_is_one_clear_message(folder, monkeypatch):
+def test_a_missing_opencv_is_one_clear_message(data, monkeypatch):
     monkeypatch.setitem(sys.modules, "data.opencv.transforms", None)
     with pytest.raises(ConfigError, match="DATA.BACKEND opencv: .*pip install opencv-python"):
-        build_loaders(opencv_config(folder, "DATA.NUM_WORKERS", 0, batch_size=4))
+        build_loaders(opencv_config(data, "DATA.NUM_WORKERS", 0, batch_size=4))
 
 
 RECIPES = {
@@ -332,15 +303,6 @@ def test_detection_draws_the_same_and_sees_nearly_the_same_pixels(tmp_path, is_t
     assert np.mean(differences) < 0.5
 
 
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory):
-    """A folder of generated shapes."""
-    folder = tmp_path_factory.mktemp("shapes")
-    command = [sys.executable, "tools/make_shapes.py", str(folder), "--train", "8", "--val", "3"]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    return folder
-
-
 def detection_batches(folder, backend, workers, epoch=0):
     """Batches of training and evaluation."""
     opts = ["DATA.DATA_PATH", folder, "DATA.NUM_WORKERS", workers, "DATA.BATCH_SIZE", 2]
@@ -367,9 +329,3 @@ def test_batches_of_detection_depend_on_epoch_and_image_only_and_have_the_geomet
                 one, other, third = (target[name] for target in found)
                 torch.testing.assert_close([one, one], [other, third], rtol=0, atol=0)
     assert not torch.equal(alone[0][0][0], detection_batches(shapes, "opencv", 0, epoch=1)[0][0][0])
-
-
-def test_a_missing_opencv_is_one_clear_message_in_detection_too(shapes, monkeypatch):
-    monkeypatch.setitem(sys.modules, "data.opencv.transforms", None)
-    with pytest.raises(ConfigError, match="DATA.BACKEND opencv: .*pip install opencv-python"):
-        detection_batches(shapes, "opencv", 0)

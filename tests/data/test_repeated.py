@@ -2,12 +2,11 @@
 
 import collections
 import itertools
-import signal
 
 import numpy as np
 import pytest
 import torch
-from helpers import Started, assert_same_weights, digits_config, logged, main_command, run_main, write_images
+from helpers import digits_config, logged, write_images
 from PIL import Image, ImageFilter, ImageOps
 from timm.data.distributed_sampler import RepeatAugSampler
 
@@ -109,20 +108,3 @@ def test_3_augment_is_grey_solarise_or_blur_a_third_of_the_time_each(tmp_path, b
     assert all(70 <= counts[name] <= 130 for name in ("grey", "solarised", "blurred")), counts
     jitter = build_reader(digits_config(*plain, "AUG.COLOR_JITTER", 0.3), is_train=True)[1]
     assert len(jitter.transforms) == len(transform.transforms) + 1  # as in DeiT III, beside the three
-
-
-@pytest.mark.slow
-def test_a_run_stopped_within_an_epoch_of_repeats_ends_with_the_same_bits(tmp_path):
-    for split, number in (("train", 16), ("val", 2)):
-        write_images(tmp_path / "data" / split, number, size=16)
-    command = ["--cfg", "configs/digits.yaml", "--data-path", tmp_path / "data", "--batch-size", 4, "--opts"]
-    command += ["AUG.REPEATED", 3, "AUG.AUTO_AUGMENT", "3a", "TRAIN.EPOCHS", 2, "TRAIN.WARMUP_EPOCHS", 0]
-    command += ["PRINT_FREQ", 1, "SAVE_FREQ", 1, "DATA.NUM_WORKERS", 0]
-    run_main("--output", tmp_path / "whole", *command)
-    stopped = Started(tmp_path, main_command("--output", tmp_path / "stopped", *command))
-    stopped.wait_for("Train: [0/2][2/12]")
-    stopped.process.send_signal(signal.SIGTERM)
-    assert stopped.wait() == 75, stopped.text()
-    done = run_main("--output", tmp_path / "stopped", *command)
-    assert "resuming from" in done.stdout
-    assert_same_weights(tmp_path / "stopped", tmp_path / "whole")

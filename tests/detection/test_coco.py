@@ -1,12 +1,12 @@
 """COCO data and evaluation, and runs of detect.py on generated shapes."""
 
 import contextlib
-import copy
 import io
 import json
 import math
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,7 +15,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, Started, coco_config, run_forked
+from helpers import Started, coco_config, run_forked
 from matplotlib.figure import Figure
 from PIL import Image
 from pycocotools import mask as coco_mask
@@ -32,39 +32,14 @@ from detection.pictures import draw_crowd, draw_detections
 from detection.transforms import Transform, change_pillow
 from logger import read_metrics
 
-SMALL = [
-    "DATA.NUM_WORKERS",
-    1,
-    "DATA.BATCH_SIZE",
-    4,
-    "MODEL.MSG.EMBED_DIM",
-    16,
-    "MODEL.MSG.DEPTHS",
-    "[1, 1, 1]",
-]
-SMALL += ["MODEL.MSG.NUM_HEADS", "[1, 2, 4]", "DET.CHANNELS", 16, "DET.BOX_FCS", "[32]", "DET.ROI_SAMPLES", 8]
-SMALL += [
-    "DET.MIN_SIZES",
-    "[64, 80]",
-    "DET.TEST_SIZE",
-    64,
-    "PRINT_FREQ",
-    1,
-    "TRAIN.WARMUP_STEPS",
-    2,
-    "DET.PICTURES",
-    3,
-]
-SMALL += ["TRAIN.EPOCHS", 2, "DET.SCORE_THRESHOLD", 0.0, "DET.PER_IMAGE", 5, "DET.MASK_CONVS", 1]
-
-
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory):
-    """A folder of generated shapes."""
-    folder = tmp_path_factory.mktemp("shapes")
-    command = [sys.executable, "tools/make_shapes.py", str(folder), "--train", "24", "--val", "7"]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    return folder
+SMALL = shlex.split(
+    """
+    DATA.NUM_WORKERS 1 DATA.BATCH_SIZE 4 MODEL.MSG.EMBED_DIM 16 MODEL.MSG.DEPTHS [1,1,1]
+    MODEL.MSG.NUM_HEADS [1,2,4] DET.CHANNELS 16 DET.BOX_FCS [32] DET.ROI_SAMPLES 8 DET.MASK_CONVS 1
+    DET.MIN_SIZES [64,80] DET.TEST_SIZE 64 DET.PICTURES 3 DET.SCORE_THRESHOLD 0.0 DET.PER_IMAGE 5
+    TRAIN.EPOCHS 2 TRAIN.WARMUP_STEPS 2 PRINT_FREQ 1
+    """
+)
 
 
 def content_of(folder, split="train"):
@@ -106,17 +81,8 @@ def test_masks_and_boxes_are_those_of_pycocotools(shapes):
 
 
 def broken(**changes):
-    return dict(
-        dict(
-            image_id=0,
-            category_id=1,
-            bbox=[1, 1, 9, 9],
-            area=81,
-            iscrowd=0,
-            segmentation=[[1, 1, 10, 1, 10, 10]],
-        ),
-        **changes,
-    )
+    item = dict(image_id=0, category_id=1, bbox=[1, 1, 9, 9], area=81, iscrowd=0)
+    return dict(item, segmentation=[[1, 1, 10, 1, 10, 10]]) | changes
 
 
 @pytest.mark.parametrize(
@@ -138,8 +104,6 @@ def broken(**changes):
         ("with a mask between 0 and 1", broken(segmentation=[[0.1, 0.1, 0.6, 0.1, 0.6, 0.7]])),
         ("with an iscrowd other than 0 and 1", broken(iscrowd="2")),
         ("with an area that is no number", broken(area="large")),
-        ("with a polygon far larger than an image", broken(segmentation=[[1e9, 1, 1e9, 9, 1e9, 5]])),
-        ("with a polygon far larger than an image", broken(segmentation=[[0, 0, 9e5, 9e5] * 9])),
     ],
 )
 def test_broken_annotations_are_left_out_and_named(tmp_path, shapes, caplog, problem, item):
@@ -243,8 +207,7 @@ def test_objects_below_a_pixel_are_counted_and_evaluated(small, caplog):
     content["annotations"][0].update(bbox=[3, 3, 0.4, 2], segmentation=[[3.1, 3, 3.4, 3, 3.4, 5]])
     empty = dict(size=[8, 8], counts=[64])
     content["annotations"][1]["segmentation"] = empty
-    (small / "annotations.json").write_text(json.dumps(content))
-    annotations = Annotations(str(small / "annotations.json"))
+    annotations = Annotations(write_json(small, content))
     assert len(annotations.kept()) == 4
     assert ": 2 objects with a box below a pixel on a side, or a mask without a pixel (ids 5, 6;" in told(
         annotations, caplog
@@ -316,6 +279,11 @@ def small_content():
     )
 
 
+def precision_of(annotations, results):
+    """Figures over all images."""
+    return average_precision(annotations.as_coco(), results, [image["id"] for image in annotations.images])
+
+
 def used(folder, content):
     """All that a run does with a COCO file: its dataset, and its figures for perfect detections."""
     path = folder / "annotations.json"
@@ -326,21 +294,10 @@ def used(folder, content):
     annotations = dataset.annotations
     annotations.report()
     results = detections_of(annotations, 0, random.Random(0))
-    figures, rows = average_precision(
-        annotations.as_coco(), results, [image["id"] for image in annotations.images]
-    )
+    figures, rows = precision_of(annotations, results)
     table(rows)
     assert figures["box_AP"] == pytest.approx(100) and figures["mask_AP"] == pytest.approx(100)
     return dataset
-
-
-@pytest.fixture
-def small(tmp_path):
-    """A folder with the images of :func:`small_content`."""
-    (tmp_path / "images").mkdir()
-    for i in range(2):
-        Image.new("RGB", (8, 8)).save(tmp_path / "images" / f"{i}.png")
-    return tmp_path
 
 
 def test_odd_values_anywhere_in_a_coco_file_are_used_or_refused(small, count):
@@ -349,8 +306,9 @@ def test_odd_values_anywhere_in_a_coco_file_are_used_or_refused(small, count):
     outcomes, content = [], small_content()
     places = [(section, 0, key) for section in content for key in [None, *content[section][0]]]
     places += [("annotations", place, "segmentation") for place in (1, 2)]
+    rng = random.Random(0)
     for section, place, key in places:
-        for value in ODD:
+        for value in rng.sample(ODD, 12):
             content = small_content()
             if key is None:
                 content[section][place] = value
@@ -362,24 +320,17 @@ def test_odd_values_anywhere_in_a_coco_file_are_used_or_refused(small, count):
                 outcomes.append(error)
                 assert "annotations.json" in str(error) and len(str(error)) < 600
     refused = sum(isinstance(outcome, DataError) for outcome in outcomes)
-    assert 200 < refused < len(outcomes) - 200
+    assert 60 < refused < len(outcomes) - 60
     count("odd COCO files tried", len(outcomes))
 
 
-def test_numeric_category_names_and_ids_of_text_work(small):
+def test_numeric_category_names_work(small):
     content = small_content()
-    for i, record in enumerate(content["categories"]):
-        record["name"] = [7, 1.5, "$\\frac$"][i]
-    for record in content["images"]:
-        record["id"] = f"image {record['id']}"
-    for item in content["annotations"]:
-        item["image_id"] = f"image {item['image_id']}"
+    for record, name in zip(content["categories"], [7, 1.5, "$\\frac$"]):
+        record["name"] = name
     dataset = used(small, content)
     names = [category["name"] for category in dataset.annotations.categories]
     assert names == ["7", "1.5", "$\\frac$"] and len(dataset.annotations.kept()) == 4
-    truth = dataset.annotations.truth_of(dataset.annotations.images[0])
-    sample = str(small / "images" / "0.png"), truth, dict(truth, scores=torch.ones(len(truth["labels"])))
-    draw_detections([sample], names, str(small / "drawn.png"))
 
 
 @pytest.mark.parametrize("section", ["images", "categories"])
@@ -413,26 +364,10 @@ def test_impossible_sizes_are_refused(small, sides):
         used(small, content)
 
 
-def test_images_for_detection_have_the_limits_of_all_others(shapes):
-    settings = coco_config("shapes", "DATA.MAX_PIXELS", 99, "DATA.NUM_WORKERS", 0, "DATA.DATA_PATH", shapes)
-    loader, _, val_loader, _ = build_detection_loaders(settings)
-    for each in (loader, val_loader):
-        with pytest.raises(DataError, match=r"\d.png cannot be read .* DATA.MAX_PIXELS is 99"):
-            next(iter(each))
-
-
 def test_an_annotation_file_that_is_a_pipe_is_refused(small):
     os.mkfifo(small / "pipe.json")
     with pytest.raises(DataError, match="pipe.json: it is not a file"):
         build_detection_dataset(str(small), "images", "pipe.json", keep, skip=False)
-
-
-def test_a_set_without_objects_is_refused(tmp_path, shapes):
-    shutil.copytree(shapes, tmp_path / "copy")
-    content = dict(content_of(shapes), annotations=[])
-    (tmp_path / "copy" / "annotations" / "train.json").write_text(json.dumps(content))
-    with pytest.raises(DataError, match="train.json has no objects"):
-        build_detection_dataset(str(tmp_path / "copy"), "train", "annotations/train.json", keep, skip=False)
 
 
 def test_missing_files_and_wrong_sizes_are_named(tmp_path, shapes):
@@ -450,16 +385,12 @@ def test_missing_files_and_wrong_sizes_are_named(tmp_path, shapes):
 
 
 def test_batches_hold_images_at_the_top_left_and_zeros_elsewhere():
-    small, large = (
-        torch.full((3, 5, 9), 200, dtype=torch.uint8),
-        torch.full((3, 8, 6), 100, dtype=torch.uint8),
-    )
-    (images, sizes), targets, failed = collate_detection(
-        [(small, {}, []), (None, None, [4]), (large, {}, [])]
-    )
-    assert (
-        images.shape == (2, 3, 8, 9) and sizes == [(5, 9), (8, 6)] and failed == [4] and targets == [{}, {}]
-    )
+    small = torch.full((3, 5, 9), 200, dtype=torch.uint8)
+    large = torch.full((3, 8, 6), 100, dtype=torch.uint8)
+    samples = [(small, {}, []), (None, None, [4]), (large, {}, [])]
+    (images, sizes), targets, failed = collate_detection(samples)
+    assert images.shape == (2, 3, 8, 9) and sizes == [(5, 9), (8, 6)]
+    assert failed == [4] and targets == [{}, {}]
     (((images, _), _),) = BatchToDevice(torch.device("cpu"))([((images, sizes), targets)])
     assert (images[0, :, 5:] == 0).all() and (images[1, :, :, 6:] == 0).all()
     assert images[0, 0, 0, 0].item() == pytest.approx((200 / 255 - 0.485) / 0.229, rel=1e-5)
@@ -506,9 +437,7 @@ def test_figures_are_those_of_pycocotools_on_the_files(tmp_path, shapes):
     path = shapes / "annotations" / "train.json"
     annotations = Annotations(str(path))
     results = detections_of(annotations, 2.0, random.Random(0))
-    figures, rows = average_precision(
-        annotations.as_coco(), results, [image["id"] for image in annotations.images]
-    )
+    figures, rows = precision_of(annotations, results)
     for kind, prefix in (("bbox", "box"), ("segm", "mask")):
         shown = [{k: v for k, v in result.items() if kind == "bbox" or k != "bbox"} for result in results]
         (tmp_path / "results.json").write_text(json.dumps(shown))
@@ -525,14 +454,9 @@ def test_figures_are_those_of_pycocotools_on_the_files(tmp_path, shapes):
     assert all(name in table(rows) for name, *_ in rows)
 
 
-def test_a_perfect_predictor_gets_100_and_an_empty_one_0(shapes):
+def test_no_detections_get_0(shapes):
     annotations = Annotations(str(shapes / "annotations" / "train.json"))
-    ids = [image["id"] for image in annotations.images]
-    perfect, _ = average_precision(
-        annotations.as_coco(), detections_of(annotations, 0, random.Random(0)), ids
-    )
-    assert perfect["box_AP"] == perfect["mask_AP"] == pytest.approx(100)
-    empty, rows = average_precision(annotations.as_coco(), [], ids)
+    empty, rows = precision_of(annotations, [])
     assert empty["box_AP"] == empty["mask_AP"] == 0 and rows == [(name, 0, 0) for name, *_ in rows]
 
 
@@ -562,10 +486,7 @@ def test_other_limits_of_detections_than_coco_has_and_too_low_ones_are_told(smal
     Image.new("RGB", (240, 240)).save(small / "images" / "pigs.png")
     for per_image, words in (
         (100, "1 images have more objects than DET.PER_IMAGE 100, such as pigs.png with 150: raise it"),
-        (
-            150,
-            "AP counts up to 150 detections of an image, as DET.PER_IMAGE says; COCO's own figures count 100",
-        ),
+        (150, "AP counts up to 150 detections of an image, as DET.PER_IMAGE says; COCO's own figures count"),
     ):
         dataset = build_detection_dataset(
             str(small), "images", "annotations.json", keep, skip=False, per_image=per_image
@@ -583,23 +504,6 @@ def test_images_that_were_not_evaluated_are_not_missed(shapes):
     assert figures["box_AP"] == figures["mask_AP"] == pytest.approx(100)
 
 
-def test_crowds_count_neither_for_nor_against(shapes):
-    annotations = Annotations(str(shapes / "annotations" / "train.json"))
-    crowds = [item for item in annotations.kept() if item["iscrowd"]]
-    results = detections_of(annotations, 0, random.Random(0))
-    for item in crowds:
-        shape = item["segmentation"]
-        code = coco_mask.frPyObjects(shape, *shape["size"])
-        results.append(
-            dict(image_id=item["image_id"], category_id=item["category_id"], bbox=item["bbox"], score=1.0,
-                 segmentation=dict(size=code["size"], counts=code["counts"].decode()))
-        )  # fmt: skip
-    figures, _ = average_precision(
-        annotations.as_coco(), results, [image["id"] for image in annotations.images]
-    )
-    assert crowds and figures["box_AP"] == figures["mask_AP"] == pytest.approx(100)
-
-
 def test_ground_truth_and_detections_are_drawn_side_by_side(tmp_path, shapes):
     annotations = Annotations(str(shapes / "annotations" / "val.json"))
     samples = []
@@ -608,7 +512,7 @@ def test_ground_truth_and_detections_are_drawn_side_by_side(tmp_path, shapes):
         scores = torch.linspace(0.9, 0.1, len(truth["labels"]))
         samples.append((str(shapes / "val" / record["file_name"]), truth, dict(truth, scores=scores)))
     path = tmp_path / "detections.png"
-    draw_detections(samples, ["circle", "box", "triangle"], str(path))
+    draw_detections(samples, ["circle", "1.5", "$\\frac$"], str(path))
     with Image.open(path) as picture:
         assert picture.width > 700 and len(picture.convert("RGB").getcolors(10**7)) > 1000
 
@@ -653,14 +557,8 @@ def trained(shapes, tmp_path_factory):
 
 def test_a_run_writes_checkpoints_curves_metrics_and_detections(trained, shapes):
     names = set(os.listdir(trained))
-    assert {
-        "ckpt_epoch_1.pth",
-        "best.pth",
-        "curves.png",
-        "detections.png",
-        "detections.json",
-        "config.yaml",
-    } <= names
+    assert {"ckpt_epoch_1.pth", "best.pth", "config.yaml"} <= names
+    assert {"curves.png", "detections.png", "detections.json"} <= names
     categories = [category["name"] for category in content_of(shapes, "val")["categories"]]
     assert ckpt.read_checkpoint(str(trained / "best.pth"))["classes"] == categories
     rows = read_metrics(trained / "metrics.jsonl", ("epoch", "train_loss", "box_AP", "mask_AP", "loss_mask3"))
@@ -679,32 +577,14 @@ def test_the_learning_rate_of_the_config_is_for_16_images(trained):
     assert [row["lr"] for row in rows] == pytest.approx([4 / 16 * lr for lr in expected], rel=1e-9)
 
 
-@pytest.mark.parametrize("differ_by", ["id", "name"])
-def test_training_and_validation_have_the_same_categories(shapes, tmp_path, differ_by):
-    shutil.copytree(shapes, tmp_path / "copy")
-    content = content_of(tmp_path / "copy", "val")
-    if differ_by == "name":
-        content["categories"][0]["name"] = "zebra"
-    for record in content["categories"] + content["annotations"] if differ_by == "id" else []:
-        name = "id" if "name" in record else "category_id"
-        record[name] += 1
-    (tmp_path / "copy" / "annotations" / "val.json").write_text(json.dumps(content))
-    of_copy = ["DATA.DATA_PATH", str(tmp_path / "copy"), "DATA.NUM_WORKERS", 0]
-    with pytest.raises(DataError, match="train.json and .*val.json have different categories"):
-        build_detection_loaders(coco_config("shapes", *of_copy))
-
-
 def figures_of(done):
     return done.stdout.split(" * ")[1].splitlines()[0]
 
 
-@pytest.mark.parametrize("processes, batch", [(2, 2), pytest.param(3, 1, marks=pytest.mark.slow)])
-def test_sharded_evaluation_is_that_of_one_process(trained, shapes, tmp_path, processes, batch):
+def test_sharded_evaluation_is_that_of_one_process(trained, shapes, tmp_path):
     common = ["--data-path", shapes, "--eval", "--resume", trained / "best.pth", "--amp-opt-level", "O0"]
     alone = detect(*common, "--output", tmp_path / "1", "--opts", *SMALL)
-    shared = detect(
-        *common, "--output", tmp_path / "n", "--batch-size", batch, "--opts", *SMALL, processes=processes
-    )
+    shared = detect(*common, "--output", tmp_path / "n", "--batch-size", 2, "--opts", *SMALL, processes=2)
     assert figures_of(alone) == figures_of(shared) and figures_of(alone).startswith("box AP")
     first, second = (
         sorted(json.loads((tmp_path / n / "shapes/default/detections.json").read_text()), key=str)
@@ -713,18 +593,16 @@ def test_sharded_evaluation_is_that_of_one_process(trained, shapes, tmp_path, pr
     assert first == second and len(first) > 7
 
 
-@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_a_killed_run_ends_with_the_same_bits(shapes, tmp_path, processes):
+def test_a_killed_run_ends_with_the_same_bits(shapes, tmp_path):
     common = ["--data-path", shapes, "--amp-opt-level", "O1", "--batch-size", 2, "--opts", *SMALL]
     common += ["TRAIN.ACCUMULATION_STEPS", 2, "TRAIN.SAVE_STEPS", 1, "DATA.BATCH_SIZE", 2]
     calm, disturbed = tmp_path / "calm", tmp_path / "disturbed"
-    detect(*common, "OUTPUT", calm, processes=processes)
-    for words in ("Train: [0/2][1/", "Train: [1/2][1/"):
-        run = Started(tmp_path, command(*common, "OUTPUT", disturbed, processes=processes))
-        run.wait_for(words)
-        subprocess.run(["pkill", "-9", "-f", str(disturbed)], check=False)
-        assert run.wait() != 0
-    done = detect(*common, "OUTPUT", disturbed, processes=processes)
+    detect(*common, "OUTPUT", calm, processes=2)
+    run = Started(tmp_path, command(*common, "OUTPUT", disturbed, processes=2))
+    run.wait_for("Train: [0/2][1/")
+    subprocess.run(["pkill", "-9", "-f", str(disturbed)], check=False)
+    assert run.wait() != 0
+    done = detect(*common, "OUTPUT", disturbed, processes=2)
     assert "resuming from" in done.stdout
     ours, expected = (
         ckpt.read_checkpoint(str(root / "shapes/default/ckpt_epoch_1.pth")) for root in (disturbed, calm)
@@ -734,12 +612,8 @@ def test_a_killed_run_ends_with_the_same_bits(shapes, tmp_path, processes):
     for index, moments in expected["optimizer"]["state"].items():
         for name, value in moments.items():
             assert torch.equal(value, ours["optimizer"]["state"][index][name]), (index, name)
-    times = ("seconds", "images_per_second")
     rows = [
-        [
-            {k: v for k, v in json.loads(line).items() if k not in times}
-            for line in path.read_text().splitlines()
-        ]
+        [dict(json.loads(line), seconds=0, images_per_second=0) for line in path.read_text().splitlines()]
         for path in (root / "shapes/default/metrics.jsonl" for root in (disturbed, calm))
     ]
     assert rows[0] == rows[1]
@@ -753,24 +627,24 @@ def test_a_signal_saves_and_asks_for_a_requeue(shapes, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments, words",
+    "opts, words",
     [
-        (["--data-path", "nowhere"], "cannot read the annotations nowhere/annotations/val.json"),
+        (["DATA.DATA_PATH", "nowhere"], "cannot read the annotations nowhere/annotations/val.json"),
         ([], "no data: give --data-path"),
-        (["--data-path", "{shapes}", "--opts", "DET.VAL_IMAGES", "other"], "7 of the 7 images"),
-        (["--data-path", "{shapes}", "--opts", "DET.FROZEN", "1"], "unknown key DET.FROZEN"),
-        (
-            ["--data-path", "{shapes}", "--batch-size", "100"],
-            "has 17 images, fewer than an update takes: 100",
-        ),
-        (["--data-path", "{shapes}", "--eval", "--resume", "none.pth"], "no checkpoint file none.pth"),
+        (["DATA.DATA_PATH", "{shapes}", "DET.VAL_IMAGES", "other"], "7 of the 7 images"),
+        (["DATA.DATA_PATH", "{shapes}", "DATA.BATCH_SIZE", 100], "has 17 images, fewer than an update takes"),
     ],
 )
-def test_bad_input_is_one_clear_message(shapes, tmp_path, arguments, words):
-    arguments = [word.replace("{shapes}", str(shapes)) for word in arguments]
-    done = detect("--output", tmp_path, *arguments, check=False)
-    assert done.returncode == 1 and words in done.stderr, done.stderr
-    assert "Traceback" not in done.stderr
+def test_data_that_cannot_be_used_are_named(shapes, opts, words):
+    opts = [str(word).replace("{shapes}", str(shapes)) for word in opts]
+    with pytest.raises(DataError, match=words):
+        build_detection_loaders(coco_config("shapes", "DATA.NUM_WORKERS", 0, *opts))
+
+
+def test_bad_input_is_one_clear_message(tmp_path):
+    done = detect("--output", tmp_path, "--data-path", "nowhere", check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.strip().startswith("error: cannot read the annotations nowhere/annotations/val.json")
 
 
 def test_evaluation_leaves_out_missing_images_where_it_may(trained, shapes, tmp_path):
@@ -778,32 +652,17 @@ def test_evaluation_leaves_out_missing_images_where_it_may(trained, shapes, tmp_
     shutil.copytree(shapes, folder)
     content = content_of(folder, "val")
     for number in range(7, 100):
-        content["images"].append(
-            dict(copy.copy(content["images"][0]), id=number, file_name=f"{number % 7:05d}.png")
-        )
-        size = [content["images"][number % 7][side] for side in ("height", "width")]
-        content["images"][-1].update(height=size[0], width=size[1])
+        content["images"].append(dict(content["images"][number % 7], id=number))
     content["images"].append(dict(id=999, file_name="missing.png", height=100, width=100))
     (folder / "annotations" / "val.json").write_text(json.dumps(content))
-    arguments = [
-        "--data-path",
-        folder,
-        "--output",
-        tmp_path,
-        "--eval",
-        "--resume",
-        trained / "best.pth",
-        "--opts",
-        *SMALL,
-    ]
-    done = detect(*arguments, check=False)
-    assert done.returncode == 1 and "1 of the 101 images" in done.stderr
-    done = detect(*arguments, "DATA.ON_ERROR", "skip")
+    arguments = ["--data-path", folder, "--output", tmp_path, "--eval", "--resume", trained / "best.pth"]
+    arguments += ["--opts", *SMALL, "DATA.ON_ERROR", "skip"]
+    done = detect(*arguments)
     assert "val.json: 101 images, 94 of them without objects; 18 objects in 3" in done.stdout
     assert "skipping" in done.stdout and "missing.png" in done.stdout and "\n100 images" in done.stdout
     # Another one: too many of the set, but for each of two processes one of 102.
     content["images"].append(dict(id=1000, file_name="missing.png", height=100, width=100))
     (folder / "annotations" / "val.json").write_text(json.dumps(content))
-    done = detect(*arguments, "DATA.ON_ERROR", "skip", processes=2, check=False)
+    done = detect(*arguments, processes=2, check=False)
     assert done.returncode == 1
     assert "error: 2 of 102 images cannot be read, more than 1%" in done.stderr, done.stderr

@@ -49,15 +49,13 @@ def test_deltas_shrink_and_enlarge_by_the_same_factor_at_most():
             deltas = [0, 0, *(math.log(factor) / std for factor, std in zip(factors, scales[2:]))]
             x1, y1, x2, y2 = coder(torch.tensor([deltas], dtype=torch.float64), box)[0].tolist()
             sides = [side * min(max(factor, 1 / 62.5), 62.5) for side, factor in zip((125, 250), factors)]
-            assert [x2 - x1, y2 - y1] == pytest.approx(sides) and (x1 + x2, y1 + y2) == pytest.approx(
-                (145, 290)
-            )
+            assert [x2 - x1, y2 - y1] == pytest.approx(sides)
+            assert (x1 + x2, y1 + y2) == pytest.approx((145, 290))
 
 
-@pytest.mark.parametrize("is_train", [True, False])
-def test_the_anchor_of_a_cell_sits_on_its_pixels_whatever_the_sizes(is_train):
+def test_the_anchor_of_a_cell_sits_on_its_pixels_whatever_the_sizes():
     """A cell of each level gets the best scores, and deltas of zero: their anchors come out first."""
-    detector = build_detector(coco_config("shapes", "DET.ANCHOR_SCALE", 4), 3).train(is_train)
+    detector = build_detector(coco_config("shapes", "DET.ANCHOR_SCALE", 4), 3).eval()
     detector.heads.losses = detector.heads.detect = lambda maps, proposals, sizes, *targets: {}
     rng, wanted, found = np.random.default_rng(0), {}, []
 
@@ -69,8 +67,7 @@ def test_the_anchor_of_a_cell_sits_on_its_pixels_whatever_the_sizes(is_train):
 
     detector.rpn.head.register_forward_hook(head)
     detector.rpn.register_forward_hook(lambda module, inputs, output: found.append(output[0]))
-    mixed = [(*sizes,) for sizes in zip(ODD_SIZES, ODD_SIZES[5:])]
-    for sizes in [*mixed, *zip(ODD_SIZES)]:
+    for sizes in [*zip(ODD_SIZES[::2], ODD_SIZES[1::2]), ODD_SIZES[:1], ODD_SIZES[-1:]]:
         images, sizes, targets = scene(sizes, torch.float32)
         for image, size in enumerate(sizes):
             for level, stride in enumerate((4, 8, 16, 32)):
@@ -147,10 +144,8 @@ def test_an_object_that_no_anchor_reaches_at_0_3_has_none():
 def test_the_losses_of_proposals_are_those_of_the_definition():
     torch.manual_seed(0)
     rpn = ProposalNetwork(8, [4, 8], 4, RATIOS, 10**6, (50, 20)).double().train()
-    sizes, maps = (
-        [(64, 80), (50, 61)],
-        [torch.randn(2, 8, 16, 20).double(), torch.randn(2, 8, 8, 10).double()],
-    )
+    sizes = [(64, 80), (50, 61)]
+    maps = [torch.randn(2, 8, 16, 20).double(), torch.randn(2, 8, 8, 10).double()]
     # The sampler takes as many negative anchors as there are: nothing is left to chance.
     generator = torch.Generator().manual_seed(1)
     targets = [dict(boxes=random_boxes(generator, count, 30)) for count in (3, 0)]
@@ -195,17 +190,13 @@ def test_proposals_are_the_best_of_each_level_without_duplicates():
     torch.manual_seed(0)
     rpn = ProposalNetwork(8, [4, 8], 4, RATIOS, 256, (2000, 25)).double()
     torch.nn.init.normal_(rpn.head.bbox_pred.weight, std=0.1)
-    maps = [torch.randn(2, 8, 16, 20).double(), torch.randn(2, 8, 8, 10).double()]
-    sizes = [(64, 80), (40, 52)]
+    maps = [torch.randn(2, 8, 8, 10).double(), torch.randn(2, 8, 4, 5).double()]
+    sizes = [(32, 40), (20, 26)]
     logits, deltas = rpn.head(maps)
     # The padding has the best scores of all.
     hook = rpn.head.register_forward_hook(lambda module, inputs, output: (logits, deltas))
-    logits[0][1, :, 10:], logits[0][1, :, :, 13:], logits[1][1, :, 5:], logits[1][1, :, :, 7:] = (
-        30,
-        30,
-        30,
-        30,
-    )
+    for level, rows, columns in ((0, 5, 7), (1, 3, 4)):
+        logits[level][1, :, rows:] = logits[level][1, :, :, columns:] = 30
     # Boxes of no width, here beyond the left border, are none, whatever their score.
     deltas[0][:, 0, 3, 4], logits[0][:, 0, 3, 4] = -40, 25
     for most, is_train in ((2000, True), (25, False)):

@@ -5,7 +5,7 @@ import itertools
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import partial, partialmethod
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from torch.autograd.functional import jacobian
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from models import inference, use_onednn
+from models import compile_model, inference, use_onednn
 from models.fast.linear import has_onednn
 from models.fast.mlp import ROWS, _BlockedMlp
 
@@ -345,3 +345,13 @@ def test_compiling_takes_one_graph_for_training_and_one_for_each_batch_size_of_e
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs == [3, 3, 3]
     assert compiled.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_a_compiled_model_takes_more_sizes_than_pytorch_would_compile_by_itself(monkeypatch):
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
+    model = micro(depths=(1,), num_heads=(3,), shuffle_size=(2,))
+    images = [torch.randn(1, 3, 16, side) for side in (8, 16, 24, 32)]
+    expected = [model(x) for x in images]
+    with torch._dynamo.config.patch(recompile_limit=2):  # 8 by default
+        compile_model(model)
+        assert all(map(torch.equal, [model(x) for x in images], expected))

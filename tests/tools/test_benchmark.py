@@ -13,11 +13,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, write_set
+from helpers import ROOT
 from PIL import Image
 from timm.layers import DropPath
 
-from detection.transforms import resized
 from utils import UserError
 
 
@@ -185,41 +184,9 @@ def test_input_pipelines_are_compared_with_timms(tmp_path):
     assert done.returncode == 0, done.stderr
     result = written(tmp_path)
     assert result["images"] == 3 and result["peer"] == "timm"
-    assert list(result["settings"]) == ["training", "evaluation", "decoding alone"]
+    assert list(result["settings"]) == ["training", "evaluation"]
     names = [[row["model"] for row in rows] for rows in result["settings"].values()]
     assert names[0] == names[1] == ["timm", "pil", "opencv", "opencv for a GPU"]
-
-
-def test_pipelines_of_detection_read_the_same_images_as_torchvisions(tool, tmp_path, monkeypatch):
-    content = write_set(tmp_path, [(40, 60, "object"), (60, 40, "both"), (40, 50, ""), (50, 50, "object")])
-    content["annotations"] = [dict(item, id=i) for i, item in enumerate(content["annotations"])]
-    for split in ("train", "val"):
-        (tmp_path / split).rename(tmp_path / f"{split}2017")
-        path = tmp_path / "annotations" / f"instances_{split}2017.json"
-        path.write_text(json.dumps(content))
-    tool = tool("benchmark_data")
-    seen = []
-
-    class Watched(tool.GeneralizedRCNNTransform):
-        def normalize(self, image):
-            assert image.dtype == torch.float32 and image.min() >= 0 and image.max() <= 1
-            seen.append(tuple(image.shape[1:]))
-            return super().normalize(image)
-
-    monkeypatch.setattr(tool, "GeneralizedRCNNTransform", Watched)
-    settings = tool.coco_candidates(str(tmp_path), 9, 2)
-    assert list(settings) == ["detection, training", "detection, evaluation"]
-    for (setting, functions), count in zip(settings.items(), (3, 4)):  # one has no objects
-        assert list(functions) == ["torchvision", "torchvision, tensors", "pil", "opencv"]
-        for name, function in functions.items():
-            seen.clear()
-            assert sum(function()) == count, (setting, name)
-            assert "torchvision" not in name or len(seen) == count
-            if setting == "detection, evaluation" and seen:
-                expected = [
-                    resized((image["height"], image["width"]), 800, 1333) for image in content["images"]
-                ]
-                assert seen == expected
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -270,16 +237,6 @@ def tool(monkeypatch):
 
     monkeypatch.syspath_prepend(ROOT / "tools")
     return load
-
-
-def test_decoding_to_an_eighth_leaves_an_eighth_of_the_sides(tmp_path, tool):
-    path, benchmark_data = tmp_path / "1.jpg", tool("benchmark_data")
-    Image.effect_noise((320, 240), 60).convert("RGB").save(path)
-    calls = benchmark_data.candidates([str(path)], batch_size=1)["decoding alone"]
-    assert {name: calls[name]()[0].shape[:2] for name in calls if name != "timm"} == {
-        "opencv": (240, 320),
-        "opencv to an eighth": (30, 40),
-    }
 
 
 def test_a_turn_is_a_second_of_steps_after_two_that_do_not_count(tool, monkeypatch):
