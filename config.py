@@ -506,8 +506,6 @@ def parse_config(text, source):
     config, sources = default_config(), {}
     tree = rules.read_tree(text, source, values_as_text=True)
     tree.pop("BASE", None)
-    if isinstance(tree.get("DATA"), dict):
-        tree["DATA"].pop("PROGRESSIVE", None)  # once an option of training
     for key, value in rules.leaves(tree):
         # Training does not decide what the model is, and earlier releases had other options for it.
         if not key.startswith("TRAIN.") and key not in rules.GONE:

@@ -176,7 +176,7 @@ def test_truth_values_may_be_written_as_in_yaml(tmp_path):
     [
         ("TRAIN: {EPOCH: 3}", ["run.yaml", "unknown key TRAIN.EPOCH;", "did you mean TRAIN.EPOCHS"]),
         ("TRIAN: {EPOCHS: 3}", ["unknown key TRIAN.EPOCHS", "TRAIN.EPOCHS"]),
-        ("DATA: {PROGRESSIVE: []}", ["run.yaml", "unknown key DATA.PROGRESSIVE;"]),
+        ("DATA: {PROGRESSIVE: [[0, 32, 0.5]]}", ["run.yaml", "unknown key DATA.PROGRESSIVE;"]),
         ("EMBED_DIM: 3", ["unknown key EMBED_DIM", "MODEL.MSG.EMBED_DIM"]),
         ("TRAIN: {EPOCHS: many}", ["run.yaml", "TRAIN.EPOCHS is 'many'", "whole number"]),
         ("TRAIN: {EPOCHS: 1.5}", ["TRAIN.EPOCHS is 1.5", "whole number"]),
