@@ -525,6 +525,12 @@ def set_classes(config, count):
     config.freeze()
 
 
+def image_shape(config):
+    """(C, H, W) of the images that the model of a config takes."""
+    size = config.DATA.IMG_SIZE
+    return (config.MODEL.MSG.IN_CHANS, *(size if isinstance(size, list) else (size, size)))
+
+
 def dump_config(config):
     """The config as YAML that ``--cfg`` takes again: OUTPUT is the root, as it was given.
 

@@ -8,13 +8,12 @@ torchrun --nproc_per_node 8 main.py --cfg <config> --data-path <folder> --eval -
 import logging
 import time
 
-from config import read_command_line, set_classes
+from config import image_shape, read_command_line, set_classes
 
 if __name__ == "__main__":  # before what takes seconds to import
     CONFIG = read_command_line("Train, evaluate or time an MSG-Transformer.", "imagenet", throughput=True)
 
 import torch
-from timm.layers import to_2tuple
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -22,7 +21,7 @@ import distributed
 from analysis.report import OutcomeCollector, batch_sheet, show_mistakes, write_report
 from data import build_loaders
 from data.mixup import build_augmentation
-from logger import DETAIL, FILE, ProgressBar, clock, log_progress
+from logger import DETAIL, ProgressBar, clock, log_progress
 from models import build_model, build_runtime, compile_model, count_macs, inference
 from training.distillation import build_distillation
 from training.engine import train_one_epoch
@@ -90,13 +89,7 @@ def time_inference(config, setup):
 def read_data(config, setup):
     """The training loader and its sampler (None in other modes), the validation loader, and the classes."""
     loaders = build_loaders(config, setup.rank, setup.world_size, setup.compute.device)
-    classes = loaders[-1]
-    if len(classes) != config.MODEL.NUM_CLASSES:
-        what = (
-            f"MODEL.NUM_CLASSES {config.MODEL.NUM_CLASSES} -> {len(classes)}, the class folders of the data"
-        )
-        logger.info(what, extra=FILE)
-        set_classes(config, len(classes))
+    set_classes(config, len(loaders[-1]))
     return loaders
 
 
@@ -106,16 +99,9 @@ def make_model(config, setup, classes, *loaders):
     model.classes = classes
     gmacs = count_macs(model, image_shape(config)) / 1e9
     setup.describe(config, model, f"{gmacs:.3f} GMACs per image", loaders)
-    if config.AMP_OPT_LEVEL == "O2":
-        logger.warning("AMP level O2 existed only in apex: running as O1")
     if config.COMPILE:
         compile_model(model)
     return model
-
-
-def image_shape(config):
-    """(C, H, W) of the images."""
-    return (config.MODEL.MSG.IN_CHANS, *to_2tuple(config.DATA.IMG_SIZE))
 
 
 def build_losses(config, run):
@@ -169,9 +155,8 @@ def evaluate(model, loader, compute, print_freq, collector=None):
             loss = cross_entropy(logits.double(), targets, reduction="sum")
             if collector is not None:
                 collector.add(images, targets, logits)
-            sums += torch.stack(
-                [loss, hits[:, 0].sum(), hits.sum(), torch.full((), len(targets), device=device)]
-            )
+            counts = hits[:, 0].sum(), hits.sum(), torch.full((), len(targets), device=device)
+            sums += torch.stack([loss, *counts])
             if step % print_freq == 0:
                 loss_mean, acc1, acc5 = (sums[:3] / sums[3]).tolist()
                 mean_time = (time.time() - begin) / (step + 1)

@@ -13,7 +13,6 @@ import pytest
 import torch
 import yaml
 from helpers import ROOT, digits_config
-from timm.layers import to_2tuple
 
 from config import (
     CHOICES,
@@ -23,6 +22,7 @@ from config import (
     dump_config,
     flat_config,
     get_config,
+    image_shape,
     parse_args,
     parse_config,
 )
@@ -94,7 +94,7 @@ def test_every_config_builds_its_model_and_begins_with_its_command(path):
     config = get_config(args, dict(main="imagenet", detect="coco")[program])
     with torch.device("meta"):  # without weights
         model = build_detector(config, 80).backbone.model if program == "detect" else build_model(config)
-    assert count_macs(model, (3, *to_2tuple(config.DATA.IMG_SIZE))) > 0
+    assert count_macs(model, image_shape(config)) > 0
 
 
 @pytest.mark.parametrize("path", [path for path in CONFIGS if "finetune" in path])

@@ -65,10 +65,9 @@ if __name__ == "__main__":  # before what takes seconds to import
     ARGS = parse_args()
 
 from matplotlib.figure import Figure
-from timm.layers import to_2tuple
 from tqdm import tqdm
 
-from config import APART, flat_config, get_config
+from config import APART, flat_config, get_config, image_shape
 from logger import read_metrics
 from models import build_model, count_macs
 from tools import tables
@@ -255,13 +254,12 @@ def summarise(runs, args):
         baseline = baseline or dict(best=best, last=last)
         config = of_file[0].config
         model = build_model(config)
-        shape = (config.MODEL.MSG.IN_CHANS, *to_2tuple(config.DATA.IMG_SIZE))
         speeds = [row["images_per_second"] for epochs in done.values() for row in epochs]
         row = dict(
             name=of_file[0].name,
             file=file,
             parameters=sum(parameter.numel() for parameter in model.parameters()),
-            macs=count_macs(model, shape),
+            macs=count_macs(model, image_shape(config)),
             images_per_second=statistics.median(speeds) if speeds else None,
         )
         for what, values in (("best", best), ("last", last)):

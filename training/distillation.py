@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 import checkpoint as ckpt
-from config import flat_config, function_difference
+from config import flat_config, function_difference, image_shape
 from data.transforms import normalization
 from distributed import from_rank_0
 from models.from_checkpoint import build_ready, read_described
@@ -152,14 +152,14 @@ def _build_timm(config, classes):
 
 def _try(teacher, config, classes):
     """Refuse a teacher that does not take the run's images, or gives other logits."""
-    height, width = timm.layers.to_2tuple(config.DATA.IMG_SIZE)
+    channels, height, width = image_shape(config)
     try:
         with torch.no_grad():
-            shape = tuple(teacher.eval()(torch.zeros(2, config.MODEL.MSG.IN_CHANS, height, width)).shape)
+            shape = tuple(teacher.eval()(torch.zeros(2, channels, height, width)).shape)
     except Exception as error:
         reason = str(error).split("\n")[0]
         raise UserError(
-            f"DISTILL.TEACHER {config.DISTILL.TEACHER} does not take images of {config.MODEL.MSG.IN_CHANS} "
+            f"DISTILL.TEACHER {config.DISTILL.TEACHER} does not take images of {channels} "
             f"channels and {height}x{width} pixels ({reason}): change DATA.IMG_SIZE or the teacher"
         ) from error
     if shape != (2, classes):

@@ -82,6 +82,8 @@ class Setup:
                 loader.report()
         parameters = sum(parameter.numel() for parameter in model.parameters())
         logger.info(f"{config.MODEL.NAME}: {parameters:,} parameters, {size}")
+        if config.AMP_OPT_LEVEL == "O2":
+            logger.warning("AMP level O2 existed only in apex: running as O1")
         if config.AMP.FUSED_LAYERNORM:
             logger.info(choose_layer_norm(config)[1])
         if self.mode != "train" and self.rank == 0:

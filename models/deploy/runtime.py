@@ -7,9 +7,9 @@ import tempfile
 from dataclasses import replace
 
 import torch
-from timm.layers import to_2tuple
 from torch import nn
 
+from config import image_shape
 from utils import UserError
 
 from .files import (
@@ -47,8 +47,7 @@ def build_runtime(config, model, compute):
         logger.info(f"RUNTIME auto: {name}, because {reason}")
     if name == "pytorch":
         return model
-    size = (config.MODEL.MSG.IN_CHANS, *to_2tuple(config.DATA.IMG_SIZE))
-    return hand_over(model, name, size, compute.dtype or torch.float32)
+    return hand_over(model, name, image_shape(config), compute.dtype or torch.float32)
 
 
 def choose_runtime(name, compute):
