@@ -14,7 +14,7 @@ import time
 
 import pytest
 import torch
-from helpers import PROGRAMS, ROOT, digits_config, run_folder, run_main, small_run, write_images
+from helpers import PROGRAMS, ROOT, digits_config, restore, run_folder, run_main, small_run, write_images
 from PIL import Image
 from torch.nn.functional import cross_entropy
 
@@ -260,7 +260,7 @@ def test_another_run_does_not_change_the_files_of_the_first(tmp_path):
     small_run(tmp_path).end_epoch(dict(train_loss=1.0), dict(acc1=50.0))
     files = {path: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(ckpt.CheckpointError, match="ckpt_epoch_0.pth would be overwritten: choose another"):
-        small_run(tmp_path, auto_resume=False).restore()
+        restore(small_run(tmp_path), auto_resume=False)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
 
 
