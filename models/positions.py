@@ -21,10 +21,6 @@ class RelativePositions(nn.Module):
     buffer ``relative_position_index``. Nothing reads the buffer, because
     ``torch.optim.swa_utils.AveragedModel`` averages buffers, which rounds indices down.
 
-    Args:
-        window_size: tokens on a side of a window (w).
-        heads: of the attention.
-        tokens: whether windows have messengers.
     """
 
     def __init__(self, window_size, heads, tokens):
