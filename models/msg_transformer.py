@@ -68,18 +68,41 @@ def merge_windows(x, window_size, shuffle_size, height, width):
     return x.flatten(4, 6).flatten(1, 3)  # B, H, W, C
 
 
-def shuffle_messengers(messengers):
-    """Exchange channel groups between the messengers of every shuffle region (paper, section 3.2).
+class Block(nn.Module):
+    """One MSG-Transformer block: local attention, messenger shuffle, MLP, the branches with drop path.
 
-    With G windows in a region, the new messenger of window j is the j-th of G channel groups of every
-    window's old messenger, in window order.
-
-    Args:
-        messengers: (B*regions, G, C), with C a multiple of G. The result has its shape.
+    The shuffle stands between the two residual branches and acts on the residual stream itself.
+    ``block(x, function)`` runs the function of the block and x in place of the formula, for example
+    ``Block.forward_messengers``, and the hooks of the block around it: some gather sharded weights.
     """
-    groups = messengers.unflatten(2, (messengers.shape[1], -1))  # B*regions, G windows, G groups, C/G
-    groups = groups.transpose(1, 2)  # B*regions, G groups, G windows, C/G: group j goes to window j
-    return groups.flatten(2)  # B*regions, G, C
+
+    def __init__(self, dim, heads, drop_path, options):
+        super().__init__()
+        self.norm1 = options.norm_layer(dim)
+        self.attn = LocalAttention(dim, heads, options)
+        self.exchange = options.exchange
+        self.norm2 = options.norm_layer(dim)
+        self.mlp = Mlp(dim, int(dim * options.mlp_ratio), drop=options.proj_drop_rate)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x, instead=None):
+        """Apply the block: (B*regions, windows, tokens, C) to the same shape."""
+        if instead is not None:
+            return instead(self, x)
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        x = self.shuffle(x)
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    def shuffle(self, x):
+        """Let the messengers of every shuffle region exchange channels."""
+        return replace_messengers(x, self.exchange(x[:, :, 0])) if self.exchange else x
+
+    def forward_messengers(self, x):
+        """The messengers of :meth:`forward` alone, (B*regions, windows, 1, C): all that a head may read."""
+        attend = partial(attend_in_windows, only_messengers=True)
+        x = x[:, :, :1] + self.drop_path(self.attn(self.norm1(x), attend))
+        x = self.shuffle(x)
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 def attend_in_windows(qkv, attention, only_messengers=False):
@@ -130,41 +153,18 @@ class LocalAttention(RelativePositions):
         return self.proj_drop(self.proj(heads))
 
 
-class Block(nn.Module):
-    """One MSG-Transformer block: local attention, messenger shuffle, MLP, the branches with drop path.
+def shuffle_messengers(messengers):
+    """Exchange channel groups between the messengers of every shuffle region (paper, section 3.2).
 
-    The shuffle stands between the two residual branches and acts on the residual stream itself.
-    ``block(x, function)`` runs the function of the block and x in place of the formula, for example
-    ``Block.forward_messengers``, and the hooks of the block around it: some gather sharded weights.
+    With G windows in a region, the new messenger of window j is the j-th of G channel groups of every
+    window's old messenger, in window order.
+
+    Args:
+        messengers: (B*regions, G, C), with C a multiple of G. The result has its shape.
     """
-
-    def __init__(self, dim, heads, drop_path, options):
-        super().__init__()
-        self.norm1 = options.norm_layer(dim)
-        self.attn = LocalAttention(dim, heads, options)
-        self.exchange = options.exchange
-        self.norm2 = options.norm_layer(dim)
-        self.mlp = Mlp(dim, int(dim * options.mlp_ratio), drop=options.proj_drop_rate)
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x, instead=None):
-        """Apply the block: (B*regions, windows, tokens, C) to the same shape."""
-        if instead is not None:
-            return instead(self, x)
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        x = self.shuffle(x)
-        return x + self.drop_path(self.mlp(self.norm2(x)))
-
-    def shuffle(self, x):
-        """Let the messengers of every shuffle region exchange channels."""
-        return replace_messengers(x, self.exchange(x[:, :, 0])) if self.exchange else x
-
-    def forward_messengers(self, x):
-        """The messengers of :meth:`forward` alone, (B*regions, windows, 1, C): all that a head may read."""
-        attend = partial(attend_in_windows, only_messengers=True)
-        x = x[:, :, :1] + self.drop_path(self.attn(self.norm1(x), attend))
-        x = self.shuffle(x)
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+    groups = messengers.unflatten(2, (messengers.shape[1], -1))  # B*regions, G windows, G groups, C/G
+    groups = groups.transpose(1, 2)  # B*regions, G groups, G windows, C/G: group j goes to window j
+    return groups.flatten(2)  # B*regions, G, C
 
 
 class PatchMerging(nn.Module):
