@@ -69,11 +69,11 @@ def merge_windows(x, window_size, shuffle_size, height, width):
 
 
 class Block(nn.Module):
-    """One MSG-Transformer block: local attention, messenger shuffle, MLP, the branches with drop path.
+    """One MSG-Transformer block: local attention, messenger shuffle, MLP (linear, exact GELU, linear).
 
     The shuffle stands between the two residual branches and acts on the residual stream itself.
-    ``block(x, function)`` runs the function of the block and x in place of the formula, for example
-    ``Block.forward_messengers``, and the hooks of the block around it: some gather sharded weights.
+
+    ``block(x, instead)`` is ``instead(block, x)`` between the hooks of the block, which may gather weights.
     """
 
     def __init__(self, dim, heads, drop_path, options):
@@ -98,7 +98,7 @@ class Block(nn.Module):
         return replace_messengers(x, self.exchange(x[:, :, 0])) if self.exchange else x
 
     def forward_messengers(self, x):
-        """The messengers of :meth:`forward` alone, (B*regions, windows, 1, C): all that a head may read."""
+        """The messengers of :meth:`forward` alone, (B*regions, windows, 1, C): all that the head may need."""
         attend = partial(attend_in_windows, only_messengers=True)
         x = x[:, :, :1] + self.drop_path(self.attn(self.norm1(x), attend))
         x = self.shuffle(x)
@@ -114,9 +114,9 @@ def attend_in_windows(qkv, attention, only_messengers=False):
 class LocalAttention(RelativePositions):
     """Multi-head self-attention over the tokens of each window, with a learned bias per head (section 3.1).
 
-    Patch to patch, the bias is looked up by relative position; the messenger has two scalars per head:
-    ``rel_pos_msg[head, 1]`` where it is the query (itself as key included), ``rel_pos_msg[head, 0]`` where it
-    is the key of a patch.
+    Patch to patch, the bias is looked up by relative position, query minus key. The messenger has two scalars
+    per head: ``rel_pos_msg[head, 1]`` where it is the query (itself as key included) and
+    ``rel_pos_msg[head, 0]`` where it is the key of a patch.
     """
 
     def __init__(self, dim, heads, options):
@@ -142,7 +142,7 @@ class LocalAttention(RelativePositions):
         return torch.cat([from_messenger, of_patches], dim=1)  # heads, 1+w*w, 1+w*w
 
     def attention(self, qkv, bias, hidden=None):
-        """Attention of windows, (N, tokens, 3*C) to (N, tokens, C), where nobody sees ``hidden`` tokens."""
+        """Softmax(scale q k^T + bias) v, without ``hidden`` keys: (N, tokens, 3C) to (N, tokens, C)."""
         dropout = self.attn_drop_rate if self.training else 0.0
         return windowed_attention(qkv, bias, self.scale, self.backend, hidden, dropout)
 
@@ -215,7 +215,7 @@ class Stage(PaddedStage):
         height, width = plain_sizes(*patches.shape[1:3])
         regions = count_squares(patches, window * region)
         x = partition_windows(patches, window, region)  # B*regions, windows, w*w, C
-        if self.tokens:
+        if self.tokens:  # the messenger comes first in its window
             shared = messengers.dim() == 3  # by all regions
             first = partition_windows(messengers[None] if shared else messengers, 1, region)
             first = first.expand(regions, -1, -1, -1) if shared else first  # B*regions, windows, 1, C
