@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from .geometry import patch_grid
 from .tracing import exporting, image_size, plain_sizes, unwarned_trace
 
-KEPT = 16  # layouts that a stage remembers
+KEPT = 64  # layouts that are remembered
 
 
 @dataclass(frozen=True)
@@ -366,7 +366,7 @@ class PaddedStage(nn.Module):
     def __init__(self, window_size, shuffle_size, tokens):
         super().__init__()
         self.window_size, self.shuffle_size, self.tokens = window_size, shuffle_size, tokens
-        self.grad_checkpointing, self.layouts = False, Layouts()
+        self.grad_checkpointing = False
 
     def forward(self, patches, messengers, extent, only_messengers=False):
         """Apply the blocks to the windows of two maps, and return these again.
@@ -401,7 +401,7 @@ class PaddedStage(nn.Module):
             sizes = extent.height, extent.width, extent.sizes
             parts = _constant_parts(images, sizes, *asked[2:], str(x.device))
             return Layout(parts[0], extent, *parts[1:])
-        return self.layouts.kept(*asked, x.device)
+        return _layout(*asked, x.device)
 
     def forward_blocks(self, x, each=None, last=None):
         """Apply the blocks to tokens.
@@ -420,16 +420,7 @@ class PaddedStage(nn.Module):
         return x
 
 
-class Layouts:
-    """The layouts of the sizes that a stage saw last; copies of a stage begin without them."""
-
-    def __init__(self):
-        self.kept = functools.lru_cache(KEPT)(_layout)  # which threads may share
-
-    def __reduce__(self):
-        return Layouts, ()
-
-
+@functools.lru_cache(KEPT)
 def _layout(*asked):
     with torch.inference_mode(False):  # or no training could use it
         return Layout.build(*asked)

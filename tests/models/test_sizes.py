@@ -17,7 +17,7 @@ from models.exchange import OTHER_EXCHANGES
 from models.fast.attention import windowed_attention
 from models.geometry import fit_regions
 from models.msg_transformer import shuffle_messengers
-from models.padding import KEPT, Extent, Layout
+from models.padding import Extent, Layout, _layout
 
 VARIANTS = dict(
     v1={},
@@ -201,24 +201,21 @@ def test_a_program_of_an_odd_size_takes_any_number_of_images(way):
 def test_a_model_trains_after_it_was_evaluated_with_fixed_weights():
     """What was made without gradients serves with them."""
     model, x = micro(), torch.randn(1, 3, 37, 26)
+    _layout.cache_clear()
     with inference(model):
         expected = model(x)
-    assert model.layers[0].layouts.kept.cache_info().currsize
     logits = model(x)
     logits.sum().backward()
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_model_remembers_the_last_sizes_and_its_copies_none():
-    model = micro(depths=(1, 1, 1))
-    for side in range(40, 40 + 2 * KEPT, 2):
-        model(torch.zeros(1, 3, 20, side))
-    kept = model.layers[0].layouts.kept.cache_info()
-    assert kept.currsize == KEPT
-    model(torch.zeros(1, 3, 20, side))
-    assert model.layers[0].layouts.kept.cache_info().misses == kept.misses
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert not twin.layers[0].layouts.kept.cache_info().currsize
+def test_layouts_of_a_size_are_made_once_and_copies_of_a_model_share_them():
+    model, x = micro(depths=(1, 1, 1)), torch.zeros(1, 3, 20, 38)
+    model(x)
+    made = _layout.cache_info().misses
+    for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        twin(x)
+    assert _layout.cache_info().misses == made
 
 
 @pytest.mark.parametrize("is_fast", [False, True])
