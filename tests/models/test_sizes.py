@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import CVPR22, loop_exchange, micro
 from timm.layers import resample_abs_pos_embed
+from torch import nn
 from torch.nn import functional
 
 from detection.backbone import MSGBackbone
@@ -235,13 +236,14 @@ def test_a_batch_of_no_images_gives_no_logits_and_no_gradients(name, size, is_fa
 
 
 def test_drop_path_drops_whole_regions():
-    model = micro(depths=(2, 1, 1)).double().train()
-    x, kept = torch.randn(2, 3, 40, 40, dtype=torch.float64), set()
-    block = model.layers[0].blocks[1]
-    block.drop_path.drop_prob = 0.5
-    block.drop_path.register_forward_hook(lambda module, args, out: kept.add(tuple(out.shape)))
-    model(x)
-    assert kept == {(2 * 4, 1)}  # twenty tokens on a side are five windows, so two by two regions
+    """In each of two images, five by five windows of 4x4 tokens make two by two regions."""
+    layout, drop_path = Layout.build(2, Extent(20, 20), 4, 4, True), nn.Module()
+    drop_path.drop_prob, drop_path.forward = 0.5, lambda x: x * torch.arange(8.0)[:, None]
+    x = torch.zeros(1, len(layout.rows.index), 1)
+    patches, _ = layout.restore(layout.add(x, x + 1, drop_path))
+    side = torch.arange(20) // 16
+    of_image = 2 * side[:, None] + side
+    assert torch.equal(patches[..., 0], torch.stack([of_image, 4 + of_image]).float())
 
 
 def test_positions_of_a_batch_of_sizes_are_those_of_each_image():
@@ -259,3 +261,4 @@ def test_a_region_is_the_whole_side_only_where_the_channels_allow_it():
     sizes = dict(patch_size=2, window_size=4, embed_dim=48)
     assert fit_regions((4, 4, 4), 48, **sizes) == [4, 4, 2]
     assert fit_regions((4, 4, 4), 48, **sizes, exchange=False) == [4, 3, 2]
+    assert fit_regions((4, 4, 4), (48, 96), **sizes, exchange=False) == [4, 4, 3]  # the longer side counts
