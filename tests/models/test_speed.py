@@ -269,9 +269,10 @@ def test_a_gradient_that_is_wanted_inside_inference_is_whole():
         torch.testing.assert_close(torch.autograd.grad(model(images).sum(), inputs), wanted)
 
 
-def test_offloaded_weights_come_and_go_in_inference():
+@pytest.mark.parametrize("size", [32, 36])
+def test_offloaded_weights_come_and_go_in_inference(size):
     """They are on the meta device except in the forward of their module."""
-    model, images = micro(), torch.randn(1, 3, 32, 32)
+    model, images = micro(), torch.randn(1, 3, size, size)
     use_onednn(model)
     with torch.no_grad():
         expected = model(images)
@@ -292,10 +293,10 @@ def test_offloaded_weights_come_and_go_in_inference():
 
 
 def test_sharded_weights_are_gathered_in_inference(tmp_path):
-    model, images = micro(), torch.randn(1, 3, 32, 32)
+    model, batches = micro(depths=(1, 1, 1)), [torch.randn(1, 3, size, size) for size in (32, 36)]
     use_onednn(model)
     with torch.no_grad():
-        expected = model(images)
+        expected = [model(images) for images in batches]
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
@@ -304,8 +305,9 @@ def test_sharded_weights_are_gathered_in_inference(tmp_path):
                 fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
         with inference(model):
-            torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-5)
-        model(images).sum().backward()
+            found = [model(images) for images in batches]
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        sum(model(images).sum() for images in batches).backward()
     finally:
         distributed.destroy_process_group()
 
