@@ -68,8 +68,9 @@ class Runtime:
 
 @dataclass
 class Kept:
-    """What ran a file that agrees with PyTorch."""
+    """A file that agrees with PyTorch."""
 
+    path: str
     errors: dict = field(default_factory=dict)  # the largest error of each runner
     runs: dict = field(default_factory=dict)  # functions of images by runner
 
@@ -105,7 +106,7 @@ def write_checked(exportable, kind, path, batches):
         source = replace(source, model=attempt("be prepared", kind.prepare, exportable.model))
     folder, name = os.path.split(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
-    kept = Kept()
+    kept = Kept(path)
     # In the same folder, so that it can be renamed; by its name, because PyTorch reads the ending.
     with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as unchecked:
         file = os.path.join(unchecked, name)

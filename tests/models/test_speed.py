@@ -6,6 +6,7 @@ import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from models import inference, use_onednn
+from models.fast.fixed_weights import Fixed
 from models.fast.linear import has_onednn
 from models.fast.mlp import ROWS, _BlockedMlp
 
@@ -240,6 +242,15 @@ def test_copies_made_in_inference_are_not_fixed():
             torch.testing.assert_close(twin(images), expected)
             twin.layers[0].blocks[0].attn.rel_pos_msg.mul_(-3)
             assert not torch.allclose(twin(images), expected)
+
+
+def test_what_was_fixed_does_not_move_to_another_device_with_its_weights():
+    fixed, weight = Fixed(), SimpleNamespace(device="cpu")
+    fixed.keep("bias", weight)
+    with torch.no_grad():
+        assert fixed.of(weight) == "bias"
+        weight.device = "cuda"
+        assert fixed.of(weight) is None
 
 
 def test_other_parameters_count_in_inference():
