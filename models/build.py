@@ -15,8 +15,6 @@ from .msg_transformer import MSGTransformer
 def build_model(config, shuffle_size=None):
     """Build the classifier that ``config.MODEL`` and ``config.DATA.IMG_SIZE`` describe, freshly initialised.
 
-    ``IMG_SIZE`` is a side or [height, width]. On the CPU its linear layers run through oneDNN.
-
     Args:
         shuffle_size: windows on a side of a shuffle region in each stage; None for what :func:`regions` says.
 

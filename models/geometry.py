@@ -109,15 +109,13 @@ def drop_path_rates(rate, depths):
 
 
 def check_exchange(i, dim, region, key):
-    """Check that messengers of stage ``i``, counted from 0, can exchange their channels.
+    """Raise a ValueError if the messengers of a stage cannot exchange their channels.
 
     Args:
-        dim: channels of the stage.
+        i: number of the stage, from 0.
+        dim: its channels.
         region: windows on a side of a shuffle region.
         key: config key of the region.
-
-    Raises:
-        ValueError: the channels cannot be split among the windows.
     """
     if dim % region**2:
         raise ValueError(
@@ -133,11 +131,7 @@ def patch_grid(sides, patch_size):
 
 
 def known_sides(img_size, patch_size):
-    """(height, width) of images, in pixels, from one side or both, as ``DATA.IMG_SIZE`` has them.
-
-    Raises:
-        ValueError: these are no sides, or are smaller than a patch.
-    """
+    """(height, width) of images, in pixels, from one side or both; a ValueError names the config key."""
     sides = to_2tuple(img_size)
     if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
         raise ValueError(f"DATA.IMG_SIZE is {img_size}: give one side or [height, width], in pixels")
@@ -150,11 +144,7 @@ def known_sides(img_size, patch_size):
 
 
 def known_window(window_size):
-    """Tokens on a side of a window.
-
-    Raises:
-        ValueError: it is no positive whole number.
-    """
+    """Tokens on a side of a window; a ValueError if that is no positive whole number."""
     if type(window_size) is not int or window_size < 1:
         raise ValueError(
             f"window_size (MODEL.MSG.WINDOW_SIZE) is {window_size!r}: windows are square and the same in "
@@ -167,11 +157,8 @@ def known_pool(global_pool, tokens):
     """What the head reads: ``token``, ``avg`` or, for no pooling, an empty string.
 
     Args:
-        global_pool: one of these, or None for what the official models read.
+        global_pool: one of these, or None for what the official models read; others are a ValueError.
         tokens: whether there are messengers.
-
-    Raises:
-        ValueError: another word, or ``token`` without messengers.
     """
     known = (*CHOICES["HEAD"], "") if tokens else ("avg", "")
     if global_pool is None:
@@ -185,11 +172,7 @@ def known_pool(global_pool, tokens):
 
 
 def check_choices(manip_type, patch_embed, downsample, attention):
-    """Check the arguments of MSGTransformer that take one of a few words.
-
-    Raises:
-        ValueError: a word that is not among those of the key, or attention that cannot run here.
-    """
+    """Raise a ValueError for words that an argument does not take, or attention that cannot run here."""
     words = dict(MANIP_TYPE=manip_type, PATCH_EMBED=patch_embed, DOWNSAMPLE=downsample, ATTENTION=attention)
     for key, word in words.items():
         if word not in CHOICES[key]:
@@ -199,11 +182,7 @@ def check_choices(manip_type, patch_embed, downsample, attention):
 
 
 def require_size(x, sides):
-    """Images (B, in_chans, height, width) as they are.
-
-    Raises:
-        ValueError: images of other sides, (height, width).
-    """
+    """Images (B, in_chans, height, width) as they are; a ValueError if their sides are others."""
     x, height, width = image_size(x)
     if (height, width) != sides:
         raise ValueError(

@@ -68,18 +68,41 @@ def merge_windows(x, window_size, shuffle_size, height, width):
     return x.flatten(4, 6).flatten(1, 3)  # B, H, W, C
 
 
-def shuffle_messengers(messengers):
-    """Exchange channel groups between the messengers of every shuffle region (paper, section 3.2).
+class Block(nn.Module):
+    """One MSG-Transformer block: local attention, messenger shuffle, MLP (linear, exact GELU, linear).
 
-    With G windows in a region, the new messenger of window j is the j-th of G channel groups of every
-    window's old messenger, in window order.
+    The shuffle stands between the two residual branches and acts on the residual stream itself.
 
-    Args:
-        messengers: (B*regions, G, C), with C a multiple of G. The result has its shape.
+    ``block(x, instead)`` is ``instead(block, x)`` between the hooks of the block, which may gather weights.
     """
-    groups = messengers.unflatten(2, (messengers.shape[1], -1))  # B*regions, G windows, G groups, C/G
-    groups = groups.transpose(1, 2)  # B*regions, G groups, G windows, C/G: group j goes to window j
-    return groups.flatten(2)  # B*regions, G, C
+
+    def __init__(self, dim, heads, drop_path, options):
+        super().__init__()
+        self.norm1 = options.norm_layer(dim)
+        self.attn = LocalAttention(dim, heads, options)
+        self.exchange = options.exchange
+        self.norm2 = options.norm_layer(dim)
+        self.mlp = Mlp(dim, int(dim * options.mlp_ratio), drop=options.proj_drop_rate)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x, instead=None):
+        """Apply the block: (B*regions, windows, tokens, C) to the same shape."""
+        if instead is not None:
+            return instead(self, x)
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        x = self.shuffle(x)
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    def shuffle(self, x):
+        """Let the messengers of every shuffle region exchange channels."""
+        return replace_messengers(x, self.exchange(x[:, :, 0])) if self.exchange else x
+
+    def forward_messengers(self, x):
+        """The messengers of :meth:`forward` alone, (B*regions, windows, 1, C): all that the head may need."""
+        attend = partial(attend_in_windows, only_messengers=True)
+        x = x[:, :, :1] + self.drop_path(self.attn(self.norm1(x), attend))
+        x = self.shuffle(x)
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 def attend_in_windows(qkv, attention, only_messengers=False):
@@ -91,9 +114,9 @@ def attend_in_windows(qkv, attention, only_messengers=False):
 class LocalAttention(RelativePositions):
     """Multi-head self-attention over the tokens of each window, with a learned bias per head (section 3.1).
 
-    Patch to patch, the bias is looked up by relative position; the messenger has two scalars per head:
-    ``rel_pos_msg[head, 1]`` where it is the query (itself as key included), ``rel_pos_msg[head, 0]`` where it
-    is the key of a patch.
+    Patch to patch, the bias is looked up by relative position, query minus key. The messenger has two scalars
+    per head: ``rel_pos_msg[head, 1]`` where it is the query (itself as key included) and
+    ``rel_pos_msg[head, 0]`` where it is the key of a patch.
     """
 
     def __init__(self, dim, heads, options):
@@ -119,7 +142,7 @@ class LocalAttention(RelativePositions):
         return torch.cat([from_messenger, of_patches], dim=1)  # heads, 1+w*w, 1+w*w
 
     def attention(self, qkv, bias, hidden=None):
-        """Attention of windows, (N, tokens, 3*C) to (N, tokens, C), where nobody sees ``hidden`` tokens."""
+        """Softmax(scale q k^T + bias) v, without ``hidden`` keys: (N, tokens, 3C) to (N, tokens, C)."""
         dropout = self.attn_drop_rate if self.training else 0.0
         return windowed_attention(qkv, bias, self.scale, self.backend, hidden, dropout)
 
@@ -130,41 +153,18 @@ class LocalAttention(RelativePositions):
         return self.proj_drop(self.proj(heads))
 
 
-class Block(nn.Module):
-    """One MSG-Transformer block: local attention, messenger shuffle, MLP, the branches with drop path.
+def shuffle_messengers(messengers):
+    """Exchange channel groups between the messengers of every shuffle region (paper, section 3.2).
 
-    The shuffle stands between the two residual branches and acts on the residual stream itself.
-    ``block(x, function)`` runs the function of the block and x in place of the formula, for example
-    ``Block.forward_messengers``, and the hooks of the block around it: some gather sharded weights.
+    With G windows in a region, the new messenger of window j is the j-th of G channel groups of every
+    window's old messenger, in window order.
+
+    Args:
+        messengers: (B*regions, G, C), with C a multiple of G. The result has its shape.
     """
-
-    def __init__(self, dim, heads, drop_path, options):
-        super().__init__()
-        self.norm1 = options.norm_layer(dim)
-        self.attn = LocalAttention(dim, heads, options)
-        self.exchange = options.exchange
-        self.norm2 = options.norm_layer(dim)
-        self.mlp = Mlp(dim, int(dim * options.mlp_ratio), drop=options.proj_drop_rate)
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x, instead=None):
-        """Apply the block: (B*regions, windows, tokens, C) to the same shape."""
-        if instead is not None:
-            return instead(self, x)
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        x = self.shuffle(x)
-        return x + self.drop_path(self.mlp(self.norm2(x)))
-
-    def shuffle(self, x):
-        """Let the messengers of every shuffle region exchange channels."""
-        return replace_messengers(x, self.exchange(x[:, :, 0])) if self.exchange else x
-
-    def forward_messengers(self, x):
-        """The messengers of :meth:`forward` alone, (B*regions, windows, 1, C): all that a head may read."""
-        attend = partial(attend_in_windows, only_messengers=True)
-        x = x[:, :, :1] + self.drop_path(self.attn(self.norm1(x), attend))
-        x = self.shuffle(x)
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+    groups = messengers.unflatten(2, (messengers.shape[1], -1))  # B*regions, G windows, G groups, C/G
+    groups = groups.transpose(1, 2)  # B*regions, G groups, G windows, C/G: group j goes to window j
+    return groups.flatten(2)  # B*regions, G, C
 
 
 class PatchMerging(nn.Module):
@@ -215,7 +215,7 @@ class Stage(PaddedStage):
         height, width = plain_sizes(*patches.shape[1:3])
         regions = count_squares(patches, window * region)
         x = partition_windows(patches, window, region)  # B*regions, windows, w*w, C
-        if self.tokens:
+        if self.tokens:  # the messenger comes first in its window
             shared = messengers.dim() == 3  # by all regions
             first = partition_windows(messengers[None] if shared else messengers, 1, region)
             first = first.expand(regions, -1, -1, -1) if shared else first  # B*regions, windows, 1, C

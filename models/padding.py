@@ -31,30 +31,20 @@ from torch.utils.checkpoint import checkpoint
 from .geometry import patch_grid
 from .tracing import exporting, image_size, plain_sizes, unwarned_trace
 
-KEPT = 16  # layouts that a stage remembers
+KEPT = 64  # layouts that are remembered
 
 
 @dataclass(frozen=True)
 class Extent:
-    """How much of a map (B, H, W, C) the images of a batch cover, from the top left.
+    """How much of a map (B, H, W, C) the images of a batch cover, from the top left."""
 
-    Args:
-        height, width: of the map, in tokens.
-        sizes: a tuple of (rows, columns), in tokens, for each image; None where every image covers the map.
-    """
-
-    height: int
+    height: int  # of the map, in tokens
     width: int
-    sizes: tuple | None = None
+    sizes: tuple | None = None  # (rows, columns) of each image, in tokens; None where all cover the map
 
     @classmethod
     def of_images(cls, height, width, patch_size, sizes=None):
-        """The extent of the map of images.
-
-        Args:
-            height, width: of the batch, in pixels.
-            sizes: (height, width) in pixels of each image; None where all fill the batch.
-        """
+        """The extent of the map of a batch, from its sides and those of each image, in pixels."""
         tokens = tuple(patch_grid(sides, patch_size) for sides in sizes or ())
         whole = patch_grid((height, width), patch_size)
         return cls(*whole, tokens if any(size != whole for size in tokens) else None)
@@ -81,11 +71,7 @@ class Extent:
 
 
 def pad_to_patches(x, patch_size, sizes=None):
-    """Images (B, channels, height, width) with zeros added to whole patches, and the extent of their map.
-
-    Args:
-        sizes: (height, width) in pixels of each image; None where all fill x.
-    """
+    """Images (B, channels, height, width) with zeros added to whole patches, and the extent of their map."""
     x, height, width = image_size(x)
     extent = Extent.of_images(height, width, patch_size, sizes)
     missing = extent.height * patch_size - height, extent.width * patch_size - width
@@ -375,18 +361,12 @@ def block_on_messengers(block, x, layout):
 
 
 class PaddedStage(nn.Module):
-    """A stage that takes maps of any size. Its subclass has ``blocks``, and a ``forward_regions``.
-
-    Args:
-        window_size: tokens on a side of a window (w).
-        shuffle_size: windows on a side of a shuffle region (R).
-        tokens: whether windows have messengers.
-    """
+    """A stage that takes maps of any size. Its subclass has ``blocks``, and a ``forward_regions``."""
 
     def __init__(self, window_size, shuffle_size, tokens):
         super().__init__()
         self.window_size, self.shuffle_size, self.tokens = window_size, shuffle_size, tokens
-        self.grad_checkpointing, self.layouts = False, Layouts()
+        self.grad_checkpointing = False
 
     def forward(self, patches, messengers, extent, only_messengers=False):
         """Apply the blocks to the windows of two maps, and return these again.
@@ -421,7 +401,7 @@ class PaddedStage(nn.Module):
             sizes = extent.height, extent.width, extent.sizes
             parts = _constant_parts(images, sizes, *asked[2:], str(x.device))
             return Layout(parts[0], extent, *parts[1:])
-        return self.layouts.kept(*asked, x.device)
+        return _layout(*asked, x.device)
 
     def forward_blocks(self, x, each=None, last=None):
         """Apply the blocks to tokens.
@@ -440,16 +420,7 @@ class PaddedStage(nn.Module):
         return x
 
 
-class Layouts:
-    """The layouts of the sizes that a stage saw last; copies of a stage begin without them."""
-
-    def __init__(self):
-        self.kept = functools.lru_cache(KEPT)(_layout)  # which threads may share
-
-    def __reduce__(self):
-        return Layouts, ()
-
-
+@functools.lru_cache(KEPT)
 def _layout(*asked):
     with torch.inference_mode(False):  # or no training could use it
         return Layout.build(*asked)

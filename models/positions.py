@@ -20,11 +20,6 @@ class RelativePositions(nn.Module):
     ``position_index`` (w*w, w*w) is the row of the table for each pair of patches. Checkpoints hold it as the
     buffer ``relative_position_index``. Nothing reads the buffer, because
     ``torch.optim.swa_utils.AveragedModel`` averages buffers, which rounds indices down.
-
-    Args:
-        window_size: tokens on a side of a window (w).
-        heads: of the attention.
-        tokens: whether windows have messengers.
     """
 
     def __init__(self, window_size, heads, tokens):

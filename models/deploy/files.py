@@ -76,11 +76,7 @@ class Kept:
 
 
 def require_packages(names):
-    """Refuse formats and runtimes whose packages are missing.
-
-    Raises:
-        UserError: with the command that installs all of them.
-    """
+    """Refuse formats and runtimes whose packages are missing, with the command that installs them."""
     kinds = FORMATS | RUNTIMES
     wanted = {package: name for name in names for package in kinds[name].packages}
     missing = [package for package in wanted if importlib.util.find_spec(package) is None]
@@ -175,11 +171,7 @@ def attempt(what, function, *arguments):
 
 
 def _pairs(runner, found, expected):
-    """Tensors to compare, as float64.
-
-    Raises:
-        UserError: other numbers or shapes, or numbers that are not finite.
-    """
+    """Tensors to compare, as float64; a UserError if their shapes differ or numbers are not finite."""
     for there, here in zip(found, expected):
         shapes = [tuple(x.shape) for x in there], [tuple(x.shape) for x in here]
         if shapes[0] != shapes[1]:
@@ -211,11 +203,7 @@ def largest_error(runner, found, expected, limit):
 
 
 def require_near(runner, found, expected, limit):
-    """The largest root mean square error as a share of the spread of the outputs; arguments as above.
-
-    Raises:
-        UserError: it is above ``limit``, or the outputs cannot be compared.
-    """
+    """The same for the root mean square error as a share of the spread of the outputs."""
     errors = []
     for x, y in _pairs(runner, found, expected):
         errors.append(((x - y).square().mean().sqrt() / y.std(correction=0).clamp(min=1e-12)).item())
@@ -332,7 +320,7 @@ def _run_weights(path, exportable):
 
 
 def _quantise(model):
-    """A copy whose linear layers have int8 weights, and round activations to int8 as they come."""
+    """A copy with int8 weights in its linear layers, which round activations to int8 as they come."""
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
     model = copy.deepcopy(model)

@@ -123,11 +123,7 @@ class HandedOver(nn.Module):
         self.model, self.name, self.run, self.dtype, self.compared = model, name, run, dtype, False
 
     def forward(self, images):
-        """Logits (B, classes) of images (B, C, H, W).
-
-        Raises:
-            UserError: the runtime gives something else than PyTorch.
-        """
+        """Logits (B, classes) of images (B, C, H, W); a UserError if they are not those of PyTorch."""
         if not self.compared:
             self._compare([images[:1], images])
             self.compared = True

@@ -13,15 +13,12 @@ import triton.language as tl
 
 
 def attend(qkv, bias, scale):
-    """softmax(scale * q k^T + bias) v in every window.
+    """softmax(scale * q k^T + bias) v in every window: (windows, tokens, C) in the dtype of ``qkv``.
 
     Args:
         qkv: (windows, tokens, 3*C) in float16, bfloat16 or float32.
         bias: (heads, tokens, tokens), floating.
         scale: factor of q k^T.
-
-    Returns:
-        (windows, tokens, C) in the dtype of ``qkv``.
     """
     qkv, bias = qkv.contiguous(), bias.contiguous()
     out = qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
@@ -39,10 +36,7 @@ def attend_backward(grad, qkv, bias, scale):
 
     Args:
         grad: gradient of the output, (windows, tokens, C).
-        qkv, bias, scale: as for :func:`attend`.
-
-    Returns:
-        Gradients of ``qkv`` and of ``bias``, in their shapes and dtypes.
+        qkv, bias, scale: as for :func:`attend`; the first two get gradients in their shapes and dtypes.
     """
     grad, qkv, bias = grad.contiguous(), qkv.contiguous(), bias.contiguous()
     dqkv = torch.empty_like(qkv)

@@ -10,13 +10,9 @@ from .mlp import use_blocked_mlp
 def use_onednn(model):
     """Let all linear layers of a model, and the exact GELU of timm's Mlps, run through oneDNN.
 
-    Classes, parameters, their names and the results stay as they are, except for rounding: a module only gets
+    Classes, parameters, their names and the results stay as they are, except for rounding. A module only gets
     a ``forward`` of its own, which leaves everything to PyTorch outside the CPU, in exports, and where a
-    weight is quantised or computed from other parameters. In training an Mlp works on blocks of tokens, whose
-    hidden channels stay in the cache.
-
-    Args:
-        model: a module, changed in place.
+    weight is quantised or computed from other parameters.
     """
     if not has_onednn():
         return

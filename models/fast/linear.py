@@ -80,7 +80,7 @@ def _onednn_linear(
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu" if gelu else "none", [], "none")
 
 
-# The compiler has ideas of its own about oneDNN's operator, and fails at some of them.
+# Opaque to torch.compile: Inductor's own lowering of this operator fails in some cases.
 _opaque_linear = torch.library.custom_op("msg_transformer::linear", _onednn_linear, mutates_args=())
 
 

@@ -263,6 +263,8 @@ def test_the_position_index_survives_the_meta_device_and_moves_with_the_weights(
     with torch.device("meta"):
         empty = MSGTransformer(**dict(MICRO, depths=(1, 1, 1))).eval()
     empty = empty.to_empty(device="cpu")
+    attention = empty.layers[0].blocks[0].attn
+    assert torch.equal(attention.relative_position_index, attention.position_index)
     empty.load_state_dict(model.state_dict())
     images = torch.randn(1, 3, 32, 32)
     assert torch.equal(empty(images), model(images))

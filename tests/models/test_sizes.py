@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import CVPR22, loop_exchange, micro
 from timm.layers import resample_abs_pos_embed
+from torch import nn
 from torch.nn import functional
 
 from detection.backbone import MSGBackbone
@@ -17,7 +18,7 @@ from models.exchange import OTHER_EXCHANGES
 from models.fast.attention import windowed_attention
 from models.geometry import fit_regions
 from models.msg_transformer import shuffle_messengers
-from models.padding import KEPT, Extent, Layout
+from models.padding import Extent, Layout, _layout
 
 VARIANTS = dict(
     v1={},
@@ -201,24 +202,21 @@ def test_a_program_of_an_odd_size_takes_any_number_of_images(way):
 def test_a_model_trains_after_it_was_evaluated_with_fixed_weights():
     """What was made without gradients serves with them."""
     model, x = micro(), torch.randn(1, 3, 37, 26)
+    _layout.cache_clear()
     with inference(model):
         expected = model(x)
-    assert model.layers[0].layouts.kept.cache_info().currsize
     logits = model(x)
     logits.sum().backward()
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_model_remembers_the_last_sizes_and_its_copies_none():
-    model = micro(depths=(1, 1, 1))
-    for side in range(40, 40 + 2 * KEPT, 2):
-        model(torch.zeros(1, 3, 20, side))
-    kept = model.layers[0].layouts.kept.cache_info()
-    assert kept.currsize == KEPT
-    model(torch.zeros(1, 3, 20, side))
-    assert model.layers[0].layouts.kept.cache_info().misses == kept.misses
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert not twin.layers[0].layouts.kept.cache_info().currsize
+def test_layouts_of_a_size_are_made_once_and_copies_of_a_model_share_them():
+    model, x = micro(depths=(1, 1, 1)), torch.zeros(1, 3, 20, 38)
+    model(x)
+    made = _layout.cache_info().misses
+    for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        twin(x)
+    assert _layout.cache_info().misses == made
 
 
 @pytest.mark.parametrize("is_fast", [False, True])
@@ -238,13 +236,14 @@ def test_a_batch_of_no_images_gives_no_logits_and_no_gradients(name, size, is_fa
 
 
 def test_drop_path_drops_whole_regions():
-    model = micro(depths=(2, 1, 1)).double().train()
-    x, kept = torch.randn(2, 3, 40, 40, dtype=torch.float64), set()
-    block = model.layers[0].blocks[1]
-    block.drop_path.drop_prob = 0.5
-    block.drop_path.register_forward_hook(lambda module, args, out: kept.add(tuple(out.shape)))
-    model(x)
-    assert kept == {(2 * 4, 1)}  # twenty tokens on a side are five windows, so two by two regions
+    """In each of two images, five by five windows of 4x4 tokens make two by two regions."""
+    layout, drop_path = Layout.build(2, Extent(20, 20), 4, 4, True), nn.Module()
+    drop_path.drop_prob, drop_path.forward = 0.5, lambda x: x * torch.arange(8.0)[:, None]
+    x = torch.zeros(1, len(layout.rows.index), 1)
+    patches, _ = layout.restore(layout.add(x, x + 1, drop_path))
+    side = torch.arange(20) // 16
+    of_image = 2 * side[:, None] + side
+    assert torch.equal(patches[..., 0], torch.stack([of_image, 4 + of_image]).float())
 
 
 def test_positions_of_a_batch_of_sizes_are_those_of_each_image():
@@ -262,3 +261,4 @@ def test_a_region_is_the_whole_side_only_where_the_channels_allow_it():
     sizes = dict(patch_size=2, window_size=4, embed_dim=48)
     assert fit_regions((4, 4, 4), 48, **sizes) == [4, 4, 2]
     assert fit_regions((4, 4, 4), 48, **sizes, exchange=False) == [4, 3, 2]
+    assert fit_regions((4, 4, 4), (48, 96), **sizes, exchange=False) == [4, 4, 3]  # the longer side counts

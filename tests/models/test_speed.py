@@ -6,6 +6,7 @@ import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial, partialmethod
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from models import compile_model, inference, use_onednn
+from models.fast.fixed_weights import Fixed
 from models.fast.linear import has_onednn
 from models.fast.mlp import ROWS, _BlockedMlp
 
@@ -242,6 +244,15 @@ def test_copies_made_in_inference_are_not_fixed():
             assert not torch.allclose(twin(images), expected)
 
 
+def test_what_was_fixed_does_not_move_to_another_device_with_its_weights():
+    fixed, weight = Fixed(), SimpleNamespace(device="cpu")
+    fixed.keep("bias", weight)
+    with torch.no_grad():
+        assert fixed.of(weight) == "bias"
+        weight.device = "cuda"
+        assert fixed.of(weight) is None
+
+
 def test_other_parameters_count_in_inference():
     """Those of torch.func.functional_call, and new ones in place of what was fixed."""
     model, other, images = micro(depths=(1, 1, 1)), micro(depths=(1, 1, 1)), torch.randn(1, 3, 32, 32)
@@ -269,9 +280,10 @@ def test_a_gradient_that_is_wanted_inside_inference_is_whole():
         torch.testing.assert_close(torch.autograd.grad(model(images).sum(), inputs), wanted)
 
 
-def test_offloaded_weights_come_and_go_in_inference():
+@pytest.mark.parametrize("size", [32, 36])
+def test_offloaded_weights_come_and_go_in_inference(size):
     """They are on the meta device except in the forward of their module."""
-    model, images = micro(), torch.randn(1, 3, 32, 32)
+    model, images = micro(), torch.randn(1, 3, size, size)
     use_onednn(model)
     with torch.no_grad():
         expected = model(images)
@@ -292,10 +304,10 @@ def test_offloaded_weights_come_and_go_in_inference():
 
 
 def test_sharded_weights_are_gathered_in_inference(tmp_path):
-    model, images = micro(), torch.randn(1, 3, 32, 32)
+    model, batches = micro(depths=(1, 1, 1)), [torch.randn(1, 3, size, size) for size in (32, 36)]
     use_onednn(model)
     with torch.no_grad():
-        expected = model(images)
+        expected = [model(images) for images in batches]
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
@@ -304,8 +316,9 @@ def test_sharded_weights_are_gathered_in_inference(tmp_path):
                 fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
         with inference(model):
-            torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-5)
-        model(images).sum().backward()
+            found = [model(images) for images in batches]
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        sum(model(images).sum() for images in batches).backward()
     finally:
         distributed.destroy_process_group()
 
