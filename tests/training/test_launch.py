@@ -390,7 +390,7 @@ class Unsendable:
 )
 def test_a_batch_that_a_worker_cannot_send_ends_the_run(error, message):
     """Python drops such a batch; the timeout is for a run that would wait for it."""
-    options = dict(worker_init_fn=start_worker, collate_fn=lambda _: Unsendable(error), timeout=100)
+    options = dict(worker_init_fn=start_worker, collate_fn=lambda _: Unsendable(error), timeout=60)
     loader = torch.utils.data.DataLoader([0], num_workers=1, **options)
     with pytest.raises(SystemExit, match=f"^error: {message}.* lower WORKERS"):
         distributed.run_command(lambda: next(iter(loader)), "SMALLER", "WORKERS")
