@@ -131,6 +131,15 @@ def test_a_signal_before_training_asks_to_start_again(name, capsys):
     assert capsys.readouterr().err == f"stopped by {name} before training: the same command starts again\n"
 
 
+def test_a_signal_during_training_is_remembered_and_a_second_ctrl_c_ends_at_once():
+    guard = Guard(0, 0)
+    guard.start()
+    signal.raise_signal(signal.SIGINT)
+    assert guard.after_update() == (True, signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
 def test_torchrun_restarts_a_killed_worker_and_resumes(data, tmp_path, hold, undisturbed):
     where = ["--data-path", data, "--output", tmp_path]
     command = main_command(*ARGUMENTS, *where, processes=2, torchrun=["--max-restarts=2"])

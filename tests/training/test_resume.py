@@ -475,7 +475,7 @@ def test_another_number_of_processes_resumes_and_says_what_changed(tmp_path):
         again.restore()
     told = "images per update: 4 before, 2 now. The epoch goes on after its first 4 images"
     assert any(told in line for line in lines), lines
-    assert (again.progress.images, again.position()) == (4, 2.0)
+    assert (again.progress.images, again.position(), again.before) == (4, 2.0, 0)
     assert again.progress.sums["loss"] == 3.0
 
 
