@@ -234,17 +234,18 @@ def test_two_writers_of_one_file_leave_one_of_them_whole(tmp_path):
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
-    ready = tmp_path / "ready"
-    first = forked(lambda: (FolderClaim(str(tmp_path)).take(), ready.touch(), time.sleep(600)))
-    while not ready.exists():
-        time.sleep(0.01)
-    owner = f"process {first} on {socket.gethostname()} since "
-    with pytest.raises(
-        UserError, match=f"^{tmp_path} belongs to another run, {owner}.* choose another --tag"
-    ):
-        FolderClaim(str(tmp_path)).take()
-    os.kill(first, signal.SIGKILL)
-    FolderClaim(str(tmp_path)).take()
+    ready, claim, second = tmp_path / "ready", FolderClaim(str(tmp_path)), FolderClaim(str(tmp_path))
+    first = forked(lambda: (claim.take(), ready.touch(), time.sleep(600)))
+    try:
+        while not ready.exists():
+            assert os.waitpid(first, os.WNOHANG) == (0, 0)
+            time.sleep(0.01)
+        owner = f"process {first} on {socket.gethostname()} since "
+        with pytest.raises(UserError, match=f"^{tmp_path} belongs to another run, {owner}.* another --tag"):
+            second.take()
+    finally:
+        os.kill(first, signal.SIGKILL)
+    second.take()
     os.waitpid(first, 0)
     assert (tmp_path / "run.lock").read_text().startswith(f"process {os.getpid()} on ")
 
