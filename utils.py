@@ -218,10 +218,13 @@ def lock_file(file):
 
 def end_workers():
     """Kill data-loading workers that an error left behind: they ignore the signals that a run handles."""
-    if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    number = getattr(signal, "SIGCHLD", None)
+    handler = number and signal.signal(number, signal.SIG_DFL)  # PyTorch's would raise an error for each
     for child in multiprocessing.active_children():
         child.kill()
+        child.join(5)
+    if handler is not None:
+        signal.signal(number, handler)
 
 
 def end_on_lost_batches():

@@ -105,22 +105,23 @@ class FolderClaim:
         if self._is_held():
             return
         os.makedirs(self.folder, exist_ok=True)
-        self.file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115, open as long as the run
+        file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115, open as long as the run
         end = time.monotonic() + 3  # a run that was just killed may take some time to vanish
-        while not self._lock():
+        while not self._lock(file):
             if time.monotonic() > end:
-                self.file.seek(0)
-                other = self.file.read().strip() or "which just starts"
+                file.seek(0)
+                other = file.read().strip() or "which just starts"
                 raise UserError(
                     f"{self.folder} belongs to another run, {other}: wait for its end or choose another --tag"
                 )
             time.sleep(0.1)
+        self.file = file
         # Do not fail if the disk is full; the note is optional.
         with contextlib.suppress(OSError):
-            self.file.truncate(0)
+            file.truncate(0)
             now = time.strftime("%Y-%m-%d %H:%M:%S")
-            self.file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}\n")
-            self.file.flush()
+            file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}\n")
+            file.flush()
 
     def _is_held(self):
         with contextlib.suppress(FileNotFoundError):
@@ -128,9 +129,9 @@ class FolderClaim:
             return self.file is not None and os.path.samestat(there, os.fstat(self.file.fileno()))
         return False
 
-    def _lock(self):
+    def _lock(self, file):
         try:
-            return lock_file(self.file)
+            return lock_file(file)
         except OSError as error:
             logger.warning(
                 f"no lock for {self.path} ({error.strerror}): nothing keeps a second run out of its folder"

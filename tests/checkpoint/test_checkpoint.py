@@ -169,7 +169,8 @@ def test_old_checkpoints_go_and_the_best_stays(tmp_path):
 )
 def test_other_architectures_are_refused_with_what_differs(changes, words):
     with pytest.raises(ckpt.CheckpointError) as error:
-        ckpt.load_weights(micro(), dict(model=micro(**changes).state_dict()), "other.pth")
+        other = MSGTransformer(**dict(MICRO, **changes)).state_dict()
+        ckpt.load_weights(MSGTransformer(**MICRO), dict(model=other), "other.pth")
     assert all(word in str(error.value) for word in ["other.pth", *words]), error.value
 
 
@@ -194,11 +195,12 @@ def quantized(x):
     ],
 )
 def test_weights_of_another_kind_are_refused(change):
-    weights = micro().state_dict()
+    model = MSGTransformer(**MICRO)
+    weights = model.state_dict()
     weights["head.weight"] = change(weights["head.weight"])
     for new_head in (False, True):
         with pytest.raises(ckpt.CheckpointError, match=r"other.pth.*head.weight") as error:
-            ckpt.load_weights(micro(), dict(model=weights), "other.pth", new_head)
+            ckpt.load_weights(model, dict(model=weights), "other.pth", new_head)
         assert "\n" not in str(error.value)
 
 
@@ -210,11 +212,11 @@ def test_half_precision_weights_load():
 
 
 def test_another_table_of_relative_positions_is_refused():
-    weights = micro().state_dict()
-    name = "layers.0.blocks.0.attn.relative_position_index"
+    model, name = MSGTransformer(**MICRO), "layers.0.blocks.0.attn.relative_position_index"
+    weights = model.state_dict()
     weights[name] = weights[name].flip(0)
     with pytest.raises(ckpt.CheckpointError, match=f"{name} is another table"):
-        ckpt.load_weights(micro(), weights, "other.pth")
+        ckpt.load_weights(model, weights, "other.pth")
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])

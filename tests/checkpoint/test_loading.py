@@ -398,6 +398,7 @@ def test_the_hub_says_which_file_is_wrong(tmp_path):
         torch.hub.load(str(ROOT), NAME, source="local", checkpoint=str(tmp_path / "none.pth"), **SMALL)
 
 
+@pytest.mark.slow
 def test_the_hub_works_from_any_folder(tmp_path):
     code = f"""import torch
 model = torch.hub.load({str(ROOT)!r}, {NAME!r}, source="local", num_classes=3, img_size=64)

@@ -131,6 +131,15 @@ def test_a_signal_before_training_asks_to_start_again(name, capsys):
     assert capsys.readouterr().err == f"stopped by {name} before training: the same command starts again\n"
 
 
+def test_a_signal_during_training_is_remembered_and_a_second_ctrl_c_ends_at_once():
+    guard = Guard(0, 0)
+    guard.start()
+    signal.raise_signal(signal.SIGINT)
+    assert guard.after_update() == (True, signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
 def test_torchrun_restarts_a_killed_worker_and_resumes(data, tmp_path, hold, undisturbed):
     where = ["--data-path", data, "--output", tmp_path]
     command = main_command(*ARGUMENTS, *where, processes=2, torchrun=["--max-restarts=2"])
@@ -390,7 +399,7 @@ class Unsendable:
 )
 def test_a_batch_that_a_worker_cannot_send_ends_the_run(error, message):
     """Python drops such a batch; the timeout is for a run that would wait for it."""
-    options = dict(worker_init_fn=start_worker, collate_fn=lambda _: Unsendable(error), timeout=100)
+    options = dict(worker_init_fn=start_worker, collate_fn=lambda _: Unsendable(error), timeout=60)
     loader = torch.utils.data.DataLoader([0], num_workers=1, **options)
     with pytest.raises(SystemExit, match=f"^error: {message}.* lower WORKERS"):
         distributed.run_command(lambda: next(iter(loader)), "SMALLER", "WORKERS")

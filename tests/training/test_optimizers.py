@@ -282,7 +282,7 @@ def test_broken_states_of_other_optimizers_are_refused(name, called, change):
 
 
 @pytest.mark.parametrize(
-    "name, near", [("lyon", "lion"), ("adamW", "adamw"), ("fusedadam", "fused_adam"), ("adafactor", "adamw")]
+    "name, near", [("lyon", "lion"), ("adamW", "adamw"), ("fusedadam", "fused_adam"), ("adafactor", "adamc")]
 )
 def test_an_unknown_name_and_one_that_could_not_resume_exactly_are_one_message_with_close_names(name, near):
     words = f"OPTIMIZER.NAME is '{name}', but must be an optimizer of timm that a run can resume with"

@@ -233,17 +233,18 @@ def test_two_writers_of_one_file_leave_one_of_them_whole(tmp_path):
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
-    ready = tmp_path / "ready"
-    first = forked(lambda: (FolderClaim(str(tmp_path)).take(), ready.touch(), time.sleep(600)))
-    while not ready.exists():
-        time.sleep(0.01)
-    owner = f"process {first} on {socket.gethostname()} since "
-    with pytest.raises(
-        UserError, match=f"^{tmp_path} belongs to another run, {owner}.* choose another --tag"
-    ):
-        FolderClaim(str(tmp_path)).take()
-    os.kill(first, signal.SIGKILL)
-    FolderClaim(str(tmp_path)).take()
+    ready, claim, second = tmp_path / "ready", FolderClaim(str(tmp_path)), FolderClaim(str(tmp_path))
+    first = forked(lambda: (claim.take(), ready.touch(), time.sleep(600)))
+    try:
+        while not ready.exists():
+            assert os.waitpid(first, os.WNOHANG) == (0, 0)
+            time.sleep(0.01)
+        owner = f"process {first} on {socket.gethostname()} since "
+        with pytest.raises(UserError, match=f"^{tmp_path} belongs to another run, {owner}.* another --tag"):
+            second.take()
+    finally:
+        os.kill(first, signal.SIGKILL)
+    second.take()
     os.waitpid(first, 0)
     assert (tmp_path / "run.lock").read_text().startswith(f"process {os.getpid()} on ")
 
@@ -474,7 +475,7 @@ def test_another_number_of_processes_resumes_and_says_what_changed(tmp_path):
         again.restore()
     told = "images per update: 4 before, 2 now. The epoch goes on after its first 4 images"
     assert any(told in line for line in lines), lines
-    assert (again.progress.images, again.position()) == (4, 2.0)
+    assert (again.progress.images, again.position(), again.before) == (4, 2.0, 0)
     assert again.progress.sums["loss"] == 3.0
 
 
