@@ -134,7 +134,7 @@ def test_many_classes_are_narrowed_to_those_most_often_confused():
     assert len(report.chosen_classes([], 1000)) == 30
 
 
-@pytest.mark.parametrize("classes, count", [(1, 3), (2, 5), (10, 300), (1000, 3000)])
+@pytest.mark.parametrize("classes, count", [(1, 3), (2, 5), (1000, 3000)])
 def test_reports_of_few_and_of_many_classes_are_written(tmp_path, classes, count):
     outcomes, logits, targets = random_outcomes(count, classes)
     names = [f"class $_{i}^ {'long ' * 20}" for i in range(classes)]
