@@ -1,15 +1,15 @@
 """What messengers attend to, how far they carry information, and what the class score owes to them.
 
 All functions take a trained :class:`MSGTransformer` in evaluation mode as it is, with any attention backend
-and images of any size. They look at it through hooks and by putting another function in the place of the
-exchange of its blocks, which are as before when they return. docs/messengers.md has the formulas.
+and images of any size. They use hooks and replace the exchange of blocks; when they return, the model is as
+before. docs/messengers.md has the formulas.
 
-*Blank* is an image of zeros: the mean colour, after normalisation. To *silence* the messenger of a window is
-to put the messenger that a blank image has at that place there, in every block of a stage, after the
-attention and before the exchange: what it has gathered reaches nobody, its own window included.
+A *blank* image has only zeros, which is the mean colour after normalisation. To *silence* the messenger of a
+window, we replace it with the one that a blank image has there, in every block of a stage, after the
+attention and before the exchange. What it has gathered then reaches nobody, its own window included.
 
-A *grid* of messengers is (B, rows, columns, C), with all windows of whole shuffle regions, among them those
-beyond the edge of the image.
+A *grid* of messengers is (B, rows, columns, C), with all windows of whole shuffle regions, also those beyond
+the edge of the image.
 """
 
 import contextlib

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Train under Slurm on one node or many, and go on by itself after a preemption.
+# Train under Slurm on one node or many, and resume by itself after a preemption.
 #
 #   sbatch --nodes 2 scripts/slurm.sh \
 #       --cfg configs/msg_base_p4_win7_224.yaml --data-path <folder> --batch-size 64
 #
 # One task is one process and one GPU; on nodes with 4 GPUs give --ntasks-per-node 4 and
-# --gpus-per-node 4 to sbatch. Two minutes before the time limit Slurm sends SIGUSR1 to the tasks, at
-# a preemption with a grace time SIGTERM: they save after the update that is running and exit with
-# code 75, and the job is queued again; so it is when the signal ends Python before it listens
-# (138 and 143). Started again, it resumes from its output folder. A job that scancel ended is not
-# queued again.
+# --gpus-per-node 4 to sbatch. Two minutes before the time limit Slurm sends SIGUSR1 to the tasks. At
+# a preemption with a grace time it sends SIGTERM. The tasks then finish the current update, save and
+# exit with code 75, and this script queues the job again. It does the same if a signal ends Python
+# before it listens (codes 138 and 143). The job then resumes from its output folder. A job that
+# scancel ended is not queued again.
 #SBATCH --job-name=msg-transformer
 #SBATCH --ntasks-per-node=8
 # Not --gpus-per-task, which hides from each task all GPUs but one, while SLURM_LOCALID counts on.

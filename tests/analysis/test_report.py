@@ -94,14 +94,7 @@ def test_classes_and_confusions_are_those_of_scikit_learn():
     precision = precision_score(targets, predicted, average=None)
     assert [row["accuracy"] for row in rows[:6]] == pytest.approx(recall.tolist())
     assert [row["precision"] for row in rows[:6]] == pytest.approx(precision.tolist())
-    assert rows[6] == {
-        "class": "g",
-        "images": 0,
-        "right": 0,
-        "predicted": 0,
-        "accuracy": None,
-        "precision": None,
-    }
+    assert list(rows[6].values()) == ["g", 0, 0, 0, None, None]
     matrix = confusion_matrix(targets, predicted)
     pairs = report.confusions(outcomes)
     assert {(a, b): n for a, b, n in pairs} == {
@@ -136,12 +129,12 @@ def test_images_are_shown_as_they_were_before_normalisation():
 def test_many_classes_are_narrowed_to_those_most_often_confused():
     pairs = [(900, 7, 50), (7, 900, 40), (3, 4, 30), (7, 12, 20), *((100 + i, 200 + i, 5) for i in range(50))]
     chosen = report.chosen_classes(pairs, 1000)
-    assert chosen[:5] == [900, 7, 3, 4, 12] and len(chosen) == len(set(chosen)) <= 30
+    assert chosen[:5] == [900, 7, 3, 4, 12] and len(chosen) == len(set(chosen)) == 30
     assert report.chosen_classes(pairs, 30) == list(range(30))
     assert len(report.chosen_classes([], 1000)) == 30
 
 
-@pytest.mark.parametrize("classes, count", [(1, 3), (2, 5), (10, 300), (1000, 3000)])
+@pytest.mark.parametrize("classes, count", [(1, 3), (2, 5), (1000, 3000)])
 def test_reports_of_few_and_of_many_classes_are_written(tmp_path, classes, count):
     outcomes, logits, targets = random_outcomes(count, classes)
     names = [f"class $_{i}^ {'long ' * 20}" for i in range(classes)]

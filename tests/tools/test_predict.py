@@ -1,5 +1,6 @@
 """tools/predict.py: what it takes, what it computes, and what it writes."""
 
+import argparse
 import csv
 import json
 import os
@@ -320,6 +321,13 @@ def test_a_detector_finds_what_its_evaluation_finds_and_writes_a_coco_file(tmp_p
         (direct,) = model(*transform(Image.open(tmp_path / "val" / "0.png").convert("RGB")))
     scores = [round(score, 5) for score in direct["scores"].tolist()]
     assert scores == [entry["score"] for entry in found if entry["image_id"] == 0] and loaded == names
+
+
+def test_objects_below_the_score_are_neither_shown_nor_drawn(monkeypatch):
+    monkeypatch.setattr(predict, "annotate", lambda image, found, names: found["scores"].tolist())
+    task = predict.Objects(None, ["box"], CPU, argparse.Namespace(score=0.5))
+    assert task.draw(None, dict(scores=torch.tensor([0.75, 0.25, 0.5]))) == [0.75, 0.5]
+    assert task.words([dict(score=0.25, category_id=1)]) == "nothing of score 0.5 and more"
 
 
 def test_annotated_objects_have_their_masks_and_boxes_where_they_are():
