@@ -35,16 +35,14 @@ LARGEST_SHARE_LEFT_OUT = 0.1  # of the images of an epoch, without a warning
 class Loader:
     """Batches on the device, images (B, C, S, S) and class indices (B,); keeps count of unreadable files.
 
+    While iterating it raises a DataError once this process alone has failed to read more than 1% of all
+    files; :meth:`check_failures` counts the failures of all processes.
+
     Args:
         loader: a DataLoader over samples (image, target, failed), collated by :func:`collate`.
         paths: the file of every index.
         to_device: moves an iterable of batches to the device, as :class:`ToDevice` does.
-        turn: whether images are turned as EXIF says, for the log.
-        workers: ``DATA.NUM_WORKERS``, where the log is to say that there are fewer.
-
-    Raises:
-        DataError: while iterating, once this process alone has failed to read more than 1% of all files;
-            :meth:`check_failures` counts the failures of all processes.
+        turn, workers: for the log, whether images are turned as EXIF says, and ``DATA.NUM_WORKERS``.
     """
 
     def __init__(self, loader, paths, to_device, turn=False, workers=0):
