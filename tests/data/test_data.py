@@ -187,30 +187,6 @@ def test_evaluation_crops_the_centre_of_the_resized_image():
     assert squeezed[0, 112, 5] < 0 < squeezed[0, 112, 112]
 
 
-def test_the_centre_crop_leaves_a_sixteenth_of_the_short_side_on_each_side():
-    """224 of 256 pixels, so that a whole white square of 224 is seen and one of 222 is seen with its edge."""
-    transform = build_transform(digits_config("DATA.IMG_SIZE", 224), is_train=False)
-    for margin, edge in ((16, 1.0), (17, 0.0)):
-        image = Image.new("L", (256, 256))
-        image.paste(255, (margin, margin, 256 - margin, 256 - margin))
-        out = transform(image.convert("RGB"))[0] * 0.229 + 0.485
-        for side in (out[0], out[-1], out[:, 0], out[:, -1]):
-            torch.testing.assert_close(side, torch.full((224,), edge))
-
-
-@pytest.mark.parametrize("opts", [["AUG.REPROB", 0.5, *PLAIN[:4]], FULL_RECIPE, ["TEST.CROP", False]])
-@pytest.mark.parametrize("size", [32, 64])
-def test_two_equal_sides_give_the_pixels_and_draws_of_one(size, opts):
-    image = Image.effect_noise((150, 110), 90).convert("RGB")
-    for is_train in (True, False):
-        found = []
-        for sides in (size, [size, size]):
-            transform = build_transform(digits_config(*opts, "DATA.IMG_SIZE", sides), is_train)
-            with seeded("test", 0):
-                found.append((transform(image).tolist(), random.random(), torch.rand(1).item()))
-        assert found[0] == found[1]
-
-
 NORMALIZE = torchvision.transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
 

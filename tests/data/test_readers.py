@@ -371,6 +371,14 @@ def test_names_above_the_folder_and_notes_on_tars_are_as_tar_unpacks_them(tmp_pa
     assert dataset.source.ignored == {"notes of a Mac (._*)": 1}
 
 
+def test_a_tar_that_shrinks_while_it_is_read_is_named(tmp_path):
+    path = tar_of(tmp_path / "val.tar", **{"a/1.png": png(), "b/1.png": png()})
+    dataset = open_dataset("tar", str(tmp_path), "val", None)
+    os.truncate(path, dataset.source.places[1, 1] + 9)
+    with pytest.raises(DataError, match="val.tar ends before byte .*: it has changed since the start"):
+        dataset[1]
+
+
 def test_sparse_images_are_refused(tmp_path):
     member = tarfile.TarInfo("cat/1.png")
     member.type = tarfile.GNUTYPE_SPARSE
