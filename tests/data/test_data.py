@@ -63,6 +63,21 @@ def test_an_image_is_augmented_differently_in_other_epochs_and_for_other_seeds(f
     assert torch.equal(images[1], TrainingSamples(dataset, 0, skip=False)[1, 5][0])
 
 
+def test_what_replaces_a_broken_image_depends_on_seed_and_epoch():
+    class Numbers(list):
+        def __getitem__(self, index):
+            if index == 5:
+                raise DataError("broken")
+            return index, 0
+
+    places = [(0, 0), (0, 1), (1, 0), (1, 1), (0, 0)]  # seed, epoch
+    *found, again = (
+        TrainingSamples(Numbers(range(999)), seed, skip=True)[epoch, 5] for seed, epoch in places
+    )
+    assert found[0] == again and len({index for index, *_ in found}) == 4
+    assert all(failed == [5] for *_, failed in found)
+
+
 def test_purposes_draw_different_numbers():
     found = []
     for purpose, number in (("dropout", 0), ("mixup", 0), ("mixup", 1)):
