@@ -371,6 +371,12 @@ def test_names_above_the_folder_and_notes_on_tars_are_as_tar_unpacks_them(tmp_pa
     assert dataset.source.ignored == {"notes of a Mac (._*)": 1}
 
 
+def test_the_test_set_is_taken_only_where_there_is_no_other(tmp_path):
+    for name in ("test", "val"):
+        tar_of(tmp_path / f"{name}.tar", **{f"{name}/1.png": png()})
+        assert open_dataset("tar", str(tmp_path), "val", None).classes == [name]
+
+
 def test_a_tar_that_shrinks_while_it_is_read_is_named(tmp_path):
     path = tar_of(tmp_path / "val.tar", **{"a/1.png": png(), "b/1.png": png()})
     dataset = open_dataset("tar", str(tmp_path), "val", None)
