@@ -431,7 +431,7 @@ def test_classes_that_differ_are_refused(tmp_path, kind):
 
 def test_shards_without_sound_labels_are_refused(tmp_path):
     path = tmp_path / "val.tar"
-    for label in (b"cat", b"-1", b"1.5", b"", b"1" * 9, b"\xc2\xb2"):
+    for label in (b"cat", b"-1", b"1.5", b"", b"1" * 9, b"\xb2"):
         tar_of(path, **{"x/1.jpg": png(), "x/1.cls": label})
         assert "val.tar/x/1.cls holds" in refusal("wds", tmp_path)
     tar_of(path, **{"1.jpg": png()})
