@@ -226,6 +226,7 @@ def refusal(kind, root, *opts, **flags):
 def test_data_that_are_not_there_are_named(tmp_path):
     for kind in ("tar", "wds", "hfds", "torch/cifar10"):
         assert f"{tmp_path}/none is not a folder" in refusal(kind, tmp_path / "none")
+    tar_of(tmp_path / "interval-train-0.tar")
     assert "holds no tars of val" in refusal("tar", tmp_path)
     assert "copy them first" in refusal("wds", "https://example.org/shards")
     words = refusal("torch/cifar10", tmp_path)
@@ -291,6 +292,7 @@ def test_a_tar_gives_exactly_what_its_unpacked_folder_gives(tmp_path, nested):
         add(tar, "outside.png", png())
         add(tar, "README", b"pictures")
         link(tar, "dog/1.png", "./cat/2.PNG", tarfile.LNKTYPE)
+        link(tar, "dog/0.png", "3.png")  # to a link to a link, which come later
         link(tar, "dog/2.png", "../cat/1.png")
         link(tar, "dog/3.png", "2.png")
         link(tar, "dog/.#lock", "me@here")
@@ -318,7 +320,7 @@ def test_a_tar_gives_exactly_what_its_unpacked_folder_gives(tmp_path, nested):
         outside = [entry for entry in found_in(tar, path) if entry[1] == "deep"]
         assert [name for name, *_ in outside] == ["deep/outside.png"]
         expected += outside
-    assert sorted(found_in(tar, path)) == sorted(expected) and len(expected) == 12 + nested
+    assert sorted(found_in(tar, path)) == sorted(expected) and len(expected) == 13 + nested
     if not nested:
         assert found_in(tar, path) == expected
         assert tar.source.ignored == {
