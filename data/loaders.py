@@ -35,16 +35,14 @@ LARGEST_SHARE_LEFT_OUT = 0.1  # of the images of an epoch, without a warning
 class Loader:
     """Batches on the device, images (B, C, S, S) and class indices (B,); keeps count of unreadable files.
 
+    While iterating it raises a DataError once this process alone has failed to read more than 1% of all
+    files; :meth:`check_failures` counts the failures of all processes.
+
     Args:
         loader: a DataLoader over samples (image, target, failed), collated by :func:`collate`.
         paths: the file of every index.
         to_device: moves an iterable of batches to the device, as :class:`ToDevice` does.
-        turn: whether images are turned as EXIF says, for the log.
-        workers: ``DATA.NUM_WORKERS``, where the log is to say that there are fewer.
-
-    Raises:
-        DataError: while iterating, once this process alone has failed to read more than 1% of all files;
-            :meth:`check_failures` counts the failures of all processes.
+        turn, workers: for the log, whether images are turned as EXIF says, and ``DATA.NUM_WORKERS``.
     """
 
     def __init__(self, loader, paths, to_device, turn=False, workers=0):
@@ -131,31 +129,16 @@ class Loader:
 
 
 class ToDevice:
-    """Moves batches to a device, where 8-bit images are normalised.
-
-    On CUDA a stream of its own copies each batch while the one before is being worked on.
-    """
+    """Moves batches to a device, where 8-bit images are normalised."""
 
     def __init__(self, device):
         self.device = device
         statistics = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
         self.mean, self.std = (torch.tensor(value, device=device)[:, None, None] for value in statistics)
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, batches):
         """Yield each (images, targets) of ``batches`` on the device."""
-        if self.stream is None:
-            yield from map(self.move, batches)
-            return
-        before = None
-        for batch in batches:
-            with torch.cuda.stream(self.stream):
-                now = self.move(batch), self.stream.record_event()
-            if before is not None:
-                yield self._hand_over(*before)
-            before = now
-        if before is not None:
-            yield self._hand_over(*before)
+        return map(self.move, batches)
 
     def move(self, batch):
         """A batch on the device, its images normalised."""
@@ -164,15 +147,7 @@ class ToDevice:
 
     def copy(self, tensor):
         """A tensor on the device, which CUDA alone may copy later: MPS would read memory given back since."""
-        return tensor.to(self.device, non_blocking=self.stream is not None)
-
-    def _hand_over(self, batch, ready):
-        current = torch.cuda.current_stream(self.device)
-        current.wait_event(ready)
-        for tensor in tensors_of(batch):
-            if tensor.is_cuda:
-                tensor.record_stream(current)
-        return batch
+        return tensor.to(self.device, non_blocking=self.device.type == "cuda")
 
     def normalize(self, images):
         """What torchvision's ToTensor and Normalize make of uint8 images (B, 3, S, S); floats stay."""
@@ -184,15 +159,6 @@ class ToDevice:
         for part, image in parts:
             part.copy_(image).div_(255).sub_(self.mean).div_(self.std)
         return result
-
-
-def tensors_of(value):
-    """The tensors in nested lists, tuples and dicts."""
-    if torch.is_tensor(value):
-        yield value
-    elif isinstance(value, (list, tuple, dict)):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from tensors_of(part)
 
 
 def collate(samples):

@@ -45,8 +45,7 @@ def average_precision(truth, results, image_ids):
 
     Args:
         truth: content of a COCO annotation file.
-        results: of all images, see :func:`to_results`.
-        image_ids: the images that were evaluated.
+        results: of all images that were evaluated, ``image_ids``; see :func:`to_results`.
 
     Returns:
         dict of ``box_AP``, ``box_AP50`` ... ``mask_APl``, and rows of (category name, box AP, mask AP).

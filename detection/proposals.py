@@ -37,16 +37,10 @@ class ProposalNetwork(nn.Module):
     def forward(self, maps, sizes, targets=None):
         """Proposals of each image, the best first, and in training the losses.
 
-        What lies outside of an image, because others of the batch are larger, is never proposed.
-
-        Args:
-            maps: a feature map (B, C, H, W) for each stride.
-            sizes: (height, width) of each image.
-            targets: of each image, boxes (M, 4) among others.
-
-        Returns:
-            Boxes (N, 4) of each image, within it; and a dict of ``objectness`` and ``rpn_box_reg``, empty in
-            evaluation.
+        Takes a feature map (B, C, H, W) for each stride, the (height, width) of each image and its target
+        with boxes (M, 4). Returns boxes (N, 4) of each image, within it, and a dict of ``objectness`` and
+        ``rpn_box_reg``, empty in evaluation. What lies outside of an image, because others of the batch are
+        larger, is never proposed.
         """
         logits, deltas = [], []
         for level_logits, level_deltas in zip(*self.head(maps)):  # (B, A, H, W) and (B, A*4, H, W)

@@ -60,40 +60,13 @@ class Crop(NamedTuple):
         return rows[self.top : self.top + height], columns[self.left : self.left + width]
 
 
-class RandomShortSide(NamedTuple):
-    """A resize whose short side is one of ``sides``, at random, and whose long side is at most ``longest``.
+def resized(size, shortest, longest):
+    """(height, width) with a short side of ``shortest``, or less where the long side would be too long.
 
     Sides, in pixels, are rounded to the nearest, as by mmcv, and are never 0.
     """
-
-    sides: list
-    longest: int
-
-    def draw(self, size):
-        """A :class:`Resize` of an image of ``size``, (height, width)."""
-        return Resize(resized(size, self.sides[_random(0, len(self.sides) - 1)], self.longest))
-
-
-def resized(size, shortest, longest):
-    """(height, width) with a short side of ``shortest``, or less where the long side would be too long."""
     scale = min(shortest / min(size), longest / max(size))
     return tuple(max(1, int(side * scale + 0.5)) for side in size)
-
-
-class RandomCrop(NamedTuple):
-    """A crop to random sides between ``low`` and ``high`` pixels, or the whole side where that is shorter."""
-
-    low: int
-    high: int
-
-    def draw(self, size):
-        """A :class:`Crop` of an image of ``size``, (height, width)."""
-        box = []
-        for side in size:
-            length = _random(min(self.low, side), min(self.high, side))
-            box.append((_random(0, side - length), length))
-        (top, height), (left, width) = box
-        return Crop(top, left, (height, width))
 
 
 def _random(low, high):
@@ -104,21 +77,33 @@ def _random(low, high):
 class Recipe:
     """What is drawn for an image: a flip, half of the time a resize and a crop, a resize."""
 
-    resize: RandomShortSide
+    sides: list  # short sides that are chosen from, in pixels
+    longest: int  # most pixels on a side
     flip: float | None = None  # probability
-    crop: tuple = ()  # a RandomShortSide and a RandomCrop, or nothing
+    crop: tuple = ()  # short sides before the crop, and the least and greatest side of the crop; or nothing
 
     def draw(self, size):
         """Steps for an image of ``size``, (height, width), in order."""
-        steps, wanted = [], [self.resize]
+        steps = []
         if self.flip is not None and torch.rand(1) < self.flip:
             steps.append(Flip(size))
         if self.crop and torch.rand(1) < 0.5:
-            wanted = [*self.crop, self.resize]
-        for kind in wanted:
-            steps.append(kind.draw(size))
+            sides, (low, high) = self.crop
+            steps.append(self._resize(size, sides))
+            steps.append(self._crop(steps[-1].size, low, high))
             size = steps[-1].size
-        return steps
+        return [*steps, self._resize(size, self.sides)]
+
+    def _resize(self, size, sides):
+        return Resize(resized(size, sides[_random(0, len(sides) - 1)], self.longest))
+
+    def _crop(self, size, low, high):
+        box = []
+        for side in size:  # the whole of one that is shorter
+            length = _random(min(low, side), min(high, side))
+            box.append((_random(0, side - length), length))
+        (top, height), (left, width) = box
+        return Crop(top, left, (height, width))
 
 
 class Transform:
@@ -181,14 +166,10 @@ def describe_detection(config):
 
 
 def build_detection_transform(config, is_train, change_pixels=change_pillow):
-    """The :class:`Transform` of training or evaluation.
-
-    Training: flip; resize to a random short side; half of the time resize and crop before that."""
+    """The :class:`Transform` of training or evaluation, which only resizes."""
     det = config.DET
     if not is_train:
-        return Transform(Recipe(RandomShortSide([det.TEST_SIZE], det.MAX_SIZE)).draw, change_pixels)
-    crop = ()
-    if det.CROP_MIN_SIZES and det.CROP_SIZES:
-        crop = RandomShortSide(det.CROP_MIN_SIZES, det.MAX_SIZE), RandomCrop(*det.CROP_SIZES)
-    recipe = Recipe(RandomShortSide(det.MIN_SIZES, det.MAX_SIZE), config.AUG.HFLIP, crop)
+        return Transform(Recipe([det.TEST_SIZE], det.MAX_SIZE).draw, change_pixels)
+    crop = (det.CROP_MIN_SIZES, det.CROP_SIZES) if det.CROP_MIN_SIZES and det.CROP_SIZES else ()
+    recipe = Recipe(det.MIN_SIZES, det.MAX_SIZE, config.AUG.HFLIP, crop)
     return Transform(recipe.draw, change_pixels)

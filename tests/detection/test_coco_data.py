@@ -21,7 +21,7 @@ from detection.dataset import build_detection_dataset
 from detection.evaluation import average_precision, to_results
 from detection.loaders import build_detection_loaders, build_detection_reader
 from detection.masks import take_masks
-from detection.transforms import RandomCrop, build_detection_transform
+from detection.transforms import build_detection_transform
 from distributed import Compute, seeded
 
 
@@ -119,7 +119,7 @@ def pick(low, high):
 
 
 def expected_resize(image, masks, boxes, sides, longest):
-    """RandomShortSide on arrays (3, H, W) and (M, H, W) and a list of boxes, with a loop over each axis."""
+    """A random resize of arrays (3, H, W), (M, H, W) and a list of boxes, with a loop over each axis."""
     size = image.shape[1:]
     short = sides[pick(0, len(sides) - 1)]
     scale = min(short / min(size), longest / max(size))
@@ -141,7 +141,7 @@ def expected_resize(image, masks, boxes, sides, longest):
 
 
 def expected_crop(image, masks, boxes, low, high):
-    """RandomCrop, likewise."""
+    """A random crop, likewise."""
     (top, height), (left, width) = [
         (pick(0, side - length), length)
         for side in image.shape[1:]
@@ -237,21 +237,6 @@ def test_masks_are_taken_whatever_their_runs():
         assert seen.tolist() == expected.any((1, 2)).tolist() and found.dtype == torch.uint8
         np.testing.assert_array_equal(found.numpy(), expected[seen.numpy()])
     assert take_masks([], rows, columns)[0].shape == (0, len(rows), len(columns))
-
-
-def test_crops_are_uniform_in_size_and_place():
-    """Over every length from the lower to the upper bound, and every place a crop fits."""
-    counts = {}
-    with seeded("test", 0):
-        for _ in range(1800):
-            crop = RandomCrop(7, 9).draw((5, 12))
-            assert (crop.top, crop.size[0]) == (0, 5)
-            counts.setdefault(crop.size[1], []).append(crop.left)
-    assert sorted(counts) == [7, 8, 9] and min(map(len, counts.values())) > 500
-    for length, places in counts.items():
-        expected = len(places) / (13 - length)
-        assert all(abs(places.count(i) - expected) < 6 * expected**0.5 for i in range(13 - length))
-        assert max(places) == 12 - length
 
 
 MIXED = [(40, 50, ""), (60, 40, "object"), (40, 44, "crowd"), (31, 50, "object"), (50, 31, "object")]

@@ -335,17 +335,6 @@ def test_suppression_is_among_boxes_of_a_class_and_the_best_are_kept():
     assert kept() == [(x, label, pytest.approx(score)) for x, label, score in expected]
 
 
-def test_so_many_proposals_reach_the_heads_in_training_and_at_test():
-    opts = ["DET.PROPOSALS_TRAIN", 11, "DET.PROPOSALS_TEST", 7]
-    detector, found = build_detector(coco_config("shapes", *opts), 3), []
-    detector.rpn.register_forward_hook(lambda rpn, inputs, output: found.append(len(output[0][0])))
-    images, sizes, targets = scene([(128, 128)], torch.float32)
-    with torch.no_grad():
-        detector.train()(images, sizes, targets)
-        detector.eval()(images, sizes)
-    assert found == [11, 7]
-
-
 def test_detections_average_logits_and_mask_probabilities_over_the_stages():
     detector = build_detector(coco_config(), 3).eval()
     heads, channels = detector.heads, coco_config().DET.CHANNELS
@@ -436,16 +425,6 @@ def test_a_classifiers_weights_become_the_backbones():
             assert torch.equal(value, classifier.state_dict()[name]), name
     with pytest.raises(ckpt.CheckpointError, match="wrong.pth does not fit the model"):
         load_pretrained(detector, micro(depths=(2, 2, 4)).state_dict(), "wrong.pth")
-
-
-def test_a_detectors_weights_start_one_of_other_classes():
-    torch.manual_seed(0)
-    old, new = build_detector(coco_config(), 3), build_detector(coco_config(), 7)
-    load_pretrained(new, dict(model=old.state_dict()), "detector.pth")
-    for name, value in new.state_dict().items():
-        if value.shape == old.state_dict()[name].shape:
-            assert torch.equal(value, old.state_dict()[name]), name
-    assert new.heads.stages[0].box_predictor.cls_score.weight.shape[0] == 8
 
 
 def test_a_detector_of_other_categories_gets_new_predictors():

@@ -188,18 +188,18 @@ def test_the_losses_of_proposals_are_those_of_the_definition():
 def test_proposals_are_the_best_of_each_level_without_duplicates():
     """Those of a loop; padding of the batch makes no proposals and takes no place among the best."""
     torch.manual_seed(0)
-    rpn = ProposalNetwork(8, [4, 8], 4, RATIOS, 256, (2000, 25)).double()
+    rpn = ProposalNetwork(8, [4, 8], 4, RATIOS, 256, (120, 25)).double()
     torch.nn.init.normal_(rpn.head.bbox_pred.weight, std=0.1)
-    maps = [torch.randn(2, 8, 8, 10).double(), torch.randn(2, 8, 4, 5).double()]
-    sizes = [(32, 40), (20, 26)]
+    maps = [torch.randn(2, 8, 16, 20).double(), torch.randn(2, 8, 8, 10).double()]
+    sizes = [(64, 80), (40, 52)]
     logits, deltas = rpn.head(maps)
     # The padding has the best scores of all.
     hook = rpn.head.register_forward_hook(lambda module, inputs, output: (logits, deltas))
-    for level, rows, columns in ((0, 5, 7), (1, 3, 4)):
+    for level, rows, columns in ((0, 10, 13), (1, 5, 7)):
         logits[level][1, :, rows:] = logits[level][1, :, :, columns:] = 30
     # Boxes of no width, here beyond the left border, are none, whatever their score.
     deltas[0][:, 0, 3, 4], logits[0][:, 0, 3, 4] = -40, 25
-    for most, is_train in ((2000, True), (25, False)):
+    for most, is_train in ((120, True), (25, False)):
         targets = [dict(boxes=torch.zeros(0, 4))] * 2
         found, _ = rpn.train(is_train)(maps, sizes, targets)
         for image, size in enumerate(sizes):
