@@ -41,7 +41,7 @@ def parse_args():
 
 if __name__ == "__main__":  # before what takes seconds to import
     check_environment()
-    parse_args()
+    ARGS = parse_args()
 
 import cv2
 import PIL
@@ -163,4 +163,4 @@ def run(args):
 
 
 if __name__ == "__main__":
-    benchmarking.main(parse_args(), run)
+    benchmarking.main(ARGS, run)

@@ -49,7 +49,7 @@ def parse_args():
 
 if __name__ == "__main__":  # before what takes seconds to import
     check_environment()
-    parse_args()
+    ARGS = parse_args()
 
 import timm
 import torch
@@ -173,4 +173,4 @@ def run(args):
 
 
 if __name__ == "__main__":
-    benchmarking.main(parse_args(), run)
+    benchmarking.main(ARGS, run)

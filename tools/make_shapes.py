@@ -30,7 +30,7 @@ def parse_args():
 
 if __name__ == "__main__":  # before what takes seconds to import
     check_environment()
-    parse_args()
+    ARGS = parse_args()
 
 import cv2
 import numpy as np
@@ -110,9 +110,8 @@ def draw_image(rng):
     return picture.clip(0, 255).astype(np.uint8), annotations
 
 
-def main():
+def main(args):
     """Write the folder; the same arguments write the same bytes."""
-    args = parse_args()
     folder = Path(args.folder)
     (folder / "annotations").mkdir(parents=True, exist_ok=True)
     for seed, (split, count) in enumerate((("train", args.train), ("val", args.val))):
@@ -135,4 +134,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(ARGS)

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import copy
+import functools
 import importlib
 import json
 import math
@@ -17,7 +18,7 @@ from helpers import ROOT
 from PIL import Image
 from timm.layers import DropPath
 
-from utils import UserError
+from utils import UserError, adopt_launcher
 
 
 def benchmark(*arguments):
@@ -111,41 +112,21 @@ def test_each_runtime_computes_what_the_model_computes(tool, tmp_path):
         assert 0 < (found - expected).abs().max() < near
 
 
-class Counting:
-    """What test_an_object_apart calls."""
-
-    def __init__(self, count):
-        self.count = count
-
-    def process(self):
-        self.count += 1
-        return self.count, os.getpid()
-
-    def end(self):
-        os._exit(7)
-
-
-@contextlib.contextmanager
-def counting(count):
-    if count is None:
-        raise UserError("nothing to count")
-    yield Counting(count)
-
-
 def test_an_object_apart_keeps_its_state_in_a_process_of_its_own(tool):
-    tools = tool("benchmarking")
-    one, other = (tools.Apart(str(count), counting, count) for count in (1, 5))
-    (count, process), (others, another) = one.call("process"), other.call("process")
-    assert (count, others) == (2, 6) and len({process, another, os.getpid()}) == 3
-    assert one.call("process") == (3, process)
+    apart = tool("benchmarking").Apart
+    one, other = (apart(str(first), contextlib.nullcontext, iter(range(first, 9))) for first in (1, 5))
+    assert [one.call("__next__"), one.call("__next__"), other.call("__next__")] == [1, 2, 5]
     one.close()
-    with pytest.raises(UserError, match="5: its process ended with code 7"):
-        other.call("end")
+    other.close()
+    ends = apart("ends", contextlib.nullcontext, functools.partial(os._exit, 7))
+    with pytest.raises(UserError, match="ends: its process ended with code 7"):
+        ends.call("__call__")
 
 
-def test_what_cannot_be_made_apart_says_why(tool):
-    with pytest.raises(UserError, match="^nothing to count$"):
-        tool("benchmarking").Apart("none", counting, None).call("process")
+def test_what_cannot_be_made_apart_says_why(tool, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match="the environment has RANK=0, without "):
+        tool("benchmarking").Apart("none", adopt_launcher).call("any")
 
 
 @pytest.mark.parametrize(
@@ -157,7 +138,7 @@ def test_what_cannot_be_made_apart_says_why(tool):
             "--models msg_tiny_p4_win7_224:fast",
             ":compile or :int8 or :ort or :openvino or :auto or :eager or :sdpa",
         ),
-        ("--models test_vit:int8 --modes train", "test_vit:int8: for the inference of classifiers"),
+        ("--models test_vit:int8 --modes train --dtypes float32", "int8: for the inference of classifiers"),
         ("--models test_vit test_vit:ort", "--peer test_vit:ort does not run in all of --dtypes"),
         ("--sizes 64x0", "--sizes: '64x0' is neither a side in pixels nor HEIGHTxWIDTH"),
         ("--models test_vit --peer swin", "--peer swin is not among --models"),

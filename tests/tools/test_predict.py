@@ -83,22 +83,19 @@ def test_predictions_are_those_of_the_loaded_model_in_the_order_of_the_files(
         assert float(row["score_1"]) == pytest.approx(scores[best[0]].item(), abs=1e-5)
 
 
-def test_a_runtime_predicts_in_float32_what_pytorch_predicts(data, tmp_path, monkeypatch):
-    pytest.importorskip("onnxscript")
-    shallow = ["MODEL.NUM_CLASSES", "3", "MODEL.MSG.DEPTHS", "[1, 1]", "MODEL.MSG.NUM_HEADS", "[3, 6]"]
-    shallow += ["MODEL.MSG.SHUF_SIZE", "[4, 2]"]
-    weights, found = fill_weights(build_model(digits_config(*shallow))).state_dict(), {}
-    for level, name in (("O0", "pytorch"), ("O1", "onnxruntime")):
-        config = dump_config(digits_config(*shallow, "AMP_OPT_LEVEL", level))
-        torch.save(dict(model=weights, config=config, classes=[*"abc"]), tmp_path / "x.pth")
-        options = ["--batch-size", 4, "--workers", 0, "--runtime", name, "--json", tmp_path / "p.json"]
-        assert run(monkeypatch, tmp_path / "x.pth", data / "val", *options) == 0
-        entries = json.loads((tmp_path / "p.json").read_text())["predictions"]
-        found[name] = {
-            (entry["file"], one["index"]): one["score"] for entry in entries for one in entry["classes"]
-        }
-    assert len(found["pytorch"]) == 27 and found["onnxruntime"] != found["pytorch"]
-    assert found["onnxruntime"] == pytest.approx(found["pytorch"], abs=1e-5)
+def test_a_runtime_is_asked_for_in_float32(checkpoint, data, tmp_path, monkeypatch):
+    content, asked = torch.load(checkpoint), []
+    content["config"] = content["config"].replace("AMP_OPT_LEVEL: O0", "AMP_OPT_LEVEL: O1")
+    torch.save(content, tmp_path / "mixed.pth")
+
+    def build(config, model, compute):
+        asked.append((config.RUNTIME, compute.dtype))
+        return model
+
+    monkeypatch.setattr(predict, "build_runtime", build)
+    for name in ("pytorch", "onnxruntime"):
+        assert run(monkeypatch, tmp_path / "mixed.pth", data / "val" / "a", "--runtime", name) == 0
+    assert asked == [("pytorch", torch.bfloat16), ("onnxruntime", None)]
 
 
 def write_video(path, values, kind="mp4v"):
