@@ -16,9 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import benchmarking
-import tables
-
+from tools import benchmarking, tables
 from utils import check_environment
 
 CONFIG = Path(__file__).parents[1] / "configs" / "msg_tiny_p4_win7_224.yaml"

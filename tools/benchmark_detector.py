@@ -18,9 +18,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import benchmarking
-import tables
-
+from tools import benchmarking, tables
 from utils import check_environment
 
 OURS, PEER = "MSG-Transformer", "Swin (timm)"
