@@ -10,7 +10,6 @@ tokens of the window row-major.
 """
 
 import math
-from functools import partial
 
 import torch
 from timm.layers import DropPath, Mlp, trunc_normal_
@@ -22,7 +21,7 @@ from .fast.attention import windowed_attention
 from .padding import PaddedStage, pad_to_even, pad_to_patches
 from .positions import RelativePositions, resample_positions
 from .timm_interface import TimmInterface, feature_info
-from .tracing import count_squares, plain_sizes, replace_messengers, split_sides
+from .tracing import count_squares, plain_sizes, replace_messengers, replaceable, split_sides
 
 
 class PatchEmbed(nn.Module):
@@ -72,8 +71,6 @@ class Block(nn.Module):
     """One MSG-Transformer block: local attention, messenger shuffle, MLP (linear, exact GELU, linear).
 
     The shuffle stands between the two residual branches and acts on the residual stream itself.
-
-    ``block(x, instead)`` is ``instead(block, x)`` between the hooks of the block, which may gather weights.
     """
 
     def __init__(self, dim, heads, drop_path, options):
@@ -85,10 +82,9 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * options.mlp_ratio), drop=options.proj_drop_rate)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x, instead=None):
+    @replaceable
+    def forward(self, x):
         """Apply the block: (B*regions, windows, tokens, C) to the same shape."""
-        if instead is not None:
-            return instead(self, x)
         x = x + self.drop_path(self.attn(self.norm1(x)))
         x = self.shuffle(x)
         return x + self.drop_path(self.mlp(self.norm2(x)))
@@ -99,16 +95,9 @@ class Block(nn.Module):
 
     def forward_messengers(self, x):
         """The messengers of :meth:`forward` alone, (B*regions, windows, 1, C): all that the head may need."""
-        attend = partial(attend_in_windows, only_messengers=True)
-        x = x[:, :, :1] + self.drop_path(self.attn(self.norm1(x), attend))
+        x = x[:, :, :1] + self.drop_path(self.attn(self.norm1(x), LocalAttention.forward_messengers))
         x = self.shuffle(x)
         return x + self.drop_path(self.mlp(self.norm2(x)))
-
-
-def attend_in_windows(qkv, attention, only_messengers=False):
-    """Apply ``attention``, (N, tokens, 3C) to (N, tokens, C), to (B*regions, windows, tokens, 3C)."""
-    heads = attention(qkv.flatten(0, 1)).unflatten(0, (-1, qkv.shape[1]))  # B*regions, windows, tokens, C
-    return heads[:, :, :1] if only_messengers else heads
 
 
 class LocalAttention(RelativePositions):
@@ -146,11 +135,16 @@ class LocalAttention(RelativePositions):
         dropout = self.attn_drop_rate if self.training else 0.0
         return windowed_attention(qkv, bias, self.scale, self.backend, hidden, dropout)
 
-    def forward(self, x, attend=attend_in_windows):
-        """Attend in windows, which ``attend`` finds: (B*regions, windows, tokens, C) to the same shape."""
-        attention = partial(self.attention, bias=self.bias())
-        heads = attend(self.qkv(x), attention)  # B*regions, windows, tokens, C
-        return self.proj_drop(self.proj(heads))
+    @replaceable
+    def forward(self, x):
+        """Attend within windows: (B*regions, windows, tokens, C) to the same shape."""
+        heads = self.attention(self.qkv(x).flatten(0, 1), self.bias())  # B*regions*windows, tokens, C
+        return self.proj_drop(self.proj(heads)).unflatten(0, (-1, x.shape[1]))
+
+    def forward_messengers(self, x):
+        """What :meth:`forward` gives to the messengers alone: (B*regions, windows, 1, C)."""
+        heads = self.attention(self.qkv(x).flatten(0, 1), self.bias())[:, :1]  # B*regions*windows, 1, C
+        return self.proj_drop(self.proj(heads)).unflatten(0, (-1, x.shape[1]))
 
 
 def shuffle_messengers(messengers):

@@ -344,9 +344,16 @@ def _inverse(index, count):
     return inverse
 
 
+def attend_on_rows(attn, x, layout, only_messengers=False):
+    """What a LocalAttention does to windows, done to rows (N, T, C); the result is as for Layout.attend."""
+    heads = layout.attend(attn.qkv(x), partial(attn.attention, bias=attn.bias()), only_messengers)
+    return attn.proj_drop(attn.proj(heads))
+
+
 def block_on_rows(block, x, layout):
     """What a Block does to windows, done to rows (N, T, C)."""
-    x = layout.add(x, block.attn(block.norm1(x), layout.attend), block.drop_path)
+    attend = partial(attend_on_rows, layout=layout)
+    x = layout.add(x, block.attn(block.norm1(x), attend), block.drop_path)
     if block.exchange:
         x = layout.exchange(x, block.exchange)
     return layout.add(x, block.mlp(block.norm2(x)), block.drop_path)
@@ -354,7 +361,7 @@ def block_on_rows(block, x, layout):
 
 def block_on_messengers(block, x, layout):
     """The messengers of :func:`block_on_rows` alone, as windows of one token, (N*regions, windows, 1, C)."""
-    attend = partial(layout.attend, only_messengers=True)
+    attend = partial(attend_on_rows, layout=layout, only_messengers=True)
     x = layout.read_messengers(x) + block.drop_path(block.attn(block.norm1(x), attend))
     x = block.shuffle(x)
     return x + block.drop_path(block.mlp(block.norm2(x)))

@@ -1,6 +1,7 @@
 """What a trace, an export, a counter of operations or ``torch.func`` sees: the plain formulas and layers."""
 
 import contextlib
+import functools
 import warnings
 
 import torch
@@ -40,6 +41,20 @@ def plain_backward(grad):
         except NotImplementedError:
             return True
     return False
+
+
+def replaceable(forward):
+    """Decorate the ``forward(x)`` of a module, so that another function can run in its place.
+
+    ``module(x, function)`` computes ``function(module, x)`` between the hooks of the module. For example, FSDP
+    gathers sharded weights in such a hook, which a plain call of the function would leave out.
+    """
+
+    @functools.wraps(forward)
+    def choose(self, x, instead=None):
+        return forward(self, x) if instead is None else instead(self, x)
+
+    return choose
 
 
 def replace_messengers(x, messengers):
