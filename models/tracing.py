@@ -46,8 +46,8 @@ def plain_backward(grad):
 def replaceable(forward):
     """Decorate the ``forward(x)`` of a module, so that another function can run in its place.
 
-    ``module(x, function)`` computes ``function(module, x)`` between the hooks of the module. For example, FSDP
-    gathers sharded weights in such a hook, which a plain call of the function would leave out.
+    ``module(x, function)`` computes ``function(module, x)`` between the hooks of the module. For example,
+    FSDP gathers sharded weights in such a hook, which a plain call of the function would leave out.
     """
 
     @functools.wraps(forward)
