@@ -15,7 +15,6 @@ as main.py runs them. A name may choose another way:
   <name>:plain                as timm builds it, ours with eager attention
   <name>:onednn               with the linear layers that ours use on the CPU
   <name>:compile              under torch.compile
-  <name>:int8                 int8 linear layers by torchao, float32 between them (inference, CPU)
   <name>:ort, :openvino       its ONNX file in ONNX Runtime or OpenVINO, once it gives what PyTorch gives
                               (inference, CPU; ONNX Runtime in float32 alone)
 
@@ -43,7 +42,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 CLASSES = 1000
 # Ways for any model: of computing with it, and of running a file made from it; dtypes for those with limits.
 WAYS = ("plain", "onednn", "compile")
-FILES = dict(int8=("float32",), ort=("float32",), openvino=("float32", "bfloat16"))
+FILES = dict(ort=("float32",), openvino=("float32", "bfloat16"))
 ONNX = dict(ort="onnxruntime", openvino="openvino")
 
 
@@ -118,7 +117,7 @@ def check(args):
             raise UserError(f"{name}: {triton_missing()}")
         if variant in FILES and (args.maps or args.device != "cpu" or args.modes != ["inference"]):
             raise UserError(f"{name}: for the inference of classifiers on the CPU")
-    needed = dict(int8=["int8"], ort=["onnx"], openvino=["onnx", "openvino"])
+    needed = dict(ort=["onnx"], openvino=["onnx", "openvino"])
     require_packages([kind for name in args.models for kind in needed.get(variant_of(name), ())])
 
 
@@ -186,8 +185,6 @@ class Candidate:
             self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=setting.device == "cuda")
             if setting.dtype != torch.float32:
                 self.autocast = lambda: torch.autocast(setting.device, setting.dtype)
-        elif variant_of(name) == "int8":
-            self.run = FORMATS["int8"].prepare(self.model.eval())
         elif variant_of(name) in ONNX:
             self.run = RUNTIMES[ONNX[variant_of(name)]].load(onnx_path(name, setting), setting.dtype)
         else:

@@ -1,20 +1,17 @@
 """Write a checkpoint for other programs, each file run and compared with PyTorch before it gets its name.
 
-python tools/export.py <checkpoint>                                   ONNX, torch.export and safetensors
-python tools/export.py <checkpoint> --formats onnx aoti int8 --data-path <folder>
+python tools/export.py <checkpoint>
+python tools/export.py <checkpoint> --formats onnx --data-path <folder>
 
 Files take any number of images of one size. Next to the checkpoint, or in --output, are written
 
   <name>.onnx              for ONNX Runtime and OpenVINO
   <name>.torch_export.pt2  for torch.export.load
-  <name>.aoti.pt2          compiled for this processor, for torch._inductor.aoti_load_package; other sizes are
-                           refused only where AOTI_RUNTIME_CHECK_INPUTS=1 is set
   <name>.safetensors       the weights, with the config and the class names, for --pretrained and --resume
-  <name>.int8.pt2          int8 linear layers by torchao, for torch.export.load where torchao is installed
 
-A float32 file may be 1e-4 off PyTorch (of its largest output, where that is above 1), an int8 file 10% of the
-spread of the outputs. What differs more is deleted. Of a detector it is the backbone and the feature pyramid
-that are written. docs/use.md says what the files expect.
+A file may be 1e-4 off PyTorch (of its largest output, where that is above 1). What differs more is deleted.
+Of a detector it is the backbone and the feature pyramid that are written. docs/use.md says what the files
+expect.
 """
 
 import argparse
@@ -30,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from config import CHOICES
 from tools import benchmarking
 
-FORMAT_NAMES = ("onnx", "torch_export", "aoti", "safetensors", "int8")
+FORMAT_NAMES = ["onnx", "torch_export", "safetensors"]
 BATCHES = 1, 2, 5  # numbers of images that files are compared on
 
 
@@ -41,8 +38,7 @@ def parse_args():
     )
     add = parser.add_argument
     add("checkpoint", help="of main.py or detect.py, or a safetensors file of this command")
-    formats = ["onnx", "torch_export", "safetensors"]
-    add("--formats", nargs="+", choices=FORMAT_NAMES, default=formats, help=f"default: {' '.join(formats)}")
+    add("--formats", nargs="+", choices=FORMAT_NAMES, default=FORMAT_NAMES, help="default: all")
     add("--cfg", metavar="FILE", help="config of a checkpoint that holds none, such as an official one")
     add("--weights", choices=CHOICES["TEST.WEIGHTS"], default="auto", help="as TEST.WEIGHTS; default: auto")
     sides = "a side or HEIGHTxWIDTH, as a file is for one size; default: that of the config"

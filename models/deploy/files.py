@@ -4,14 +4,12 @@ A file takes any number of images of one size, because windows and padding are l
 """
 
 import contextlib
-import copy
 import importlib.util
-import math
 import os
 import tempfile
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -23,9 +21,6 @@ from ..fast.fixed_weights import inference
 
 # Largest error of a float32 file: times the largest output, where that is above 1.
 CLOSE = 1e-4
-# Root mean square error over the spread of the outputs: of int8 to float32, and of its file to PyTorch, where
-# single activations may be rounded to the neighbouring number.
-QUANTISED, SAME_QUANTISED = 0.1, 0.01
 
 
 @dataclass(frozen=True)
@@ -49,11 +44,10 @@ class Format:
     """How a kind of file is written and run."""
 
     ending: str  # of file names
-    write: Callable  # takes an Exportable, its model prepared, and a path
+    write: Callable  # takes an Exportable and a path
     runners: dict  # by name, what makes a function of images from a path and the Exportable
     optional: tuple = ()  # runners that are left out where their package is missing
     packages: tuple = ()  # for pip install; the module names are the same
-    prepare: Callable | None = None  # makes from a model the one that is written
 
 
 @dataclass(frozen=True)
@@ -101,27 +95,20 @@ def write_checked(exportable, kind, path, batches):
         UserError: it cannot be written or run, or computes something else.
     """
     expected = outputs_of(InPyTorch(exportable.model), batches)
-    source = exportable
-    if kind.prepare:
-        source = replace(source, model=attempt("be prepared", kind.prepare, exportable.model))
     folder, name = os.path.split(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
     kept = Kept(path)
     # In the same folder, so that it can be renamed; by its name, because PyTorch reads the ending.
     with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as unchecked:
         file = os.path.join(unchecked, name)
-        attempt("be written", kind.write, source, file)
+        attempt("be written", kind.write, exportable, file)
         for runner, load in kind.runners.items():
             if runner in kind.optional and importlib.util.find_spec(runner) is None:
                 continue
             run = attempt(f"be loaded by {runner}", load, file, exportable)
             found = attempt(f"be run by {runner}", outputs_of, run, batches)
             try:
-                if kind.prepare:
-                    own = outputs_of(InPyTorch(source.model), batches)
-                    require_near(runner, found, own, SAME_QUANTISED)
-                    require_near(runner, found, expected, QUANTISED)
-                kept.errors[runner] = largest_error(runner, found, expected, None if kind.prepare else CLOSE)
+                kept.errors[runner] = largest_error(runner, found, expected, CLOSE)
             except UserError as error:
                 raise UserError(f"{error}: the file is not kept") from error
             kept.runs[runner] = run
@@ -188,7 +175,7 @@ def largest_error(runner, found, expected, limit):
     Args:
         runner: what messages call it.
         found, expected: its outputs, and those of PyTorch.
-        limit: of the error, times the largest output where that is above 1; None for none.
+        limit: of the error, times the largest output where that is above 1.
 
     Raises:
         UserError: it is larger, or the outputs cannot be compared.
@@ -196,7 +183,7 @@ def largest_error(runner, found, expected, limit):
     errors = []
     for x, y in _pairs(runner, found, expected):
         errors.append((x - y).abs().max().item())
-        allowed = (limit or math.inf) * max(1.0, y.abs().max().item())
+        allowed = limit * max(1.0, y.abs().max().item())
         if errors[-1] > allowed:
             raise UserError(f"{runner} is up to {errors[-1]:.2g} off PyTorch, more than {allowed:.2g}")
     return max(errors, default=0.0)
@@ -233,21 +220,8 @@ def _write_program(exportable, path):
 
 
 def _run_program(path, exportable):
-    return _without_gradients(torch.export.load(path).module())
+    module = torch.export.load(path).module()
 
-
-def _write_package(exportable, path):
-    settings = {"aot_inductor.metadata": dict(exportable.metadata)}
-    torch._inductor.aoti_compile_and_package(
-        _export(exportable), package_path=path, inductor_configs=settings
-    )
-
-
-def _run_package(path, exportable):
-    return _without_gradients(torch._inductor.aoti_load_package(path))
-
-
-def _without_gradients(module):
     def run(images):
         with torch.no_grad():
             return _as_tuple(module(images))
@@ -319,15 +293,6 @@ def _run_weights(path, exportable):
     return InPyTorch(exportable.rebuild(path))
 
 
-def _quantise(model):
-    """A copy with int8 weights in its linear layers, which round activations to int8 as they come."""
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-
-    model = copy.deepcopy(model)
-    quantize_(model, Int8DynamicActivationInt8WeightConfig())
-    return model
-
-
 RUNTIMES = dict(
     onnxruntime=Runtime(
         "ONNX Runtime", run_onnxruntime, (torch.float32,), ("onnx", "onnxscript", "onnxruntime")
@@ -345,13 +310,5 @@ FORMATS = dict(
         packages=("onnx", "onnxscript", "onnxruntime"),
     ),
     torch_export=Format(".torch_export.pt2", _write_program, {"torch.export": _run_program}),
-    aoti=Format(".aoti.pt2", _write_package, {"AOTInductor": _run_package}),
     safetensors=Format(".safetensors", _write_weights, {"this code": _run_weights}),
-    int8=Format(
-        ".int8.pt2",
-        _write_program,
-        {"torch.export": _run_program},
-        packages=("torchao",),
-        prepare=_quantise,
-    ),
 )

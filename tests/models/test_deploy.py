@@ -127,31 +127,18 @@ def test_files_compute_what_the_checkpoint_computes_and_say_what_they_take(tmp_p
     )
 
 
-@pytest.mark.slow
-def test_a_compiled_package_computes_what_the_checkpoint_computes(tmp_path, export):
-    model = save(tmp_path / "x.pth")
-    code, out, err = export(tmp_path / "x.pth", "--formats", "aoti")
-    assert code == 0, err
-    package = torch._inductor.aoti_load_package(str(tmp_path / "x.aoti.pt2"))
-    assert json.loads(package.get_metadata()["classes"]) == CLASSES
-    with torch.no_grad():
-        for count in (1, 3):
-            x = images(count, 32, 32)
-            torch.testing.assert_close(package(x), model(x), rtol=0, atol=1e-4)
-
-
 def exportable(model, *size):
     return Exportable(model, model.state_dict(), size, ("logits",), {}, None)
 
 
-def written(kept, **arguments):
+def written(kept):
     """A format whose files hold nothing and run as ``kept``, and which one missing program could run too."""
     runners = dict(this=lambda path, _: InPyTorch(kept), no_such_package=None)
 
     def write(_, path):
         open(path, "w").close()
 
-    return Format("", write, runners, ("no_such_package",), **arguments)
+    return Format("", write, runners, ("no_such_package",))
 
 
 def moved(layer, by):
@@ -170,32 +157,6 @@ def test_a_file_that_computes_something_else_is_not_kept(tmp_path):
     assert path.read_text() == "the one before" and len(list(tmp_path.iterdir())) == 1
     kept = write_checked(exportable(layer, 4), written(layer), str(path), [x])
     assert kept.errors == {"this": 0} and path.read_text() == ""
-
-
-@pytest.mark.parametrize(
-    "prepared, of_file, allowed", [(1.0, 1.0, "10%"), (0.01, 0.1, "1%"), (0.01, 0.01, "")]
-)
-def test_a_file_must_be_near_what_it_was_prepared_from_and_nearer_to_that(
-    tmp_path, prepared, of_file, allowed
-):
-    layer, path = torch.nn.Linear(4, 3).eval(), tmp_path / "x"
-    kind = written(moved(layer, of_file), prepare=lambda _: moved(layer, prepared))
-    x = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
-    words = f"of the spread of the outputs, more than {allowed}: the file is not kept"
-    with pytest.raises(UserError, match=words) if allowed else nullcontext():
-        kept = write_checked(exportable(layer, 4), kind, str(path), [x])
-        assert kept.errors == {"this": pytest.approx(of_file, 0.01)}
-    assert path.exists() is not bool(allowed)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_an_int8_file_is_near_the_model(tmp_path):
-    model, path, x = save(tmp_path / "x.pth"), tmp_path / "x.pt2", images(8, 32, 32)
-    write_checked(exportable(model, 3, 32, 32), FORMATS["int8"], str(path), [x])
-    with torch.no_grad():
-        expected = model(x)
-    error = (next(iter(run_program(path)[0](x))) - expected).square().mean().sqrt() / expected.std()
-    assert 0 < error < 0.1
 
 
 @pytest.mark.parametrize("compare", [largest_error, require_near])
@@ -242,11 +203,13 @@ def test_a_file_says_the_normalisation_of_every_channel(tmp_path, export, channe
 
 def test_missing_packages_are_one_message_with_the_command(monkeypatch):
     find = importlib.util.find_spec
-    lacking = ("onnxruntime", "torchao")
+    lacking = ("onnxruntime", "openvino")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in lacking else find(name))
-    with pytest.raises(UserError, match="^onnx, int8: missing packages: pip install onnxruntime torchao$"):
-        require_packages(["torch_export", "onnx", "int8"])
-    require_packages(["torch_export", "aoti", "safetensors"])
+    with pytest.raises(
+        UserError, match="^onnx, openvino: missing packages: pip install onnxruntime openvino$"
+    ):
+        require_packages(["torch_export", "onnx", "openvino"])
+    require_packages(["torch_export", "safetensors"])
 
 
 def test_weights_come_back_from_a_safetensors_file(tmp_path, export):
