@@ -6,6 +6,7 @@ weights, at the end of an epoch), ``max_accuracy`` (of the best so far), ``confi
 ``classes`` (names, in the order of the head). With ``TRAIN.EMA`` it also has ``model_ema``, the averaged
 weights, ``ema``, and ``better``, which of the two scored higher when they were last evaluated, model or ema;
 the scores are then of the better one. With optimizers other than AdamW and SGD it has ``optimizer_name``.
+From a CPU it has ``cpu``, the processor and the libraries that were chosen for it.
 Files of the official release, with a pickled yacs config and apex's ``amp`` entry, are read too; so are the
 weights in bare state dicts, in training checkpoints of timm, Lightning and others, and in safetensors files,
 which hold ``config`` and ``classes`` too if they are of ``tools/export.py``. Nothing in a file is ever run,
@@ -86,6 +87,7 @@ RUN = dict(
     score=_number(0, 101),
     better=BETTER,
     optimizer_name=TEXT,
+    cpu=TEXT,
     updater=dict(
         scaler=dict(
             scale=_number(1e-45, 1e38),

@@ -5,6 +5,7 @@ python tools/benchmark.py --modes train --batch-sizes 16     training steps
 python tools/benchmark.py --sizes 256 384x288                classifiers at other sizes, HEIGHTxWIDTH
 python tools/benchmark.py --maps --sizes 800x1280            feature maps, as a detector reads them
 python tools/benchmark.py --models msg_small_p4_win7_224 swin_small_patch4_window7_224
+python tools/benchmark.py --choices                          what models/fast/choices.py should say here
 python tools/benchmark.py --tables                           write the tables of the pages again
 
 Any timm name will do. The second model is the one that ratios compare with, unless --peer names another. Each
@@ -63,6 +64,7 @@ def parse_args():
     add("--maps", action="store_true", help="feature maps of all stages rather than classifiers")
     add("--memory", action="store_true", help="peak memory too, each candidate in a process of its own")
     add("--rounds", type=int, default=11, help="at least; up to three times as many while ratios are vague")
+    add("--choices", action="store_true", help="time the libraries that our models choose among on a CPU")
     add("--tables", action="store_true", help="write the tables of README.md and the other pages, and end")
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one, else cpu")
     add("--threads", type=int, help="CPU threads; default: PyTorch's choice")
@@ -99,6 +101,7 @@ from models import inference, use_onednn
 from models.deploy.files import FORMATS, RUNTIMES, Exportable, require_packages, write_checked
 from models.fast.attention import BACKENDS
 from models.fast.attention_triton import triton_missing
+from tools import choices
 from tools.roofline import machine, machine_limits, versions
 from utils import UserError, keep_freed_memory
 
@@ -299,6 +302,8 @@ def plan(args):
 def run(args):
     """Measure every setting and print the ratios; returns the result."""
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.choices:
+        return dict(machine=machine("cpu"), versions=versions(), **choices.run())
     check(args)
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -4,6 +4,7 @@ A page holds a table between ``<!-- table: NAME -->`` and ``<!-- end -->``. Nobo
 test writes all tables anew and compares.
 """
 
+import itertools
 import json
 import re
 import statistics
@@ -72,7 +73,8 @@ def results():
     """Every setting of every result, by machine."""
     machines, lines = {}, []
     for folder, path, result in shelf():
-        machines.setdefault(folder, []).append((path, result))
+        if "peer" in result:
+            machines.setdefault(folder, []).append((path, result))
     for folder, found in machines.items():
         processor = found[-1][1]["machine"]
         flags = ", ".join(processor["flags"])
@@ -119,7 +121,7 @@ def speed():
         of_machine = found.setdefault(folder, ({column: [] for column in columns}, result["machine"]))[0]
         for setting in result["settings"]:
             column = next((column for column in columns if setting.startswith(f"{column}, batch")), None)
-            if column and result["peer"] == PEER:
+            if column and result.get("peer") == PEER:
                 for row, _, median, _ in ratios(result, setting):
                     if row["model"] == TINY and not row.get("compiled"):
                         of_machine[column].append(median)
@@ -131,6 +133,38 @@ def speed():
             rows.append([f"[{name}](benchmarks/README.md)", *spans])
     heads = [column.replace("train", "training") for column in columns]
     return markdown(["T's time, Swin-T's = 1", *heads], rows)
+
+
+def choices():
+    """What computes on each processor that was measured: the time of each value over the least."""
+    rows = []
+    for folder, path, result in shelf():
+        for choice, seconds in seconds_of_choices(result).items():
+            what = f"[{path.stem[:10]}]({folder}/{path.name}) {name_of_processor(result['machine'])}"
+            value = result["choices"][choice]
+            rows.append([what, choice.replace("_", " "), value, over_least(seconds)])
+    return markdown(["date, processor", "choice", "taken", "time over the fastest"], rows)
+
+
+def seconds_of_choices(result):
+    """The seconds that all blocks of T take, by choice and value; empty for what measured no choices."""
+    found = {}
+    for row in itertools.chain.from_iterable(result["settings"].values()):
+        if "choice" in row:
+            of_choice = found.setdefault(row["choice"], {})
+            of_choice[row["model"]] = of_choice.get(row["model"], 0) + row["blocks"] * seconds_of(row)
+    return found
+
+
+def seconds_of(row):
+    """The median seconds of a step over the rounds."""
+    return statistics.median(seconds / steps for steps, seconds in row["turns"])
+
+
+def over_least(seconds):
+    """Seconds by name, as words: each over the least."""
+    least = min(seconds.values())
+    return ", ".join(f"{name} {taken / least:.2f}" for name, taken in seconds.items())
 
 
 def span(values):
@@ -212,7 +246,7 @@ def markdown(columns, rows):
 
 PAGES = {
     "README.md": dict(speed=speed),
-    "benchmarks/README.md": dict(results=results),
+    "benchmarks/README.md": dict(results=results, choices=choices),
     "docs/ablations.md": dict(
         digits=lambda: ablation(read("ablation_digits/ablation.json"), "messengers"),
         cifar10=lambda: ablation(read("cifar10/ablation.json"), "messengers"),

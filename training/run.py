@@ -30,6 +30,7 @@ from distributed import (
 )
 from logger import DETAIL, DRAWN, FILE, clock, write_config
 from lr_scheduler import build_scheduler
+from models.fast import choices
 from optimizer import NonFiniteError, Updater, build_average, build_optimizer
 
 from .guard import LAUNCHER_GONE, REQUEUE_EXIT_CODE
@@ -348,6 +349,8 @@ class Run:
             checkpoint.update(model_ema=average.model.state_dict(), ema=ema, better=self.better)
         if hasattr(updater.optimizer, "name"):
             checkpoint.update(optimizer_name=updater.optimizer.name)
+        if self.device.type == "cpu":
+            checkpoint.update(cpu=choices.describe())
         name = ckpt.epoch_name(epoch) if epoch_done else ckpt.within_epoch_name(epoch, self.progress.images)
 
         def write():
@@ -439,6 +442,12 @@ class Run:
             where = f"epoch {self.progress.epoch}, image {self.progress.images}"
             score = f"max {self.settings.task.score_name} {self.best_in_words()}"
             logger.info(f"resuming from {path}: {where}, {score}")
+            before, now = start.checkpoint.get("cpu"), choices.describe()
+            if before not in (None, now) and self.device.type == "cpu":
+                logger.warning(
+                    f"{path} was written on another processor ({before}; here {now}): this run will end with "
+                    "other bits than one that stays there"
+                )
             if isinstance(start.checkpoint["config"], str):
                 self._tell_changed_options(start.checkpoint["config"], path)
         elif path:

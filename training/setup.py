@@ -13,6 +13,7 @@ from config import dump_config, flat_config
 from logger import FILE, start_logging, write_config
 from models import choose_layer_norm
 from models.deploy.runtime import choose_runtime
+from models.fast import choices
 from models.from_checkpoint import compare_config
 
 from .guard import Guard, build_guard
@@ -77,6 +78,8 @@ class Setup:
             loaders: those of the run, or None in their place.
         """
         logger.info(dump_config(config), extra=FILE)
+        if self.compute.device.type == "cpu":
+            logger.info(f"CPU: {choices.describe()}", extra=FILE)
         for loader in loaders:
             if loader is not None:
                 loader.report()

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from ..attention import eager, heads_of, hide, probabilities, qkv_heads
 from ..tracing import exporting, plain_backward
 from .attention_triton import triton, triton_builds, triton_obstacle
+from .choices import chosen
 
 BACKENDS = ("auto", "eager", "sdpa", "blocked", "triton")
 BLOCK = 64  # windows whose scores stay in the cache
@@ -137,11 +138,13 @@ def windowed_attention(qkv, bias, scale, backend="auto", hidden=None, dropout=0.
 def choose_backend(qkv, heads):
     """The fastest backend that is known to be right for these queries, keys and values.
 
-    On the CPU blocks of windows beat the others, but a compiler fuses the plain formula. On a GPU the kernels
-    of ``triton`` take a quarter to a third of the time of ``sdpa`` in half precision, where they can run.
+    On the CPU that depends on the processor, but a compiler fuses the plain formula. On a GPU the kernels of
+    ``triton`` take a quarter to a third of the time of ``sdpa`` in half precision, where they can run.
     """
     if qkv.device.type == "cpu":
-        return "eager" if torch.compiler.is_compiling() else "blocked"
+        if torch.compiler.is_compiling():
+            return "eager"
+        return chosen().attention_bfloat16 if qkv.dtype == torch.bfloat16 else chosen().attention_float32
     if qkv.device.type != "cuda" or qkv.dtype not in (torch.float16, torch.bfloat16):
         return "sdpa"
     if triton_obstacle(qkv.device, qkv.dtype, qkv.shape[1], qkv.shape[2] // (3 * heads)):

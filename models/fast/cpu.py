@@ -3,7 +3,8 @@
 from timm.layers import Mlp
 from torch import nn
 
-from .linear import has_onednn, use_onednn_layer
+from .choices import chosen
+from .linear import use_onednn_layer
 from .mlp import use_blocked_mlp
 
 
@@ -14,7 +15,7 @@ def use_onednn(model):
     a ``forward`` of its own, which leaves everything to PyTorch outside the CPU, in exports, and where a
     weight is quantised or computed from other parameters.
     """
-    if not has_onednn():
+    if chosen().linear == "pytorch":
         return
     for module in model.modules():
         if "forward" in vars(module):

@@ -4,7 +4,6 @@ PyTorch computes float32 linear layers with MKL, which does not use all of every
 PyTorch too, can also apply bias and GELU on the way. ``benchmarks/`` has the same model with both.
 """
 
-import platform
 from functools import partial
 
 import torch
@@ -12,13 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..tracing import exporting, plain_backward
+from .choices import chosen
 from .fixed_weights import Fixed, are_plain
-
-
-def has_onednn():
-    """Whether this PyTorch has oneDNN's linear layer for x86 and may use it."""
-    known = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
-    return known and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def use_onednn_layer(layer):
@@ -68,20 +62,21 @@ def _is_plain(weight):
 
 
 def _linear(x, weight, bias, gelu, out_features):
-    linear = _opaque_linear if torch.compiler.is_compiling() else _onednn_linear
+    linear = _opaque_linear if torch.compiler.is_compiling() else onednn_linear
     return linear(x, weight, bias, gelu, out_features)
 
 
-def _onednn_linear(
+def onednn_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gelu: bool, out_features: int
 ) -> torch.Tensor:
+    """x weight^T + bias by oneDNN, then GELU if wanted: (..., in_features) to (..., out_features)."""
     if not x.numel():  # a batch of no images, which oneDNN refuses
         return x.new_zeros(*x.shape[:-1], out_features)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu" if gelu else "none", [], "none")
 
 
 # Opaque to torch.compile: Inductor's own lowering of this operator fails in some cases.
-_opaque_linear = torch.library.custom_op("msg_transformer::linear", _onednn_linear, mutates_args=())
+_opaque_linear = torch.library.custom_op("msg_transformer::linear", onednn_linear, mutates_args=())
 
 
 @_opaque_linear.register_fake
@@ -108,8 +103,13 @@ def linear_into(out, x, weight, bias=None):
 
 def weight_gradient(grad, x):
     """grad^T x for the CPU: (rows, out) and (rows, in) to (out, in)."""
-    if x.dtype != torch.float32:
+    if x.dtype != torch.float32 or chosen().weight_gradient == "pytorch":
         return grad.T @ x
+    return onednn_weight_gradient(grad, x)
+
+
+def onednn_weight_gradient(grad, x):
+    """The same in float32 by oneDNN."""
     if grad.shape[1] > x.shape[1]:  # the wider one is read row by row: faster
         return _linear(x.T, grad.T, None, False, grad.shape[1]).T
     return _linear(grad.T, x.T, None, False, x.shape[1])

@@ -20,8 +20,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from models import compile_model, inference, use_onednn
+from models.fast.choices import has_onednn
 from models.fast.fixed_weights import Fixed
-from models.fast.linear import has_onednn
 from models.fast.mlp import ROWS, _BlockedMlp
 
 needs_onednn = pytest.mark.skipif(not has_onednn(), reason="needs oneDNN on x86")

@@ -18,6 +18,7 @@ from helpers import ROOT
 from PIL import Image
 from timm.layers import DropPath
 
+from models.fast.choices import Choices, has_onednn
 from utils import UserError, adopt_launcher
 
 
@@ -317,3 +318,34 @@ def test_sizes_modes_and_maps_are_combined(tool, monkeypatch):
 def test_what_is_no_size_is_refused(tool, text):
     with pytest.raises(argparse.ArgumentTypeError, match="neither a side in pixels nor HEIGHTxWIDTH"):
         tool("benchmarking").image_sides(text)
+
+
+@pytest.mark.skipif(not has_onednn(), reason="needs oneDNN on x86")
+def test_choices_are_between_ways_of_computing_the_same(tool, monkeypatch):
+    choices = tool("choices")
+    monkeypatch.setattr(choices, "BATCH", 1)
+    monkeypatch.setattr(choices, "STAGES", ((2, 24, 3, 2),))
+    found = list(choices.operations())
+    assert {operation.choice for operation in found} == set(Choices._fields)
+    for operation in found:
+        results = [step() for step in operation.steps.values()]
+        for result in results[1:] if operation.choice in ("linear", "weight_gradient") else ():
+            torch.testing.assert_close(result, results[0], rtol=1e-4, atol=1e-3)
+
+
+def test_a_choice_that_is_wrong_for_this_machine_is_named_by_the_time_of_all_blocks(tool):
+    tables, choices = tool("tables"), tool("choices")
+
+    def row(model, blocks, *turns):
+        return dict(model=model, choice="linear", blocks=blocks, turns=turns)
+
+    settings = dict(
+        first=[row("onednn", 2, (1, 1.0), (2, 2.0), (1, 9.0)), row("pytorch", 2, (1, 2.0))],
+        second=[row("onednn", 6, (1, 2.0)), row("pytorch", 6, (2, 2.0))],
+    )
+    seconds = tables.seconds_of_choices(dict(settings=settings))
+    assert seconds == dict(linear=dict(onednn=14.0, pytorch=10.0))
+    assert "linear onednn: WRONG here (onednn 1.40, pytorch 1.00), pytorch is faster" in choices.verdict(
+        "linear", "onednn", seconds["linear"]
+    )
+    assert choices.verdict("linear", "pytorch", seconds["linear"]).startswith("linear pytorch: right here")

@@ -38,6 +38,7 @@ from config import dump_config
 from data.samplers import TrainBatchSampler
 from distributed import be_deterministic
 from logger import read_metrics
+from models.fast import choices
 from optimizer import WeightAverage
 from training.guard import FolderClaim
 from training.setup import read_start
@@ -426,6 +427,18 @@ def test_options_that_changed_since_the_checkpoint_are_told(tmp_path):
     assert "SEED '\\x1b[2J' -> 0" in told()[1]
 
 
+def test_a_checkpoint_of_another_processor_is_told(tmp_path, monkeypatch):
+    end_epoch(small_run(tmp_path), 50.0)
+    with logged() as lines:
+        restore(small_run(tmp_path))
+    assert not any("another processor" in line for line in lines)
+    monkeypatch.setattr(choices, "describe", lambda: "another")
+    with logged() as lines:
+        restore(small_run(tmp_path))
+    (words,) = (line for line in lines if "another processor" in line)
+    assert "here another): this run will end with other bits" in words
+
+
 def test_a_new_run_averages_from_the_weights_it_starts_with(tmp_path):
     own = micro().state_dict()
     weights = {name: value + 1 for name, value in own.items() if value.is_floating_point()}
@@ -472,7 +485,7 @@ def test_another_number_of_processes_resumes_and_says_what_changed(tmp_path):
     again = small_run(tmp_path)
     again.sampler = TrainBatchSampler(8, 1, 1, 1, 2, seed=0)  # of the second of two
     with logged() as lines:
-        again.restore()
+        restore(again)
     told = "images per update: 4 before, 2 now. The epoch goes on after its first 4 images"
     assert any(told in line for line in lines), lines
     assert (again.progress.images, again.position(), again.before) == (4, 2.0, 0)
@@ -495,7 +508,7 @@ def test_a_full_disk_never_damages_a_checkpoint(tmp_path):
     before = {path: path.read_bytes() for path in tmp_path.glob("*.pth")}
     run, stopping = (small_run(tmp_path, epochs=2, stop_on_save_error=stop) for stop in (False, True))
     for each in (run, stopping):
-        each.restore()
+        restore(each)
     with logged() as lines, small_disk(), pytest.raises(ckpt.CheckpointError, match="last checkpoint could"):
         for _ in run.epochs_left():
             assert end_epoch(run, 60.0) == [] and run.best == 50.0

@@ -1,0 +1,66 @@
+"""Which library computes what on a CPU, by processor.
+
+The table holds what was measured. Nothing is timed at run time, so the same machine always gives the same
+bits. ``python tools/benchmark.py --choices`` measures the alternatives on the machine at hand.
+"""
+
+import contextlib
+import functools
+import platform
+import re
+from typing import NamedTuple
+
+import torch
+
+
+class Choices(NamedTuple):
+    """What computes: ``onednn`` or ``pytorch`` for linear layers, and for attention one of its backends."""
+
+    linear: str  # in float32, forward and for the gradient of its input; with onednn, inference packs weights
+    weight_gradient: str  # of linear layers in float32
+    attention_float32: str
+    attention_bfloat16: str
+
+
+PYTORCH = Choices("pytorch", "pytorch", "sdpa", "sdpa")  # where nothing was measured
+
+# By vendor and the widest instruction set. benchmarks/README.md has the figures of AMD. On an Intel Xeon
+# (family 6, model 207), forward passes took the same time with both, oneDNN's weight gradient took 2 to 4
+# times as long as PyTorch's, and in bfloat16 ``blocked`` took longer than ``sdpa``.
+MEASURED = {
+    ("AuthenticAMD", "avx2"): Choices("onednn", "onednn", "blocked", "blocked"),
+    ("AuthenticAMD", "avx512f"): Choices("onednn", "onednn", "blocked", "blocked"),
+    ("GenuineIntel", "amx_bf16"): Choices("onednn", "pytorch", "blocked", "sdpa"),
+}
+
+
+CPUINFO = "/proc/cpuinfo"  # on Linux
+
+
+@functools.cache
+def processor():
+    """The vendor and the widest instruction set of this machine, as in :data:`MEASURED`; "" for unknown."""
+    text = platform.processor()
+    with contextlib.suppress(OSError), open(CPUINFO, encoding="utf-8") as file:
+        text = file.read()
+    vendor = re.search("AuthenticAMD|GenuineIntel", text)
+    widest = dict(AVX2="avx2", AVX512="avx512f").get(torch.backends.cpu.get_cpu_capability(), "")
+    return vendor[0] if vendor else "", "amx_bf16" if " amx_bf16" in text else widest
+
+
+def has_onednn():
+    """Whether this PyTorch has oneDNN's linear layer for x86 and may use it."""
+    known = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
+    return known and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@functools.cache
+def chosen():
+    """The :class:`Choices` for this machine."""
+    return MEASURED.get(processor(), PYTORCH) if has_onednn() else PYTORCH
+
+
+def describe():
+    """The processor and what is chosen for it, as text for the log and for checkpoints."""
+    names = " ".join(filter(None, processor())) or "unknown processor"
+    return f"{names}: {', '.join(f'{name} {value}' for name, value in chosen()._asdict().items())}"

@@ -1,0 +1,118 @@
+"""Measures what models/fast/choices.py chooses among on this machine (``benchmark.py --choices``).
+
+The shapes are those of T at 224 px and batch 16: four stages, each as often as it has blocks.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from models.fast import choices
+from models.fast.attention import windowed_attention
+from models.fast.linear import onednn_linear, onednn_weight_gradient
+from tools import benchmarking, tables
+from utils import UserError
+
+BATCH, TOKENS = 16, 50
+STAGES = (
+    (64, 96, 3, 2),
+    (16, 192, 6, 2),
+    (4, 384, 12, 6),
+    (1, 768, 24, 2),
+)  # windows, channels, heads, blocks
+TURN, ROUNDS = 0.2, 7  # shorter than the turns of models, because an operation takes milliseconds
+SLOWER = 1.05  # times the fastest, from which a choice is called wrong
+
+
+class Operation(NamedTuple):
+    """One of the choices at one stage.
+
+    Attributes:
+        choice: a field of :class:`~models.fast.choices.Choices`.
+        what: the operation in words.
+        blocks: how often T has it.
+        steps: by the value of the choice, a function that does it once.
+    """
+
+    choice: str
+    what: str
+    blocks: int
+    steps: dict
+
+
+def operations():
+    """All operations to measure."""
+    for stage, (windows, channels, heads, blocks) in enumerate(STAGES, 1):
+        x = torch.randn(BATCH * windows * TOKENS, channels)
+        weight, bias = torch.randn(4 * channels, channels), torch.randn(4 * channels)
+        grad = torch.randn(len(x), 4 * channels)
+        where = f"stage {stage}"
+        forward = dict(
+            onednn=functools.partial(onednn_linear, x, weight, bias, False, len(weight)),
+            pytorch=functools.partial(F.linear, x, weight, bias),
+        )
+        yield Operation("linear", f"linear layer, {where}", blocks, forward)
+        of_input = dict(
+            onednn=functools.partial(onednn_linear, grad, weight.T, None, False, channels),
+            pytorch=functools.partial(torch.mm, grad, weight),
+        )
+        yield Operation("linear", f"gradient of its input, {where}", blocks, of_input)
+        of_weight = dict(
+            onednn=functools.partial(onednn_weight_gradient, grad, x),
+            pytorch=functools.partial(torch.mm, grad.T, x),
+        )
+        yield Operation("weight_gradient", f"gradient of its weight, {where}", blocks, of_weight)
+        for dtype in (torch.float32, torch.bfloat16):
+            name = str(dtype).removeprefix("torch.")
+            qkv = torch.randn(BATCH * windows, TOKENS, 3 * channels, dtype=dtype)
+            of_pairs = torch.randn(heads, TOKENS, TOKENS)
+            for trains in (False, True):
+                steps = {
+                    backend: functools.partial(attend, backend, qkv, of_pairs, trains)
+                    for backend in ("blocked", "sdpa", "eager")
+                }
+                what = f"attention {name}{' and its gradients' * trains}, {where}"
+                yield Operation(f"attention_{name}", what, blocks, steps)
+
+
+def attend(backend, qkv, bias, trains):
+    """Attention of all windows, with its gradients if wanted."""
+    if not trains:
+        with torch.inference_mode():
+            windowed_attention(qkv, bias, 0.2, backend)
+        return
+    qkv, bias = qkv.detach().requires_grad_(), bias.detach().requires_grad_()
+    windowed_attention(qkv, bias, 0.2, backend).sum().backward()
+
+
+def run():
+    """Measure every operation; returns ``settings`` and ``choices`` of a result, and prints what is wrong."""
+    if not choices.has_onednn():
+        raise UserError("there is nothing to choose: PyTorch has oneDNN's linear layers on x86 only")
+    print(choices.describe())
+    result = dict(choices=choices.chosen()._asdict(), settings={})
+    for operation in operations():
+        turns = [functools.partial(benchmarking.turn, step, TURN) for step in operation.steps.values()]
+        taken = benchmarking.time_in_turn(turns, ROUNDS, peer=1)
+        result["settings"][operation.what] = rows = [
+            dict(model=name, choice=operation.choice, blocks=operation.blocks, turns=of_one)
+            for name, of_one in zip(operation.steps, taken)
+        ]
+        times = [f"{row['model']} {1e3 * tables.seconds_of(row):.2f} ms" for row in rows]
+        print(f"{operation.what}: {', '.join(times)}")
+    for choice, seconds in tables.seconds_of_choices(result).items():
+        print(verdict(choice, result["choices"][choice], seconds))
+    return result
+
+
+def verdict(choice, value, seconds):
+    """Whether a choice is right, in words; ``seconds`` are those of all blocks of T, by value."""
+    best = min(seconds, key=seconds.get)
+    if seconds[value] <= SLOWER * seconds[best]:
+        return f"{choice} {value}: right here ({tables.over_least(seconds)})"
+    return (
+        f"{choice} {value}: WRONG here ({tables.over_least(seconds)}), {best} is faster: change "
+        "models/fast/choices.py"
+    )
