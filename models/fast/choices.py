@@ -28,7 +28,7 @@ PYTORCH = Choices("pytorch", "pytorch", "sdpa", "sdpa")  # where nothing was mea
 # (family 6, model 207), forward passes took the same time with both, oneDNN's weight gradient took 2 to 4
 # times as long as PyTorch's, and in bfloat16 ``blocked`` took longer than ``sdpa``.
 MEASURED = {
-    ("AuthenticAMD", "avx2"): Choices("onednn", "onednn", "blocked", "blocked"),
+    ("AuthenticAMD", "avx2"): Choices("onednn", "pytorch", "blocked", "sdpa"),
     ("AuthenticAMD", "avx512f"): Choices("onednn", "onednn", "blocked", "blocked"),
     ("GenuineIntel", "amx_bf16"): Choices("onednn", "pytorch", "blocked", "sdpa"),
 }

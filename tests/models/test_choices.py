@@ -7,28 +7,17 @@ import torch
 from torch import nn
 
 from models import use_onednn
-from models.fast import attention, choices, cpu, linear
+from models.fast import attention, choices, linear
 from models.fast.choices import MEASURED, PYTORCH, Choices
 
 INTEL = MEASURED["GenuineIntel", "amx_bf16"]
-
-
-@pytest.fixture
-def choose(monkeypatch):
-    """A function that makes this machine one with given choices."""
-
-    def change(found):
-        for module in (attention, choices, cpu, linear):
-            monkeypatch.setattr(module, "chosen", lambda: found)
-
-    return change
 
 
 @pytest.mark.parametrize(
     "found, expected",
     [
         (("GenuineIntel", "amx_bf16"), INTEL),
-        (("AuthenticAMD", "avx2"), MEASURED["AuthenticAMD", "avx2"]),
+        (("AuthenticAMD", "avx512f"), Choices("onednn", "onednn", "blocked", "blocked")),
         (("GenuineIntel", "avx2"), PYTORCH),
         (("", ""), PYTORCH),
     ],
