@@ -452,7 +452,7 @@ def test_choices_that_are_read_before_pytorch_are_those_of_the_models(monkeypatc
 
     assert {f"MODEL.MSG.{key}": names for key, names in geometry.CHOICES.items()}.items() <= CHOICES.items()
     assert CHOICES["RUNTIME"] == ("pytorch", *deploy.RUNTIMES, "auto")
-    assert tuple(deploy.FORMATS) == export.FORMAT_NAMES
+    assert list(deploy.FORMATS) == export.FORMAT_NAMES
 
 
 def test_every_key_has_its_rule_in_the_order_of_the_defaults():
