@@ -64,10 +64,10 @@ class Setup:
         return start
 
     def load_weights(self, model):
-        """Load the checkpoint of an evaluation into its model; returns its path."""
+        """Load the checkpoint to evaluate or to time into its model; returns its path."""
         start = self.take_start()
         ckpt.load_weights(model, start.checkpoint, start.path)
-        logger.info(f"evaluating {start.path}")
+        logger.info(f"{'evaluating' if self.mode == 'eval' else 'timing'} {start.path}")
         return start.path
 
     def describe(self, config, model, size, loaders):

@@ -24,9 +24,10 @@ class Choices(NamedTuple):
 
 PYTORCH = Choices("pytorch", "pytorch", "sdpa", "sdpa")  # where nothing was measured
 
-# By vendor and the widest instruction set. benchmarks/README.md has the figures of AMD. On an Intel Xeon
-# (family 6, model 207), forward passes took the same time with both, oneDNN's weight gradient took 2 to 4
-# times as long as PyTorch's, and in bfloat16 ``blocked`` took longer than ``sdpa``.
+# By vendor and the widest instruction set. benchmarks/README.md has the figures of AMD: of single operations
+# without AVX-512, of whole models with it. On an Intel Xeon (family 6, model 207), forward passes took the
+# same time with both, oneDNN's weight gradient took 2 to 4 times as long as PyTorch's, and in bfloat16
+# ``blocked`` took longer than ``sdpa``.
 MEASURED = {
     ("AuthenticAMD", "avx2"): Choices("onednn", "pytorch", "blocked", "sdpa"),
     ("AuthenticAMD", "avx512f"): Choices("onednn", "onednn", "blocked", "blocked"),

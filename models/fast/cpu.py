@@ -11,6 +11,8 @@ from .mlp import use_blocked_mlp
 def use_onednn(model):
     """Let all linear layers of a model, and the exact GELU of timm's Mlps, run through oneDNN.
 
+    On processors for which ``choices.py`` leaves them to PyTorch, nothing changes.
+
     Classes, parameters, their names and the results stay as they are, except for rounding. A module only gets
     a ``forward`` of its own, which leaves everything to PyTorch outside the CPU, in exports, and where a
     weight is quantised or computed from other parameters.
