@@ -75,6 +75,8 @@ def time_inference(config, setup):
     loader = classes = None
     if config.DATA.DATA_PATH:
         _, _, loader, classes = read_data(config, setup)
+    elif config.MODEL.RESUME and (classes := setup.start.checkpoint["classes"]):
+        set_classes(config, len(classes))
     model = make_model(config, setup, classes, loader)
     if config.MODEL.RESUME:
         setup.load_weights(model)

@@ -316,6 +316,12 @@ def test_a_folder_of_other_classes_is_not_evaluated(trained, tmp_path):
     assert "best.pth was trained on other classes" in done.stderr and "only the data has 'd'" in done.stderr
 
 
+def test_throughput_of_a_checkpoint_takes_its_classes_where_there_are_no_data(trained, tmp_path):
+    words = ["--cfg", "configs/digits.yaml", "--throughput", "--batch-size", 1, "--output", tmp_path]
+    printed = run_main(*words, "--resume", trained[0] / "best.pth").stdout
+    assert f"timing {trained[0] / 'best.pth'}" in printed and " throughput " in printed
+
+
 def test_throughput_without_data():
     arguments = ["--cfg", "configs/digits.yaml", "--throughput", "--batch-size", 2]
     printed = run_main(*arguments, "--opts", "DATA.IMG_SIZE", "[32, 48]").stdout
