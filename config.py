@@ -309,7 +309,8 @@ def default_config():
     # O0 is float32; O1 is mixed precision; O2 existed only in apex and runs as O1. --throughput, and --eval
     # with RUNTIME onnxruntime or openvino, compute in float32 unless this key or AMP_DTYPE is set.
     config.AMP_OPT_LEVEL = "O1"
-    # Mixed-precision type on GPUs: float16 (with gradient scaling) or bfloat16. The CPU always uses bfloat16.
+    # Mixed-precision type on GPUs: float16 (with gradient scaling) or bfloat16. A CPU uses bfloat16, or
+    # float32 if it does not compute in bfloat16 (x86 without AVX-512).
     config.AMP_DTYPE = "float16"
     config.AMP = CfgNode()
     # Norms by NVIDIA apex's FusedLayerNorm where that is installed, on a GPU; PyTorch's otherwise.

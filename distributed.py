@@ -5,6 +5,7 @@ import datetime
 import errno
 import logging
 import os
+import platform
 import random
 import re
 import sys
@@ -54,7 +55,7 @@ def build_compute(config):
     kind = config.DEVICE or ("cuda" if torch.cuda.is_available() else "cpu")
     mixed = config.AMP_OPT_LEVEL != "O0"
     if kind == "cpu":
-        return Compute(torch.device(kind), torch.bfloat16 if mixed else None)
+        return Compute(torch.device(kind), torch.bfloat16 if mixed and cpu_has_bfloat16() else None)
     number = config.LOCAL_RANK
     count = torch.cuda.device_count() if kind == "cuda" else int(torch.backends.mps.is_available())
     if number >= count:
@@ -63,6 +64,13 @@ def build_compute(config):
             "--device cpu, or launch no more processes than GPUs"
         )
     return Compute(torch.device(kind, number), getattr(torch, config.AMP_DTYPE) if mixed else None)
+
+
+def cpu_has_bfloat16():
+    """Whether this CPU computes in bfloat16. On x86 without AVX-512, PyTorch emulates it: many times slower."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return True
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def be_deterministic():

@@ -112,6 +112,17 @@ def compute_of(*opts):
     return build_compute(get_config(parse_args("", argv=["--cfg", "configs/digits.yaml", *opts])))
 
 
+@pytest.mark.parametrize("emulated", [False, True])
+def test_mixed_precision_on_a_cpu_is_float32_if_bfloat16_would_be_emulated(monkeypatch, emulated):
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    supported = dict(_is_mkldnn_bf16_supported=lambda: not emulated)
+    monkeypatch.setattr(torch.ops, "mkldnn", types.SimpleNamespace(**supported))
+    compute = compute_of("--device", "cpu", "--opts", "AMP_OPT_LEVEL", "O1")
+    assert compute.dtype is (None if emulated else torch.bfloat16)
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    assert compute_of("--device", "cpu", "--opts", "AMP_OPT_LEVEL", "O1").dtype == torch.bfloat16
+
+
 def test_the_gpu_of_a_mac_takes_the_precision_of_gpus(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     mixed = "AMP_OPT_LEVEL", "O1"

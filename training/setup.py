@@ -87,6 +87,8 @@ class Setup:
         logger.info(f"{config.MODEL.NAME}: {parameters:,} parameters, {size}")
         if config.AMP_OPT_LEVEL == "O2":
             logger.warning("AMP level O2 existed only in apex: running as O1")
+        if config.AMP_OPT_LEVEL != "O0" and self.compute.dtype is None:
+            logger.info("mixed precision is float32 here, because this CPU does not compute in bfloat16")
         if config.AMP.FUSED_LAYERNORM:
             logger.info(choose_layer_norm(config)[1])
         if self.mode != "train" and self.rank == 0:

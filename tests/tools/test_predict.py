@@ -20,6 +20,7 @@ from pycocotools.coco import COCO
 
 import detect
 import detection
+import distributed
 import models
 from analysis.report import BAR, caption
 from config import dump_config
@@ -93,6 +94,7 @@ def test_a_runtime_is_asked_for_in_float32(checkpoint, data, tmp_path, monkeypat
         return model
 
     monkeypatch.setattr(predict, "build_runtime", build)
+    monkeypatch.setattr(distributed, "cpu_has_bfloat16", lambda: True)
     for name in ("pytorch", "onnxruntime"):
         assert run(monkeypatch, tmp_path / "mixed.pth", data / "val" / "a", "--runtime", name) == 0
     assert asked == [("pytorch", torch.bfloat16), ("onnxruntime", None)]
