@@ -100,7 +100,7 @@ def build_optimizer(config, model, lr_scale):
         # Not fused: that SGD leaves its momentum uninitialised where a scaler skips the first update.
         return optim.SGD(groups, momentum=settings.MOMENTUM, nesterov=settings.MOMENTUM > 0, **common)
     if name == "adamw":
-        return optim.AdamW(groups, fused=on_gpu, **of_adam, **common)
+        return optim.AdamW(groups, fused=True, **of_adam, **common)
     if settings.NAME not in APEX:
         of_adam = {key: value for key, value in of_adam.items() if value != OF_ADAMW[key]}
     return _build_timm(name, groups, dict(momentum=settings.MOMENTUM, **of_adam, **common))
@@ -118,7 +118,7 @@ def _build_apex(name, groups, on_gpu, settings):
             return optimizer, name
         except (ImportError, RuntimeError) as error:
             problem = f"apex was built without its CUDA kernels ({error})"
-    whose = "timm's LAMB" if instead == "lamb" else f"PyTorch's {'fused ' if on_gpu else ''}AdamW"
+    whose = "timm's LAMB" if instead == "lamb" else "PyTorch's fused AdamW"
     logger.warning(f"{name}: {whose}, because {problem}")
     return None, instead
 

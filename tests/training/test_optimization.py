@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import digits_config, logged, micro, reference, silent_record
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint as ckpt
 from data.samplers import TrainBatchSampler
@@ -336,6 +337,34 @@ def test_the_average_moves_once_for_every_update_that_is_not_skipped(warmup):
             expected = decay * expected + (1 - decay) * done
         assert average.item() == pytest.approx(expected, rel=1e-12) and model.weight.item() == done
     assert updater.average.updates == 7 and updater.average.model.training is False
+
+
+class CountReads(TorchDispatchMode):
+    """Counts how often Python reads the value of a tensor, for which it would wait for a GPU."""
+
+    reads = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.reads += operator is torch.ops.aten._local_scalar_dense.default
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("averages, reads", [(False, 1), (True, 2)])
+@pytest.mark.parametrize("amp_dtype", [None, torch.bfloat16, torch.float16])
+def test_an_update_reads_the_count_of_the_update_before_and_for_an_average_whether_it_was_skipped(
+    averages, reads, amp_dtype
+):
+    model, images = micro().train(), torch.randn(2, 3, 32, 32)
+    optimizer = build_optimizer(digits_config(), model, 1.0)
+    updater = Updater(model, optimizer, Compute(torch.device("cpu"), amp_dtype), 1, 5.0, 20)
+    updater.average = WeightAverage(model, 0.9, False) if averages else None
+    for _ in range(2):
+        with CountReads() as count:
+            with updater.micro_batch(0), updater.compute.autocast():
+                loss = model(images).float().square().mean()
+            updater.backward(loss)
+            updater.update()
+    assert count.reads == reads
 
 
 def test_an_average_follows_the_weights_of_a_short_run_by_default():
