@@ -54,6 +54,11 @@ def operations():
             pytorch=functools.partial(F.linear, x, weight, bias),
         )
         yield Operation("linear", f"linear layer, {where}", blocks, forward)
+        of_gelu = dict(
+            onednn=functools.partial(onednn_linear, x, weight, bias, True, len(weight)),
+            pytorch=lambda layer=forward["onednn"]: F.gelu(layer()),
+        )
+        yield Operation("gelu", f"linear layer and GELU, {where}", blocks, of_gelu)
         of_input = dict(
             onednn=functools.partial(onednn_linear, grad, weight.T, None, False, channels),
             pytorch=functools.partial(torch.mm, grad, weight),

@@ -18,20 +18,23 @@ class Choices(NamedTuple):
 
     linear: str  # in float32, forward and for the gradient of its input; with onednn, inference packs weights
     weight_gradient: str  # of linear layers in float32
+    gelu: str  # after a linear layer that needs no gradient; onednn fuses it into the layer
+    compiled: str  # linear layers under torch.compile; --choices does not measure it, which takes minutes
     attention_float32: str
     attention_bfloat16: str
 
 
-PYTORCH = Choices("pytorch", "pytorch", "sdpa", "sdpa")  # where nothing was measured
+# Where nothing was measured.
+PYTORCH = Choices("pytorch", "pytorch", "pytorch", "pytorch", "sdpa", "sdpa")
 
 # By vendor and the widest instruction set. benchmarks/README.md has the figures of AMD: of single operations
 # without AVX-512, of whole models with it. On an Intel Xeon (family 6, model 207), forward passes took the
 # same time with both, oneDNN's weight gradient took 2 to 4 times as long as PyTorch's, and in bfloat16
 # ``blocked`` took longer than ``sdpa``.
 MEASURED = {
-    ("AuthenticAMD", "avx2"): Choices("onednn", "pytorch", "blocked", "sdpa"),
-    ("AuthenticAMD", "avx512f"): Choices("onednn", "onednn", "blocked", "blocked"),
-    ("GenuineIntel", "amx_bf16"): Choices("onednn", "pytorch", "blocked", "sdpa"),
+    ("AuthenticAMD", "avx2"): Choices("onednn", "pytorch", "onednn", "pytorch", "blocked", "sdpa"),
+    ("AuthenticAMD", "avx512f"): Choices("onednn", "onednn", "onednn", "onednn", "blocked", "blocked"),
+    ("GenuineIntel", "amx_bf16"): Choices("onednn", "pytorch", "onednn", "onednn", "blocked", "sdpa"),
 }
 
 
@@ -55,9 +58,9 @@ def has_onednn():
     return known and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def chosen():
-    """The :class:`Choices` for this machine."""
+    """The :class:`Choices` for this machine, a constant for torch.compile."""
     return MEASURED.get(processor(), PYTORCH) if has_onednn() else PYTORCH
 
 

@@ -41,7 +41,8 @@ def _pack(layer, dtype):
 def layer_forward(layer, x, gelu=False):
     """The forward of an ``nn.Linear``, then GELU if wanted: (..., in_features) to (..., out_features)."""
     weight, bias = layer.weight, layer.bias
-    if x.device.type == "cpu" and _is_plain(weight) and not exporting():
+    compiled = torch.compiler.is_compiling() and chosen().compiled == "pytorch"
+    if x.device.type == "cpu" and _is_plain(weight) and not exporting() and not compiled:
         autocast = torch.is_autocast_enabled("cpu")
         dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
         packed = layer.fixed.of(weight, bias)
@@ -63,6 +64,8 @@ def _is_plain(weight):
 
 def _linear(x, weight, bias, gelu, out_features):
     linear = _opaque_linear if torch.compiler.is_compiling() else onednn_linear
+    if gelu and chosen().gelu == "pytorch":
+        return F.gelu(linear(x, weight, bias, False, out_features))
     return linear(x, weight, bias, gelu, out_features)
 
 

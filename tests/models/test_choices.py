@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
+from helpers import micro
 from torch import nn
 
 from models import use_onednn
-from models.fast import attention, choices, linear
-from models.fast.choices import MEASURED, PYTORCH, Choices
+from models.fast import attention, choices, cpu, linear
+from models.fast.choices import MEASURED, PYTORCH
 
 INTEL = MEASURED["GenuineIntel", "amx_bf16"]
 
@@ -17,7 +18,7 @@ INTEL = MEASURED["GenuineIntel", "amx_bf16"]
     "found, expected",
     [
         (("GenuineIntel", "amx_bf16"), INTEL),
-        (("AuthenticAMD", "avx512f"), Choices("onednn", "onednn", "blocked", "blocked")),
+        (("AuthenticAMD", "avx512f"), MEASURED["AuthenticAMD", "avx512f"]),
         (("GenuineIntel", "avx2"), PYTORCH),
         (("", ""), PYTORCH),
     ],
@@ -25,9 +26,9 @@ INTEL = MEASURED["GenuineIntel", "amx_bf16"]
 def test_choices_are_those_measured_for_the_processor_and_otherwise_pytorchs(monkeypatch, found, expected):
     monkeypatch.setattr(choices, "processor", lambda: found)
     monkeypatch.setattr(choices, "has_onednn", lambda: True)
-    assert choices.chosen.__wrapped__() == expected
+    assert choices.chosen() == expected
     monkeypatch.setattr(choices, "has_onednn", lambda: False)
-    assert choices.chosen.__wrapped__() == PYTORCH
+    assert choices.chosen() == PYTORCH
 
 
 @pytest.mark.parametrize("vendor", ["AuthenticAMD", "GenuineIntel", ""])
@@ -52,7 +53,7 @@ def test_an_unknown_processor_gets_pytorchs_own(choose):
 @pytest.mark.skipif(not choices.has_onednn(), reason="needs oneDNN on x86")
 @pytest.mark.parametrize("library", ["onednn", "pytorch"])
 def test_the_gradient_of_weights_comes_from_the_chosen_library_and_is_the_same(choose, monkeypatch, library):
-    choose(Choices("onednn", library, "blocked", "sdpa"))
+    choose(INTEL._replace(weight_gradient=library))
     plain = nn.Linear(24, 72)
     fast = copy.deepcopy(plain)
     use_onednn(fast)
@@ -64,3 +65,33 @@ def test_the_gradient_of_weights_comes_from_the_chosen_library_and_is_the_same(c
     torch.testing.assert_close(fast.weight.grad, plain.weight.grad, rtol=1e-4, atol=1e-4)
     assert attention.choose_backend(torch.zeros(1, 4, 48, dtype=torch.bfloat16), 1) == "sdpa"
     assert attention.choose_backend(torch.zeros(1, 4, 48), 1) == "blocked"
+
+
+@pytest.mark.skipif(not choices.has_onednn(), reason="needs oneDNN on x86")
+@pytest.mark.parametrize("processor", [*MEASURED, ("", "")])
+def test_every_choice_compiles_into_one_graph_and_gives_the_gradients_of_pytorch(monkeypatch, processor):
+    """With the real table, which torch.compile must be able to read."""
+    monkeypatch.setattr(choices, "processor", lambda: processor)
+    for module in (attention, cpu, linear):
+        monkeypatch.setattr(module, "chosen", choices.chosen)
+    torch._dynamo.reset()
+    plain = micro(depths=(1, 1), num_heads=(2, 4), shuffle_size=(2, 1))
+    fast = copy.deepcopy(plain)
+    use_onednn(fast)
+    fast.compile(fullgraph=True, dynamic=False, backend="aot_eager")
+    images = torch.randn(2, 3, 16, 16)
+    for model in (plain, fast):
+        model(images).square().mean().backward()
+    for (name, expected), found in zip(plain.named_parameters(), fast.parameters()):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.skipif(not choices.has_onednn(), reason="needs oneDNN on x86")
+@pytest.mark.parametrize("library", ["onednn", "pytorch"])
+def test_gelu_comes_from_the_chosen_library_and_is_the_same(choose, monkeypatch, library):
+    choose(INTEL._replace(gelu=library))
+    x, weight, fused, compute = torch.randn(50, 24), torch.randn(72, 24), [], linear.onednn_linear
+    monkeypatch.setattr(linear, "onednn_linear", lambda *given: fused.append(given[3]) or compute(*given))
+    found = linear._linear(x, weight, None, True, 72)
+    assert fused == [library == "onednn"]
+    torch.testing.assert_close(found, nn.functional.gelu(x @ weight.T), rtol=1e-4, atol=1e-4)
