@@ -67,7 +67,7 @@ def build_compute(config):
 
 
 def cpu_has_bfloat16():
-    """Whether this CPU computes in bfloat16. On x86 without AVX-512, PyTorch emulates it: many times slower."""
+    """Whether this CPU computes in bfloat16; on x86 without AVX-512, PyTorch emulates it, much slower."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return True
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
