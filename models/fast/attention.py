@@ -14,7 +14,7 @@ from .attention_triton import triton, triton_builds, triton_obstacle
 from .choices import chosen
 
 BACKENDS = ("auto", "eager", "sdpa", "blocked", "triton")
-BLOCK = 64  # windows whose scores stay in the cache
+BLOCK = 2**22  # bytes, in float32, of the scores that are computed at a time: they stay in the cache
 
 
 def copied_heads(qkv, heads):
@@ -52,10 +52,11 @@ def blocked(qkv, bias, scale, hidden=None):
 
 def _blocks(bias, hidden, *tensors):
     """Blocks of windows, with the bias of each: bias, a part of every tensor."""
-    parts = zip(*(tensor.split(BLOCK) for tensor in tensors))
+    windows = max(1, BLOCK // (4 * bias.numel()))
+    parts = zip(*(tensor.split(windows) for tensor in tensors))
     if hidden is None:
         return ((bias, *part) for part in parts)
-    return ((hide(bias, of_block), *part) for of_block, part in zip(hidden.split(BLOCK), parts))
+    return ((hide(bias, of_block), *part) for of_block, part in zip(hidden.split(windows), parts))
 
 
 class _Blocked(torch.autograd.Function):
@@ -91,8 +92,7 @@ class _Blocked(torch.autograd.Function):
         grad_qkv = torch.empty_like(qkv)
         wide = torch.promote_types(bias.dtype, torch.float32)
         grad_bias = torch.zeros(stored.shape[1:], dtype=wide, device=qkv.device)
-        blocks = (tensor.split(BLOCK) for tensor in (qkv, grad_qkv, stored, grad))
-        for part, grad_part, p, grad_out in zip(*blocks):
+        for _, part, grad_part, p, grad_out in _blocks(grad_bias, None, qkv, grad_qkv, stored, grad):
             (q, k, v), (grad_q, grad_k, grad_v) = copied_heads(part, heads), qkv_heads(grad_part, heads)
             grad_out = heads_of(grad_out, heads)
             grad_v.copy_(p.transpose(-1, -2) @ grad_out)
