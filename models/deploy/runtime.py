@@ -12,6 +12,7 @@ from torch import nn
 from config import image_shape
 from utils import UserError
 
+from ..fast.choices import chosen
 from .files import (
     CLOSE,
     FORMATS,
@@ -59,8 +60,11 @@ def choose_runtime(name, compute):
     if name not in ("pytorch", "auto", *RUNTIMES):
         raise UserError(f"RUNTIME {name!r} is none of pytorch, auto, {', '.join(RUNTIMES)}")
     if name == "auto":
-        problem = _obstacle("openvino", compute)
-        return ("pytorch", problem) if problem else ("openvino", "it is installed, and this is the CPU")
+        if problem := _obstacle("openvino", compute):
+            return "pytorch", problem
+        if chosen().runtime == "openvino":
+            return "openvino", "it is the fastest that was measured on this processor"
+        return "pytorch", "nobody has measured a faster one on this processor"
     if name != "pytorch" and (problem := _obstacle(name, compute)):
         raise UserError(f"RUNTIME {problem}")
     return name, ""

@@ -22,19 +22,21 @@ class Choices(NamedTuple):
     compiled: str  # linear layers under torch.compile; --choices does not measure it, which takes minutes
     attention_float32: str
     attention_bfloat16: str
+    runtime: str  # pytorch or openvino, what RUNTIME auto takes; --choices does not measure it
 
 
 # Where nothing was measured.
-PYTORCH = Choices("pytorch", "pytorch", "pytorch", "pytorch", "sdpa", "sdpa")
+PYTORCH = Choices("pytorch", "pytorch", "pytorch", "pytorch", "sdpa", "sdpa", "pytorch")
 
 # By vendor and the widest instruction set. benchmarks/README.md has the figures of AMD: of single operations
 # without AVX-512, of whole models with it. On an Intel Xeon (family 6, model 207), forward passes took the
 # same time with both, oneDNN's weight gradient took 2 to 4 times as long as PyTorch's, and in bfloat16
 # ``blocked`` took longer than ``sdpa``.
+_OURS = Choices("onednn", "pytorch", "onednn", "onednn", "blocked", "sdpa", "openvino")
 MEASURED = {
-    ("AuthenticAMD", "avx2"): Choices("onednn", "pytorch", "pytorch", "pytorch", "blocked", "sdpa"),
-    ("AuthenticAMD", "avx512f"): Choices("onednn", "onednn", "onednn", "onednn", "blocked", "blocked"),
-    ("GenuineIntel", "amx_bf16"): Choices("onednn", "pytorch", "onednn", "onednn", "blocked", "sdpa"),
+    ("AuthenticAMD", "avx2"): _OURS._replace(gelu="pytorch", compiled="pytorch"),
+    ("AuthenticAMD", "avx512f"): _OURS._replace(weight_gradient="onednn", attention_bfloat16="blocked"),
+    ("GenuineIntel", "amx_bf16"): _OURS,
 }
 
 

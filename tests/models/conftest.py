@@ -19,4 +19,4 @@ def choose(monkeypatch):
 @pytest.fixture(autouse=True)
 def ours(choose):
     if choices.has_onednn():
-        choose(choices.Choices("onednn", "onednn", "onednn", "onednn", "blocked", "blocked"))
+        choose(choices.MEASURED["AuthenticAMD", "avx512f"])

@@ -16,8 +16,10 @@ import checkpoint as ckpt
 import models
 from config import ConfigError, dump_config, get_config, parse_config
 from distributed import Compute
+from models.deploy import runtime as deploy_runtime
 from models.deploy.files import FORMATS, RUNTIMES, Exportable, run_onnxruntime, run_openvino
 from models.deploy.runtime import HandedOver, build_runtime, choose_runtime
+from models.fast.choices import PYTORCH
 from utils import UserError
 
 SMALL = ["MODEL.NUM_CLASSES", 3, "MODEL.MSG.DEPTHS", "[1, 1]", "MODEL.MSG.NUM_HEADS", "[3, 6]"]
@@ -164,9 +166,14 @@ def test_a_runtime_that_cannot_be_used_is_refused(installed, name, compute, word
         choose_runtime(name, compute)
 
 
-def test_auto_is_openvino_on_the_cpu_where_it_is_installed(installed, has_bfloat16):
+def test_auto_is_openvino_where_it_is_installed_and_was_measured_to_be_faster(
+    monkeypatch, installed, has_bfloat16
+):
     installed("onnx", "onnxscript", "openvino")
-    found = "openvino", "it is installed, and this is the CPU"
+    monkeypatch.setattr(deploy_runtime, "chosen", lambda: PYTORCH)
+    assert choose_runtime("auto", CPU) == ("pytorch", "nobody has measured a faster one on this processor")
+    monkeypatch.setattr(deploy_runtime, "chosen", lambda: PYTORCH._replace(runtime="openvino"))
+    found = "openvino", "it is the fastest that was measured on this processor"
     assert choose_runtime("auto", CPU) == choose_runtime("auto", ROUNDED) == found
     assert choose_runtime("openvino", ROUNDED)[0] == "openvino"
     on_gpu = "openvino computes on the CPU: add --device cpu"
