@@ -319,8 +319,8 @@ def default_config():
     config.COMPILE = False
     # What computes the classifier's logits with --eval and --throughput: pytorch; onnxruntime or openvino, on
     # the CPU, refused where it is not installed or disagrees with PyTorch on the first images; auto, which is
-    # openvino if it is installed and models/fast/choices.py says so for this CPU, else pytorch. Training and its
-    # evaluations are PyTorch's.
+    # openvino if it is installed and models/fast/choices.py says so for this CPU, else pytorch. Training and
+    # its evaluations are PyTorch's.
     config.RUNTIME = "pytorch"
     # The same bits in every run of the same config on the same machine; slower on CUDA.
     config.DETERMINISTIC = False
