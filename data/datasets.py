@@ -372,7 +372,7 @@ def is_image(name):
     return name.lower().endswith(IMG_EXTENSIONS) and not os.path.basename(name).startswith("._")
 
 
-def find_images(folder, name, ignored, wanted=is_image):
+def find_images(folder, name, ignored):
     """Paths of the images of a class, in the order of torchvision's ImageFolder; hidden folders are left out.
 
     Links are followed, except to a folder that holds them, which would show its images again and again.
@@ -380,7 +380,6 @@ def find_images(folder, name, ignored, wanted=is_image):
     Args:
         folder, name: the class is ``folder/name``.
         ignored: a Counter, to which all else in the folder is added.
-        wanted: tells of a file name whether to take it.
 
     Raises:
         DataError: a folder cannot be listed, or the class is a link to a folder that holds it.
@@ -394,8 +393,8 @@ def find_images(folder, name, ignored, wanted=is_image):
         path, holders = waiting.pop()
         holders = [*holders, os.path.realpath(path)]
         folders, files = list_folder(path)
-        found.append((path, sorted(filter(wanted, files))))
-        ignored.update(ending(name) for name in files if not wanted(name))
+        found.append((path, sorted(filter(is_image, files))))
+        ignored.update(ending(name) for name in files if not is_image(name))
         for entry in folders:
             below = os.path.join(path, entry.name)
             if entry.name.startswith("."):

@@ -9,22 +9,20 @@ again, and interrupted ones go on where they were: the same command continues.
 import argparse
 import json
 import os
-import queue
 import shlex
 import signal
 import statistics
 import subprocess
 import sys
-import threading
-from concurrent import futures
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from utils import check_environment
+from utils import ROOT, check_environment
 
-ROOT = Path(__file__).resolve().parents[1]
+CORES = os.cpu_count() or 1
 
 # Two-sided 95% quantiles of Student's t for 1 to 30 degrees of freedom.
 STUDENT = (
@@ -43,13 +41,12 @@ def parse_args():
     add("--seeds", type=int, default=3, help="seeds 0, 1, ... of each config; default: 3")
     add("--data-path", required=True, metavar="DIR", help="folder of the data")
     add("--output", default="output/ablations", metavar="DIR", help="default: %(default)s")
-    devices = "cpu, mps, cuda:0 cuda:1 ...; default: cpu"
-    add("--devices", nargs="+", default=["cpu"], metavar="DEVICE", help=devices)
-    add("--jobs", type=int, help="runs at once on each device; default: 1, on the CPU one for each core")
+    devices = "cpu, mps, cuda:0 cuda:1 ..., each for one run at a time; default: cpu once for each core"
+    add("--devices", nargs="+", default=["cpu"] * CORES, metavar="DEVICE", help=devices)
     add("--opts", nargs="+", default=[], metavar="KEY VALUE", help="as those of main.py")
     args = parser.parse_args()
-    if args.seeds < 1 or (args.jobs is not None and args.jobs < 1):
-        parser.error("--seeds and --jobs must be 1 or more")
+    if args.seeds < 1:
+        parser.error("--seeds must be 1 or more")
     names = [Path(config).stem for config in args.configs]
     if len(set(names)) < len(names):
         parser.error(f"these configs have the same name: {', '.join(names)}")
@@ -72,7 +69,7 @@ from logger import read_metrics
 from models import build_model, count_macs
 from tools import tables
 from training.guard import REQUEUE_EXIT_CODE
-from utils import UserError
+from utils import UserError, telling_errors
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,9 +87,19 @@ class Planned:
         return Path(self.file).stem
 
     @property
+    def title(self):
+        """What people call it."""
+        return f"{self.name}, seed {self.seed}"
+
+    @property
     def epochs(self):
         """How many the run has."""
         return self.config.TRAIN.EPOCHS
+
+    @property
+    def console(self):
+        """The file of what it prints."""
+        return os.path.join(self.config.OUTPUT, "console.txt")
 
     def rows(self):
         """The metrics of the epochs that are done."""
@@ -170,76 +177,53 @@ def train(runs, args):
 
     A signal to this process stops the runs, which save, and ends it.
     """
-    cores = os.cpu_count() or 1
-    jobs = {device: args.jobs or (cores if device == "cpu" else 1) for device in args.devices}
-    waiting, working, failed, stop = queue.SimpleQueue(), {}, [], threading.Event()
-    for run in runs:
-        waiting.put(run)
-
-    def work(device):
-        threads = max(1, cores // (len(args.devices) * jobs[device]))
-        while not stop.is_set():
-            try:
-                run = waiting.get_nowait()
-            except queue.Empty:
-                return
-            process, path = start(run, device, threads)
-            working[run] = process
-            if stop.is_set():  # since before it was among those that a signal stops
-                process.send_signal(signal.SIGTERM)
-            code = process.wait()
-            working.pop(run)
-            print(f"{run.name}, seed {run.seed}: {len(run.rows())} of {run.epochs} epochs", file=sys.stderr)
-            if code and not stop.is_set():
-                what = f"exit code {code}, see {path}: {last_line(path)}"
-                failed.append(f"{run.name}, seed {run.seed} ({what})")
-
-    def interrupt(number, frame):
-        stop.set()
-        for process in list(working.values()):
-            process.send_signal(signal.SIGTERM)
-
+    free, threads = list(args.devices), max(1, CORES // len(args.devices))
+    waiting, working, failed, signals, told = list(runs), {}, [], [], False
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
-    workers = [device for device in args.devices for _ in range(jobs[device])]
-    with futures.ThreadPoolExecutor(len(workers)) as pool:
-        tasks = [pool.submit(work, device) for device in workers]
-        show_progress(runs, tasks, working)
-    for task in tasks:
-        task.result()
-    if stop.is_set():
+        signal.signal(number, lambda number, _: signals.append(number))
+    done, total = sum(len(run.rows()) for run in runs), sum(run.epochs for run in runs)
+    with tqdm(total=total, initial=done, unit="epoch", disable=None) as bar:
+        while working or (waiting and not signals):
+            while free and waiting and not signals:
+                run, device = waiting.pop(0), free.pop(0)
+                working[start(run, device, threads)] = run, device
+            time.sleep(1)
+            if signals and not told:
+                told = True
+                for process in working:
+                    process.terminate()
+            for process in [process for process in working if process.poll() is not None]:
+                run, device = working.pop(process)
+                free.append(device)
+                print(f"{run.title}: {len(run.rows())} of {run.epochs} epochs", file=sys.stderr)
+                if process.returncode and not signals:
+                    why = f"exit code {process.returncode}, see {run.console}: {last_line(run.console)}"
+                    failed.append(f"{run.title} ({why})")
+            bar.set_postfix_str("; ".join(run.title for run, _ in working.values()))
+            bar.update(sum(len(run.rows()) for run in runs) - bar.n)
+    if signals:
         print("stopped; the same command goes on", file=sys.stderr)
         sys.exit(REQUEUE_EXIT_CODE)
     return failed
 
 
 def start(run, device, threads):
-    """Start a run in a session of its own, with what it prints in ``console.txt`` of its folder."""
+    """Start a run in a session of its own; returns its process."""
     os.makedirs(run.config.OUTPUT, exist_ok=True)
-    path = os.path.join(run.config.OUTPUT, "console.txt")
     environment = dict(os.environ, OMP_NUM_THREADS=str(threads))
     kind, _, number = device.partition(":")
     if number:
         environment["CUDA_VISIBLE_DEVICES"] = number
     command = [sys.executable, str(ROOT / "main.py"), "--device", kind, *run.words]
-    with open(path, "a", encoding="utf-8") as file:
+    with open(run.console, "a", encoding="utf-8") as file:
         kept = dict(stdout=file, stderr=subprocess.STDOUT, env=environment)
-        return subprocess.Popen(command, start_new_session=True, **kept), path
+        return subprocess.Popen(command, start_new_session=True, **kept)
 
 
 def last_line(path):
     """The last line of a text file that is not empty."""
     lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
     return next((line for line in reversed(lines) if line.strip()), "it printed nothing")
-
-
-def show_progress(runs, tasks, working):
-    """Until all tasks are done, show on a terminal how many epochs of all runs are, and the time left."""
-    total, first = sum(run.epochs for run in runs), sum(len(run.rows()) for run in runs)
-    with tqdm(total=total, initial=first, unit="epoch", disable=None) as bar:
-        while futures.wait(tasks, timeout=2).not_done:
-            bar.set_postfix_str(", ".join(f"{run.name} seed {run.seed}" for run in list(working)))
-            bar.update(sum(len(run.rows()) for run in runs) - bar.n)
 
 
 def summarise(runs, args):
@@ -329,7 +313,5 @@ def draw(result):
 
 
 if __name__ == "__main__":
-    try:
+    with telling_errors():
         main(ARGS)
-    except UserError as error:
-        sys.exit(f"error: {error}")

@@ -21,16 +21,15 @@ as main.py runs them. A name may choose another way:
 
 Feature maps are those of timm's features_only; a training step minimises the sum of their mean squares.
 Models whose name has "swin" in it, and ours, are built for the size. The rates that a large product and a
-large copy reach on the machine are noted too, because machines of one name differ.
+large copy reach on the machine are noted too, because machines of one name differ. OMP_NUM_THREADS in the
+environment says how many CPU threads to take.
 """
 
 import argparse
 import contextlib
 import itertools
-import os
 import sys
-import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -39,12 +38,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tools import benchmarking, tables
 from utils import check_environment
 
-DTYPES = ("float32", "bfloat16", "float16")
 CLASSES = 1000
-# Ways for any model: of computing with it, and of running a file made from it; dtypes for those with limits.
+# Ways for any model: of computing with it, and of running a file made from it, by what runtime.
 WAYS = ("plain", "onednn", "compile")
-FILES = dict(ort=("float32",), openvino=("float32", "bfloat16"))
-ONNX = dict(ort="onnxruntime", openvino="openvino")
+FILES = dict(ort="onnxruntime", openvino="openvino")
 
 
 def parse_args():
@@ -57,7 +54,8 @@ def parse_args():
     add("--models", nargs="+", default=[*models, f"{models[0]}:plain", f"{models[1]}:onednn"], metavar="NAME")
     add("--peer", help="model that the ratios compare with; default: the second of --models")
     add("--modes", nargs="+", choices=["inference", "train"], default=["inference"])
-    add("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"], help="train: of autocast")
+    dtypes = ["float32", "bfloat16", "float16"]
+    add("--dtypes", nargs="+", choices=dtypes, default=dtypes[:2], help="train: of autocast")
     add("--batch-sizes", nargs="+", type=int, default=[1])
     sides = "image sizes, a side or HEIGHTxWIDTH; default: 224"
     add("--sizes", nargs="+", type=benchmarking.image_sides, metavar="PX", help=sides)
@@ -67,25 +65,12 @@ def parse_args():
     add("--choices", action="store_true", help="time the libraries that our models choose among on a CPU")
     add("--tables", action="store_true", help="write the tables of README.md and the other pages, and end")
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one, else cpu")
-    add("--threads", type=int, help="CPU threads; default: PyTorch's choice")
     benchmarking.add_arguments(parser, "models")
     args = parser.parse_args()
     args.peer = args.peer or args.models[min(1, len(args.models) - 1)]
     if args.peer not in args.models:
         parser.error(f"--peer {args.peer} is not among --models")
-    if not all(can_run(args.peer, dtype) for dtype in args.dtypes):
-        parser.error(f"--peer {args.peer} does not run in all of --dtypes")
     return args
-
-
-def variant_of(name):
-    """The way that a candidate's name chooses, "" for the usual one."""
-    return name.partition(":")[2]
-
-
-def can_run(name, dtype):
-    """Whether a candidate runs in a dtype, given by name."""
-    return dtype in FILES.get(variant_of(name), DTYPES)
 
 
 if __name__ == "__main__":  # before what takes seconds to import
@@ -95,14 +80,17 @@ if __name__ == "__main__":  # before what takes seconds to import
 import timm
 import torch
 from timm.layers import set_fused_attn
+from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils.benchmark import Timer
 
 from models import inference, use_onednn
-from models.deploy.files import FORMATS, RUNTIMES, Exportable, require_packages, write_checked
+from models.deploy.files import RUNTIMES, require_packages
+from models.deploy.runtime import hand_over
 from models.fast.attention import BACKENDS
 from models.fast.attention_triton import triton_missing
 from tools import choices
-from tools.roofline import machine, machine_limits, versions
+from tools.benchmarking import machine, versions
 from utils import UserError, keep_freed_memory
 
 
@@ -120,8 +108,20 @@ def check(args):
             raise UserError(f"{name}: {triton_missing()}")
         if variant in FILES and (args.maps or args.device != "cpu" or args.modes != ["inference"]):
             raise UserError(f"{name}: for the inference of classifiers on the CPU")
-    needed = dict(ort=["onnx"], openvino=["onnx", "openvino"])
-    require_packages([kind for name in args.models for kind in needed.get(variant_of(name), ())])
+    if not all(can_run(args.peer, getattr(torch, dtype)) for dtype in args.dtypes):
+        raise UserError(f"--peer {args.peer} does not run in all of --dtypes")
+    require_packages([FILES[variant_of(name)] for name in args.models if variant_of(name) in FILES])
+
+
+def variant_of(name):
+    """The way that a candidate's name chooses, "" for the usual one."""
+    return name.partition(":")[2]
+
+
+def can_run(name, dtype):
+    """Whether a candidate runs in a dtype."""
+    variant = variant_of(name)
+    return variant not in FILES or dtype in RUNTIMES[FILES[variant]].dtypes
 
 
 def is_ours(name):
@@ -129,12 +129,11 @@ def is_ours(name):
     return timm.is_model(name) and timm.model_entrypoint(name).__module__.startswith("models.")
 
 
-def build(name, sides=(224, 224), maps=False, fused=True):
+def build(name, sides=(224, 224), maps=False):
     """The model of a candidate, for images of ``sides``, (height, width).
 
     Args:
         maps: a model that gives the maps of its stages, rather than a classifier.
-        fused: timm's models take PyTorch's fused attention, which ONNX does not know.
 
     Raises:
         UserError: there is no such model.
@@ -145,6 +144,7 @@ def build(name, sides=(224, 224), maps=False, fused=True):
         kwargs["attention"] = "eager" if variant == "plain" else variant
     if ours or "swin" in name:
         kwargs["img_size"] = sides
+    fused = variant not in FILES  # timm's models take PyTorch's fused attention, which ONNX does not know
     set_fused_attn(fused, experimental=fused)
     try:
         model = timm.create_model(name, **kwargs)
@@ -166,7 +166,6 @@ class Setting:
     device: str
     sides: tuple = (224, 224)  # (height, width) of the images, in pixels
     maps: bool = False  # feature maps rather than logits
-    files: str = ""  # folder of the ONNX files of candidates that run one
 
 
 class Candidate:
@@ -188,8 +187,8 @@ class Candidate:
             self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=setting.device == "cuda")
             if setting.dtype != torch.float32:
                 self.autocast = lambda: torch.autocast(setting.device, setting.dtype)
-        elif variant_of(name) in ONNX:
-            self.run = RUNTIMES[ONNX[variant_of(name)]].load(onnx_path(name, setting), setting.dtype)
+        elif variant_of(name) in FILES:
+            self.run = hand_over(self.model, FILES[variant_of(name)], (3, *setting.sides), setting.dtype)
         else:
             self.model.eval().to(setting.dtype)
             self.images = self.images.to(setting.dtype)
@@ -230,35 +229,10 @@ class Candidate:
         return cross_entropy(outputs.float(), self.targets)
 
 
-def onnx_path(name, setting):
-    """Where the ONNX file of a candidate is."""
-    return os.path.join(setting.files, "{}_{}x{}.onnx".format(name.partition(":")[0], *setting.sides))
-
-
-def write_onnx(name, setting):
-    """Write the ONNX file of a candidate that runs one, unless it is there; compared with PyTorch.
-
-    Raises:
-        UserError: it cannot be written, or gives something else.
-    """
-    path = onnx_path(name, setting)
-    if variant_of(name) not in ONNX or os.path.exists(path):
-        return
-    print(f"  writing {os.path.basename(path)}", flush=True)
-    model = build(name, setting.sides, fused=False).eval()
-    exportable = Exportable(model, {}, (3, *setting.sides), ("logits",), {}, rebuild=None)
-    try:
-        write_checked(exportable, FORMATS["onnx"], path, [exportable.images(1)])
-    except UserError as error:
-        raise UserError(f"{name}: {error}") from error
-
-
 @contextlib.contextmanager
-def ready(name, setting, threads):
+def ready(name, setting):
     """A :class:`Candidate`, whose weights are fixed for inference."""
     keep_freed_memory()  # as main.py does, for the peers too
-    if threads:
-        torch.set_num_threads(threads)
     candidate = Candidate(name, setting)
     fixed = setting.mode == "inference" and variant_of(name) not in ("plain", *FILES)
     with inference(candidate.model) if fixed else contextlib.nullcontext():
@@ -271,11 +245,9 @@ def measure(args, setting):
     Returns:
         A row for each: model, batch, turns, and with ``--memory`` memory, in MiB.
     """
-    names = [name for name in args.models if can_run(name, str(setting.dtype).removeprefix("torch."))]
-    for name in names:
-        write_onnx(name, setting)
+    names = [name for name in args.models if can_run(name, setting.dtype)]
     with contextlib.ExitStack() as stack:
-        candidates = [benchmarking.Apart(name, ready, name, setting, args.threads) for name in names]
+        candidates = [benchmarking.Apart(name, ready, name, setting) for name in names]
         for candidate in candidates:
             stack.callback(candidate.close)
         take_turns = [partial(candidate.call, "turn") for candidate in candidates]
@@ -285,6 +257,30 @@ def measure(args, setting):
             for row, candidate in zip(rows, candidates):
                 row.update(memory=candidate.call("peak_memory"))
     return rows
+
+
+def machine_limits(device, dtype):
+    """What a large linear layer and a large copy reach on a device at best: FLOP/s and bytes/s.
+
+    Args:
+        device: cpu or cuda.
+        dtype: of the linear layer, which runs as those of our models do.
+    """
+    side, size = (8192, 2**30) if device == "cuda" else (2048, 2**28)
+    layer = nn.Sequential(nn.Linear(side, side, bias=False)).to(device, dtype)
+    use_onednn(layer)
+    x = torch.randn(side, side, device=device, dtype=dtype)
+    source = torch.randn(size // 4, device=device)
+    target = torch.empty_like(source)
+    with inference(layer):
+        flops = 2 * side**3 / least_seconds(lambda: layer(x))
+    return flops, 2 * size / least_seconds(lambda: target.copy_(source))
+
+
+def least_seconds(function):
+    """The seconds of the fastest of the calls of a second."""
+    timer = Timer("function()", globals=dict(function=function), num_threads=torch.get_num_threads())
+    return min(timer.blocked_autorange(min_run_time=1).times)
 
 
 def plan(args):
@@ -305,17 +301,14 @@ def run(args):
     if args.choices:
         return dict(machine=machine("cpu"), versions=versions(), **choices.run())
     check(args)
-    if args.threads:
-        torch.set_num_threads(args.threads)
     found = machine(args.device)
     print(*found.values())
     rates = {dtype: machine_limits(args.device, getattr(torch, dtype)) for dtype in args.dtypes}
     result = dict(machine=found, versions=versions(), peer=args.peer, rates=rates, settings={})
-    with tempfile.TemporaryDirectory() as files:
-        for name, setting in plan(args).items():
-            print(name, flush=True)
-            result["settings"][name] = measure(args, replace(setting, files=files))
-            print(tables.in_lines(result, name))
+    for name, setting in plan(args).items():
+        print(name, flush=True)
+        result["settings"][name] = measure(args, setting)
+        print(tables.in_lines(result, name))
     return result
 
 

@@ -4,8 +4,7 @@ python tools/benchmark_data.py <folder>                      any folder with JPE
 
 What is timed is a loader with one worker process, in images/s of one core. The ratios compare with timm's
 create_transform, which uses Pillow; ours runs with each DATA.BACKEND. What opencv leaves to the device,
-normalising and erasing, the main process does meanwhile; "opencv for a GPU" stops at the batches that a GPU
-would receive. A turn reads all of the images once.
+normalising and erasing, the main process does meanwhile. A turn reads all of the images once.
 """
 
 import argparse
@@ -17,10 +16,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tools import benchmarking, tables
-from utils import check_environment
+from utils import ROOT, check_environment
 
-CONFIG = Path(__file__).parents[1] / "configs" / "msg_tiny_p4_win7_224.yaml"
+CONFIG = ROOT / "configs" / "msg_tiny_p4_win7_224.yaml"
 PEER = "timm"
+BATCH = 32
 
 
 def parse_args():
@@ -31,7 +31,6 @@ def parse_args():
     add = parser.add_argument
     add("folder", help="folder with JPEG images, at any depth")
     add("--images", type=int, default=200, help="read the first so many, in the order of paths")
-    add("--batch-size", type=int, default=32)
     add("--rounds", type=int, default=9)
     benchmarking.add_arguments(parser, "input")
     return parser.parse_args()
@@ -49,11 +48,10 @@ from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset
 
 from config import get_config
-from data.datasets import EvaluationSamples, TrainingSamples
-from data.loaders import Loader, ToDevice, build_reader, collate, start_worker
+from data.loaders import ToDevice, build_loader, build_reader, collate
 from data.mixup import build_augmentation
 from data.transforms import augment_operations, posterize_from_0_bits
-from tools.roofline import machine, versions
+from tools.benchmarking import machine, versions
 from utils import UserError
 
 
@@ -81,6 +79,11 @@ def peer_transform(is_train):
     return transform
 
 
+def read_with_pillow(path):
+    """A file as an RGB image of Pillow."""
+    return Image.open(path).convert("RGB")
+
+
 class Files(Dataset):
     """Images of files, with class 0: ``transform`` of what ``read`` makes of a path."""
 
@@ -94,51 +97,35 @@ class Files(Dataset):
         return self.transform(self.read(self.paths[index])), 0
 
 
-def pipeline(name, is_train, paths, batch_size):
+def pipeline(name, is_train, paths):
     """A function that makes batches of all files once, the way of a candidate."""
-    workers = dict(num_workers=1, persistent_workers=True)
     if name == PEER:
         files = Files(paths, read_with_pillow, peer_transform(is_train))
-        loader = DataLoader(files, batch_size, **workers)
+        loader = DataLoader(files, BATCH, num_workers=1, persistent_workers=True)
         return lambda: list(map(len, loader))
-    backend, _, for_gpu = name.partition(" ")
-    options = ["DATA.BACKEND", backend, "AUG.MIXUP", "0", "AUG.CUTMIX", "0"]
+    options = ["DATA.BACKEND", name, "DATA.NUM_WORKERS", "1", "AUG.MIXUP", "0", "AUG.CUTMIX", "0"]
     config = get_config(argparse.Namespace(cfg=str(CONFIG), opts=options))
-    files = Files(paths, *build_reader(config, is_train))
-    samples = TrainingSamples(files, 0, skip=False) if is_train else EvaluationSamples(files, skip=False)
-    order = [(0, index) for index in range(len(paths))] if is_train else None
-    options = dict(workers, collate_fn=collate, worker_init_fn=start_worker)
-    loader = DataLoader(samples, batch_size, sampler=order, **options)
-    if for_gpu:
+    files, to_device = Files(paths, *build_reader(config, is_train)), ToDevice(torch.device("cpu"))
+    if not is_train:
+        loader = build_loader(config, files, range(len(paths)), to_device, collate, BATCH)
         return lambda: list(map(len, loader))
-    loader = Loader(loader, paths, ToDevice(torch.device("cpu")))
+    keys = [(0, index) for index in range(len(paths))]
+    batches = [keys[first : first + BATCH] for first in range(0, len(keys), BATCH)]
+    loader = build_loader(config, files, batches, to_device, collate)
     augment = build_augmentation(config, 0, "cpu")
 
-    def run():
+    def read():
         for step, (images, targets) in enumerate(loader):
-            if is_train:
-                augment(images, targets, step)
+            augment(images, targets, step)
 
-    return run
-
-
-def read_with_pillow(path):
-    """A file as an RGB image of Pillow."""
-    return Image.open(path).convert("RGB")
+    return read
 
 
-def compare(functions, rounds):
-    """Let pipelines take turns: rows of model, which is the pipeline's name, and turns."""
-
-    def turn(read):
-        begin = time.perf_counter()
-        read()
-        return 1, time.perf_counter() - begin
-
-    for read in functions.values():
-        read()
-    turns = benchmarking.time_in_turn([partial(turn, read) for read in functions.values()], rounds, peer=0)
-    return [dict(model=name, turns=of_pipeline) for name, of_pipeline in zip(functions, turns)]
+def turn(read):
+    """The seconds of reading all images once, as a turn of one step."""
+    begin = time.perf_counter()
+    read()
+    return 1, time.perf_counter() - begin
 
 
 def run(args):
@@ -148,14 +135,16 @@ def run(args):
     of_images = dict(pillow=PIL.__version__, opencv=cv2.__version__)
     result = dict(machine=machine("cpu"), versions=dict(versions(), **of_images), figure="images per second")
     paths = find_jpegs(args.folder, args.images)
-    result.update(peer=PEER, images=len(paths))
-    result["settings"] = {}
-    print(*result["machine"].values(), f"\n{result['images']} images of {args.folder}")
+    result.update(peer=PEER, images=len(paths), settings={})
+    print(*result["machine"].values(), f"\n{len(paths)} images of {args.folder}")
     for setting, is_train in (("training", True), ("evaluation", False)):
         print(setting, flush=True)
-        names = (PEER, "pil", "opencv", "opencv for a GPU")
-        functions = {name: pipeline(name, is_train, paths, args.batch_size) for name in names}
-        result["settings"][setting] = compare(functions, args.rounds)
+        names = (PEER, "pil", "opencv")
+        turns = [partial(turn, pipeline(name, is_train, paths)) for name in names]
+        for take in turns:  # starts the workers
+            take()
+        taken = benchmarking.time_in_turn(turns, args.rounds, peer=0)
+        result["settings"][setting] = [dict(model=name, turns=of_one) for name, of_one in zip(names, taken)]
         print(tables.in_lines(result, setting))
     return result
 

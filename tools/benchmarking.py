@@ -1,4 +1,4 @@
-"""What the benchmarks share: processes, timing in turn, and the files that they write.
+"""What the benchmarks share: the machine, processes, timing in turn, and the files that they write.
 
 Candidates take turns. A turn is at least a second of steps in a row, after two steps that do not count, so
 that caches and threads are warm, as they are for somebody with many images. A ratio is taken within a round;
@@ -13,10 +13,12 @@ written (``tables.py``).
 import argparse
 import contextlib
 import datetime
+import importlib.metadata
 import json
 import math
 import multiprocessing
 import os
+import platform
 import re
 import statistics
 import subprocess
@@ -24,11 +26,38 @@ import sys
 import time
 from pathlib import Path
 
-from utils import UserError
+from utils import ROOT, UserError, telling_errors
 
-ROOT = Path(__file__).resolve().parents[1]
 TURN = 1.0  # seconds of a turn, at least
 CLAIM = 0.07  # half of an interval's width over its median, up to which a figure is a claim
+
+
+def machine(device):
+    """What is measured on: processor, family and model, instruction sets, threads and, for cuda, device.
+
+    Args:
+        device: cpu or cuda.
+    """
+    import torch
+
+    found = dict(processor=platform.processor() or platform.machine(), family="", model="", flags=[])
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        lines = dict(re.findall(r"^([^\t:]+)\s*: (.*)$", file.read(), re.MULTILINE))
+        known = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+        flags = [flag for flag in known if flag in lines.get("flags", "").split()]
+        numbers = dict(family=lines.get("cpu family", ""), model=lines.get("model", ""))
+        found.update(numbers, processor=lines.get("model name", found["processor"]), flags=flags)
+    found["threads"] = torch.get_num_threads()
+    return dict(found, device=torch.cuda.get_device_name()) if device == "cuda" else found
+
+
+def versions():
+    """The versions of what computes."""
+    import torch
+
+    timm = importlib.metadata.version("timm")
+    found = dict(python=platform.python_version(), torch=torch.__version__, timm=timm)
+    return dict(found, cuda=torch.version.cuda) if torch.cuda.is_available() else found
 
 
 class Apart:
@@ -175,20 +204,15 @@ def main(args, run):
     Args:
         run: makes a result of the arguments: ``machine`` (a dict), ``versions`` and ``settings``.
     """
-    try:
+    with telling_errors():
         result = run(args)
-        result.update(
-            date=datetime.date.today().isoformat(),
-            commit=commit(),
-            command="python " + " ".join([os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
-        )
-        path = Path(args.output) / folder_of(result["machine"]) / f"{result['date']}-{args.name}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        earlier = json.loads(path.read_text()) if path.exists() else []
-        path.write_text(json.dumps([*earlier, result], indent=1) + "\n")
-        print(f"wrote {path}")
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    command = "python " + " ".join([os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    result.update(date=datetime.date.today().isoformat(), commit=commit(), command=command)
+    path = Path(args.output) / folder_of(result["machine"]) / f"{result['date']}-{args.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    earlier = json.loads(path.read_text()) if path.exists() else []
+    path.write_text(json.dumps([*earlier, result], indent=1) + "\n")
+    print(f"wrote {path}")
 
 
 def folder_of(machine):

@@ -15,10 +15,8 @@ expect.
 """
 
 import argparse
-import functools
 import json
 import os
-import statistics
 import sys
 from pathlib import Path
 
@@ -44,32 +42,20 @@ def parse_args():
     sides = "a side or HEIGHTxWIDTH, as a file is for one size; default: that of the config"
     add("--size", type=benchmarking.image_sides, metavar="PX", help=sides)
     add("--data-path", metavar="DIR", help="compare top-1 too, over DIR/val/<class>/<image>")
-    add("--images", type=at_least(1), metavar="N", help="N of these, evenly spaced; default: all")
-    add("--rounds", type=at_least(2), default=10, help="how often each file is timed, on one image")
     add("--output", metavar="DIR", help="default: the folder of the checkpoint")
     add("--name", help="what file names begin with; default: that of the checkpoint")
     add("--overwrite", action="store_true", help="replace files that are there already")
     return parser.parse_args()
 
 
-def at_least(least):
-    """A parser of whole numbers from ``least``."""
-
-    def parse(text):
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least}")
-        return int(text)
-
-    return parse
-
-
 if __name__ == "__main__":  # before what takes seconds to import
     ARGS = parse_args()
 
 from timm.layers import to_2tuple
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 import checkpoint as ckpt
+import distributed
 from config import dump_config
 from data.archives import open_dataset
 from data.transforms import build_transform, describe_evaluation
@@ -78,7 +64,7 @@ from detection.from_checkpoint import build_ready_detector
 from detection.transforms import describe_detection
 from models.deploy.files import FORMATS, Exportable, InPyTorch, evaluating, require_packages, write_checked
 from models.from_checkpoint import build_ready, read_described
-from utils import UserError, print_any_name
+from utils import UserError
 
 
 def open_checkpoint(path, cfg=None, weights="auto"):
@@ -129,9 +115,7 @@ def build_images(args, config, classes):
         print(f"{args.checkpoint} does not name its classes: they are taken for those of {args.data_path}")
     elif difference := ckpt.class_difference(classes or [""] * config.MODEL.NUM_CLASSES, dataset.classes):
         raise UserError(f"{args.checkpoint} was trained on other classes than {args.data_path}: {difference}")
-    count = min(args.images or len(dataset), len(dataset))
-    chosen = [i * len(dataset) // count for i in range(count)]
-    return DataLoader(Subset(dataset, chosen), batch_size=16)
+    return DataLoader(dataset, batch_size=16)
 
 
 def top1(functions, loader):
@@ -144,17 +128,6 @@ def top1(functions, loader):
         print(f"\r  top-1: {done}/{len(loader.dataset)} images", end="", flush=True, file=sys.stderr)
     print(file=sys.stderr)
     return {name: 100 * count / done for name, count in hits.items()}
-
-
-def milliseconds(functions, images, rounds):
-    """Median milliseconds of functions of images, by their names."""
-    steps = [functools.partial(run, images) for run in functions.values()]
-    turns = [functools.partial(benchmarking.turn, step, 0.2) for step in steps]
-    taken = benchmarking.time_in_turn(turns, rounds, peer=0)
-    return {
-        name: 1e3 * statistics.median(seconds / count for count, seconds in of_one)
-        for name, of_one in zip(functions, taken)
-    }
 
 
 def paths_of(args):
@@ -174,8 +147,8 @@ def paths_of(args):
     return paths
 
 
-def export(args):
-    """Write the files and print the table; returns whether all of them agree with PyTorch."""
+def main(args):
+    """Write the files and print the table; ends with code 1 unless all of them agree with PyTorch."""
     require_packages(args.formats)
     paths = paths_of(args)
     exportable, config, classes = build_exportable(args)
@@ -183,7 +156,7 @@ def export(args):
     batches = [exportable.images(count) for count in BATCHES]
     if loader is not None:
         batches.append(next(iter(loader))[0])
-    functions, errors, kept = {("PyTorch", ""): InPyTorch(exportable.model)}, {}, {}
+    functions, kept = {("PyTorch", ""): InPyTorch(exportable.model)}, {}
     for name, path in paths.items():
         print(f"{name}: writing and comparing ...", flush=True)
         try:
@@ -191,36 +164,26 @@ def export(args):
         except (UserError, OSError) as error:
             print(f"error: {name}: {error}", file=sys.stderr)
             continue
-        for runner, run in file.runs.items():
-            functions[name, runner], errors[name, runner] = run, file.errors[runner]
-    with evaluating(functions.values()):
-        times = milliseconds(functions, exportable.images(1), args.rounds)
-        scores = top1(functions, loader) if loader is not None else {}
-    rows = [("format", "run by", "MB", "largest error", "ms per image", "top-1")]
+        functions.update({(name, runner): run for runner, run in file.runs.items()})
+    scores = {}
+    if loader is not None:
+        with evaluating(functions.values()):
+            scores = top1(functions, loader)
+    rows = [("format", "run by", "MB", "largest error", "top-1")]
     for name, runner in functions:
-        row = [name, runner, "", "", f"{times[name, runner]:.1f}", ""]
+        row = [name, runner, "", "", f"{scores[name, runner]:.2f}" if scores else ""]
         if name in kept:
-            row[2:4] = f"{os.path.getsize(kept[name].path) / 1e6:.1f}", f"{errors[name, runner]:.1e}"
-        if scores:
-            row[5] = f"{scores[name, runner]:.2f}"
+            file = kept[name]
+            row[2:4] = f"{os.path.getsize(file.path) / 1e6:.1f}", f"{file.errors[runner]:.1e}"
         rows.append(row)
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
     for file in kept.values():
         print(f"wrote {file.path}")
-    return len(kept) == len(paths)
-
-
-def main(args):
-    """Run the command; returns its exit code."""
-    print_any_name()
-    try:
-        return 0 if export(args) else 1
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    if len(kept) < len(paths):
+        sys.exit(1)
 
 
 if __name__ == "__main__":
-    sys.exit(main(ARGS))
+    distributed.run_command(lambda: main(ARGS), "lower --size")

@@ -8,11 +8,10 @@ import itertools
 import json
 import re
 import statistics
-from pathlib import Path
 
 from tools import benchmarking
+from utils import ROOT
 
-ROOT = benchmarking.ROOT
 TINY, PEER = "msg_tiny_p4_win7_224", "swin_tiny_patch4_window7_224"
 SHORT = {
     "msg_tiny_p4_win7_224": "T", "msg_small_p4_win7_224": "S", "msg_base_p4_win7_224": "B",
@@ -268,11 +267,11 @@ def filled(page):
         return f"{place['begin']}\n\n{lines}\n\n<!-- end -->"
 
     pattern = r"(?P<begin><!-- table: (?P<name>\w+) -->).*?<!-- end -->"
-    return re.sub(pattern, write_table, Path(ROOT / page).read_text(), flags=re.DOTALL)
+    return re.sub(pattern, write_table, (ROOT / page).read_text(), flags=re.DOTALL)
 
 
 def write():
     """Write the tables of all pages."""
     for page in PAGES:
-        Path(ROOT / page).write_text(filled(page))
+        (ROOT / page).write_text(filled(page))
         print(f"wrote the tables of {page}")

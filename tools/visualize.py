@@ -51,10 +51,8 @@ def parse_args():
     args = parser.parse_args()
     if not args.images and not args.curves:
         parser.error("name images, or a folder with --curves")
-    if args.size and min(args.size) < 1:
-        parser.error(f"--size is {args.size[0]},{args.size[1]}: at least 1,1, in pixels")
-    if args.most < 1:
-        parser.error(f"--most is {args.most}: at least 1")
+    if min(args.most, *args.size or ()) < 1:
+        parser.error("--most and --size must be 1 or more")
     return args
 
 
@@ -69,7 +67,6 @@ if __name__ == "__main__":  # before what takes seconds to import
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -85,7 +82,7 @@ from distributed import build_compute
 from logger import ProgressBar
 from models.from_checkpoint import build_ready, read_described
 from tools import tables
-from tools.sources import find_files, is_video
+from tools.predict import find_files
 from utils import UserError, printable
 
 
@@ -147,7 +144,6 @@ def images_of(words):
     paths, missing, _ = find_files(words)
     if missing:
         raise UserError("\n".join(missing.values()))
-    paths = [path for path in paths if not is_video(path)]
     if not paths:
         raise UserError(f"{', '.join(words)}: no images there")
     return paths
@@ -265,7 +261,6 @@ def draw_sheet(found, pixels, head, path):
         del parts[2]
     heights = [rows * (0.82 * shape * WIDTH / columns + 0.25) + 0.65 for *_, rows, columns, shape in parts]
     figure = Figure(figsize=(WIDTH, sum(heights) + 0.5), layout="constrained")
-    FigureCanvasAgg(figure)
     figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=11, parse_math=False)
     for place, (draw, caption, rows, columns, _) in zip(
         figure.subfigures(len(parts), 1, height_ratios=heights), parts
@@ -424,7 +419,6 @@ def draw_messenger_curves(summary, about, path):
     stages, exchange = summary["curves"], summary["exchange"]
     heights = [2.6] * len(stages) + [0.17 * len(exchange) + 0.9]
     figure = Figure(figsize=(WIDTH, sum(heights) + 0.5), layout="constrained")
-    FigureCanvasAgg(figure)
     lines = textwrap.wrap(about.replace("`", ""), 80)
     figure.suptitle(drawable("\n".join(lines)), fontsize=11, parse_math=False)
     axes = figure.subplots(len(heights), 2, height_ratios=heights, sharey="row", squeeze=False)

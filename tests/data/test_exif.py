@@ -13,7 +13,7 @@ from data.datasets import Stored, load_image
 from data.loaders import build_loaders
 from data.opencv.transforms import ImageFile
 from detection.loaders import build_detection_loaders
-from tools.sources import Pictures
+from tools.predict import Pictures
 
 TAG = 0x0112
 

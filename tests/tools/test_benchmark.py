@@ -2,11 +2,9 @@
 
 import argparse
 import contextlib
-import copy
 import functools
 import importlib
 import json
-import math
 import os
 import subprocess
 import sys
@@ -92,22 +90,20 @@ def test_a_candidate_gives_the_maps_or_classes_of_images_of_its_sides(tool, name
 def test_files_are_timed_in_the_types_that_they_compute_in(tool):
     tools = tool("benchmark")
     ways = ("", ":compile", ":ort", ":openvino")
-    assert [tools.can_run(f"test_vit{way}", "float32") for way in ways] == [True] * 4
-    assert [tools.can_run(f"test_vit{way}", "bfloat16") for way in ways] == [True, True, False, True]
+    assert [tools.can_run(f"test_vit{way}", torch.float32) for way in ways] == [True] * 4
+    assert [tools.can_run(f"test_vit{way}", torch.bfloat16) for way in ways] == [True, True, False, True]
     setting = tools.Setting("inference", torch.float32, 1, "cpu", (160, 160))
     plain, compiled = (tools.Candidate(f"test_vit{way}", setting).model for way in ways[:2])
     assert plain._compiled_call_impl is None and compiled._compiled_call_impl is not None
 
 
-def test_a_runtime_computes_what_the_model_computes(tool, tmp_path):
+def test_a_runtime_computes_what_the_model_computes(tool):
     tools = tool("benchmark")
-    setting = tools.Setting("inference", torch.float32, 2, "cpu", (160, 160), files=str(tmp_path))
-    torch.manual_seed(0)
-    tools.write_onnx("test_vit:ort", setting)
-    torch.manual_seed(0)
-    candidate = tools.Candidate("test_vit:ort", setting)
+    candidate = tools.Candidate(
+        "test_vit:ort", tools.Setting("inference", torch.float32, 2, "cpu", (160, 160))
+    )
     with torch.inference_mode():
-        (found,), expected = candidate.run(candidate.images), candidate.model(candidate.images)
+        found, expected = candidate.run(candidate.images), candidate.model(candidate.images)
     assert 0 < (found - expected).abs().max() < 1e-4
 
 
@@ -166,38 +162,7 @@ def test_input_pipelines_are_compared_with_timms(tmp_path):
     assert result["images"] == 3 and result["peer"] == "timm"
     assert list(result["settings"]) == ["training", "evaluation"]
     names = [[row["model"] for row in rows] for rows in result["settings"].values()]
-    assert names[0] == names[1] == ["timm", "pil", "opencv", "opencv for a GPU"]
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_steps_of_a_detector_are_whole_and_alike(tool, dtype):
-    tool = tool("benchmark_detector")
-    cfg = str(ROOT / "configs" / "coco" / "shapes.yaml")
-    settings = {mode: tool.Setting(cfg, "", (64, 96), mode, dtype) for mode in ("train", "inference")}
-    with tool.ready(tool.OURS, settings["train"]) as candidate:
-        first, weights = candidate.step(), copy.deepcopy(candidate.detector.state_dict())
-        assert len(first) > 4 and all(map(math.isfinite, first.values()))
-        # The optimizer has seen every weight, and left it where it was.
-        assert {int(state["step"]) for state in candidate.optimizer.state.values()} == {1}
-        assert len(candidate.optimizer.state) == len(list(candidate.detector.parameters()))
-        second = candidate.step()
-        assert sum(second.values()) == pytest.approx(sum(first.values()), rel=0.2)
-        for name, parameter in candidate.detector.named_parameters():
-            torch.testing.assert_close(parameter.data, weights[name], rtol=1e-4, atol=1e-7)
-    with tool.ready(tool.OURS, settings["inference"]) as candidate:
-        assert not candidate.detector.training and candidate.step() == candidate.step() > 0
-
-
-@pytest.mark.slow
-def test_whole_detectors_are_compared(tmp_path):
-    words = ["--modes", "train", "--dtypes", "float32", "bfloat16", "--memory", "--size", "96", "128"]
-    command = [sys.executable, "tools/benchmark_detector.py", *words, "--rounds", "1", "--output", tmp_path]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    settings = written(tmp_path)["settings"]
-    assert list(settings) == [f"train, {dtype}, 96x128, one image" for dtype in ("float32", "bfloat16")]
-    for ours, peer in settings.values():
-        assert ours["memory"] > peer["memory"] / 2 > 0 and len(ours["turns"]) == len(peer["turns"])
+    assert names[0] == names[1] == ["timm", "pil", "opencv"]
 
 
 def test_a_folder_without_images_is_one_clear_message(tmp_path):

@@ -8,7 +8,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import torch
@@ -30,7 +29,7 @@ from detection.pictures import annotate
 from distributed import Compute
 from models import build_model
 from tools import predict
-from tools.sources import Pictures, find_files, frame_rate, read_frames
+from tools.predict import Pictures, find_files
 from utils import UserError
 
 SHAPES = "MODEL.MSG.EMBED_DIM 16 MODEL.MSG.DEPTHS [1,1,1] MODEL.MSG.NUM_HEADS [1,2,4] DET.CHANNELS 16"
@@ -80,7 +79,7 @@ def test_predictions_are_those_of_the_loaded_model_in_the_order_of_the_files(
         assert [found["index"] for found in entry["classes"]] == best
         for i, found in zip(best, entry["classes"]):
             assert found["class"] == names[i] and found["score"] == pytest.approx(scores[i].item(), abs=1e-5)
-        assert row["file"] == path and row["frame"] == "" and row["class_2"] == names[best[1]]
+        assert row["file"] == path and row["class_2"] == names[best[1]]
         assert float(row["score_1"]) == pytest.approx(scores[best[0]].item(), abs=1e-5)
 
 
@@ -100,14 +99,6 @@ def test_a_runtime_is_asked_for_in_float32(checkpoint, data, tmp_path, monkeypat
     assert asked == [("pytorch", torch.bfloat16), ("onnxruntime", None)]
 
 
-def write_video(path, values, kind="mp4v"):
-    """A video of 64x48 grey frames of these values."""
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*kind), 10, (64, 48))
-    for value in values:
-        writer.write(np.full((48, 64, 3), value, np.uint8))
-    writer.release()
-
-
 def test_what_cannot_be_read_is_listed_and_the_exit_code_says_so(
     checkpoint, data, tmp_path, monkeypatch, capsys
 ):
@@ -116,52 +107,26 @@ def test_what_cannot_be_read_is_listed_and_the_exit_code_says_so(
     whole = (folder / "a" / "0.png").read_bytes()
     (folder / "half.png").write_bytes(whole[: len(whole) // 2])
     (folder / "words.jpg").write_text("no image")
-    (folder / "no.mp4").write_text("no video")
     (folder / "notes.txt").write_text("left alone")
     words = [checkpoint, folder, tmp_path / "none*.png", "--json", tmp_path / "p.json", "--workers", 2]
     assert run(monkeypatch, *words) == 3
     told, content = capsys.readouterr().out, json.loads((tmp_path / "p.json").read_text())
     assert [entry["file"] for entry in content["predictions"]] == [str(folder / "a" / "0.png")]
-    bad = {*(str(folder / name) for name in ("half.png", "words.jpg", "no.mp4")), str(tmp_path / "none*.png")}
-    assert set(content["skipped"]) == bad and "skipped 4 of 5 files" in told and "ignored: .txt 1" in told
+    bad = {*(str(folder / name) for name in ("half.png", "words.jpg")), str(tmp_path / "none*.png")}
+    assert set(content["skipped"]) == bad and "skipped 3 of 4 files" in told and "ignored: .txt 1" in told
     assert all(path in told for path in bad)
 
 
 def test_files_of_names_that_are_no_utf_8_are_read_and_listed(checkpoint, data, tmp_path, monkeypatch):
-    name = os.fsdecode(b"\xc2\xed")
-    write_video(tmp_path / "clip.avi", [9, 99], "MJPG")
-    os.rename(tmp_path / "clip.avi", tmp_path / f"{name}.avi")
-    shutil.copy(data / "val" / "a" / "0.png", tmp_path / f"{name}.png")
-    (tmp_path / "._clip.mp4").write_bytes(b"a note of a Mac")
+    name = os.fsdecode(b"\xc2\xed.png")
+    shutil.copy(data / "val" / "a" / "0.png", tmp_path / name)
+    (tmp_path / "._clip.png").write_bytes(b"a note of a Mac")
     options = ["--workers", 0, "--csv", tmp_path / "p.csv", "--json", tmp_path / "p.json"]
     assert run(monkeypatch, checkpoint, tmp_path, *options, "--pictures", tmp_path / "drawn") == 0
-    rows = (tmp_path / "p.csv").read_text("utf-8").splitlines()
-    assert [row.split(",")[:2] for row in rows[1:]] == [
-        [rf"{tmp_path}/\udcc2\udced.avi", "0"],
-        [rf"{tmp_path}/\udcc2\udced.avi", "1"],
-        [rf"{tmp_path}/\udcc2\udced.png", ""],
-    ]
-    content = json.loads((tmp_path / "p.json").read_text())
-    assert [Path(entry["file"]).name for entry in content["predictions"]] == [f"{name}.avi"] * 2 + [
-        f"{name}.png"
-    ]
-    assert (tmp_path / "drawn" / f"{name}.png").exists()
-
-
-def test_frames_of_videos_are_taken_in_order_and_a_torn_video_is_a_problem(tmp_path):
-    values = list(range(0, 240, 8))
-    write_video(tmp_path / "clip.avi", values, "MJPG")
-    whole = (tmp_path / "clip.avi").read_bytes()
-    (tmp_path / "torn.avi").write_bytes(whole[: len(whole) // 2])
-    pictures = Pictures([str(tmp_path / "clip.avi")], np.asarray, every=7, keep=True)
-    found = list(pictures)
-    assert [picture.frame for picture in found] == [0, 7, 14, 21, 28] and pictures.count() == 5
-    assert [picture.size for picture in found] == [(48, 64)] * 5
-    assert [picture.inputs.mean() for picture in found] == pytest.approx(
-        [values[i] for i in range(0, 30, 7)], abs=3
-    )
-    *before, last = Pictures([str(tmp_path / "torn.avi")], np.asarray)
-    assert 0 < len(before) < 30 and f"it ends after {len(before)} of 30 frames" in last.problem
+    (row,) = (tmp_path / "p.csv").read_text("utf-8").splitlines()[1:]
+    assert row.startswith(rf"{tmp_path}/\udcc2\udced.png,")
+    (found,) = json.loads((tmp_path / "p.json").read_text())["predictions"]
+    assert Path(found["file"]).name == name and (tmp_path / "drawn" / name).exists()
 
 
 def test_transparency_reaches_models_that_see_it(tmp_path):
@@ -173,15 +138,13 @@ def test_transparency_reaches_models_that_see_it(tmp_path):
 
 def test_files_folders_and_patterns_name_each_file_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("b.png", "a/2.JPG", "a/deep/1.png", "a/[x] é.png", "a/clip.MP4", "a/notes.txt"):
+    for name in ("b.png", "a/2.JPG", "a/deep/1.png", "a/[x] é.png", "a/notes.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "link.png").symlink_to("b.png")
     paths, missing, ignored = find_files(["b.png", "link.png", "a", "a/**/*.png", "a/[x] é.png", "*.gif"])
     assert paths[0] == "b.png" and ignored == {".txt": 1}
-    assert paths[1:] == ["a/2.JPG", "a/[x] é.png", "a/clip.MP4", "a/deep/1.png"] and list(missing) == [
-        "*.gif"
-    ]
+    assert paths[1:] == ["a/2.JPG", "a/[x] é.png", "a/deep/1.png"] and list(missing) == ["*.gif"]
     assert find_files(["."])[0] == ["./b.png", *(f"./{path}" for path in paths[1:])]
 
 
@@ -191,39 +154,15 @@ def test_pictures_are_drawn_below_another_folder_and_never_over_their_images(
     write_images(tmp_path / "in", 1, size=64)
     before = (tmp_path / "in" / "a" / "0.png").read_bytes()
     Image.new("RGB", (40, 30)).save(tmp_path / "in" / "a" / "0.bmp")
-    write_video(tmp_path / "in" / "clip.mp4", [10] * 4)
-    assert run(monkeypatch, checkpoint, tmp_path / "in", "--pictures", tmp_path / "out", "--every", 2) == 0
+    assert run(monkeypatch, checkpoint, tmp_path / "in", "--pictures", tmp_path / "out") == 0
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     written = {str(path.relative_to(tmp_path / "out")) for path in files}
-    assert written == {"a/0.png", "a/0.bmp.png", "b/0.png", "c/0.png", "clip.mp4"}
-    told = capsys.readouterr().out
-    assert f"wrote 4 annotated images below {tmp_path / 'out'}\n" in told
-    assert f"wrote {tmp_path / 'out' / 'clip.mp4'}, the annotated {tmp_path / 'in' / 'clip.mp4'}\n" in told
+    assert written == {"a/0.png", "a/0.bmp.png", "b/0.png", "c/0.png"}
+    assert f"wrote 4 annotated images below {tmp_path / 'out'}\n" in capsys.readouterr().out
     assert Image.open(tmp_path / "out" / "a" / "0.png").height > Image.open(tmp_path / "in/a/0.png").height
     with pytest.raises(UserError, match="would overwrite the images"):
         run(monkeypatch, checkpoint, tmp_path / "in", "--pictures", tmp_path / "in")
     assert (tmp_path / "in" / "a" / "0.png").read_bytes() == before
-
-
-def test_a_video_becomes_a_video_of_the_same_length_with_annotations(checkpoint, tmp_path, monkeypatch):
-    """Videos at once in two workers, one of them damaged: its whole frames are there."""
-    values = list(range(0, 240, 8))
-    for name in ("one.avi", "two.avi", "torn.avi"):
-        write_video(tmp_path / name, values, "MJPG")
-    whole = (tmp_path / "torn.avi").read_bytes()
-    (tmp_path / "torn.avi").write_bytes(whole[: len(whole) // 2])
-    names = [tmp_path / name for name in ("one.avi", "torn.avi", "two.avi")]
-    options = ["--pictures", tmp_path / "out", "--every", 2, "--workers", 2, "--batch-size", 2, "--csv"]
-    assert run(monkeypatch, checkpoint, *names, *options, tmp_path / "out" / "x.csv") == 3
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "one.avi.mp4", "torn.avi.mp4", "two.avi.mp4", "x.csv"
-    ]  # fmt: skip
-    for name in ("one", "two"):
-        path = str(tmp_path / "out" / f"{name}.avi.mp4")
-        frames = list(read_frames(path))
-        assert frame_rate(path) == pytest.approx(5) and frames[0].shape[0] > 48
-        grey = [frame[: frame.shape[1] * 48 // 64].mean() for frame in frames]
-        assert grey == pytest.approx(values[::2], abs=6)
 
 
 def test_bars_are_as_long_as_their_scores():
@@ -233,23 +172,11 @@ def test_bars_are_as_long_as_their_scores():
     assert lengths == {60, 225}
 
 
-@pytest.mark.parametrize(
-    "classes, words", [("x\ny\nz\n", None), ("x\n", "has 1 lines, and the checkpoint 3")]
-)
-def test_names_may_come_from_a_file_where_the_checkpoint_has_none(
-    checkpoint, data, tmp_path, monkeypatch, classes, words
-):
-    content = torch.load(checkpoint)
-    torch.save(dict(content, classes=None), tmp_path / "unnamed.pth")
-    (tmp_path / "names.txt").write_text(classes)
-    arguments = [tmp_path / "unnamed.pth", data / "val" / "a" / "0.png", "--json", tmp_path / "p.json"]
-    if words:
-        with pytest.raises(UserError, match=words):
-            run(monkeypatch, *arguments, "--class-names", tmp_path / "names.txt")
-        return
-    for options, names in ([], ["0", "1", "2"]), (["--class-names", tmp_path / "names.txt"], ["x", "y", "z"]):
-        assert run(monkeypatch, *arguments, *options) == 0
-        assert json.loads((tmp_path / "p.json").read_text())["class_names"] == names
+def test_classes_are_numbers_where_the_checkpoint_has_no_names(checkpoint, data, tmp_path, monkeypatch):
+    torch.save(dict(torch.load(checkpoint), classes=None), tmp_path / "unnamed.pth")
+    path = data / "val" / "a" / "0.png"
+    assert run(monkeypatch, tmp_path / "unnamed.pth", path, "--json", tmp_path / "p.json") == 0
+    assert json.loads((tmp_path / "p.json").read_text())["class_names"] == ["0", "1", "2"]
 
 
 def test_a_detector_finds_what_its_evaluation_finds_and_writes_a_coco_file(tmp_path, monkeypatch):
