@@ -9,8 +9,8 @@ python tools/benchmark.py --choices                          what models/fast/ch
 python tools/benchmark.py --tables                           write the tables of the pages again
 
 Any timm name will do. The second model is the one that ratios compare with, unless --peer names another. Each
-candidate has a process of its own, and they take turns of at least a second (benchmarking.py). Our models run
-as main.py runs them. A name may choose another way:
+candidate has a process of its own and its best number of threads, and they take turns of at least a second
+(benchmarking.py). Our models run as main.py runs them. A name may choose another way:
 
   <name>:sdpa and the like    another way of computing attention (ours)
   <name>:plain                as timm builds it, ours with eager attention
@@ -22,12 +22,13 @@ as main.py runs them. A name may choose another way:
 Feature maps are those of timm's features_only; a training step minimises the sum of their mean squares.
 Models whose name has "swin" in it, and ours, are built for the size. The rates that a large product and a
 large copy reach on the machine are noted too, because machines of one name differ. OMP_NUM_THREADS in the
-environment says how many CPU threads to take.
+environment says how many CPU threads a candidate may take.
 """
 
 import argparse
 import contextlib
 import itertools
+import math
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -39,6 +40,7 @@ from tools import benchmarking, tables
 from utils import check_environment
 
 CLASSES = 1000
+TRIAL = 0.3  # seconds of a turn that chooses the number of threads
 # Ways for any model: of computing with it, and of running a file made from it, by what runtime.
 WAYS = ("plain", "onednn", "compile")
 FILES = dict(ort="onnxruntime", openvino="openvino")
@@ -184,7 +186,7 @@ class Candidate:
         if setting.mode == "train":
             self.model.train()
             self.targets = torch.randint(CLASSES, (setting.batch,), device=setting.device)
-            self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=setting.device == "cuda")
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
             if setting.dtype != torch.float32:
                 self.autocast = lambda: torch.autocast(setting.device, setting.dtype)
         elif variant_of(name) in FILES:
@@ -212,6 +214,19 @@ class Candidate:
     def turn(self):
         """A turn of steps, see :func:`benchmarking.turn`."""
         return benchmarking.turn(self.step)
+
+    def choose_threads(self):
+        """Take one thread or PyTorch's number, whichever is faster here; returns the number."""
+        if self.setting.device == "cuda" or self.run is not self.model:  # a runtime has threads of its own
+            return torch.get_num_threads()
+        numbers = sorted({1, torch.get_num_threads()})
+        seconds = dict.fromkeys(numbers, math.inf)
+        for number in numbers * 2:
+            torch.set_num_threads(number)
+            steps, taken, _ = benchmarking.turn(self.step, TRIAL)
+            seconds[number] = min(seconds[number], taken / steps)
+        torch.set_num_threads(min(seconds, key=seconds.get))
+        return torch.get_num_threads()
 
     def peak_memory(self):
         """Peak memory in MiB so far, of weights and images too.
@@ -243,16 +258,20 @@ def measure(args, setting):
     """Time the candidates that run in the dtype of a setting in turn, each in a process of its own.
 
     Returns:
-        A row for each: model, batch, turns, and with ``--memory`` memory, in MiB.
+        A row for each: model, batch, threads, turns, and with ``--memory`` memory, in MiB.
     """
     names = [name for name in args.models if can_run(name, setting.dtype)]
     with contextlib.ExitStack() as stack:
         candidates = [benchmarking.Apart(name, ready, name, setting) for name in names]
         for candidate in candidates:
             stack.callback(candidate.close)
+        threads = [candidate.call("choose_threads") for candidate in candidates]
         take_turns = [partial(candidate.call, "turn") for candidate in candidates]
         turns = benchmarking.time_in_turn(take_turns, args.rounds, names.index(args.peer))
-        rows = [dict(model=name, batch=setting.batch, turns=taken) for name, taken in zip(names, turns)]
+        rows = [
+            dict(model=name, batch=setting.batch, threads=number, turns=taken)
+            for name, number, taken in zip(names, threads, turns)
+        ]
         if args.memory:
             for row, candidate in zip(rows, candidates):
                 row.update(memory=candidate.call("peak_memory"))

@@ -1,13 +1,14 @@
 """What the benchmarks share: the machine, processes, timing in turn, and the files that they write.
 
 Candidates take turns. A turn is at least a second of steps in a row, after two steps that do not count, so
-that caches and threads are warm, as they are for somebody with many images. A ratio is taken within a round;
-a figure is the median over the rounds, with a 95% interval.
+that caches and threads are warm, as they are for somebody with many images. The first of these two is timed
+apart: it is cold, as the first request after a pause is. A ratio is taken within a round; a figure is the
+median over the rounds, with a 95% interval.
 
 A file is ``<machine>/<date>-<what>.json``: a list with a result for each run of the command. A result holds
 ``machine``, ``versions``, ``commit``, ``date``, ``command`` and ``settings``. A setting is a list of rows,
-and a row holds ``model`` and ``turns``, [steps, seconds] of every round. Ratios are computed when tables are
-written (``tables.py``).
+and a row holds ``model`` and ``turns``, [steps, seconds, seconds of the cold step] of every round. Ratios are
+computed when tables are written (``tables.py``).
 """
 
 import argparse
@@ -117,14 +118,20 @@ def peak_resident():
 
 
 def turn(step, seconds=TURN):
-    """Take steps in a row for at least ``seconds``, after two that do not count: (steps, seconds)."""
+    """Take steps in a row for at least ``seconds``, after two that do not count.
+
+    Returns:
+        (steps, their seconds, the seconds of the first step, which was cold).
+    """
+    begin = time.perf_counter()
     step()
+    cold = time.perf_counter() - begin
     step()
     begin, steps, taken = time.perf_counter(), 0, 0.0
     while taken < seconds:
         step()
         steps, taken = steps + 1, time.perf_counter() - begin
-    return steps, taken
+    return steps, taken, cold
 
 
 def time_in_turn(turns, rounds, peer):
@@ -133,11 +140,11 @@ def time_in_turn(turns, rounds, peer):
     There are up to three times as many rounds while a ratio to the peer is not known to within ``CLAIM``.
 
     Args:
-        turns: a function for each candidate, which takes a turn and returns (steps, seconds).
+        turns: a function for each candidate, which takes a turn and returns (steps, seconds, ...).
         peer: the place of the candidate that the others are compared with.
 
     Returns:
-        A list of [steps, seconds] of every round for each candidate.
+        A list for each candidate, with what it returned in every round.
     """
     taken = [[] for _ in turns]
     for done in range(1, 3 * rounds + 1):
@@ -154,8 +161,13 @@ def ratios(turns, peers):
     """The seconds of a step over those of the peer's, in every round."""
     return [
         (seconds / steps) / (peers_seconds / peers_steps)
-        for (steps, seconds), (peers_steps, peers_seconds) in zip(turns, peers)
+        for (steps, seconds, *_), (peers_steps, peers_seconds, *_) in zip(turns, peers)
     ]
+
+
+def cold_ratios(turns, peers):
+    """The seconds of the cold step over those of the peer's, in every round that has them."""
+    return [own[2] / peer[2] for own, peer in zip(turns, peers) if len(own) == len(peer) == 3]
 
 
 def interval(values):

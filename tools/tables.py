@@ -50,7 +50,8 @@ def ratios(result, setting):
 def name_of(row):
     """What tables call the candidate of a row."""
     name, _, way = row["model"].partition(":")
-    return SHORT.get(name, name) + f":{way}" * bool(way) + " compiled" * bool(row.get("compiled"))
+    one = ", 1 thread" * (row.get("threads") == 1)
+    return SHORT.get(name, name) + f":{way}" * bool(way) + " compiled" * bool(row.get("compiled")) + one
 
 
 def in_words(low, median, high):
@@ -62,10 +63,18 @@ def in_words(low, median, high):
 
 def in_lines(result, setting):
     """The ratios of a setting for the console, a line each."""
-    peer = name_of(dict(model=result["peer"]))
+    peer, rows = name_of(dict(model=result["peer"])), result["settings"][setting]
     return "\n".join(
-        f"  {name_of(row):30} {in_words(*found)} of {peer}" for row, *found in ratios(result, setting)
+        f"  {name_of(row):30} {in_words(*found)} of {peer}{cold(row, rows, result['peer'])}"
+        for row, *found in ratios(result, setting)
     )
+
+
+def cold(row, rows, peer):
+    """The ratio of the cold steps of a row, in words; nothing where they were not timed."""
+    (other,) = [other for other in rows if other["model"] == peer and not other.get("compiled")]
+    found = benchmarking.cold_ratios(row.get("turns", []), other.get("turns", []))
+    return f", cold {in_words(*benchmarking.interval(found))}" if found else ""
 
 
 def results():
@@ -85,8 +94,9 @@ def results():
                 words = []
                 for row, *of_row in ratios(result, setting):
                     if (row["model"], bool(row.get("compiled"))) != (result["peer"], False):
-                        memory = in_memory(row, result["settings"][setting], result["peer"])
-                        words.append(f"{name_of(row)} {in_words(*of_row)}{memory}")
+                        of_peer = result["settings"][setting], result["peer"]
+                        apart = cold(row, *of_peer) + in_memory(row, *of_peer)
+                        words.append(f"{name_of(row)} {in_words(*of_row)}{apart}")
                 rates = result.get("rates", {})
                 reached = ", ".join(f"{flops / 1e9:.0f}" for flops, _ in rates.values())
                 peer = name_of(dict(model=result["peer"]))
@@ -157,7 +167,7 @@ def seconds_of_choices(result):
 
 def seconds_of(row):
     """The median seconds of a step over the rounds."""
-    return statistics.median(seconds / steps for steps, seconds in row["turns"])
+    return statistics.median(seconds / steps for steps, seconds, *_ in row["turns"])
 
 
 def over_least(seconds):

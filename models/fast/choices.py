@@ -19,10 +19,10 @@ class Choices(NamedTuple):
     linear: str  # in float32, forward and for the gradient of its input; with onednn, inference packs weights
     weight_gradient: str  # of linear layers in float32
     gelu: str  # after a linear layer that needs no gradient; onednn fuses it into the layer
-    compiled: str  # linear layers under torch.compile; --choices does not measure it, which takes minutes
+    compiled: str  # linear layers under torch.compile; measured by benchmark.py with <name>:compile
     attention_float32: str
     attention_bfloat16: str
-    runtime: str  # pytorch or openvino, what RUNTIME auto takes; --choices does not measure it
+    runtime: str  # pytorch or openvino, for RUNTIME auto; measured by benchmark.py with <name>:openvino
 
 
 # Where nothing was measured.

@@ -45,7 +45,8 @@ def test_models_are_compared_with_their_peer(tmp_path):
     for ours, peer in result["settings"].values():
         assert len(ours["turns"]) == len(peer["turns"]) >= 1 and ours["memory"] > 0
         for row in (ours, peer):
-            assert all(steps >= 1 and seconds >= 1 for steps, seconds in row["turns"])
+            assert all(steps >= 1 and seconds >= 1 and cold > 0 for steps, seconds, cold in row["turns"])
+            assert 1 <= row["threads"] <= torch.get_num_threads()
     assert "of resnet18" in done.stdout
 
 
@@ -191,8 +192,20 @@ def test_a_turn_is_a_second_of_steps_after_two_that_do_not_count(tool, monkeypat
     def step():
         clock[0] += next(steps)
 
-    count, seconds = benchmarking.turn(step)
-    assert count == 3 and seconds == pytest.approx(1.1)
+    count, seconds, cold = benchmarking.turn(step)
+    assert count == 3 and (seconds, cold) == pytest.approx((1.1, 90))
+    assert benchmarking.cold_ratios([[1, 3.0, 8.0], [1, 3.0]], [[2, 3.0, 2.0], [1, 1.0]]) == [4.0]
+
+
+@pytest.mark.parametrize("slower, best", [(2, 1), (1, 2)])
+def test_a_candidate_takes_the_number_of_threads_that_is_faster(tool, monkeypatch, slower, best):
+    benchmark, threads = tool("benchmark"), [2]
+    candidate = benchmark.Candidate("test_vit", benchmark.Setting("inference", torch.float32, 1, "cpu"))
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: threads.append(number))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
+    seconds_of = {slower: 1.0, best: 0.5}
+    monkeypatch.setattr(benchmark.benchmarking, "turn", lambda *_: (1, seconds_of[threads[-1]], 0.0))
+    assert candidate.choose_threads() == best and threads == [2, 1, 2, 1, 2, best]
 
 
 def test_candidates_take_turns_until_their_ratios_are_known(tool):
@@ -291,10 +304,10 @@ def test_choices_are_between_ways_of_computing_the_same(tool, monkeypatch):
     monkeypatch.setattr(choices, "BATCH", 1)
     monkeypatch.setattr(choices, "STAGES", ((2, 24, 3, 2),))
     found = list(choices.operations())
-    assert {operation.choice for operation in found} == set(Choices._fields)
+    assert {operation.choice for operation in found} == {*Choices._fields} - {"compiled", "runtime"}
     for operation in found:
         results = [step() for step in operation.steps.values()]
-        for result in results[1:] if operation.choice in ("linear", "weight_gradient") else ():
+        for result in results[1:] if "attention" not in operation.choice else ():
             torch.testing.assert_close(result, results[0], rtol=1e-4, atol=1e-3)
 
 
