@@ -265,6 +265,8 @@ def measure(args, setting):
         candidates = [benchmarking.Apart(name, ready, name, setting) for name in names]
         for candidate in candidates:
             stack.callback(candidate.close)
+        for candidate in candidates:  # all are built before anything is timed
+            candidate.call("step")
         threads = [candidate.call("choose_threads") for candidate in candidates]
         take_turns = [partial(candidate.call, "turn") for candidate in candidates]
         turns = benchmarking.time_in_turn(take_turns, args.rounds, names.index(args.peer))
