@@ -232,7 +232,7 @@ class Candidate:
         """Peak memory in MiB so far, of weights and images too.
 
         On a GPU it is what PyTorch allocates; on the CPU the resident memory of the process beyond that of an
-        idle one.
+        idle one. For ONNX files it includes writing them.
         """
         if self.setting.device == "cuda":
             return torch.cuda.max_memory_allocated() / 2**20

@@ -27,7 +27,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from config import CHOICES
 
 SKIPPED_EXIT_CODE = 3
-SHOWN = 20  # lines of the table, where all of it goes to a file
 
 
 def parse_args():
@@ -128,16 +127,18 @@ def main(args):
 
 def write(results, skipped, task, args):
     """Print the table, and write the files that the command line asks for."""
-    show(results, task, SHOWN if args.csv or args.json else len(results))
+    width = max((len(picture.path) for picture, _ in results), default=0)
+    for picture, found in results:
+        print(f"{picture.path:{width}}  {task.words(found)}")
     text = dict(mode="w", encoding="utf-8", errors="backslashreplace", newline="")
     if args.csv:
         with writing(args.csv) as temporary, open(temporary, **text) as file:
             csv.writer(file).writerows(task.rows(results))
+        print(f"wrote {args.csv}")
     if args.json:
         with writing(args.json) as temporary, open(temporary, **text) as file:
             json.dump(task.content(results, skipped), file, indent=1)
-    for path in filter(None, (args.csv, args.json)):
-        print(f"wrote {path}")
+        print(f"wrote {args.json}")
     if args.pictures:
         print(f"wrote {len(results):,} annotated images below {args.pictures}")
 
@@ -297,15 +298,6 @@ class Objects:
                 objects.append(dict(entry, id=len(objects) + 1, image_id=number, area=area, iscrowd=0))
         content = dict(images=images, categories=self.categories, annotations=objects)
         return dict(content, skipped=skipped)
-
-
-def show(results, task, most):
-    """Print the table."""
-    width = max([len(picture.path) for picture, _ in results[:most]], default=0)
-    for picture, found in results[:most]:
-        print(f"{picture.path:{width}}  {task.words(found)}")
-    if len(results) > most:
-        print(f"... and {len(results) - most:,} more")
 
 
 def picture_names(paths, folder):

@@ -51,7 +51,7 @@ def parse_args():
     args = parser.parse_args()
     if not args.images and not args.curves:
         parser.error("name images, or a folder with --curves")
-    if min(args.most, *args.size or ()) < 1:
+    if args.most < 1 or (args.size and min(args.size) < 1):
         parser.error("--most and --size must be 1 or more")
     return args
 
