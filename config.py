@@ -218,13 +218,10 @@ def default_config():
     config.DISTILL.ALPHA = 0.5
 
     config.AUG = CfgNode()
-    # Colour jitter strength; only where AUTO_AUGMENT is none or 3a.
+    # Colour jitter strength; only where AUTO_AUGMENT is none.
     config.AUG.COLOR_JITTER = 0.4
-    # timm's AutoAugment / RandAugment / AugMix string, 3a for the 3-Augment of DeiT III, or none.
+    # timm's AutoAugment / RandAugment / AugMix string, or none.
     config.AUG.AUTO_AUGMENT = "rand-m9-mstd0.5-inc1"
-    # Repeated augmentation, as in DeiT: how often an epoch takes an image, each time augmented differently.
-    # It then takes so many times fewer images, others each time, and lasts as many updates as ever.
-    config.AUG.REPEATED = 1
     # Probability of a horizontal flip.
     config.AUG.HFLIP = 0.5
     # Random erasing: probability, fill (pixel, rand, const), rectangles.
@@ -328,8 +325,8 @@ def default_config():
     config.DIST.TIMEOUT_SECONDS = 600
 
     config.LOG = CfgNode()
-    # Where else the scalars of TensorBoard go: wandb (Weights & Biases, offline unless WANDB_MODE says
-    # otherwise), trackio (on this machine), or empty, nowhere. Each is a package to install.
+    # Where else the scalars of TensorBoard go: wandb (Weights & Biases, a package to install; offline unless
+    # WANDB_MODE says otherwise), or empty, nowhere.
     config.LOG.TRACKER = ""
 
     # Root of the output folder; the run writes to OUTPUT/MODEL.NAME/TAG.
@@ -507,8 +504,8 @@ def parse_config(text, source):
     tree = rules.read_tree(text, source, values_as_text=True)
     tree.pop("BASE", None)
     for key, value in rules.leaves(tree):
-        # Training does not decide what the model is, and earlier releases had other options for it.
-        if not key.startswith("TRAIN.") and key not in rules.GONE:
+        # Training and logs do not decide what the model is, and earlier releases had other options for them.
+        if not key.startswith(("TRAIN.", "LOG.")) and key not in rules.GONE:
             rules.assign(config, key, value, source, sources)
     if config.DATA.DATASET == "coco":
         config.COMPILE = False  # once allowed, and without effect

@@ -27,6 +27,7 @@ OF_DETECTORS = tuple(f"DET.{name}" for name in (*OF_DETECTORS, "NMS_IOU", "PER_I
 VERSION = ("MODEL.MSG.PATCH_EMBED", "MODEL.MSG.DOWNSAMPLE")  # v1 or CVPR 2022; official configs have neither
 # Keys of earlier releases, with the values that had no effect: configs that those releases wrote have them.
 GONE = {
+    "AUG.REPEATED": 1,
     "DATA.PROGRESSIVE": [],
     "TRAIN.LR_SCHEDULER.COOLDOWN_EPOCHS": 0,
     "TRAIN.LR_SCHEDULER.CYCLES": 1,
@@ -198,7 +199,6 @@ RULES = {
     "DISTILL.ALPHA": _SHARE,
     "AUG.COLOR_JITTER": _at_least(0),
     "AUG.AUTO_AUGMENT": _TEXT,
-    "AUG.REPEATED": _between(1, 100),
     "AUG.HFLIP": _SHARE,
     "AUG.REPROB": _SHARE,
     "AUG.REMODE": _one_of("pixel", "rand", "const"),
@@ -264,7 +264,7 @@ RULES = {
     "RUNTIME": _one_of("pytorch", "onnxruntime", "openvino", "auto"),
     "DETERMINISTIC": _BOOL,
     "DIST.TIMEOUT_SECONDS": _between(1, 10**6),
-    "LOG.TRACKER": _one_of("", "wandb", "trackio"),
+    "LOG.TRACKER": _one_of("", "wandb"),
     "OUTPUT": _PATH,
     "TAG": _FOLDER,
     "SAVE_FREQ": _at_least(1),

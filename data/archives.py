@@ -152,91 +152,55 @@ def find_archives(root, split):
     raise DataError(f"{root} holds no tars of {split}: {split}.tar, {split}/*.tar or *-{split}-*.tar")
 
 
-def files_in(path, nested=False):
-    """The files that an unpacked tar would have, with links followed: ({name: (first byte, bytes)}, Counter).
+def files_in(path):
+    """The files that an unpacked tar would have: ({name: (first byte, bytes)}, Counter).
 
-    The Counter has what is ignored already: all but the last member of a name, and what is no file. With
-    ``nested``, the files of tars in it are found too; their names then begin with that of the tar.
+    The Counter has what is ignored already: all but the last member of a name, and what is no file.
 
     Raises:
-        DataError: the tar is damaged or compressed, has a sparse image, or a link to what is no file in it.
+        DataError: the tar is damaged or compressed, or has a tar, or an image that is a link or sparse.
     """
-    files, links, ignored = {}, {}, collections.Counter()
-    for member, start in members_of(path, nested):
-        name, target = member.name, None
+    files, links, ignored = {}, set(), collections.Counter()
+    for member in members_of(path):
+        name = re.sub(
+            r"^/*(\.\./)*", "", posixpath.normpath(member.name)
+        )  # below the folder, as tar unpacks it
         if member.isdir():
             continue
-        if files.pop(name, None) or links.pop(name, None):
+        if files.pop(name, None) or name in links:
             ignored["members that a later one replaces"] += 1
-        if member.issparse() and is_image(name):
-            raise DataError(f"{path} has {name} as a sparse file: make the tar without --sparse")
-        if member.islnk():
-            target = member.linkname  # its file as it is now, whatever replaces that later
-        elif member.issym():
-            target = posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))
-        if target in files and member.islnk():
-            files[name] = files[target]
-        elif target is not None:
-            links[name] = target
-        elif member.isfile() and not member.issparse():
-            files[name] = start, member.size
+            links.discard(name)
+        if member.isfile() and not member.issparse():
+            files[name] = member.offset_data, member.size
+        elif is_image(name) and not HIDDEN_FOLDER.match(name):
+            links.add(name)
         else:
             ignored[ending(name)] += 1
-    for name in links:
-        target, passed = links[name], {name}
-        while target in links and target not in passed:
-            passed.add(target)
-            target = links[target]
-        is_lock = posixpath.basename(name).startswith(".") and not is_image(name)  # of an editor
-        if target in files:
-            files[name] = files[target]
-        elif not is_lock and not HIDDEN_FOLDER.match(name):
-            raise DataError(
-                f"{path} has {name}, a link to {links[name]}, which is no file in the tar: make the tar with "
-                "--dereference"
-            )
+    if links:
+        raise DataError(
+            f"{path} has {min(links)} as a link or a sparse file: make the tar with --dereference and "
+            "--hard-dereference, and without --sparse"
+        )
     return files, ignored
 
 
-def members_of(path, nested=False):
-    """Yield what is in a tar as (member, first byte of its file), named as it would be unpacked."""
+def members_of(path):
+    """Yield the members of a tar."""
     try:
         with tarfile.open(path, "r:") as tar:
-            yield from _members(tar, 0, nested)
+            last = -1
+            while (member := tar.next()) is not None:
+                tar.members = []  # it would keep all of them
+                if member.offset <= last:  # of a false size, tarfile might go round in circles
+                    raise tarfile.ReadError("a member begins before the one that precedes it")
+                last = member.offset
+                yield member
     # A damaged file can raise nearly anything.
     except Exception as error:
         reason = str(error) or type(error).__name__
         raise DataError(
             f"{path} cannot be read as an uncompressed tar ({reason}): repair or remove it"
         ) from error
-
-
-def _members(tar, start, nested):
-    last = -1
-    while (member := tar.next()) is not None:
-        tar.members = []  # it would keep all of them
-        member.name = _unpacked(member.name)
-        if member.islnk():
-            member.linkname = _unpacked(member.linkname)
-        if member.offset <= last:  # of a false size, tarfile might go round in circles
-            raise tarfile.ReadError("a member begins before the one that precedes it")
-        last = member.offset
-        is_tar = member.isfile() and member.name.lower().endswith(".tar")
-        if nested and is_tar and not posixpath.basename(member.name).startswith("."):
-            folder = member.name[: -len(".tar")]
-            with tarfile.open(fileobj=tar.extractfile(member), mode="r:") as inner:
-                for inside, place in _members(inner, start + member.offset_data, nested=False):
-                    inside.name = posixpath.join(folder, inside.name)
-                    if inside.islnk():
-                        inside.linkname = posixpath.join(folder, inside.linkname)
-                    yield inside, place
-        else:
-            yield member, start + member.offset_data
-
-
-def _unpacked(name):
-    """The path below the current folder to which tar unpacks a member."""
-    return re.sub(r"^/*(\.\./)*", "", posixpath.normpath(name))
 
 
 def index_archives(kind, root, archives):
@@ -280,11 +244,15 @@ def index_folders(path, is_only):
     that is the only one. Hidden folders are left out. The Counter has what is ignored.
     """
     found, hidden = [], set()
-    files, ignored = files_in(path, nested=True)
+    files, ignored = files_in(path)
     for name, place in files.items():
         folder = posixpath.dirname(name)
         if inside := HIDDEN_FOLDER.match(name):
             hidden.add(inside[0])
+        elif ending(name) == ".tar":
+            raise DataError(
+                f"{path} has the tar {name}: unpack {os.path.basename(path)} into a folder of tars"
+            )
         elif not is_image(name):
             ignored[ending(name)] += 1
         elif not folder and is_only:

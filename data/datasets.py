@@ -270,9 +270,9 @@ def report_found(dataset, ignored):
 class TrainingSamples(Dataset):
     """Training samples whose random transforms depend on (seed, epoch, index) only, not on workers.
 
-    Items are asked for by (epoch, index), or (epoch, index, repeat) where an epoch repeats images. An item is
-    (image, target, failed): with ``skip``, an image that cannot be read is replaced by another one, again a
-    function of (seed, epoch, index), and its index is in the list ``failed``.
+    Items are asked for by (epoch, index). An item is (image, target, failed): with ``skip``, an image that
+    cannot be read is replaced by another one, again a function of (seed, epoch, index), and its index is in
+    the list ``failed``.
     """
 
     def __init__(self, dataset, seed, skip):
@@ -282,11 +282,11 @@ class TrainingSamples(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, key):
-        epoch, index, *repeat = key
+        epoch, index = key
         failed, alone = [], get_worker_info() is None
         while True:
             try:
-                with seeded("augmentation", self.seed, epoch, index, *repeat, restore=alone):
+                with seeded("augmentation", self.seed, epoch, index, restore=alone):
                     return *self.dataset[index], failed
             except DataError:
                 failed.append(index)

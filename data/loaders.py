@@ -99,12 +99,7 @@ class Loader:
             )
 
     def _report_epoch(self, sampler):
-        if sampler.repeats > 1:
-            logger.info(
-                f"AUG.REPEATED {sampler.repeats}: an epoch takes {sampler.images_of_an_epoch():,} of these "
-                f"images, others each time, up to {sampler.repeats} times each"
-            )
-        elif left := sampler.length % sampler.images_per_update:
+        if left := sampler.length % sampler.images_per_update:
             level, advice = logging.INFO, ""
             if left > (most := LARGEST_SHARE_LEFT_OUT * sampler.length):
                 per_image = sampler.images_per_update // sampler.batch_size
@@ -281,6 +276,5 @@ def build_loaders(config, rank=0, world_size=1, device="cpu"):
     train = open_dataset(kind, root, "train", transform, read)
     require_same_classes(train.root, train.classes, val.root, val.classes)
     sampler = build_sampler(config, len(train), rank, world_size, train.root)
-    sampler.repeats = config.AUG.REPEATED
     train_loader = build_loader(config, train, sampler, to_device, collate)
     return train_loader, sampler, val_loader, val.classes

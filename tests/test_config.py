@@ -395,11 +395,13 @@ def test_every_key_takes_or_refuses_any_value_in_one_line():
 
 
 def test_keys_of_earlier_releases_are_passed_over_where_they_had_no_effect(tmp_path):
-    old = "TRAIN: {LR_SCHEDULER: {CYCLES: 1, CYCLE_DECAY: 0.1, POWER: 0.9, COOLDOWN_EPOCHS: 0}}"
+    old = "AUG: {REPEATED: 1}\n"
+    old += "TRAIN: {LR_SCHEDULER: {CYCLES: 1, CYCLE_DECAY: 0.1, POWER: 0.9, COOLDOWN_EPOCHS: 0}}"
     assert config_of(tmp_path, old) == config_of(tmp_path, "")
     assert "unknown key TRAIN.LR_SCHEDULER.CYCLES" in refusal(tmp_path, old.replace("S: 1", "S: 2"))
     old = old.replace("S: 1", "S: 2, NAME: tanh")
-    assert parse_config(f"{old}\nMODEL: {{DROP_RATE: 0.3}}", "a checkpoint").MODEL.DROP_RATE == 0.3
+    old += "\nLOG: {TRACKER: trackio}\nMODEL: {DROP_RATE: 0.3}"
+    assert parse_config(old, "a checkpoint").MODEL.DROP_RATE == 0.3
 
 
 def test_files_that_unfold_or_never_end_are_refused_in_seconds(tmp_path):

@@ -1,9 +1,7 @@
-"""Follows a run in figures: TensorBoard, ``metrics.jsonl`` with its picture, Weights & Biases or trackio."""
+"""Follows a run in figures: TensorBoard, ``metrics.jsonl`` with its picture, and Weights & Biases."""
 
 import contextlib
 import errno
-import importlib
-import io
 import json
 import logging
 import os
@@ -46,7 +44,7 @@ class RunRecord:
         self.hyperparameters, self.tracker = {}, None
         self.epochs, self.update, self.purge_step, self.batch_due = [], 0, 0, False
 
-    def start(self, epoch, update, updates_per_epoch):
+    def start(self, epoch, update):
         """Go on from an epoch and an update of the run; what an interrupted run wrote beyond is dropped."""
         if self.silent:
             return
@@ -54,7 +52,7 @@ class RunRecord:
         self.update = self.purge_step = update
         self.batch_due = not update
         if self.tracker is not None:
-            self.tracker.start(update, updates_per_epoch, self.hyperparameters)
+            self.tracker.start(update, self.hyperparameters)
 
     def scalars(self, update, **values):
         """Write TensorBoard scalars ``train/<name>`` of an update."""
@@ -139,9 +137,8 @@ def require_tracker(name):
     if not name:
         return
     try:
-        # A folder of that name, which earlier runs may have left, can be imported too.
-        importlib.import_module(name).init  # noqa: B018
-    except (ImportError, AttributeError) as error:
+        from wandb import init  # noqa: F401, a folder of that name, which earlier runs may have left, has none
+    except ImportError as error:
         raise UserError(
             f"LOG.TRACKER {name}: the package cannot be imported ({error}): pip install {name}, or leave "
             "LOG.TRACKER empty"
@@ -152,77 +149,67 @@ def build_tracker(config, rank):
     """The :class:`Tracker` that ``LOG.TRACKER`` asks for; None for none, and on other ranks than 0."""
     if rank or not config.LOG.TRACKER:
         return None
-    return Tracker(config.LOG.TRACKER, config.OUTPUT, f"{config.MODEL.NAME}-{config.TAG}")
+    return Tracker(config.OUTPUT, f"{config.MODEL.NAME}-{config.TAG}")
 
 
 class Tracker:
-    """Gives the scalars of a run to Weights & Biases or to trackio too, under their names in TensorBoard.
+    """Gives the scalars of a run to Weights & Biases too, under their names in TensorBoard.
 
     ``tracker.json`` in the run's folder keeps the name of the tracked run and the last updates that it was
-    given. A resumed run goes on with it and leaves out what it repeats; where its epochs have another number
-    of updates now, it gives that again, after the last of those updates. A run from scratch has one of its
+    given. A resumed run goes on with it and leaves out what it repeats. A run from scratch has one of its
     own. The first failure ends the tracking with a warning.
 
     Args:
-        package: wandb or trackio.
         name: what the name of the tracked run begins with.
     """
 
-    def __init__(self, package, folder, name):
-        self.package, self.folder = package, folder
+    def __init__(self, folder, name):
+        self.folder = folder
         self.path = os.path.join(folder, "tracker.json")
         self.name = re.sub(r"[^\w.-]", "-", name)[:80]  # wandb refuses some characters
         self.run, self.state = None, {}
 
-    def start(self, update, updates_per_epoch, hyperparameters):
+    def start(self, update, hyperparameters):
         """Go on with the tracked run, or at update 0 start another."""
         with self._told():
             if update and os.path.exists(self.path):
                 with open(self.path, encoding="utf-8") as file:
                     self.state = json.load(file)
-            if self.state.get("package") != self.package:
+            if self.state.get("package") != "wandb":
                 name = f"{self.name}-{uuid.uuid4().hex[:8]}"
-                self.state = dict(package=self.package, run=name, train=-1, epoch=-1)
-            shift = self.state.get("shift", 0)
-            if self.state.get("updates_per_epoch", updates_per_epoch) != updates_per_epoch:
-                shift = max(shift, self.state["train"] + 1 - update, self.state["epoch"] + 1 - update)
-            self.state.update(updates_per_epoch=updates_per_epoch, shift=shift)
-            # Trackers write JSON in UTF-8, which a path of other bytes would break.
+                self.state = dict(package="wandb", run=name, train=-1, epoch=-1)
+            # wandb writes JSON in UTF-8, which a path of other bytes would break.
             given = {k: printable(x) if isinstance(x, str) else x for k, x in hyperparameters.items()}
-            arguments = dict(name=self.state["run"], config=given, resume="allow")
-            self.run, where = getattr(self, f"_start_{self.package}")(arguments)
-            logger.info(f"tracked by {self.package} as {self.state['run']}: {where}")
+            logger.info(f"tracked by wandb as {self.state['run']}: {self._start_wandb(given)}")
 
-    def _start_wandb(self, arguments):
+    def _start_wandb(self, hyperparameters):
         import wandb
 
         mode = os.environ.get("WANDB_MODE") or "offline"
         settings = dict(console="off", silent=True)
         if mode == "online":
             settings.update(finish_timeout=20)  # seconds; a run that is to stop has little time
-        arguments.update(id=arguments["name"], dir=self.folder, mode=mode, settings=settings)
-        run = wandb.init(project=os.environ.get("WANDB_PROJECT") or PROJECT, **arguments)
+        self.run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT") or PROJECT,
+            name=self.state["run"],
+            id=self.state["run"],
+            resume="allow",
+            config=hyperparameters,
+            dir=self.folder,
+            mode=mode,
+            settings=settings,
+        )
         # wandb's own steps may never go back, not even from an epoch's figures to the next update's.
-        run.define_metric("*", step_metric="update")
+        self.run.define_metric("*", step_metric="update")
         where = f"wandb sync {os.path.join(self.folder, 'wandb', 'offline-run-*')} uploads it"
-        return run, where if mode == "offline" else mode
-
-    def _start_trackio(self, arguments):
-        import trackio
-
-        with contextlib.redirect_stdout(io.StringIO()):
-            return trackio.init(PROJECT, **arguments), f"trackio show --project {PROJECT}"
+        return where if mode == "offline" else mode
 
     def log(self, group, tags, update):
         """Give it scalars by tag, unless it has some of this group (train or epoch) and update, or later."""
-        if self.run is None or update + self.state["shift"] <= self.state[group]:
+        if self.run is None or update <= self.state[group]:
             return
-        update += self.state["shift"]
         with self._told():
-            if self.package == "wandb":
-                self.run.log(dict(tags, update=update))
-            else:
-                self.run.log(tags, step=update)
+            self.run.log(dict(tags, update=update))
             self.state[group] = update
             with replacing(self.path) as temporary, open(temporary, "w", encoding="utf-8") as file:
                 json.dump(self.state, file)
@@ -230,8 +217,8 @@ class Tracker:
     def finish(self):
         """Finish the tracked run here; a resumed run goes on with it."""
         if self.run is not None:
-            with self._told(), contextlib.redirect_stdout(io.StringIO()):
-                importlib.import_module(self.package).finish()
+            with self._told():
+                self.run.finish()
         self.run = None
 
     @contextlib.contextmanager
@@ -242,4 +229,4 @@ class Tracker:
         except Exception as error:
             self.run = None
             reason = f"{type(error).__name__}: {error}".split("\n")[0]
-            logger.warning(f"{self.package} failed ({reason}): from here on the run is not tracked")
+            logger.warning(f"wandb failed ({reason}): from here on the run is not tracked")

@@ -178,7 +178,6 @@ def remember(name, function, calls):
     "opts",
     [
         ["AUG.AUTO_AUGMENT", "augmix-m5-w4-d2"],
-        ["AUG.AUTO_AUGMENT", "3a"],
         ["AUG.AUTO_AUGMENT", "originalr-mstd0.5"],
         ["AUG.AUTO_AUGMENT", "rand-m9-tweights"],
         ["AUG.AUTO_AUGMENT", "none", "AUG.COLOR_JITTER", 0.4],

@@ -420,8 +420,8 @@ def test_options_that_changed_since_the_checkpoint_are_told(tmp_path):
     first, _ = told()
     end_epoch(first, 50.0)
     assert "not trained with" not in told("DATA.NUM_WORKERS", 3, "PRINT_FREQ", 7)[1]
-    changed = told("SEED", 3, "AUG.REPEATED", 2)[1]
-    assert "options that the checkpoint was not trained with: AUG.REPEATED 1 -> 2, SEED 0 -> 3" in changed
+    changed = told("SEED", 3, "AUG.MIXUP", 0.5)[1]
+    assert "options that the checkpoint was not trained with: AUG.MIXUP 0.0 -> 0.5, SEED 0 -> 3" in changed
     stranger = dict(ckpt.read_checkpoint(str(tmp_path / "ckpt_epoch_0.pth")), config='TAG: a\nSEED: "\\e[2J"')
     torch.save(stranger, tmp_path / "ckpt_epoch_0.pth")
     assert "SEED '\\x1b[2J' -> 0" in told()[1]
