@@ -66,10 +66,8 @@ def default_config():
     # An image that cannot be read: raise ends the run; skip logs it, takes another in training and leaves it
     # out in evaluation, and ends the run when more than 1% of the set fail (of fewer than 100 images, one).
     config.DATA.ON_ERROR = "raise"
-    # Larger images count as unreadable: pixels, each of which may take 8 bytes of the file, and scans of a
-    # JPEG (progressive ones have about 10). What decodes for minutes or needs gigabytes is beyond that.
+    # Images of more pixels count as unreadable: they would need gigabytes.
     config.DATA.MAX_PIXELS = 100_000_000
-    config.DATA.MAX_SCANS = 100
     # Photos that are stored turned and carry an EXIF orientation: ignore it, as the official code does, or
     # apply it in training and evaluation. Predictions and pictures of messengers always apply it.
     config.DATA.EXIF_ORIENTATION = "ignore"
@@ -104,7 +102,7 @@ def default_config():
     config.MODEL.MSG = CfgNode()
     # Side of a patch, in pixels.
     config.MODEL.MSG.PATCH_SIZE = 4
-    # Image channels. With data 3; or with DATA.BACKEND pil 1, images become grey, or 4, RGB and alpha.
+    # Image channels. With data 3; or with DATA.BACKEND pil 1: images become grey.
     config.MODEL.MSG.IN_CHANS = 3
     # Channels of the first stage; they double in every stage.
     config.MODEL.MSG.EMBED_DIM = 96

@@ -28,6 +28,7 @@ VERSION = ("MODEL.MSG.PATCH_EMBED", "MODEL.MSG.DOWNSAMPLE")  # v1 or CVPR 2022; 
 # Keys of earlier releases, with the values that had no effect: configs that those releases wrote have them.
 GONE = {
     "AUG.REPEATED": 1,
+    "DATA.MAX_SCANS": 100,
     "DATA.PROGRESSIVE": [],
     "TRAIN.LR_SCHEDULER.COOLDOWN_EPOCHS": 0,
     "TRAIN.LR_SCHEDULER.CYCLES": 1,
@@ -126,7 +127,6 @@ RULES = {
     "DATA.PIN_MEMORY": _BOOL,
     "DATA.ON_ERROR": _one_of("raise", "skip"),
     "DATA.MAX_PIXELS": _at_least(1),
-    "DATA.MAX_SCANS": _at_least(1),
     "DATA.EXIF_ORIENTATION": _one_of("ignore", "apply"),
     "DATA.NUM_WORKERS": _between(0, 1000),
     "MODEL.TYPE": _one_of("msg", "timm"),
@@ -572,8 +572,8 @@ def check_config(config, sources):
     what = "at least 1 / MODEL.MSG.EMBED_DIM and at most 100"
     require("MODEL.MSG.MLP_RATIO", 1 / model.MSG.EMBED_DIM <= model.MSG.MLP_RATIO <= 100, what)
     if data.DATA_PATH:
-        what = "1, 3 or 4 with data, and 3 for detection and with DATA.BACKEND opencv"
-        possible = (3,) if detects or data.BACKEND == "opencv" else (1, 3, 4)
+        what = "1 or 3 with data, and 3 for detection and with DATA.BACKEND opencv"
+        possible = (3,) if detects or data.BACKEND == "opencv" else (1, 3)
         require("MODEL.MSG.IN_CHANS", model.MSG.IN_CHANS in possible, what)
     require("DET.TEST_SIZE", det.TEST_SIZE < det.MAX_SIZE, "below DET.MAX_SIZE")
     for key in ("DET.LOSS_WEIGHTS", "DET.DELTA_STDS"):

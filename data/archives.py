@@ -25,12 +25,12 @@ from distributed import from_rank_0
 
 from .datasets import (
     DataError,
-    Stored,
     build_dataset,
     decoding,
     ending,
     is_image,
     load_image,
+    read_file,
     report_found,
     without_pillows_limit,
 )
@@ -73,7 +73,7 @@ class StoredImages(Dataset):
     """Images that are not files of their own, used as an ImageFolder is.
 
     A ``source`` has ``root``, ``classes``, ``targets``, ``paths`` and ``ignored`` as an ImageFolder has them,
-    and ``stored``, which returns the :class:`~data.datasets.Stored` of an index.
+    and ``stored``, which returns the bytes of an image file.
     """
 
     def __init__(self, source, transform, loader):
@@ -96,9 +96,9 @@ class StoredImages(Dataset):
     def __getitem__(self, index):
         path = self.paths[index]
         with decoding(path):
-            stored = self.source.stored(index)
+            content = self.source.stored(index)
         with without_pillows_limit():  # transforms crop, which Pillow limits too
-            return self.transform(self.loader(path, stored=stored)), int(self.targets[index])
+            return self.transform(self.loader(path, content=content)), int(self.targets[index])
 
     def report(self):
         """Log what was found and what was ignored."""
@@ -117,19 +117,14 @@ class Archives(NamedTuple):
     places: np.ndarray  # (images, 3): number of the tar, first byte, bytes
 
     def stored(self, index):
-        """The image of an index."""
+        """The bytes of an image."""
         archive, start, size = self.places[index].tolist()
-        path = self.archives[archive]
-
-        def read():
-            with open(path, "rb") as file:
-                file.seek(start)
-                content = file.read(size)
-            if len(content) < size:
-                raise DataError(f"{path} ends before byte {start + size}: it has changed since the start")
-            return content
-
-        return Stored(size, read)
+        with open(path := self.archives[archive], "rb") as file:
+            file.seek(start)
+            content = file.read(size)
+        if len(content) < size:
+            raise DataError(f"{path} ends before byte {start + size}: it has changed since the start")
+        return content
 
 
 def find_archives(root, split):
@@ -343,11 +338,9 @@ class SavedDataset:
         self.paths, self.ignored = _numbered(self.root, len(self.targets)), collections.Counter()
 
     def stored(self, index):
-        """The image of an index."""
+        """The bytes of an image."""
         image = self.data[index][self.image]
-        if image["bytes"] is None:
-            return Stored.at(image["path"])
-        return Stored(len(image["bytes"]), lambda: image["bytes"])
+        return read_file(image["path"]) if image["bytes"] is None else image["bytes"]
 
 
 def _numbered(root, count):
@@ -390,8 +383,7 @@ class TorchvisionDataset:
         self.paths, self.ignored = _numbered(self.root, len(self.targets)), collections.Counter()
 
     def stored(self, index):
-        """The image of an index, as a file that Pillow reads without a change."""
+        """An image as the bytes of a file, which Pillow reads without a change."""
         file = io.BytesIO()
         self.data[index][0].save(file, "PPM")
-        content = file.getvalue()
-        return Stored(len(content), lambda: content)
+        return file.getvalue()

@@ -190,7 +190,7 @@ def build_opener(config):
     Raises:
         ConfigError: OpenCV cannot be imported.
     """
-    limits = dict(max_pixels=config.DATA.MAX_PIXELS, max_scans=config.DATA.MAX_SCANS, turn=turns(config))
+    limits = dict(max_pixels=config.DATA.MAX_PIXELS, turn=turns(config))
     if config.DATA.BACKEND == "pil":
         return functools.partial(load_image, mode=image_mode(config.MODEL.MSG.IN_CHANS), **limits)
     try:

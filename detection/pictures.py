@@ -34,7 +34,7 @@ def draw_detections(samples, names, path, smallest_score=0.5, turn=False):
         smallest_score: detections below are not drawn.
         turn: whether evaluation turned images as EXIF says.
     """
-    read = functools.partial(load_image, max_pixels=math.inf, max_scans=math.inf, turn=turn)
+    read = functools.partial(load_image, max_pixels=math.inf, turn=turn)
     columns = 2 if len(samples) > 3 else 1
     rows = -(-len(samples) // columns)
     figure = Figure(figsize=(6.4 * columns, 2.9 * rows), layout="constrained")

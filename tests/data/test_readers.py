@@ -421,11 +421,10 @@ def test_a_tar_that_leads_back_to_an_earlier_member_ends(tmp_path):
 def test_limits_hold_for_images_in_archives(tmp_path, backend):
     tar_of(tmp_path / "val.tar", **{"a/1.png": png(64), "a/2.png": b"no image"})
     tar_of(tmp_path / "train.tar", **{f"a/{i}.png": png() for i in range(8)})
-    words = {2000: "64x64 pixels, and DATA.MAX_PIXELS is 2000", 10: r"bytes \(8 for a pixel are allowed\)"}
-    for limit, what in words.items():
-        opts = ["DATA.MAX_PIXELS", limit, "DATA.BACKEND", backend, *ONE_CLASS]
-        with pytest.raises(DataError, match=f"val.tar/a/1.png cannot be read as an image: it has .*{what}"):
-            list(loaders("tar", tmp_path, *opts)[2])
+    opts = ["DATA.MAX_PIXELS", 2000, "DATA.BACKEND", backend, *ONE_CLASS]
+    words = "it has 64x64 pixels, and DATA.MAX_PIXELS is 2000"
+    with pytest.raises(DataError, match=f"val.tar/a/1.png cannot be read as an image: {words}"):
+        list(loaders("tar", tmp_path, *opts)[2])
     with pytest.raises(DataError, match="val.tar/a/2.png cannot be read as an image"):
         list(loaders("tar", tmp_path, "DATA.BACKEND", backend, *ONE_CLASS)[2])
 
