@@ -100,15 +100,12 @@ class RunRecord:
         """Have ``write`` write to the TensorBoard file, ``size`` bytes beside a few of its own."""
         if self.silent:
             return
-        if not os.path.isdir(self.board_folder):  # somebody removed it
-            self.board = None
         with self._told():
             # The writer's thread would end with a traceback.
             if shutil.disk_usage(os.path.dirname(self.path)).free < 2**20 + size:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.board_folder)
             if self.board is None:
                 self.board = SummaryWriter(self.board_folder, purge_step=self.purge_step)
-                self.purge_step = self.update
                 write_hyperparameters(self.board, self.hyperparameters, self.drawn)
             write(self.board)
             self.board.flush()

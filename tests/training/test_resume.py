@@ -539,20 +539,6 @@ def test_a_disk_that_is_full_from_the_start_ends_in_one_message(tmp_path, data):
     assert "the last checkpoint could not be written" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_removed_output_folder_is_made_again(tmp_path, data):
-    arguments = [*ARGUMENTS, "--data-path", data, "--output", tmp_path / "out"]
-    run = Started(tmp_path, main_command(*arguments))
-    run.wait_for("[0/2][5/")
-    (tmp_path / "out").rename(tmp_path / "gone")
-    assert run.wait() == 0 and "was removed; making it again" in run.text(), run.text()
-    folder = run_folder(tmp_path / "out")
-    assert "ckpt_epoch_1.pth" in ckpt.in_order(folder)
-    assert [row["epoch"] for row in read_metrics(folder / "metrics.jsonl")] == [0, 1]
-    assert (folder / "config.yaml").read_text() == (run_folder(tmp_path / "gone") / "config.yaml").read_text()
-    assert "Train: [1/2][0/18]" in (folder / "log_rank0.txt").read_text()
-    assert any(path.stat().st_size > 500 for path in (folder / "tensorboard").iterdir())
-
-
 def test_an_output_folder_that_cannot_be_written_is_one_clear_message(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=f"^cannot write to the output folder {tmp_path}/file/run: Not a dir"):
