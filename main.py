@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 import distributed
 from analysis.report import OutcomeCollector, batch_sheet, show_mistakes, write_report
 from data import build_loaders
-from data.mixup import build_augmentation
+from data.transforms import build_augmentation
 from logger import DETAIL, ProgressBar, clock, log_progress
 from models import build_model, build_runtime, compile_model, count_macs, inference
 from training.distillation import build_distillation

@@ -8,12 +8,11 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_segmentation_masks
 
-from analysis.report import contact_sheet, drawable, enlarged, fitting, font, shown
+from analysis.report import contact_sheet, drawable, enlarged, finish_curves, fitting, font, shown
 from data.datasets import load_image
 from utils import replacing
 
@@ -55,7 +54,8 @@ def draw_detections(samples, names, path, smallest_score=0.5, turn=False):
             words = f"no detection of score {smallest_score} and more"
             style = dict(transform=right.transAxes, ha="center", va="center", fontsize=7, color="white")
             right.text(0.5, 0.5, words, bbox=dict(fc="black", alpha=0.6, ec="none"), **style)
-    _save(figure, path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
 
 
 def _draw(axes, image, objects, names):
@@ -189,20 +189,4 @@ def draw_detection_curves(epochs, path, hyperparameters=None):
     precision.plot(best_epoch, best, "*", ms=11, color="black", label=f"best box AP, epoch {best_epoch}")
     precision.set(title=f"Best box AP {best:.1f}% (epoch {best_epoch})", ylabel="%", ylim=(0, 100))
     precision.legend(fontsize=8)
-    rate.plot(x, [row["lr"] for row in epochs], marker=marker, ms=3, color="black")
-    rate.set(title="Learning rate, epoch's end", ylim=(0, None))
-    rate.yaxis.set_major_formatter("{x:.3g}")  # not 0.2 and a factor above the axis, which moves the title
-    for axes in panels.values():
-        axes.set_title(axes.get_title(), fontsize=10)
-        axes.set_xlabel("epoch, as in checkpoint names", fontsize=9)
-        axes.axvline(best_epoch, color="black", lw=0.8, ls=":")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if len(x) < 3:
-            axes.set(xticks=x, xlim=(x[0] - 0.5, x[-1] + 0.5))
-        axes.grid(alpha=0.3)
-    _save(figure, path)
-
-
-def _save(figure, path):
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
+    finish_curves(figure, rate, epochs, best_epoch, path)

@@ -51,8 +51,7 @@ from torch.utils.data import DataLoader, Dataset
 from config import get_config
 from data.datasets import EvaluationSamples, TrainingSamples
 from data.loaders import Loader, ToDevice, build_reader, collate, start_worker
-from data.mixup import build_augmentation
-from data.transforms import augment_operations, posterize_from_0_bits
+from data.transforms import augment_operations, build_augmentation, posterize_from_0_bits
 from tools.roofline import machine, versions
 from utils import UserError
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 import checkpoint as ckpt
-from analysis.curves import draw_curves
+from analysis.report import draw_curves
 from config import APART, ConfigError, dump_config, flat_config, flat_text
 from distributed import (
     from_rank_0,

@@ -20,7 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.transforms.functional import normalize, to_tensor
 
 from analysis import report
-from analysis.curves import draw_curves, smoothing_floor
+from analysis.report import draw_curves, smoothing_floor
 from checkpoint import read_weights, save_checkpoint
 from config import ConfigError
 from data import build_loaders, loaders

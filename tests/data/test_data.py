@@ -17,9 +17,14 @@ from torchvision.transforms import InterpolationMode
 from config import ConfigError
 from data import DataError, build_loaders
 from data.datasets import TrainingSamples, build_dataset, list_folder
-from data.mixup import build_augmentation
 from data.samplers import TrainBatchSampler, evaluation_shard
-from data.transforms import aspect_box, build_transform, covering_size, posterize_from_0_bits
+from data.transforms import (
+    aspect_box,
+    build_augmentation,
+    build_transform,
+    covering_size,
+    posterize_from_0_bits,
+)
 from distributed import seeded
 
 FULL_RECIPE = ["AUG.AUTO_AUGMENT", "rand-m9-mstd0.5-inc1", "AUG.HFLIP", 0.5, "AUG.REPROB", 0.5]

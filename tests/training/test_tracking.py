@@ -18,11 +18,11 @@ from torch import nn
 
 import checkpoint as ckpt
 from analysis import report
-from analysis.curves import draw_curves
+from analysis.report import draw_curves
 from config import flat_config
 from data import build_loaders
-from data.mixup import build_augmentation
 from data.samplers import TrainBatchSampler
+from data.transforms import build_augmentation
 from distributed import Compute
 from logger import DRAWN, read_metrics
 from lr_scheduler import build_scheduler
