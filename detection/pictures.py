@@ -156,11 +156,11 @@ def group_of_loss(name):
     return "classes"
 
 
-def draw_detection_curves(epochs, path, hyperparameters=None):
+def draw_detection_curves(epochs, path):
     """Draw the losses and the average precision of a run over its epochs to a PNG file.
 
     Rows have epoch (from 0), train_loss, lr, box_AP, mask_AP (percent) and ``loss_<name>`` for every part of
-    the loss, which are drawn in the groups of :func:`group_of_loss`. ``hyperparameters`` are not used.
+    the loss, which are drawn in the groups of :func:`group_of_loss`.
     """
     x = [row["epoch"] for row in epochs]
     figure = Figure(figsize=(11, 6), layout="constrained")

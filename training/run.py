@@ -20,7 +20,7 @@ import torch
 
 import checkpoint as ckpt
 from analysis.report import draw_curves
-from config import APART, ConfigError, dump_config, flat_config, flat_text
+from config import APART, ConfigError, dump_config, flat_text
 from distributed import (
     from_rank_0,
     gather_floats,
@@ -106,7 +106,7 @@ def build_run(config, model, sampler, setup, task):
     )
     updater.average = build_average(config, model)
     record = RunRecord(config.OUTPUT, rank, task.draw, task.drawn)
-    record.hyperparameters, record.tracker = flat_config(config), build_tracker(config, rank)
+    record.tracker = build_tracker(config, rank)
     run = Run(settings, updater, scheduler, sampler, record, setup.guard)
     run.restore(setup.take_start())
     run.write_config()

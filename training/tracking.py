@@ -11,8 +11,8 @@ import uuid
 
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 
+from config import flat_config
 from logger import read_metrics
 from utils import UserError, printable, replacing
 
@@ -28,11 +28,10 @@ class RunRecord:
     records of other ranks are silent.
 
     Args:
-        draw: draws the curves of a list of rows to a file, called with both and the hyper-parameters.
+        draw: draws the curves of a list of rows to a file, called with both.
         drawn: what it needs of every row.
 
     Attributes:
-        hyperparameters: of the run, a flat dict, for TensorBoard and the tracker.
         tracker: a :class:`Tracker`, or None.
     """
 
@@ -41,7 +40,7 @@ class RunRecord:
         self.path = os.path.join(folder, "metrics.jsonl")
         self.picture = os.path.join(folder, "curves.png")
         self.board, self.board_folder = None, os.path.join(folder, "tensorboard")
-        self.hyperparameters, self.tracker = {}, None
+        self.tracker = None
         self.epochs, self.update, self.purge_step, self.batch_due = [], 0, 0, False
 
     def start(self, epoch, update):
@@ -52,7 +51,7 @@ class RunRecord:
         self.update = self.purge_step = update
         self.batch_due = not update
         if self.tracker is not None:
-            self.tracker.start(update, self.hyperparameters)
+            self.tracker.start(update)
 
     def scalars(self, update, **values):
         """Write TensorBoard scalars ``train/<name>`` of an update."""
@@ -78,7 +77,7 @@ class RunRecord:
             os.makedirs(os.path.dirname(self.path), exist_ok=True)
             with replacing(self.path) as temporary, open(temporary, "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(epoch) + "\n" for epoch in self.epochs)
-            self.draw(self.epochs, self.picture, self.hyperparameters)
+            self.draw(self.epochs, self.picture)
         self._write_scalars("epoch", row, update)
 
     def close(self):
@@ -106,7 +105,6 @@ class RunRecord:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.board_folder)
             if self.board is None:
                 self.board = SummaryWriter(self.board_folder, purge_step=self.purge_step)
-                write_hyperparameters(self.board, self.hyperparameters, self.drawn)
             write(self.board)
             self.board.flush()
 
@@ -116,17 +114,6 @@ class RunRecord:
             yield
         except OSError as error:
             logger.error(f"cannot write metrics: {error}; training goes on")
-
-
-def write_hyperparameters(board, values, drawn):
-    """Write hyper-parameters for TensorBoard, which sets them beside the last of the scalars ``drawn``."""
-    # Truth values would become 0 and 1.
-    plain = {
-        key: value if type(value) in (int, float) else printable(str(value)) for key, value in values.items()
-    }
-    scores = dict.fromkeys((f"epoch/{name}" for name in drawn if name not in ("epoch", "lr")), 0)
-    for summary in hparams(plain, scores):
-        board.file_writer.add_summary(summary)
 
 
 def require_tracker(name):
@@ -146,7 +133,7 @@ def build_tracker(config, rank):
     """The :class:`Tracker` that ``LOG.TRACKER`` asks for; None for none, and on other ranks than 0."""
     if rank or not config.LOG.TRACKER:
         return None
-    return Tracker(config.OUTPUT, f"{config.MODEL.NAME}-{config.TAG}")
+    return Tracker(config.OUTPUT, f"{config.MODEL.NAME}-{config.TAG}", flat_config(config))
 
 
 class Tracker:
@@ -158,15 +145,16 @@ class Tracker:
 
     Args:
         name: what the name of the tracked run begins with.
+        options: of the run, a flat dict.
     """
 
-    def __init__(self, folder, name):
-        self.folder = folder
+    def __init__(self, folder, name, options):
+        self.folder, self.options = folder, options
         self.path = os.path.join(folder, "tracker.json")
         self.name = re.sub(r"[^\w.-]", "-", name)[:80]  # wandb refuses some characters
         self.run, self.state = None, {}
 
-    def start(self, update, hyperparameters):
+    def start(self, update):
         """Go on with the tracked run, or at update 0 start another."""
         with self._told():
             if update and os.path.exists(self.path):
@@ -175,11 +163,9 @@ class Tracker:
             if self.state.get("package") != "wandb":
                 name = f"{self.name}-{uuid.uuid4().hex[:8]}"
                 self.state = dict(package="wandb", run=name, train=-1, epoch=-1)
-            # wandb writes JSON in UTF-8, which a path of other bytes would break.
-            given = {k: printable(x) if isinstance(x, str) else x for k, x in hyperparameters.items()}
-            logger.info(f"tracked by wandb as {self.state['run']}: {self._start_wandb(given)}")
+            logger.info(f"tracked by wandb as {self.state['run']}: {self._start_wandb()}")
 
-    def _start_wandb(self, hyperparameters):
+    def _start_wandb(self):
         import wandb
 
         mode = os.environ.get("WANDB_MODE") or "offline"
@@ -191,7 +177,8 @@ class Tracker:
             name=self.state["run"],
             id=self.state["run"],
             resume="allow",
-            config=hyperparameters,
+            # wandb writes JSON in UTF-8, which a path of other bytes would break.
+            config={k: printable(x) if isinstance(x, str) else x for k, x in self.options.items()},
             dir=self.folder,
             mode=mode,
             settings=settings,

@@ -13,7 +13,6 @@ import torch
 from helpers import assert_same_weights, digits_config, logged, restore, run_folder, run_main
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import nn
 
 import checkpoint as ckpt
@@ -142,20 +141,6 @@ def test_tensorboard_has_the_metrics_of_every_epoch(trained):
     assert sorted(step for tag, step in found if tag == "train/loss") == [0, 2, 4, 6, 8, 9, 11, 13, 15, 17]
 
 
-def test_tensorboard_has_the_hyperparameters_beside_the_scores(trained):
-    metadata = events(run_folder(trained) / "tensorboard").summary_metadata
-    values = HParamsPluginData.FromString(metadata["_hparams_/session_start_info"].plugin_data.content)
-    values = values.session_start_info.hparams
-    assert values["AUG.MIXUP"].number_value == 0.8 and values["MODEL.NAME"].string_value == "digits"
-    assert (
-        values["MODEL.MSG.SHUF_SIZE"].string_value == "[4, 2, 1]"
-        and values["TEST.CROP"].string_value == "True"
-    )
-    experiment = HParamsPluginData.FromString(metadata["_hparams_/experiment"].plugin_data.content).experiment
-    tags = [info.name.tag for info in experiment.metric_infos]
-    assert sorted(tags) == ["epoch/acc1", "epoch/acc5", "epoch/train_loss", "epoch/val_loss"]
-
-
 def test_tensorboard_shows_the_first_batch_as_the_model_saw_it(trained, data):
     """Built again here, from the seed: augmented, mixed, its colours as they are in the files."""
     opts = ["DATA.NUM_WORKERS", 0, "AUG.MIXUP", 0.8, "MODEL.NUM_CLASSES", 3, "TRAIN.EPOCHS", 2]
@@ -219,9 +204,9 @@ def test_a_run_with_a_tracker_gives_it_what_tensorboard_gets_and_changes_no_bit(
 def test_a_tracker_takes_values_that_are_no_utf_8(stand_in, tmp_path):
     """What a folder with a name of other bytes looks like in Python cannot be written as UTF-8."""
     notes, odd = stand_in, os.fsdecode(b"images\xff")
-    tracker = Tracker(str(tmp_path), f"digits-{odd}")
+    tracker = Tracker(str(tmp_path), f"digits-{odd}", {"DATA.DATA_PATH": odd, "SEED": 0})
     with logged() as lines:
-        tracker.start(0, {"DATA.DATA_PATH": odd, "SEED": 0})
+        tracker.start(0)
         tracker.log("train", {"train/loss": 1.0}, 0)
     (_, _, of_init), *_, (name, *_) = calls(notes)
     assert of_init["config"] == {"DATA.DATA_PATH": "images\\udcff", "SEED": 0} and name == "log"
@@ -232,8 +217,8 @@ def test_a_tracker_takes_values_that_are_no_utf_8(stand_in, tmp_path):
 def test_a_resumed_run_repeats_nothing_and_one_from_scratch_is_another(stand_in, tmp_path, capsys):
     notes = stand_in
     for start, updates in ((0, (0, 2, 4)), (2, (2, 4, 6)), (0, (0,))):
-        tracker = Tracker(str(tmp_path), "digits/a b")
-        tracker.start(start, dict(SEED=0))
+        tracker = Tracker(str(tmp_path), "digits/a b", dict(SEED=0))
+        tracker.start(start)
         for update in updates:
             tracker.log("train", {"train/loss": 1.0}, update)
         tracker.log("epoch", {"epoch/acc1": 2.0}, updates[-1])
@@ -254,7 +239,7 @@ def train_from_checkpoints(folder, updates_per_epoch, epochs):
     scheduler = build_scheduler(digits_config(), optimizer, updates_per_epoch, 1.0)
     updater = Updater(model, optimizer, Compute(torch.device("cpu")), 1, 5.0, 20)
     record = RunRecord(str(folder), 0, lambda *_: None, DRAWN)
-    record.tracker = Tracker(str(folder), "name")
+    record.tracker = Tracker(str(folder), "name", {})
     settings = Settings(str(folder), epochs=epochs, print_freq=1)
     run = Run(settings, updater, scheduler, sampler, record, Guard(0, 0))
     restore(run)
@@ -340,9 +325,9 @@ def test_wandb_holds_what_tensorboard_holds(data, tmp_path, monkeypatch):
 
 def test_a_tracker_state_that_cannot_be_read_is_one_warning(stand_in, tmp_path):
     (tmp_path / "tracker.json").write_text("{")
-    tracker = Tracker(str(tmp_path), "digits")
+    tracker = Tracker(str(tmp_path), "digits", {})
     with logged() as lines:
-        tracker.start(5, {})
+        tracker.start(5)
         tracker.log("train", {"train/loss": 1.0}, 6)
         tracker.finish()
     assert len(lines) == 1 and "from here on the run is not tracked" in lines[0]
