@@ -6,7 +6,6 @@ official release.
 """
 
 import argparse
-import difflib
 import os
 import re
 import sys
@@ -336,16 +335,10 @@ def parse_args(description, throughput=False, argv=None):
         throughput: whether the program has a mode that times inference.
 
     Raises:
-        ConfigError: an unknown flag, with the one that was probably meant.
         UserError: the variables of a launcher do not fit together.
     """
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    flags = ["-h", "--help"]
-
-    def add(flag, to=parser, **options):
-        to.add_argument(flag, **options)
-        flags.append(flag)
-
+    add = parser.add_argument
     add("--cfg", required=True, metavar="FILE", help="YAML config")
     add("--opts", nargs="+", metavar="KEY VALUE", help="change config keys, e.g. TRAIN.EPOCHS 100")
     add("--batch-size", type=int, help="images per process and micro-batch")
@@ -359,8 +352,8 @@ def parse_args(description, throughput=False, argv=None):
     )
     amp = parser.add_mutually_exclusive_group()
     levels = CHOICES["AMP_OPT_LEVEL"]
-    add("--amp-opt-level", to=amp, choices=levels, help="O0: float32; O1: mixed precision; O2: as O1")
-    add("--disable-amp", to=amp, dest="amp_opt_level", action="store_const", const="O0", help="float32")
+    amp.add_argument("--amp-opt-level", choices=levels, help="O0: float32; O1: mixed precision; O2: as O1")
+    amp.add_argument("--disable-amp", dest="amp_opt_level", action="store_const", const="O0", help="float32")
     add("--device", choices=CHOICES["DEVICE"][1:], help="default: cuda where there is one, else cpu")
     add("--output", metavar="DIR", help="results go to <output>/<model name>/<tag>; default: output")
     add("--tag", help="name of this run; default: default")
@@ -371,29 +364,13 @@ def parse_args(description, throughput=False, argv=None):
     words = []
     for word in sys.argv[1:] if argv is None else argv:
         flag, *value = word.split("=", 1)
-        if re.match("--?[A-Za-z]", flag):
-            dashed = flag.replace("_", "-")
-            if dashed not in flags:
-                raise ConfigError(f"unknown flag {rules.show_value(flag)}; {_flag_hint(dashed, flags)}")
-            flag = dashed
-        words.append("=".join([flag, *value]))
+        words.append("=".join([flag.replace("_", "-") if flag.startswith("--") else flag, *value]))
     args = parser.parse_args(words)
     if args.local_rank is not None and os.environ.get("RANK"):  # launchers of old gave the flag alone
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     adopt_launcher()
     args.local_rank = int(os.environ.get("LOCAL_RANK") or args.local_rank or 0)
     return args
-
-
-def _flag_hint(flag, flags):
-    """What to use in place of an unknown flag."""
-    name = flag.lstrip("-").lower()
-    near = [known for known in flags if known.startswith(f"--{name}")]
-    near = near or difflib.get_close_matches(f"--{name}", flags, 1, 0.7)
-    if near:
-        return f"did you mean {near[0]}?"
-    key = rules.nearest_key(name)
-    return f"did you mean --opts {key} VALUE?" if key else "--help lists every flag"
 
 
 def read_command_line(description, dataset, throughput=False):

@@ -37,7 +37,6 @@ GONE = {
 }
 LARGEST = 2**31 - 1  # of any number but the seed
 LARGEST_SEED = 2**63 - 1
-MOST_ENTRIES, MOST_CHARACTERS = 1000, 4096  # of a list, of a text
 
 
 class ConfigError(UserError):
@@ -401,10 +400,8 @@ def _coerce(value, present, key, source):
         raise ConfigError(f"{source}: {key} is {show_value(value)}, but must be {what}")
 
     if kind is str:
-        if type(value) is not str or "\0" in value or not _is_encodable(value):
+        if type(value) is not str or "\0" in value:
             refuse(f"text, such as {present!r}")
-        if len(value) > MOST_CHARACTERS:
-            refuse(f"text of at most {MOST_CHARACTERS} characters")
         return os.path.expanduser(value) if rule is _PATH else value
     value = _literal(value)
     if value is None and rule.kind:
@@ -419,8 +416,6 @@ def _coerce(value, present, key, source):
     largest = LARGEST_SEED if key == "SEED" else LARGEST
     if not all(abs(number) <= largest for number in _numbers_in(value)):
         refuse(f"finite and no larger than {largest}")
-    if kind in (list, tuple) and len(value) > MOST_ENTRIES:
-        refuse(f"a list of at most {MOST_ENTRIES} entries")
     return float(value) if kind is float else value
 
 
@@ -451,15 +446,6 @@ def _numbers_in(value):
             yield from _numbers_in(entry)
     elif type(value) in (int, float):
         yield value
-
-
-def _is_encodable(text):
-    """Whether text can be part of a file's name; a YAML file can hold halves of characters."""
-    try:
-        os.fsencode(text)
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def show_value(value):

@@ -20,7 +20,6 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.nn.functional import cross_entropy
-from torch.utils.tensorboard import SummaryWriter
 
 from distributed import gather_lists
 from logger import DETAIL
@@ -64,12 +63,7 @@ class OutcomeCollector:
     """Collects the :class:`Outcomes` of an evaluation while it runs, on every process those of its images."""
 
     def __init__(self):
-        self.used, self.rows, self.worst, self.count = False, [], [], 0
-
-    def start(self):
-        """Begin an evaluation, and forget any before; returns itself."""
-        self.used, self.rows, self.worst, self.count = True, [], [], 0
-        return self
+        self.rows, self.worst, self.count = [], [], 0
 
     def add(self, images, targets, logits):
         """Take a batch: images (B, C, H, W) as the model saw them, targets (B,), logits (B, classes)."""
@@ -227,7 +221,6 @@ def write_report(folder, outcomes, names, paths, about):
         sheet = mistakes_sheet(outcomes, names)
         with replacing(os.path.join(folder, FILES[3])) as temporary:
             sheet.save(temporary, format="PNG")
-        write_image(os.path.join(folder, "tensorboard", "eval"), "eval/mistakes", sheet)
     except OSError as problem:
         logger.error(f"cannot write the report of the evaluation to {folder}: {problem.strerror or problem}")
         return
@@ -349,21 +342,6 @@ def mistakes_sheet(outcomes, names):
     return contact_sheet(tiles, title if wrong else "no mistakes", 4)
 
 
-def show_mistakes(record, collector, loader, names):
-    """Write the worst mistakes of the last evaluation of a run for TensorBoard; all processes must call it.
-
-    Args:
-        record: the run's :class:`~training.tracking.RunRecord`.
-        collector: was given that evaluation.
-        loader: gave its images.
-        names: of the classes.
-    """
-    outcomes = collector.gather(loader.indices_seen()) if collector.used else None
-    if outcomes is not None:
-        record.image("epoch/mistakes", mistakes_sheet(outcomes, names))
-        record.close()
-
-
 def batch_sheet(images, targets, names, most=48):
     """The first images of a training batch as a PIL image, each above its classes.
 
@@ -471,15 +449,6 @@ def fitting(text, letters, width):
     while text and letters.getlength(text + "…") > width:
         text = text[:-1]
     return text + "…"
-
-
-def write_image(folder, tag, picture):
-    """Write a PIL image to a TensorBoard file of its own in ``folder``.
-
-    A second file beside that of a run would keep TensorBoard from reading on in the first.
-    """
-    with contextlib.closing(SummaryWriter(folder)) as board:
-        board.add_image(tag, np.asarray(picture), dataformats="HWC")
 
 
 def draw_curves(epochs, path):

@@ -27,7 +27,6 @@ MAX_PIXELS = 100_000_000  # DATA.MAX_PIXELS of those who have no config
 _TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2))
 _LOOKED_AT = 256  # images of a set whose EXIF orientations are counted
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of the machine, which is no fault of a file
-SPLITS = ("train", "val", "test")
 
 
 class DataError(UserError):
@@ -182,11 +181,6 @@ class ImageFolder(torchvision.datasets.ImageFolder):
     def report(self):
         """Log what was found and what was ignored."""
         report_found(self, self.ignored)
-        for folder in (os.path.join(self.root, name) for name in self.classes if name in SPLITS):
-            if list_folder(folder)[0]:
-                logger.warning(
-                    f"{folder}, which holds folders, is taken for a class: if it is a set of its own, move it"
-                )
 
 
 def report_orientations(paths, stored, turn):

@@ -263,15 +263,6 @@ class Annotations:
             place.copy_(torch.from_numpy(coco_mask.decode(code)))
         return dict(truth, masks=masks)
 
-    def crowd_of(self, record):
-        """Where an image record has crowds: (height, width), 0 and 1, uint8."""
-        size = record["height"], record["width"]
-        crowd = np.zeros(size, dtype=np.uint8)
-        for item in json.loads(self._by_image[record["id"]]):
-            if item.get("iscrowd"):
-                crowd |= coco_mask.decode(code_of(item, size))
-        return crowd
-
     def report(self):
         """Log what was found, and what was left out: how much, why, and an example."""
         objects = list(self.objects_in.values())

@@ -26,8 +26,7 @@ def draw_detections(samples, names, path, smallest_score=0.5, turn=False):
 
     Args:
         samples: (image path, ground truth, detection), both dicts of boxes (N, 4), labels (N,) and masks
-            (N, H, W) in pixels of the image; the detection has scores (N,), too, and the ground truth may
-            have ``crowd``, a mask (H, W) of what counts neither for nor against a detection.
+            (N, H, W) in pixels of the image; the detection has scores (N,), too.
         names: of the categories; label 1 is the first.
         path: PNG file to write.
         smallest_score: detections below are not drawn.
@@ -46,7 +45,6 @@ def draw_detections(samples, names, path, smallest_score=0.5, turn=False):
         kept = detection["scores"] >= smallest_score
         image = pil_to_tensor(read_annotated(read, file, truth["masks"].shape[1:]))
         _draw(left, image, truth, names)
-        draw_crowd(left, truth.get("crowd"))
         _draw(right, image, {name: value[kept] for name, value in detection.items()}, names)
         left.set_title(drawable(f"{os.path.basename(file)}: ground truth"), fontsize=8, parse_math=False)
         right.set_title(f"detections of score {smallest_score} and more", fontsize=8)
@@ -88,16 +86,6 @@ def _colours(labels):
 
 def _as_rgb(colours):
     return [tuple(int(255 * part) for part in to_rgb(colour)) for colour in colours]
-
-
-def draw_crowd(axes, crowd):
-    """Hatch a mask (H, W), unless it is None or empty, and call it crowd."""
-    if crowd is None or not crowd.any():
-        return
-    rows, columns = crowd.nonzero()
-    axes.contourf(crowd, levels=[0.5, 1.5], colors="none", hatches=["xxxx"])
-    place = dict(x=float(columns.mean()), y=float(rows.mean()), ha="center", va="center")
-    axes.text(**place, s="crowd", fontsize=5, bbox=dict(fc="white", ec="none", pad=0.8), clip_on=True)
 
 
 def annotate(image, detection, names):

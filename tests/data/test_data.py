@@ -366,13 +366,6 @@ def test_a_single_class_is_refused_unless_it_is_asked_for(tmp_path):
     assert found() == ["images", "more"]
 
 
-def test_a_set_within_a_set_is_told(tmp_path, caplog):
-    root = tree(tmp_path, "train/a/1.png", "train/val/1.png", "train/train/a/1.png", "train/train/b/1.png")
-    build_dataset(root, "train", None).report()
-    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert warning.startswith(f"{root}/train/train, which holds folders, is taken for a class")
-
-
 @pytest.mark.parametrize("images, batch, warns", [(150, 100, True), (23, 10, True), (100, 90, False)])
 def test_more_than_a_tenth_left_out_is_a_warning(tmp_path, caplog, images, batch, warns):
     tree(tmp_path, *(f"{split}/{i % 2}/{i}.png" for split in ("train", "val") for i in range(images)))

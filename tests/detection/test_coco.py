@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from helpers import Started, coco_config, run_forked
-from matplotlib.figure import Figure
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
@@ -28,7 +27,7 @@ from data.samplers import TrainBatchSampler, group
 from detection.dataset import Annotations, build_detection_dataset, runs_of
 from detection.evaluation import METRICS, average_precision, table, to_results
 from detection.loaders import BatchToDevice, build_detection_loaders, collate_detection
-from detection.pictures import draw_crowd, draw_detections
+from detection.pictures import draw_detections
 from detection.transforms import Transform, change_pillow
 from logger import read_metrics
 
@@ -474,20 +473,6 @@ def test_ground_truth_and_detections_are_drawn_side_by_side(tmp_path, shapes):
     draw_detections(samples, ["circle", "1.5", "$\\frac$"], str(path))
     with Image.open(path) as picture:
         assert picture.width > 700 and len(picture.convert("RGB").getcolors(10**7)) > 1000
-
-
-def test_crowds_are_hatched_and_called_crowd():
-    crowd = np.zeros((10, 12), dtype=np.uint8)
-    for drawn in (None, crowd):
-        axes = Figure().subplots()
-        draw_crowd(axes, drawn)
-        assert not axes.texts and not axes.collections
-    crowd[2:5, 6:9] = 1
-    draw_crowd(axes, crowd)
-    (word,), (hatched,) = axes.texts, axes.collections
-    assert word.get_text() == "crowd" and word.get_position() == (7, 3)
-    extent = hatched.get_paths()[0].get_extents()
-    assert extent.bounds == pytest.approx((5.5, 1.5, 3, 3)) and hatched.hatches == ["xxxx"]
 
 
 def command(*arguments, processes=1):

@@ -14,7 +14,6 @@ import socket
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -254,21 +253,6 @@ def test_a_wrong_checkpoint_is_told_before_the_data_are_looked_at(tmp_path):
     where = ["--data-path", tmp_path / "nowhere", "--output", tmp_path, "--resume", tmp_path / "missing.pth"]
     done = run_main(*ARGUMENTS, *where, check=False)
     assert done.returncode == 1 and done.stderr == f"error: no checkpoint file {tmp_path}/missing.pth\n"
-
-
-@pytest.mark.parametrize(
-    "settings, count",
-    [(dict(keep=2), 3), (dict(save_freq=4), 4)],  # two and the best; after epochs 0, 4, 8 and 9
-)
-def test_the_disk_that_checkpoints_will_take_is_told(tmp_path, monkeypatch, settings, count):
-    run = small_run(tmp_path, epochs=10, **settings)
-    size = sum(tensor.nbytes for tensor in run.model.state_dict().values())
-    size += 2 * sum(parameter.nbytes for parameter in run.model.parameters())
-    with logged() as lines:
-        for free in (count * size, count * size - 1):
-            monkeypatch.setattr(shutil, "disk_usage", lambda folder, free=free: SimpleNamespace(free=free))
-            run.warn_of_a_small_disk()
-    assert len(lines) == 1 and f"checkpoints: {count} of {size / 1e6:.0f} MB each will take " in lines[0]
 
 
 def disturbed_run(tmp_path, data, count, processes, kills, opts):

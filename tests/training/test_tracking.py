@@ -175,17 +175,6 @@ def test_the_first_batch_is_drawn_once_and_not_again_by_a_resumed_run(tmp_path):
     assert image(tmp_path / "tensorboard", "train/first_batch")[0] == 0
 
 
-def test_tensorboard_shows_the_worst_mistakes_of_the_last_evaluation_and_of_eval(trained, data):
-    folder = run_folder(trained)
-    step, found = image(folder / "tensorboard", "epoch/mistakes")
-    last = ["--eval", "--resume", folder / "ckpt_epoch_1.pth"]
-    run_main(*ARGUMENTS[:4], *last, "--data-path", data, "--output", trained)
-    with Image.open(folder / "eval_mistakes.png") as sheet:
-        expected = np.asarray(sheet)
-    assert step == 17 and expected.any() and (found == expected).all()
-    assert (image(folder / "tensorboard" / "eval", "eval/mistakes")[1] == expected).all()
-
-
 def test_a_run_with_a_tracker_gives_it_what_tensorboard_gets_and_changes_no_bit(
     stand_in, trained, data, tmp_path
 ):
