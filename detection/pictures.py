@@ -12,13 +12,13 @@ from PIL import Image, ImageDraw
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_segmentation_masks
 
-from analysis.report import contact_sheet, drawable, enlarged, finish_curves, fitting, font, shown
+from analysis.report import contact_sheet, enlarged, finish_curves, fitting, font, shown
 from data.datasets import load_image
 from utils import replacing
 
 from .dataset import read_annotated
 
-_COLOURS = [f"C{i}" for i in range(10)]
+_COLOURS = [tuple(int(255 * part) for part in to_rgb(f"C{i}")) for i in range(10)]
 
 
 def draw_detections(samples, names, path, smallest_score=0.5, turn=False):
@@ -33,59 +33,17 @@ def draw_detections(samples, names, path, smallest_score=0.5, turn=False):
         turn: whether evaluation turned images as EXIF says.
     """
     read = functools.partial(load_image, max_pixels=math.inf, turn=turn)
-    columns = 2 if len(samples) > 3 else 1
-    rows = -(-len(samples) // columns)
-    figure = Figure(figsize=(6.4 * columns, 2.9 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(rows, 2 * columns, squeeze=False)
-    for axes in panels.flat:
-        axes.axis("off")
-    for i, (file, truth, detection) in enumerate(samples):
-        left, right = panels[i // columns, 2 * (i % columns) :][:2]
+    tiles = []
+    for file, truth, detection in samples:
+        image = read_annotated(read, file, truth["masks"].shape[1:])
         kept = detection["scores"] >= smallest_score
-        image = pil_to_tensor(read_annotated(read, file, truth["masks"].shape[1:]))
-        _draw(left, image, truth, names)
-        _draw(right, image, {name: value[kept] for name, value in detection.items()}, names)
-        left.set_title(drawable(f"{os.path.basename(file)}: ground truth"), fontsize=8, parse_math=False)
-        right.set_title(f"detections of score {smallest_score} and more", fontsize=8)
-        if not kept.any():
-            words = f"no detection of score {smallest_score} and more"
-            style = dict(transform=right.transAxes, ha="center", va="center", fontsize=7, color="white")
-            right.text(0.5, 0.5, words, bbox=dict(fc="black", alpha=0.6, ec="none"), **style)
+        found = {name: value[kept] for name, value in detection.items()}
+        below = f"{kept.sum()} detections of score {smallest_score} and more"
+        tiles.append((annotate(image, truth, names), [f"{os.path.basename(file)}: ground truth"]))
+        tiles.append((annotate(image, found, names), [below]))
+    sheet = contact_sheet(tiles, "Ground truth and detections", 4 if len(samples) > 3 else 2, 560)
     with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
-
-
-def _draw(axes, image, objects, names):
-    colours = _colours(objects["labels"])
-    if colours:
-        image = draw_segmentation_masks(image, objects["masks"].bool(), alpha=0.45, colors=_as_rgb(colours))
-    axes.imshow(image.movedim(0, 2))
-    scores = objects.get("scores", torch.full(objects["labels"].shape, torch.nan)).tolist()
-    for box, label, score, colour in zip(
-        objects["boxes"].tolist(), objects["labels"].tolist(), scores, colours
-    ):
-        x1, y1, x2, y2 = box
-        axes.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], color=colour, lw=1)
-        name = drawable(names[label - 1])
-        text = (name if len(name) <= 24 else f"{name[:23]}…") + ("" if score != score else f" {score:.2f}")
-        background = dict(fc=colour, ec="none", pad=0.8)
-        # Inside the image: to the left of its right half's corners, and below an edge at the top.
-        across = dict(x=x1, ha="left") if x1 < image.shape[2] / 2 else dict(x=x2, ha="right")
-        va = "bottom" if y1 > 0.08 * image.shape[1] else "top"
-        axes.text(
-            s=text,
-            **across, y=y1, fontsize=5, color="white", va=va, bbox=background, parse_math=False, clip_on=True,
-        )  # fmt: skip
-    axes.set(xlim=(0, image.shape[2]), ylim=(image.shape[1], 0))
-
-
-def _colours(labels):
-    return [_COLOURS[(label - 1) % len(_COLOURS)] for label in labels.tolist()]
-
-
-def _as_rgb(colours):
-    return [tuple(int(255 * part) for part in to_rgb(colour)) for colour in colours]
+        sheet.save(temporary, format="PNG")
 
 
 def annotate(image, detection, names):
@@ -98,7 +56,7 @@ def annotate(image, detection, names):
     if not len(detection["labels"]):
         return image
     scores = detection.get("scores", torch.ones(len(detection["labels"]))).tolist()
-    colours = _as_rgb(_colours(detection["labels"]))
+    colours = [_COLOURS[(label - 1) % len(_COLOURS)] for label in detection["labels"].tolist()]
     masks = detection["masks"].repeat_interleave(factor, 1).repeat_interleave(factor, 2)
     picture = draw_segmentation_masks(pil_to_tensor(image), masks.bool(), alpha=0.4, colors=colours)
     picture = to_pil_image(picture)
