@@ -41,14 +41,14 @@ class RunRecord:
         self.picture = os.path.join(folder, "curves.png")
         self.board, self.board_folder = None, os.path.join(folder, "tensorboard")
         self.tracker = None
-        self.epochs, self.update, self.purge_step, self.batch_due = [], 0, 0, False
+        self.epochs, self.purge_step, self.batch_due = [], 0, False
 
     def start(self, epoch, update):
         """Go on from an epoch and an update of the run; what an interrupted run wrote beyond is dropped."""
         if self.silent:
             return
         self.epochs = [row for row in read_metrics(self.path, self.drawn) if row["epoch"] < epoch]
-        self.update = self.purge_step = update
+        self.purge_step = update
         self.batch_due = not update
         if self.tracker is not None:
             self.tracker.start(update)
@@ -58,15 +58,10 @@ class RunRecord:
         self._write_scalars("train", values, update)
 
     def first_batch(self, draw):
-        """Write the TensorBoard image ``train/first_batch`` of a run from scratch, which ``draw`` returns."""
+        """Write the TensorBoard image ``train/first_batch`` of a run from scratch: ``draw`` returns it."""
         if self.batch_due:
-            self.batch_due = False
-            self.image("train/first_batch", draw())
-
-    def image(self, tag, picture):
-        """Write a PIL image for TensorBoard, at the last update that was written."""
-        pixels = np.asarray(picture)
-        self._write(lambda board: board.add_image(tag, pixels, self.update, dataformats="HWC"), pixels.nbytes)
+            self.batch_due, pixels, tag = False, np.asarray(draw()), "train/first_batch"
+            self._write(lambda board: board.add_image(tag, pixels, dataformats="HWC"), pixels.nbytes)
 
     def end_epoch(self, update, **row):
         """Write the metrics of an epoch, which must include ``epoch``, and draw the curves again."""
@@ -89,7 +84,6 @@ class RunRecord:
             self.tracker.finish()
 
     def _write_scalars(self, group, values, update):
-        self.update = update
         tags = {f"{group}/{name}": value for name, value in values.items()}
         self._write(lambda board: [board.add_scalar(tag, value, update) for tag, value in tags.items()])
         if self.tracker is not None:
