@@ -38,10 +38,10 @@ def draw_detections(samples, names, path, smallest_score=0.5, turn=False):
         image = read_annotated(read, file, truth["masks"].shape[1:])
         kept = detection["scores"] >= smallest_score
         found = {name: value[kept] for name, value in detection.items()}
-        below = f"{kept.sum()} detections of score {smallest_score} and more"
+        below = f"detections of score {smallest_score} and more: {kept.sum()}"
         tiles.append((annotate(image, truth, names), [f"{os.path.basename(file)}: ground truth"]))
         tiles.append((annotate(image, found, names), [below]))
-    sheet = contact_sheet(tiles, "Ground truth and detections", 4 if len(samples) > 3 else 2, 560)
+    sheet = contact_sheet(tiles, "Ground truth and detections", 4 if len(samples) > 3 else 2, 480)
     with replacing(path) as temporary:
         sheet.save(temporary, format="PNG")
 
