@@ -153,13 +153,12 @@ def files_in(path):
     The Counter has what is ignored already: all but the last member of a name, and what is no file.
 
     Raises:
-        DataError: the tar is damaged or compressed, or has a tar, or an image that is a link or sparse.
+        DataError: the tar is damaged or compressed, or has an image that is a link or sparse.
     """
     files, links, ignored = {}, set(), collections.Counter()
     for member in members_of(path):
-        name = re.sub(
-            r"^/*(\.\./)*", "", posixpath.normpath(member.name)
-        )  # below the folder, as tar unpacks it
+        # Below the current folder, as tar unpacks it.
+        name = re.sub(r"^/*(\.\./)*", "", posixpath.normpath(member.name))
         if member.isdir():
             continue
         if files.pop(name, None) or name in links:
