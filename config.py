@@ -6,11 +6,8 @@ official release.
 """
 
 import argparse
-import difflib
-import errno
 import os
 import re
-import stat
 import sys
 
 from utils import adopt_launcher, check_environment, printable, telling_errors
@@ -22,20 +19,7 @@ from yacs.config import CfgNode
 import config_rules as rules
 from config_rules import APART, CHOICES, OPTIMIZERS, ConfigError  # noqa: F401, they are imported from here
 
-# Limits on included files, so that a malicious config cannot hang the parser.
-MOST_FILES, MOST_BYTES = 100, 100_000
-
-# Flags of Swin's main.py that mean nothing here, and what to do instead.
-ELSEWHERE = {
-    "--fused-window-process": "messengers exchange without shifted windows, so there is nothing to fuse: "
-    "leave it out",
-    "--fused-layernorm": "--opts AMP.FUSED_LAYERNORM True takes apex's; PyTorch's own LayerNorm is one "
-    "kernel too, so you may leave it out",
-    "--zip": "unpack the archives into train/<class>/<image> and val/<class>/<image>, see the README, or "
-    "give tars with --opts DATA.DATASET tar, see docs/data.md",
-    "--cache-mode": "images are read from the folder, and the system's own cache keeps them: leave it out",
-    "--throughput": "detect.py has no such mode; main.py times the classifier",
-}
+MOST_BYTES = 100_000  # of the config in a checkpoint, which may be a stranger's
 
 
 def default_config():
@@ -66,10 +50,8 @@ def default_config():
     # An image that cannot be read: raise ends the run; skip logs it, takes another in training and leaves it
     # out in evaluation, and ends the run when more than 1% of the set fail (of fewer than 100 images, one).
     config.DATA.ON_ERROR = "raise"
-    # Larger images count as unreadable: pixels, each of which may take 8 bytes of the file, and scans of a
-    # JPEG (progressive ones have about 10). What decodes for minutes or needs gigabytes is beyond that.
+    # Images of more pixels count as unreadable: they would need gigabytes.
     config.DATA.MAX_PIXELS = 100_000_000
-    config.DATA.MAX_SCANS = 100
     # Photos that are stored turned and carry an EXIF orientation: ignore it, as the official code does, or
     # apply it in training and evaluation. Predictions and pictures of messengers always apply it.
     config.DATA.EXIF_ORIENTATION = "ignore"
@@ -104,7 +86,7 @@ def default_config():
     config.MODEL.MSG = CfgNode()
     # Side of a patch, in pixels.
     config.MODEL.MSG.PATCH_SIZE = 4
-    # Image channels. With data 3; or with DATA.BACKEND pil 1, images become grey, or 4, RGB and alpha.
+    # Image channels. With data 3; or with DATA.BACKEND pil 1: images become grey.
     config.MODEL.MSG.IN_CHANS = 3
     # Channels of the first stage; they double in every stage.
     config.MODEL.MSG.EMBED_DIM = 96
@@ -218,13 +200,10 @@ def default_config():
     config.DISTILL.ALPHA = 0.5
 
     config.AUG = CfgNode()
-    # Colour jitter strength; only where AUTO_AUGMENT is none or 3a.
+    # Colour jitter strength; only where AUTO_AUGMENT is none.
     config.AUG.COLOR_JITTER = 0.4
-    # timm's AutoAugment / RandAugment / AugMix string, 3a for the 3-Augment of DeiT III, or none.
+    # timm's AutoAugment / RandAugment / AugMix string, or none.
     config.AUG.AUTO_AUGMENT = "rand-m9-mstd0.5-inc1"
-    # Repeated augmentation, as in DeiT: how often an epoch takes an image, each time augmented differently.
-    # It then takes so many times fewer images, others each time, and lasts as many updates as ever.
-    config.AUG.REPEATED = 1
     # Probability of a horizontal flip.
     config.AUG.HFLIP = 0.5
     # Random erasing: probability, fill (pixel, rand, const), rectangles.
@@ -330,8 +309,8 @@ def default_config():
     config.DIST.TIMEOUT_SECONDS = 600
 
     config.LOG = CfgNode()
-    # Where else the scalars of TensorBoard go: wandb (Weights & Biases, offline unless WANDB_MODE says
-    # otherwise), trackio (on this machine), or empty, nowhere. Each is a package to install.
+    # Where else the scalars of TensorBoard go: wandb (Weights & Biases, a package to install; offline unless
+    # WANDB_MODE says otherwise), or empty, nowhere.
     config.LOG.TRACKER = ""
 
     # Root of the output folder; the run writes to OUTPUT/MODEL.NAME/TAG.
@@ -358,16 +337,10 @@ def parse_args(description, throughput=False, argv=None):
         throughput: whether the program has a mode that times inference.
 
     Raises:
-        ConfigError: an unknown flag, with the one that was probably meant.
         UserError: the variables of a launcher do not fit together.
     """
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    flags = ["-h", "--help"]
-
-    def add(flag, to=parser, **options):
-        to.add_argument(flag, **options)
-        flags.append(flag)
-
+    add = parser.add_argument
     add("--cfg", required=True, metavar="FILE", help="YAML config")
     add("--opts", nargs="+", metavar="KEY VALUE", help="change config keys, e.g. TRAIN.EPOCHS 100")
     add("--batch-size", type=int, help="images per process and micro-batch")
@@ -381,8 +354,8 @@ def parse_args(description, throughput=False, argv=None):
     )
     amp = parser.add_mutually_exclusive_group()
     levels = CHOICES["AMP_OPT_LEVEL"]
-    add("--amp-opt-level", to=amp, choices=levels, help="O0: float32; O1: mixed precision; O2: as O1")
-    add("--disable-amp", to=amp, dest="amp_opt_level", action="store_const", const="O0", help="float32")
+    amp.add_argument("--amp-opt-level", choices=levels, help="O0: float32; O1: mixed precision; O2: as O1")
+    amp.add_argument("--disable-amp", dest="amp_opt_level", action="store_const", const="O0", help="float32")
     add("--device", choices=CHOICES["DEVICE"][1:], help="default: cuda where there is one, else cpu")
     add("--output", metavar="DIR", help="results go to <output>/<model name>/<tag>; default: output")
     add("--tag", help="name of this run; default: default")
@@ -393,31 +366,13 @@ def parse_args(description, throughput=False, argv=None):
     words = []
     for word in sys.argv[1:] if argv is None else argv:
         flag, *value = word.split("=", 1)
-        if re.match("--?[A-Za-z]", flag):
-            dashed = flag.replace("_", "-")
-            if dashed not in flags:
-                raise ConfigError(f"unknown flag {rules.show_value(flag)}; {_flag_hint(dashed, flags)}")
-            flag = dashed
-        words.append("=".join([flag, *value]))
+        words.append("=".join([flag.replace("_", "-") if flag.startswith("--") else flag, *value]))
     args = parser.parse_args(words)
     if args.local_rank is not None and os.environ.get("RANK"):  # launchers of old gave the flag alone
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     adopt_launcher()
     args.local_rank = int(os.environ.get("LOCAL_RANK") or args.local_rank or 0)
     return args
-
-
-def _flag_hint(flag, flags):
-    """What to use in place of an unknown flag."""
-    name = flag.lstrip("-").lower()
-    if f"--{name}" in ELSEWHERE:
-        return ELSEWHERE[f"--{name}"]
-    near = [known for known in flags if known.startswith(f"--{name}")]
-    near = near or difflib.get_close_matches(f"--{name}", flags, 1, 0.7)
-    if near:
-        return f"did you mean {near[0]}?"
-    key = rules.nearest_key(name)
-    return f"did you mean --opts {key} VALUE?" if key else "--help lists every flag"
 
 
 def read_command_line(description, dataset, throughput=False):
@@ -446,7 +401,7 @@ def get_config(args, dataset=None):
             out.
     """
     config, sources = default_config(), {}
-    _merge_file(config, os.path.expanduser(args.cfg), sources, (), [])
+    _merge_file(config, os.path.expanduser(args.cfg), sources)
     opts = list(getattr(args, "opts", None) or [])
     if len(opts) % 2:
         raise ConfigError(f"--opts takes pairs of KEY VALUE, but {rules.show_value(opts[-1])} has no partner")
@@ -509,8 +464,8 @@ def parse_config(text, source):
     tree = rules.read_tree(text, source, values_as_text=True)
     tree.pop("BASE", None)
     for key, value in rules.leaves(tree):
-        # Training does not decide what the model is, and earlier releases had other options for it.
-        if not key.startswith("TRAIN.") and key not in rules.GONE:
+        # Training and logs do not decide what the model is, and earlier releases had other options for them.
+        if not key.startswith(("TRAIN.", "LOG.")) and key not in rules.GONE:
             rules.assign(config, key, value, source, sources)
     if config.DATA.DATASET == "coco":
         config.COMPILE = False  # once allowed, and without effect
@@ -594,24 +549,17 @@ def function_difference(theirs, ours, source):
     return rules.differences(there, ours)
 
 
-def _merge_file(config, path, sources, parents, sizes):
-    """Merge a YAML file into ``config``, the files of its ``BASE`` first; ``sizes`` are those read so far."""
+def _merge_file(config, path, sources, parents=()):
+    """Merge a YAML file into ``config``, the files of its ``BASE`` first."""
     path = os.path.normpath(path)
     if path in parents:
         raise ConfigError(f"{path}: BASE goes in a circle: {' -> '.join((*parents, path))}")
-    if len(sizes) == MOST_FILES:
-        raise ConfigError(f"{path}: BASE leads to more than {MOST_FILES} files, repeated ones included")
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise OSError(errno.EINVAL, "it is a folder, a pipe or a device")
         with open(path, "rb") as file:
-            text = file.read(MOST_BYTES + 1)
+            text = file.read()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", error)
         raise ConfigError(f"cannot read the config file {path}: {reason}") from error
-    sizes.append(len(text))
-    if sum(sizes) > MOST_BYTES:
-        raise ConfigError(f"{path}: a config and its BASE files may have {MOST_BYTES:,} bytes together")
     tree = rules.read_tree(text, path, values_as_text=True)
     bases = tree.pop("BASE", None) or []
     bases = bases if isinstance(bases, list) else [bases]
@@ -619,6 +567,6 @@ def _merge_file(config, path, sources, parents, sizes):
         raise ConfigError(f"{path}: BASE is {rules.show_value(bases)}, but must be a list of YAML files")
     for base in filter(None, bases):
         base = os.path.join(os.path.dirname(path), os.path.expanduser(base))
-        _merge_file(config, base, sources, (*parents, path), sizes)
+        _merge_file(config, base, sources, (*parents, path))
     for key, value in rules.leaves(tree):
         rules.assign(config, key, value, path, sources)

@@ -137,8 +137,7 @@ def evaluate(model, loader, dataset, compute, config):
                 seen.append(number)
                 if rank == 0 and len(drawn) < config.DET.PICTURES:
                     path, record = files[number]
-                    truth = dict(annotations.truth_of(record, most=200), crowd=annotations.crowd_of(record))
-                    drawn.append((path, truth, detection))
+                    drawn.append((path, annotations.truth_of(record, most=200), detection))
             if step % config.PRINT_FREQ == 0:
                 mean_time = (time.time() - begin) / (step + 1)
                 left = clock((len(loader) - step - 1) * mean_time)

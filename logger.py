@@ -4,10 +4,8 @@ import contextlib
 import datetime
 import json
 import logging
-import logging.handlers
 import os
 import sys
-import threading
 
 from termcolor import colored
 from tqdm import tqdm
@@ -23,23 +21,10 @@ FILE, DETAIL = dict(kind="file"), dict(kind="detail")
 logger = logging.getLogger("msg_transformer")
 
 
-class LogFile(logging.handlers.WatchedFileHandler):
-    """A log file that is opened again after somebody removed it; if the disk is full, the run goes on."""
+class LogFile(logging.FileHandler):
+    """A log file; if the disk is full, the run goes on."""
 
-    def __init__(self, path):
-        super().__init__(path, encoding="utf-8", errors="backslashreplace")
-        self.failed = False
-
-    def emit(self, record):
-        """Write a record, in a new file where the old one is gone."""
-        folder = os.path.dirname(self.baseFilename)
-        try:
-            if not os.path.isdir(folder):
-                print(f"{folder} was removed; making it again", file=sys.stderr)
-                os.makedirs(folder, exist_ok=True)
-            super().emit(record)
-        except OSError:
-            self.handleError(record)
+    failed = False
 
     def handleError(self, record):  # noqa: N802, a name of logging
         """Say once, rather than for every line, that the file cannot be written."""
@@ -59,7 +44,9 @@ def start_logging(folder, rank, training):
     """
     try:
         os.makedirs(folder, exist_ok=True)
-        file = LogFile(os.path.join(folder, f"log_rank{rank}.txt"))
+        file = LogFile(
+            os.path.join(folder, f"log_rank{rank}.txt"), encoding="utf-8", errors="backslashreplace"
+        )
     except OSError as error:
         raise UserError(f"cannot write to the output folder {folder}: {error.strerror}") from error
     logger.setLevel(logging.DEBUG)
@@ -115,10 +102,9 @@ def log_progress(message, seconds):
 
 
 class ProgressBar(tqdm):
-    """tqdm's bar on a terminal, redrawn every second; elsewhere it shows nothing.
+    """tqdm's bar on a terminal; elsewhere it shows nothing.
 
-    Its rate, and so the time left, do not count what comes before the first step is done: workers that start,
-    kernels that are compiled. ``options`` are tqdm's, such as ``initial``, the steps that are done already.
+    ``options`` are tqdm's, such as ``initial``, the steps that are done already.
     """
 
     monitor_interval = 0  # no thread of tqdm's own
@@ -126,37 +112,12 @@ class ProgressBar(tqdm):
     def __init__(self, what, total, **options):
         options = dict(dict(disable=not on_terminal(), file=sys.stdout, unit="batch", leave=False), **options)
         super().__init__(desc=what, total=total, miniters=1, dynamic_ncols=True, **options)
-        self.started, self.closing = False, threading.Event()
-        if not self.disable:
-            self.clock = threading.Thread(target=self._tick, daemon=True)
-            self.clock.start()
-
-    def _tick(self):
-        while not self.closing.wait(1):
-            self.refresh()
 
     def over(self, items):
         """Yield ``items``, each of which is a step, done when the next one is asked for."""
         for item in items:
             yield item
             self.update()
-
-    def update(self, n=1):
-        """Count ``n`` steps."""
-        if not self.started and not self.disable:
-            self.started, self.n = True, self.n + n
-            self.initial = self.last_print_n = self.n
-            self.start_t = self.last_print_t = self._time()
-            self.refresh()
-        else:
-            super().update(n)
-
-    def close(self):
-        """Remove the bar; nothing redraws it afterwards."""
-        if not self.disable:
-            self.closing.set()
-            self.clock.join(2)
-        super().close()
 
 
 def write_config(folder, name, text):

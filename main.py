@@ -18,9 +18,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import distributed
-from analysis.report import OutcomeCollector, batch_sheet, show_mistakes, write_report
+from analysis.report import OutcomeCollector, batch_sheet, write_report
 from data import build_loaders
-from data.mixup import build_augmentation
+from data.transforms import build_augmentation
 from logger import DETAIL, ProgressBar, clock, log_progress
 from models import build_model, build_runtime, compile_model, count_macs, inference
 from training.distillation import build_distillation
@@ -47,14 +47,13 @@ def train(config, setup):
     train_loader, sampler, val_loader, classes = read_data(config, setup)
     model = make_model(config, setup, classes, train_loader, val_loader)
     run = build_run(config, model, sampler, setup, TASK)
-    losses_of, collector = build_losses(config, run), OutcomeCollector()
+    losses_of = build_losses(config, run)
     for _epoch in run.epochs_left():
         means = train_one_epoch(run, train_loader, losses_of)
         figures = run.figures_of(
-            lambda module: evaluate(module, val_loader, setup.compute, config.PRINT_FREQ, collector.start())
+            lambda module: evaluate(module, val_loader, setup.compute, config.PRINT_FREQ)
         )
         run.end_epoch(means, figures)
-    show_mistakes(run.record, collector, val_loader, classes)
 
 
 def evaluate_checkpoint(config, setup):

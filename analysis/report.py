@@ -1,12 +1,12 @@
-"""What an evaluation leaves for people, and how predictions are drawn."""
+"""What training and evaluation leave for people, and how predictions are drawn."""
 
 import contextlib
 import csv
 import functools
 import json
 import logging
+import math
 import os
-import time
 from dataclasses import dataclass
 
 import matplotlib
@@ -16,10 +16,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
+from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.nn.functional import cross_entropy
-from torch.utils.tensorboard import SummaryWriter
 
 from distributed import gather_lists
 from logger import DETAIL
@@ -63,12 +63,7 @@ class OutcomeCollector:
     """Collects the :class:`Outcomes` of an evaluation while it runs, on every process those of its images."""
 
     def __init__(self):
-        self.used, self.rows, self.worst, self.count = False, [], [], 0
-
-    def start(self):
-        """Begin an evaluation, and forget any before; returns itself."""
-        self.used, self.rows, self.worst, self.count = True, [], [], 0
-        return self
+        self.rows, self.worst, self.count = [], [], 0
 
     def add(self, images, targets, logits):
         """Take a batch: images (B, C, H, W) as the model saw them, targets (B,), logits (B, classes)."""
@@ -190,8 +185,6 @@ def confusions(outcomes):
 def write_report(folder, outcomes, names, paths, about):
     """Write what an evaluation found to the files :data:`FILES` of a folder; on failure say so and go on.
 
-    An earlier report that says something else is moved to ``eval_<its time>/`` first.
-
     Args:
         outcomes: the :class:`Outcomes` of all processes.
         names: of the classes.
@@ -215,7 +208,6 @@ def write_report(folder, outcomes, names, paths, about):
     )
     target = os.path.join(folder, FILES[0])
     try:
-        _keep_earlier(folder, content)
         with replacing(target) as temporary, open(temporary, "w", encoding="utf-8") as file:
             json.dump(content, file, indent=1)
         with (
@@ -229,7 +221,6 @@ def write_report(folder, outcomes, names, paths, about):
         sheet = mistakes_sheet(outcomes, names)
         with replacing(os.path.join(folder, FILES[3])) as temporary:
             sheet.save(temporary, format="PNG")
-        write_image(os.path.join(folder, "tensorboard", "eval"), "eval/mistakes", sheet)
     except OSError as problem:
         logger.error(f"cannot write the report of the evaluation to {folder}: {problem.strerror or problem}")
         return
@@ -260,25 +251,6 @@ def _mistake(outcomes, place, names, paths):
         predicted=names[outcomes.predicted[place]],
         **{name: float(values[place]) for name, values in numbers.items()},
     )
-
-
-def _keep_earlier(folder, content):
-    """Move an earlier report of something else out of the way, and say so."""
-    path = os.path.join(folder, FILES[0])
-    if not os.path.exists(path):
-        return
-    with contextlib.suppress(ValueError), open(path, encoding="utf-8") as file:
-        if json.load(file) == json.loads(json.dumps(content)):
-            return
-    made = time.strftime("%Y%m%d-%H%M%S", time.localtime(os.path.getmtime(path)))
-    kept, number = os.path.join(folder, f"eval_{made}"), 1
-    while os.path.exists(kept):
-        kept, number = os.path.join(folder, f"eval_{made}-{number}"), number + 1
-    os.mkdir(kept)
-    for name in FILES:
-        with contextlib.suppress(FileNotFoundError):
-            os.replace(os.path.join(folder, name), os.path.join(kept, name))
-    logger.info(f"the report of an earlier evaluation is now in {kept}")
 
 
 def chosen_classes(pairs, count, most=MOST_DRAWN):
@@ -368,21 +340,6 @@ def mistakes_sheet(outcomes, names):
         )
         tiles.append((Image.fromarray(pixels), below))
     return contact_sheet(tiles, title if wrong else "no mistakes", 4)
-
-
-def show_mistakes(record, collector, loader, names):
-    """Write the worst mistakes of the last evaluation of a run for TensorBoard; all processes must call it.
-
-    Args:
-        record: the run's :class:`~training.tracking.RunRecord`.
-        collector: was given that evaluation.
-        loader: gave its images.
-        names: of the classes.
-    """
-    outcomes = collector.gather(loader.indices_seen()) if collector.used else None
-    if outcomes is not None:
-        record.image("epoch/mistakes", mistakes_sheet(outcomes, names))
-        record.close()
 
 
 def batch_sheet(images, targets, names, most=48):
@@ -494,10 +451,47 @@ def fitting(text, letters, width):
     return text + "…"
 
 
-def write_image(folder, tag, picture):
-    """Write a PIL image to a TensorBoard file of its own in ``folder``.
+def draw_curves(epochs, path):
+    """Draw loss, accuracy and learning rate over the epochs to a PNG file.
 
-    A second file beside that of a run would keep TensorBoard from reading on in the first.
+    Rows have epoch (from 0), train_loss, val_loss, acc1, acc5 (percent), lr; of an averaged model also
+    ema_acc1.
     """
-    with contextlib.closing(SummaryWriter(folder)) as board:
-        board.add_image(tag, np.asarray(picture), dataformats="HWC")
+    x = [row["epoch"] for row in epochs]
+    figure = Figure(figsize=(10, 3.3), layout="constrained")
+    FigureCanvasAgg(figure)
+    loss, accuracy, rate = figure.subplots(1, 3)
+    marker = "o" if len(x) < 40 else ""
+    loss.plot(x, [row["train_loss"] for row in epochs], marker=marker, ms=3, label="training (augmented)")
+    loss.plot(x, [row["val_loss"] for row in epochs], marker=marker, ms=3, label="validation")
+    loss.set(title="Cross entropy", ylim=(0, None))
+    ema = [row.get("ema_acc1", math.nan) for row in epochs]
+    scores = [max(row["acc1"], row.get("ema_acc1", 0)) for row in epochs]
+    best, best_epoch = max(scores), epochs[scores.index(max(scores))]["epoch"]
+    accuracy.plot(x, [row["acc1"] for row in epochs], marker=marker, ms=3, label="top-1")
+    accuracy.plot(x, [row["acc5"] for row in epochs], marker=marker, ms=3, label="top-5")
+    if not all(map(math.isnan, ema)):
+        accuracy.plot(x, ema, marker=marker, ms=3, label="top-1 of the average (EMA)")
+    accuracy.plot(best_epoch, best, "*", ms=11, color="black", label=f"best top-1, epoch {best_epoch}")
+    accuracy.set(title=f"Validation: best top-1 {best:.2f}% (epoch {best_epoch})", ylabel="%")
+    for axes in (loss, accuracy):
+        axes.legend(fontsize=8.5)
+    finish_curves(figure, rate, epochs, best_epoch, path)
+
+
+def finish_curves(figure, rate, epochs, best_epoch, path):
+    """Draw the learning rate in the axes ``rate``, finish all axes of a figure of curves, and write a PNG."""
+    x = [row["epoch"] for row in epochs]
+    rate.plot(x, [row["lr"] for row in epochs], marker="o" if len(x) < 40 else "", ms=3, color="black")
+    rate.set(title="Learning rate, epoch's end", ylim=(0, None))
+    rate.yaxis.set_major_formatter("{x:.3g}")  # not 0.2 and a factor above the axis, which moves the title
+    for axes in figure.axes:
+        axes.set_title(axes.get_title(), fontsize=10)
+        axes.set_xlabel("epoch, as in checkpoint names", fontsize=9)
+        axes.axvline(best_epoch, color="black", lw=0.8, ls=":")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if len(x) < 3:  # no ticks between epochs, and none for epochs to come
+            axes.set(xticks=x, xlim=(x[0] - 0.5, x[-1] + 0.5))
+        axes.grid(alpha=0.3)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")

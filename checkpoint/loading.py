@@ -6,8 +6,6 @@ from collections import Counter
 
 import torch
 
-from utils import advice_on_look_alikes
-
 from .contents import NEW_RUN, CheckpointError, classes_of, optimizer_of, own_config, short, weights_of
 from .resize import fit_weights
 
@@ -108,7 +106,7 @@ def class_difference(saved, own):
         if names:
             some = ", ".join(map(short, names[:3]))
             parts.append(f"only {where} has {some}{' ...' if len(names) > 3 else ''}")
-    return "; ".join(parts) + advice_on_look_alikes([*lost, *new])
+    return "; ".join(parts)
 
 
 def _misfit(name, theirs, own):
@@ -155,8 +153,6 @@ def _diagnosis(weights, own):
 def load_optimizer(optimizer, model, checkpoint, path):
     """Load the optimizer's state, that of official checkpoints included.
 
-    Where the parameter groups were others, see :func:`_earlier_groups`, the state is put where it belongs.
-
     Raises:
         CheckpointError: the state belongs to other parameters, or is broken.
     """
@@ -173,15 +169,13 @@ def load_optimizer(optimizer, model, checkpoint, path):
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     ours = [len(group["params"]) for group in optimizer.param_groups]
     theirs = [len(group["params"]) for group in saved]
-    earlier, change = _earlier_groups(optimizer, model)
+    official = _official_groups(optimizer, model)
     if theirs == ours:
         moments = state["state"]
-    elif theirs == list(map(len, earlier)):
-        there = [id(parameter) for group in earlier for parameter in group]
+    elif theirs == list(map(len, official)):
+        there = [id(parameter) for group in official for parameter in group]
         moments = {index: state["state"].get(there.index(id(p))) for index, p in enumerate(parameters)}
         moments = {index: value for index, value in moments.items() if value is not None}
-        if change:
-            logger.warning(f"{path} is of an earlier release, {change}; the optimizer's state is kept")
     else:
         raise CheckpointError(
             f"{path}: the optimizer state has groups of {theirs} parameters, this run {ours}: another "
@@ -207,34 +201,10 @@ def _kind(groups):
     return " and ".join(sorted({"adamw" if "betas" in group else "sgd" for group in groups}))
 
 
-def _earlier_groups(optimizer, model):
-    """The groups that earlier releases, or the official one, made of the optimizer's parameters.
-
-    The official code decays the messenger tokens by mistake. Earlier releases of this code did not read the
-    patterns in ``no_weight_decay`` of timm's models, and gave mergings a rate of their own.
-
-    Returns:
-        Lists of parameters, and what is different now, in words; empty for the official code.
-    """
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    place, groups = list(names), [group["params"] for group in optimizer.param_groups]
-    if "lr_scale" in optimizer.param_groups[0]:
-        parts = [
-            [p for p in group if (".downsample." in names[id(p)]) == merging]
-            for group in groups
-            for merging in (False, True)
-        ]
-        change = (
-            "which counted mergings as layers: the rates of TRAIN.LAYER_DECAY are from here on as in Swin"
-        )
-        return sorted(filter(None, parts), key=lambda part: place.index(id(part[0]))), change
-    named = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
-    spared = {names[id(p)] for p in groups[-1] if p.ndim > 1 and not names[id(p)].endswith(".bias")}
-    late = spared - set(named) or spared & {"msg_tokens"}
-    change = f"which decayed {', '.join(sorted(late))}: weight decay spares these from here on"
-    decayed = {id(p) for p in groups[0]}
-    earlier = [
-        [p for p in model.parameters() if id(p) in decayed or names[id(p)] in late],
-        [p for p in groups[-1] if names[id(p)] not in late],
+def _official_groups(optimizer, model):
+    """The groups of parameters in the official code, which decays the messenger tokens by mistake."""
+    decayed, tokens = {id(p) for p in optimizer.param_groups[0]["params"]}, getattr(model, "msg_tokens", None)
+    return [
+        [p for p in model.parameters() if id(p) in decayed or p is tokens],
+        [p for p in optimizer.param_groups[-1]["params"] if p is not tokens],
     ]
-    return earlier, change if late - set(named) else ""

@@ -25,12 +25,12 @@ from distributed import from_rank_0
 
 from .datasets import (
     DataError,
-    Stored,
     build_dataset,
     decoding,
     ending,
     is_image,
     load_image,
+    read_file,
     report_found,
     without_pillows_limit,
 )
@@ -73,7 +73,7 @@ class StoredImages(Dataset):
     """Images that are not files of their own, used as an ImageFolder is.
 
     A ``source`` has ``root``, ``classes``, ``targets``, ``paths`` and ``ignored`` as an ImageFolder has them,
-    and ``stored``, which returns the :class:`~data.datasets.Stored` of an index.
+    and ``stored``, which returns the bytes of an image file.
     """
 
     def __init__(self, source, transform, loader):
@@ -96,9 +96,9 @@ class StoredImages(Dataset):
     def __getitem__(self, index):
         path = self.paths[index]
         with decoding(path):
-            stored = self.source.stored(index)
+            content = self.source.stored(index)
         with without_pillows_limit():  # transforms crop, which Pillow limits too
-            return self.transform(self.loader(path, stored=stored)), int(self.targets[index])
+            return self.transform(self.loader(path, content=content)), int(self.targets[index])
 
     def report(self):
         """Log what was found and what was ignored."""
@@ -117,19 +117,14 @@ class Archives(NamedTuple):
     places: np.ndarray  # (images, 3): number of the tar, first byte, bytes
 
     def stored(self, index):
-        """The image of an index."""
+        """The bytes of an image."""
         archive, start, size = self.places[index].tolist()
-        path = self.archives[archive]
-
-        def read():
-            with open(path, "rb") as file:
-                file.seek(start)
-                content = file.read(size)
-            if len(content) < size:
-                raise DataError(f"{path} ends before byte {start + size}: it has changed since the start")
-            return content
-
-        return Stored(size, read)
+        with open(path := self.archives[archive], "rb") as file:
+            file.seek(start)
+            content = file.read(size)
+        if len(content) < size:
+            raise DataError(f"{path} ends before byte {start + size}: it has changed since the start")
+        return content
 
 
 def find_archives(root, split):
@@ -152,91 +147,54 @@ def find_archives(root, split):
     raise DataError(f"{root} holds no tars of {split}: {split}.tar, {split}/*.tar or *-{split}-*.tar")
 
 
-def files_in(path, nested=False):
-    """The files that an unpacked tar would have, with links followed: ({name: (first byte, bytes)}, Counter).
+def files_in(path):
+    """The files that an unpacked tar would have: ({name: (first byte, bytes)}, Counter).
 
-    The Counter has what is ignored already: all but the last member of a name, and what is no file. With
-    ``nested``, the files of tars in it are found too; their names then begin with that of the tar.
+    The Counter has what is ignored already: all but the last member of a name, and what is no file.
 
     Raises:
-        DataError: the tar is damaged or compressed, has a sparse image, or a link to what is no file in it.
+        DataError: the tar is damaged or compressed, or has an image that is a link or sparse.
     """
-    files, links, ignored = {}, {}, collections.Counter()
-    for member, start in members_of(path, nested):
-        name, target = member.name, None
+    files, links, ignored = {}, set(), collections.Counter()
+    for member in members_of(path):
+        # Below the current folder, as tar unpacks it.
+        name = re.sub(r"^/*(\.\./)*", "", posixpath.normpath(member.name))
         if member.isdir():
             continue
-        if files.pop(name, None) or links.pop(name, None):
+        if files.pop(name, None) or name in links:
             ignored["members that a later one replaces"] += 1
-        if member.issparse() and is_image(name):
-            raise DataError(f"{path} has {name} as a sparse file: make the tar without --sparse")
-        if member.islnk():
-            target = member.linkname  # its file as it is now, whatever replaces that later
-        elif member.issym():
-            target = posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))
-        if target in files and member.islnk():
-            files[name] = files[target]
-        elif target is not None:
-            links[name] = target
-        elif member.isfile() and not member.issparse():
-            files[name] = start, member.size
+            links.discard(name)
+        if member.isfile() and not member.issparse():
+            files[name] = member.offset_data, member.size
+        elif is_image(name) and not HIDDEN_FOLDER.match(name):
+            links.add(name)
         else:
             ignored[ending(name)] += 1
-    for name in links:
-        target, passed = links[name], {name}
-        while target in links and target not in passed:
-            passed.add(target)
-            target = links[target]
-        is_lock = posixpath.basename(name).startswith(".") and not is_image(name)  # of an editor
-        if target in files:
-            files[name] = files[target]
-        elif not is_lock and not HIDDEN_FOLDER.match(name):
-            raise DataError(
-                f"{path} has {name}, a link to {links[name]}, which is no file in the tar: make the tar with "
-                "--dereference"
-            )
+    if links:
+        raise DataError(
+            f"{path} has {min(links)} as a link or a sparse file: make the tar with --dereference and "
+            "--hard-dereference, and without --sparse"
+        )
     return files, ignored
 
 
-def members_of(path, nested=False):
-    """Yield what is in a tar as (member, first byte of its file), named as it would be unpacked."""
+def members_of(path):
+    """Yield the members of a tar."""
     try:
         with tarfile.open(path, "r:") as tar:
-            yield from _members(tar, 0, nested)
+            last = -1
+            while (member := tar.next()) is not None:
+                tar.members = []  # it would keep all of them
+                if member.offset <= last:  # of a false size, tarfile might go round in circles
+                    raise tarfile.ReadError("a member begins before the one that precedes it")
+                last = member.offset
+                yield member
     # A damaged file can raise nearly anything.
     except Exception as error:
         reason = str(error) or type(error).__name__
         raise DataError(
             f"{path} cannot be read as an uncompressed tar ({reason}): repair or remove it"
         ) from error
-
-
-def _members(tar, start, nested):
-    last = -1
-    while (member := tar.next()) is not None:
-        tar.members = []  # it would keep all of them
-        member.name = _unpacked(member.name)
-        if member.islnk():
-            member.linkname = _unpacked(member.linkname)
-        if member.offset <= last:  # of a false size, tarfile might go round in circles
-            raise tarfile.ReadError("a member begins before the one that precedes it")
-        last = member.offset
-        is_tar = member.isfile() and member.name.lower().endswith(".tar")
-        if nested and is_tar and not posixpath.basename(member.name).startswith("."):
-            folder = member.name[: -len(".tar")]
-            with tarfile.open(fileobj=tar.extractfile(member), mode="r:") as inner:
-                for inside, place in _members(inner, start + member.offset_data, nested=False):
-                    inside.name = posixpath.join(folder, inside.name)
-                    if inside.islnk():
-                        inside.linkname = posixpath.join(folder, inside.linkname)
-                    yield inside, place
-        else:
-            yield member, start + member.offset_data
-
-
-def _unpacked(name):
-    """The path below the current folder to which tar unpacks a member."""
-    return re.sub(r"^/*(\.\./)*", "", posixpath.normpath(name))
 
 
 def index_archives(kind, root, archives):
@@ -280,11 +238,15 @@ def index_folders(path, is_only):
     that is the only one. Hidden folders are left out. The Counter has what is ignored.
     """
     found, hidden = [], set()
-    files, ignored = files_in(path, nested=True)
+    files, ignored = files_in(path)
     for name, place in files.items():
         folder = posixpath.dirname(name)
         if inside := HIDDEN_FOLDER.match(name):
             hidden.add(inside[0])
+        elif ending(name) == ".tar":
+            raise DataError(
+                f"{path} has the tar {name}: unpack {os.path.basename(path)} into a folder of tars"
+            )
         elif not is_image(name):
             ignored[ending(name)] += 1
         elif not folder and is_only:
@@ -375,11 +337,9 @@ class SavedDataset:
         self.paths, self.ignored = _numbered(self.root, len(self.targets)), collections.Counter()
 
     def stored(self, index):
-        """The image of an index."""
+        """The bytes of an image."""
         image = self.data[index][self.image]
-        if image["bytes"] is None:
-            return Stored.at(image["path"])
-        return Stored(len(image["bytes"]), lambda: image["bytes"])
+        return read_file(image["path"]) if image["bytes"] is None else image["bytes"]
 
 
 def _numbered(root, count):
@@ -422,8 +382,7 @@ class TorchvisionDataset:
         self.paths, self.ignored = _numbered(self.root, len(self.targets)), collections.Counter()
 
     def stored(self, index):
-        """The image of an index, as a file that Pillow reads without a change."""
+        """An image as the bytes of a file, which Pillow reads without a change."""
         file = io.BytesIO()
         self.data[index][0].save(file, "PPM")
-        content = file.getvalue()
-        return Stored(len(content), lambda: content)
+        return file.getvalue()

@@ -4,14 +4,10 @@ import collections
 import contextlib
 import errno
 import io
-import itertools
 import logging
 import os
-import re
 import stat
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torchvision
@@ -20,20 +16,17 @@ from torch.utils.data import Dataset, get_worker_info
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from distributed import seeded
-from utils import UserError, advice_on_look_alikes
+from utils import UserError
 
 logger = logging.getLogger("msg_transformer")
 # Formats of the file names that ImageFolder takes, and GIF, which hides behind them. Not all that Pillow
 # knows: an EPS file would run Ghostscript.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-# DATA.MAX_PIXELS and DATA.MAX_SCANS of those who have no config.
-MAX_PIXELS, MAX_SCANS = 100_000_000, 100
+MAX_PIXELS = 100_000_000  # DATA.MAX_PIXELS of those who have no config
 # What EXIF's orientations from 2 to 8 ask for, so that an image is upright.
 _TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2))
 _LOOKED_AT = 256  # images of a set whose EXIF orientations are counted
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of the machine, which is no fault of a file
-SPLITS = ("train", "val", "test")
-_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # of a JPEG; within a scan are zeros and restarts
 
 
 class DataError(UserError):
@@ -60,55 +53,37 @@ def decoding(path):
         raise DataError(f"{path} cannot be read as an image ({reason}): repair or remove it") from error
 
 
-class Stored(NamedTuple):
-    """An image file, or what is one inside an archive."""
-
-    size: int  # in bytes
-    read: Callable  # returns them
-
-    @classmethod
-    def at(cls, path):
-        """The file at a path; a DataError if it is no regular file."""
-        status = os.stat(path)
-        # A pipe would wait forever, a device would never end.
-        if not stat.S_ISREG(status.st_mode):
-            raise DataError(f"{path} cannot be read as an image: it is not a file; remove it")
-        return cls(status.st_size, Path(path).read_bytes)
+def read_file(path):
+    """The bytes of an image file; a DataError if it is no regular file."""
+    # A pipe would wait forever, a device would never end.
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise DataError(f"{path} cannot be read as an image: it is not a file; remove it")
+    return Path(path).read_bytes()
 
 
-def open_image(path, max_pixels=MAX_PIXELS, max_scans=MAX_SCANS, stored=None):
+def open_image(path, max_pixels=MAX_PIXELS, content=None):
     """Read an image file, and decode its header.
 
     Args:
         max_pixels: what an image may have; a side counts as 16 pixels at least, because short rows cost as
-            much. The file may have 8 bytes for each.
-        max_scans: what a JPEG may have.
-        stored: what to read, a :class:`Stored`, where ``path`` is only a name for messages.
+            much.
+        content: the bytes of the file, where ``path`` is only a name for messages.
 
     Returns:
         The image, whose pixels Pillow decodes when they are asked for, and the bytes of the file.
 
     Raises:
-        DataError: it is no regular file, or no image within the limits.
+        DataError: it is no regular file, or no image within the limit.
     """
-
-    def refuse(found, key, limit):
-        raise DataError(
-            f"{path} cannot be read as an image: it has {found}, and {key} is {limit}: raise that, or remove "
-            "the file"
-        )
-
     with decoding(path):
-        size, read = stored or Stored.at(path)
-        if size > 8 * max_pixels:
-            refuse(f"{size} bytes (8 for a pixel are allowed)", "DATA.MAX_PIXELS", max_pixels)
-        content = read()
+        content = read_file(path) if content is None else content
         with without_pillows_limit():
             image = Image.open(io.BytesIO(content), formats=FORMATS)
         if max(16, image.width) * max(16, image.height) > max_pixels:
-            refuse(f"{image.width}x{image.height} pixels", "DATA.MAX_PIXELS", max_pixels)
-        if content.startswith(b"\xff\xd8") and _has_more_scans(image, content, max_scans):
-            refuse(f"more than {max_scans} scans", "DATA.MAX_SCANS", max_scans)
+            raise DataError(
+                f"{path} cannot be read as an image: it has {image.width}x{image.height} pixels, and "
+                f"DATA.MAX_PIXELS is {max_pixels}: raise that, or remove the file"
+            )
     return image, content
 
 
@@ -120,22 +95,6 @@ def without_pillows_limit():
         yield
     finally:
         Image.MAX_IMAGE_PIXELS = limit
-
-
-def _has_more_scans(image, content, most):
-    """Whether a JPEG has more scans than ``most``: each can take as long to decode as a whole image."""
-    place = scans = 0
-    while scans <= most and (found := _MARKER.search(content, place)):
-        marker, place = content[found.start() + 1], found.end()
-        if marker == 0xD9:  # the end
-            break
-        if marker == 0xDA:
-            scans += 1
-            if "progressive" not in image.info and content[place + 2] == len(image.getbands()):
-                break  # a scan with all colours is the only one
-        if marker >= 0xC0 and marker != 0xD8:
-            place += int.from_bytes(content[place : place + 2], "big")
-    return scans > most
 
 
 def orientation_of(image):
@@ -150,18 +109,18 @@ def orientation_of(image):
     return found if found in _TURNS else 1
 
 
-def load_image(path, max_pixels=MAX_PIXELS, max_scans=MAX_SCANS, mode="RGB", stored=None, turn=True):
+def load_image(path, max_pixels=MAX_PIXELS, mode="RGB", content=None, turn=True):
     """Read an image file with PIL; of an animation the first frame.
 
     Args:
-        max_pixels, max_scans, stored: see :func:`open_image`.
-        mode: PIL's, of the image returned: L, RGB or RGBA, whose alpha is 255 where the file has none.
+        max_pixels, content: see :func:`open_image`.
+        mode: PIL's, of the image returned.
         turn: whether to turn it as its EXIF orientation says, so that it is upright.
 
     Raises:
-        DataError: the file cannot be decoded, or only beyond the limits.
+        DataError: the file cannot be decoded, or only beyond the limit.
     """
-    with decoding(path), open_image(path, max_pixels, max_scans, stored)[0] as image:
+    with decoding(path), open_image(path, max_pixels, content)[0] as image:
         converted = in_8_bits(image, mode, path)
         orientation = orientation_of(image) if turn else 1
         return converted.transpose(_TURNS[orientation]) if orientation > 1 else converted
@@ -222,18 +181,13 @@ class ImageFolder(torchvision.datasets.ImageFolder):
     def report(self):
         """Log what was found and what was ignored."""
         report_found(self, self.ignored)
-        for folder in (os.path.join(self.root, name) for name in self.classes if name in SPLITS):
-            if list_folder(folder)[0]:
-                logger.warning(
-                    f"{folder}, which holds folders, is taken for a class: if it is a set of its own, move it"
-                )
 
 
 def report_orientations(paths, stored, turn):
     """Log how many images have an EXIF orientation, of at most 256 evenly over a set, if any has.
 
-    ``paths`` has the name of every index. ``stored`` returns the :class:`Stored` of an index, or is None
-    where the names are files. ``turn`` says whether images are turned.
+    ``paths`` has the name of every index. ``stored`` returns the bytes of an index, or is None where the
+    names are files. ``turn`` says whether images are turned.
     """
     looked_at = np.unique(np.linspace(0, len(paths) - 1, min(_LOOKED_AT, len(paths))).astype(int)).tolist()
     found = []
@@ -242,7 +196,7 @@ def report_orientations(paths, stored, turn):
         with contextlib.suppress(Exception), without_pillows_limit():
             if stored is None and not os.path.isfile(path):  # a pipe would wait forever
                 continue
-            file = path if stored is None else io.BytesIO(stored(index).read())
+            file = path if stored is None else io.BytesIO(stored(index))
             with Image.open(file, formats=FORMATS) as image:
                 if image.info.get("exif") and orientation_of(image) > 1:
                     found.append(path)
@@ -270,9 +224,9 @@ def report_found(dataset, ignored):
 class TrainingSamples(Dataset):
     """Training samples whose random transforms depend on (seed, epoch, index) only, not on workers.
 
-    Items are asked for by (epoch, index), or (epoch, index, repeat) where an epoch repeats images. An item is
-    (image, target, failed): with ``skip``, an image that cannot be read is replaced by another one, again a
-    function of (seed, epoch, index), and its index is in the list ``failed``.
+    Items are asked for by (epoch, index). An item is (image, target, failed): with ``skip``, an image that
+    cannot be read is replaced by another one, again a function of (seed, epoch, index), and its index is in
+    the list ``failed``.
     """
 
     def __init__(self, dataset, seed, skip):
@@ -282,11 +236,11 @@ class TrainingSamples(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, key):
-        epoch, index, *repeat = key
+        epoch, index = key
         failed, alone = [], get_worker_info() is None
         while True:
             try:
-                with seeded("augmentation", self.seed, epoch, index, *repeat, restore=alone):
+                with seeded("augmentation", self.seed, epoch, index, restore=alone):
                     return *self.dataset[index], failed
             except DataError:
                 failed.append(index)
@@ -322,7 +276,6 @@ def class_names(folder, ignored=None):
     if not os.path.isdir(folder):
         raise DataError(
             f"{folder} is not a folder: --data-path must hold train/<class>/<image> and val/<class>/<image>"
-            + _root_nearby(os.path.dirname(folder))
         )
     folders, files = list_folder(folder)
     names = sorted(entry.name for entry in folders if not entry.name.startswith("."))
@@ -336,35 +289,16 @@ def class_names(folder, ignored=None):
     return names
 
 
-def _root_nearby(root):
-    """Advice to take the folder above ``root``, or one in it, where that has train and val; else nothing."""
-    root = os.path.abspath(root)
-    nearby = [os.path.dirname(root)]
-    with contextlib.suppress(OSError):
-        nearby += sorted(entry.path for entry in os.scandir(root))
-    found = (path for path in nearby if all(os.path.isdir(os.path.join(path, s)) for s in ("train", "val")))
-    return "".join(f"; {path} does: --data-path {path}" for path in itertools.islice(found, 1))
-
-
 def require_classes(dataset, number):
     """Refuse a set of one class, whose loss would be 0: mostly its class folders are one level too deep.
 
     A ``number`` of 1, ``MODEL.NUM_CLASSES``, asks for such a set.
     """
-    if len(dataset.classes) > 1 or number == 1:
-        return
-    root, (name,) = dataset.root, dataset.classes
-    folder, advice = os.path.join(root, name), ""
-    folders = list_folder(folder)[0] if os.path.isdir(folder) else []
-    if below := sorted(entry.name for entry in folders if not entry.name.startswith(".")):
-        listed = f"{', '.join(below[:3])}{' ...' if len(below) > 3 else ''}"
-        advice = f"; {folder} holds the folders {listed}: if they are the classes, "
-        if {"train", "val"} <= {*below}:
-            advice += f"take --data-path {folder}"
-        else:
-            split = os.path.basename(root)
-            advice += f"--data-path must hold {split}/{below[0]} and not {split}/{name}/{below[0]}"
-    raise DataError(f"{root} has a single class, {name}{advice}; MODEL.NUM_CLASSES 1 asks for a single class")
+    if len(dataset.classes) == 1 and number != 1:
+        raise DataError(
+            f"{dataset.root} has a single class, {dataset.classes[0]}: it must hold the folders of the "
+            "classes, and no others; MODEL.NUM_CLASSES 1 asks for a single class"
+        )
 
 
 def is_image(name):
@@ -461,11 +395,7 @@ def require_same_classes(here, classes, there, other_classes):
     if other_classes == classes:
         return
     difference = sorted(set(classes) ^ set(other_classes))
-    advice = advice_on_look_alikes(difference)
-    if advice:
-        difference = sorted(map(ascii, difference))
-    names = ", ".join(difference[:5])
-    listed = f"only one of them has {names}{' ...' if len(difference) > 5 else ''}{advice}"
+    listed = f"only one of them has {', '.join(difference[:5])}{' ...' if len(difference) > 5 else ''}"
     raise DataError(
         f"{here} and {there} have different classes ({len(classes)} and {len(other_classes)}): "
         + (listed if difference else "they are in another order")

@@ -99,24 +99,11 @@ class Loader:
             )
 
     def _report_epoch(self, sampler):
-        if sampler.repeats > 1:
-            logger.info(
-                f"AUG.REPEATED {sampler.repeats}: an epoch takes {sampler.images_of_an_epoch():,} of these "
-                f"images, others each time, up to {sampler.repeats} times each"
-            )
-        elif left := sampler.length % sampler.images_per_update:
-            level, advice = logging.INFO, ""
-            if left > (most := LARGEST_SHARE_LEFT_OUT * sampler.length):
-                per_image = sampler.images_per_update // sampler.batch_size
-                sizes = range(1, sampler.length // per_image + 1)
-                enough = [size for size in sizes if sampler.length % (size * per_image) <= most]
-                better = min(enough, key=lambda size: abs(size - sampler.batch_size), default=None)
-                advice = f"--batch-size {better}" if better else "a lower TRAIN.ACCUMULATION_STEPS"
-                level, advice = logging.WARNING, f": {advice} leaves out fewer"
+        if left := sampler.length % sampler.images_per_update:
             logger.log(
-                level,
+                logging.WARNING if left > LARGEST_SHARE_LEFT_OUT * sampler.length else logging.INFO,
                 f"{left:,} of these images, others each time, are left out of an epoch: they do not fill an "
-                f"update of {sampler.parts()}{advice}",
+                f"update of {sampler.parts()}",
             )
 
     def _report(self, index):
@@ -195,7 +182,7 @@ def build_opener(config):
     Raises:
         ConfigError: OpenCV cannot be imported.
     """
-    limits = dict(max_pixels=config.DATA.MAX_PIXELS, max_scans=config.DATA.MAX_SCANS, turn=turns(config))
+    limits = dict(max_pixels=config.DATA.MAX_PIXELS, turn=turns(config))
     if config.DATA.BACKEND == "pil":
         return functools.partial(load_image, mode=image_mode(config.MODEL.MSG.IN_CHANS), **limits)
     try:
@@ -281,6 +268,5 @@ def build_loaders(config, rank=0, world_size=1, device="cpu"):
     train = open_dataset(kind, root, "train", transform, read)
     require_same_classes(train.root, train.classes, val.root, val.classes)
     sampler = build_sampler(config, len(train), rank, world_size, train.root)
-    sampler.repeats = config.AUG.REPEATED
     train_loader = build_loader(config, train, sampler, to_device, collate)
     return train_loader, sampler, val_loader, val.classes

@@ -18,13 +18,10 @@ class TrainBatchSampler(Sampler):
 
     Attributes:
         groups: None, or set afterwards to a number for each image: images of a batch are mostly of one group.
-        repeats: 1, or set afterwards to how often each image of the permutation is taken in a row, until the
-            epoch has ``length`` images. The processes take them in turns, so that a repeated image goes to
-            several of them, as in timm's RepeatAugSampler.
     """
 
     def __init__(self, length, batch_size, accumulation, rank, world_size, seed):
-        self.groups, self.repeats = None, 1
+        self.groups = None
         self.length, self.batch_size, self.accumulation = length, batch_size, accumulation
         self.rank, self.world_size, self.seed = rank, world_size, seed
         self.images_per_update = batch_size * accumulation * world_size
@@ -43,33 +40,17 @@ class TrainBatchSampler(Sampler):
     def __len__(self):
         return self.updates * self.accumulation
 
-    def images_of_an_epoch(self):
-        """How many different images an epoch takes."""
-        return -(-self.updates_per_epoch * self.images_per_update // self.repeats)
-
-    def _places(self):
-        """Places in the epoch of what is left of it: (micro-batches, processes, batch_size)."""
-        places = np.arange(self.images, self.images + self.updates * self.images_per_update)
-        if self.repeats == 1:
-            return places.reshape(-1, self.world_size, self.batch_size)
-        return places.reshape(-1, self.batch_size, self.world_size).swapaxes(1, 2)
-
     def _micro_batches(self):
         """Image indices of what is left of the epoch: (micro-batches, processes, batch_size)."""
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
         if self.groups is not None:
             order = group(order, self.groups)
-        return order[self._places() // self.repeats]
+        left = order[self.images : self.images + self.updates * self.images_per_update]
+        return left.reshape(-1, self.world_size, self.batch_size)
 
     def __iter__(self):
-        micro_batches = self._micro_batches()[:, self.rank].tolist()
-        if self.repeats == 1:
-            for micro_batch in micro_batches:
-                yield [(self.epoch, index) for index in micro_batch]
-            return
-        repeats = (self._places()[:, self.rank] % self.repeats).tolist()
-        for both in zip(micro_batches, repeats):
-            yield [(self.epoch, index, repeat) for index, repeat in zip(*both)]
+        for micro_batch in self._micro_batches()[:, self.rank].tolist():
+            yield [(self.epoch, index) for index in micro_batch]
 
     def indices_of(self, update):
         """Image indices that this process sees in an update, counted from where the iteration started."""

@@ -1,44 +1,39 @@
-"""The official augmentation recipe, through timm's transforms."""
+"""The official augmentation recipe: of images through timm's transforms, and of whole batches."""
 
 import math
-import random
-import re
 
 from PIL import Image, ImageOps
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment, create_transform
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, create_transform
 from timm.data.auto_augment import AugmentOp, AugMixAugment, AutoAugment, RandAugment, posterize
+from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import str_to_interp_mode
 from timm.layers import to_2tuple
 from torchvision import transforms
 from torchvision.transforms.functional import resize
 
 from config import ConfigError
+from distributed import seeded
 
 
 def image_mode(channels):
-    """Pillow's mode of images of 1, 3 or 4 channels, ``MODEL.MSG.IN_CHANS``; a ConfigError for others."""
-    modes = {1: "L", 3: "RGB", 4: "RGBA"}
+    """Pillow's mode of images of 1 or 3 channels, ``MODEL.MSG.IN_CHANS``; a ConfigError for others."""
+    modes = {1: "L", 3: "RGB"}
     if channels not in modes:
-        raise ConfigError(f"MODEL.MSG.IN_CHANS is {channels}, but images have 1, 3 or 4 channels")
+        raise ConfigError(f"MODEL.MSG.IN_CHANS is {channels}, but images have 1 or 3 channels")
     return modes[channels]
 
 
 def normalization(channels):
-    """Mean and standard deviation of 1, 3 or 4 channels, of values from 0 to 1.
-
-    ImageNet's for red, green and blue; their averages for grey; 0.5 and 0.5 for alpha, so that what is
-    opaque becomes 1 and what is transparent -1.
-    """
-    if channels == 1:
+    """ImageNet's mean and standard deviation of values from 0 to 1; for grey the averages over colours."""
+    if image_mode(channels) == "L":
         return (sum(IMAGENET_DEFAULT_MEAN) / 3,), (sum(IMAGENET_DEFAULT_STD) / 3,)
-    alpha = (0.5,) * (channels - 3)
-    return (*IMAGENET_DEFAULT_MEAN, *alpha), (*IMAGENET_DEFAULT_STD, *alpha)
+    return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 
 def build_transform(config, is_train):
     """The transform of a PIL image to a normalised float tensor (C, H, W), the sides of ``DATA.IMG_SIZE``.
 
-    C is ``MODEL.MSG.IN_CHANS``: 1 for grey, 3, or 4 for RGBA, whatever the image is, but 3 take RGB images.
+    C is ``MODEL.MSG.IN_CHANS``: 1 for grey whatever the image is, or 3, which take RGB images.
 
     Training images of more than 32 px: random resized crop, flip, AutoAugment or colour jitter, random
     erasing. Up to 32 px a crop of the image padded by 4 px replaces the resized crop, as in the official
@@ -52,11 +47,9 @@ def build_transform(config, is_train):
         steps = [ResizeToCover(cover, mode), transforms.CenterCrop(size)]
     else:
         steps = [transforms.Resize(size, mode)]
-    channels = config.MODEL.MSG.IN_CHANS
-    mode = image_mode(channels)
-    if channels != 3:
-        steps.insert(0, Convert(mode))
-    normalize = transforms.Normalize(*normalization(channels))
+    if config.MODEL.MSG.IN_CHANS != 3:
+        steps.insert(0, transforms.Grayscale())
+    normalize = transforms.Normalize(*normalization(config.MODEL.MSG.IN_CHANS))
     return transforms.Compose([*steps, transforms.ToTensor(), normalize])
 
 
@@ -95,8 +88,7 @@ def _resize_mode(interpolation):
 
 def _train_transform(config):
     height, width = size = to_2tuple(config.DATA.IMG_SIZE)
-    channels = config.MODEL.MSG.IN_CHANS
-    mode, (mean, std) = image_mode(channels), normalization(channels)
+    mean, std = normalization(config.MODEL.MSG.IN_CHANS)
     try:
         transform = create_transform(
             input_size=size,
@@ -125,57 +117,12 @@ def _train_transform(config):
         for operation in augment_operations(step):
             if operation.aug_fn is posterize:
                 operation.aug_fn = posterize_from_0_bits
-            if channels == 4:
-                kind = MoveBands if operation.aug_fn in MOVES else KeepAlpha
-                operation.aug_fn = kind(operation.aug_fn)
             # Pillow warps with a filter of at most 4 pixels.
             if operation.kwargs["resample"] == Image.Resampling.LANCZOS:
                 operation.kwargs["resample"] = Image.Resampling.BICUBIC
-    if channels != 3:
-        transform.transforms.insert(0, Convert(mode))
+    if config.MODEL.MSG.IN_CHANS != 3:
+        transform.transforms.insert(0, transforms.Grayscale())
     return transform
-
-
-class Convert:
-    """Convert a PIL image to a mode of Pillow."""
-
-    def __init__(self, mode):
-        self.mode = mode
-
-    def __call__(self, image):
-        return image if image.mode == self.mode else image.convert(self.mode)
-
-
-# What RandAugment and its like do to the places of pixels; all else changes colours.
-MOVES = [
-    function for name, function in vars(auto_augment).items() if re.match("shear_|translate_|rotate", name)
-]
-
-
-class KeepAlpha:
-    """Apply a function of colours to an RGBA image: most of Pillow's refuse it, others would change alpha."""
-
-    def __init__(self, function):
-        self.function = function
-
-    def __call__(self, image, *args, **kwargs):
-        result = self.function(image.convert("RGB"), *args, **kwargs)
-        result.putalpha(image.getchannel("A"))
-        return result
-
-
-class MoveBands:
-    """Move the pixels of an RGBA image band by band: Pillow alone would brighten what fills the rest."""
-
-    def __init__(self, function):
-        self.function = function
-
-    def __call__(self, image, *args, fillcolor, resample, **kwargs):
-        if isinstance(resample, (list, tuple)):
-            resample = random.choice(resample)  # as timm does, but once for all bands
-        bands = zip(image.split(), fillcolor)
-        moved = [self.function(x, *args, fillcolor=fill, resample=resample, **kwargs) for x, fill in bands]
-        return Image.merge(image.mode, moved)
 
 
 class ResizeToCover:
@@ -234,3 +181,48 @@ def posterize_from_0_bits(img, bits_to_keep, **_):
     if bits_to_keep <= 0:
         return img.point(lambda _: 0)
     return ImageOps.posterize(img, bits_to_keep)
+
+
+class BatchAugmentation:
+    """timm's RandomErasing and Mixup, whose random numbers depend on the seed and the place in the run only.
+
+    Each is None where it is not wanted. On CUDA the noise in erased rectangles comes from the device's
+    generator, which the caller seeds.
+    """
+
+    def __init__(self, erasing, mixup, seed, rank):
+        self.erasing, self.mixup, self.seed, self.rank = erasing, mixup, seed, rank
+
+    def __call__(self, images, targets, *place):
+        """Normalised images (B, 3, S, S), changed in place, and the targets (B,).
+
+        Mixed, targets are soft (B, classes) with label smoothing applied, and B is even. ``place`` are whole
+        numbers that tell this micro-batch from others of this process, always as many.
+        """
+        if self.erasing is not None:
+            with seeded("erasing", self.seed, self.rank, *place):
+                images = self.erasing(images)
+        if self.mixup is not None:
+            with seeded("mixup", self.seed, self.rank, *place):
+                images, targets = self.mixup(images, targets)
+        return images, targets
+
+
+def build_augmentation(config, rank, device):
+    """What ``config.AUG`` does to batches: mixup, and erasing where ``DATA.BACKEND`` leaves it to us."""
+    aug = config.AUG
+    erasing = mixup = None
+    if config.DATA.BACKEND == "opencv" and aug.REPROB > 0 and aug.RECOUNT > 0:
+        erasing = RandomErasing(aug.REPROB, mode=aug.REMODE, max_count=aug.RECOUNT, device=device)
+    if aug.MIXUP > 0 or aug.CUTMIX > 0 or aug.CUTMIX_MINMAX is not None:
+        mixup = Mixup(
+            mixup_alpha=aug.MIXUP,
+            cutmix_alpha=aug.CUTMIX,
+            cutmix_minmax=aug.CUTMIX_MINMAX,
+            prob=aug.MIXUP_PROB,
+            switch_prob=aug.MIXUP_SWITCH_PROB,
+            mode=aug.MIXUP_MODE,
+            label_smoothing=config.MODEL.LABEL_SMOOTHING,
+            num_classes=config.MODEL.NUM_CLASSES,
+        )
+    return BatchAugmentation(erasing, mixup, config.SEED, rank)

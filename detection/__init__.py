@@ -1,5 +1,5 @@
 """COCO detection: Cascade Mask R-CNN on an MSG-Transformer backbone."""
 
-from .from_checkpoint import load
+from .detector import load
 
 __all__ = ["load"]

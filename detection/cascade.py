@@ -24,7 +24,6 @@ from torchvision.ops import (
 
 from models.attention import at_least_float32
 
-from .masks import mask_targets
 from .proposals import LimitedBoxCoder
 
 
@@ -270,3 +269,15 @@ class CascadeHeads(nn.Module):
         boxes, scores, labels = boxes[kept], scores[kept], labels[kept]
         kept = batched_nms(boxes, scores, labels, self.limits.nms_iou)[: self.limits.per_image]
         return dict(boxes=boxes[kept], labels=labels[kept], scores=scores[kept])
+
+
+def mask_targets(masks, boxes, indices, side):
+    """What the mask head learns for boxes: whether at least half of a cell belongs to the object.
+
+    Takes the masks (M, H, W) of the objects of an image, boxes (N, 4) in their pixels, and the index (N,) of
+    the mask of each box. Returns (N, side, side): 1 where the mask's mean over the cell, by aligned RoIAlign,
+    is 0.5 or more, else 0.
+    """
+    rois = torch.cat([indices[:, None].to(boxes), boxes], dim=1)
+    share = roi_align(masks[:, None].to(boxes), rois, side, sampling_ratio=0, aligned=True)[:, 0]
+    return (share >= 0.5).to(boxes)

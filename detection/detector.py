@@ -1,21 +1,26 @@
-"""The whole detector, from a batch of images to losses or detections."""
+"""The whole detector, from a batch of images to losses or detections, new or trained."""
 
 import copy
+import math
+import os
 from collections import OrderedDict
 
 import torch
 from torch import nn
+from torch.nn.functional import grid_sample
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 import checkpoint as ckpt
 from models.attention import at_least_float32
+from models.from_checkpoint import Ready, read_described
 
 from .backbone import build_backbone
 from .cascade import CascadeHeads, CascadeStage, DetectionLimits, HeadLayers
-from .masks import paste_masks
+from .loaders import BatchToDevice, collate_detection
 from .proposals import ProposalNetwork
+from .transforms import build_detection_transform
 
 
 class Detector(nn.Module):
@@ -164,3 +169,69 @@ def to_original_size(detection, size, original):
     scale = [there / here for there, here in zip(original, size)]
     boxes = detection["boxes"] * torch.tensor([scale[1], scale[0]] * 2)
     return dict(detection, boxes=boxes, masks=paste_masks(detection["masks"][:, 0], boxes, original))
+
+
+def paste_masks(masks, boxes, size):
+    """Masks of boxes as masks of the image.
+
+    A pixel takes the probability at its centre, bilinear between the centres of the cells and falling to 0
+    beyond them, and belongs to the object from 0.5.
+
+    Args:
+        masks: probabilities (N, side, side) of the cells of each box.
+        boxes: (N, 4) in pixels of the image, exact: not rounded.
+
+    Returns:
+        bool (N, height, width), where ``size`` is (height, width).
+    """
+    pasted = torch.zeros(len(masks), *size, dtype=torch.bool, device=masks.device)
+    for place, mask, box in zip(pasted, masks, boxes):
+        x1, y1, x2, y2 = box.tolist()
+        left, right = max(0, math.floor(x1)), min(size[1], math.ceil(x2))
+        top, bottom = max(0, math.floor(y1)), min(size[0], math.ceil(y2))
+        if left >= right or top >= bottom:
+            continue
+        x = (torch.arange(left, right).to(mask) + 0.5 - x1) / (x2 - x1) * 2 - 1
+        y = (torch.arange(top, bottom).to(mask) + 0.5 - y1) / (y2 - y1) * 2 - 1
+        grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
+        values = grid_sample(mask[None, None], grid[None], align_corners=False)[0, 0]
+        place[top:bottom, left:right] = values >= 0.5
+    return pasted
+
+
+class ImageToBatch:
+    """A PIL image as evaluation shows it to a detector, by a :class:`~detection.transforms.Transform`."""
+
+    def __init__(self, transform):
+        self.transform = transform
+        self.to_device = BatchToDevice(torch.device("cpu"))
+
+    def __call__(self, image):
+        """(1, 3, H, W), resized and normalised, and a list of its (H, W)."""
+        resized, _ = self.transform(image, {})
+        batch, targets, _ = collate_detection([(resized, {}, [])])
+        return self.to_device.move((batch, targets))[0]
+
+
+def load(path, cfg=None, weights="auto"):
+    """The detector of a checkpoint, its evaluation transform, and the names of its classes.
+
+    ``model(*transform(image))[0]`` holds boxes, labels, scores and masks in pixels of the resized image;
+    label 1 is the first class. :func:`to_original_size` brings them to those of the
+    image.
+
+    The arguments and errors are those of :func:`models.load`; checkpoints of classifiers are refused. Returns
+    a :class:`~models.from_checkpoint.Ready`, with an :class:`ImageToBatch` as its transform.
+    """
+    return build_ready_detector(*read_described(path, cfg, weights), path)
+
+
+def build_ready_detector(config, checkpoint, path):
+    """The :class:`~models.from_checkpoint.Ready` of what ``read_described`` returned for a path."""
+    if config.DATA.DATASET != "coco":
+        raise ckpt.CheckpointError(f"{path} is of a classifier: use models.load")
+    names = checkpoint["classes"]
+    model = build_detector(config, config.MODEL.NUM_CLASSES)
+    model.classes = names
+    ckpt.load_weights(model, checkpoint, os.fspath(path))
+    return Ready(model.eval(), ImageToBatch(build_detection_transform(config, is_train=False)), names)

@@ -8,18 +8,17 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_segmentation_masks
 
-from analysis.report import contact_sheet, drawable, enlarged, fitting, font, shown
+from analysis.report import contact_sheet, enlarged, finish_curves, fitting, font, shown
 from data.datasets import load_image
 from utils import replacing
 
 from .dataset import read_annotated
 
-_COLOURS = [f"C{i}" for i in range(10)]
+_COLOURS = [tuple(int(255 * part) for part in to_rgb(f"C{i}")) for i in range(10)]
 
 
 def draw_detections(samples, names, path, smallest_score=0.5, turn=False):
@@ -27,77 +26,24 @@ def draw_detections(samples, names, path, smallest_score=0.5, turn=False):
 
     Args:
         samples: (image path, ground truth, detection), both dicts of boxes (N, 4), labels (N,) and masks
-            (N, H, W) in pixels of the image; the detection has scores (N,), too, and the ground truth may
-            have ``crowd``, a mask (H, W) of what counts neither for nor against a detection.
+            (N, H, W) in pixels of the image; the detection has scores (N,), too.
         names: of the categories; label 1 is the first.
         path: PNG file to write.
         smallest_score: detections below are not drawn.
         turn: whether evaluation turned images as EXIF says.
     """
-    read = functools.partial(load_image, max_pixels=math.inf, max_scans=math.inf, turn=turn)
-    columns = 2 if len(samples) > 3 else 1
-    rows = -(-len(samples) // columns)
-    figure = Figure(figsize=(6.4 * columns, 2.9 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(rows, 2 * columns, squeeze=False)
-    for axes in panels.flat:
-        axes.axis("off")
-    for i, (file, truth, detection) in enumerate(samples):
-        left, right = panels[i // columns, 2 * (i % columns) :][:2]
+    read = functools.partial(load_image, max_pixels=math.inf, turn=turn)
+    tiles = []
+    for file, truth, detection in samples:
+        image = read_annotated(read, file, truth["masks"].shape[1:])
         kept = detection["scores"] >= smallest_score
-        image = pil_to_tensor(read_annotated(read, file, truth["masks"].shape[1:]))
-        _draw(left, image, truth, names)
-        draw_crowd(left, truth.get("crowd"))
-        _draw(right, image, {name: value[kept] for name, value in detection.items()}, names)
-        left.set_title(drawable(f"{os.path.basename(file)}: ground truth"), fontsize=8, parse_math=False)
-        right.set_title(f"detections of score {smallest_score} and more", fontsize=8)
-        if not kept.any():
-            words = f"no detection of score {smallest_score} and more"
-            style = dict(transform=right.transAxes, ha="center", va="center", fontsize=7, color="white")
-            right.text(0.5, 0.5, words, bbox=dict(fc="black", alpha=0.6, ec="none"), **style)
-    _save(figure, path)
-
-
-def _draw(axes, image, objects, names):
-    colours = _colours(objects["labels"])
-    if colours:
-        image = draw_segmentation_masks(image, objects["masks"].bool(), alpha=0.45, colors=_as_rgb(colours))
-    axes.imshow(image.movedim(0, 2))
-    scores = objects.get("scores", torch.full(objects["labels"].shape, torch.nan)).tolist()
-    for box, label, score, colour in zip(
-        objects["boxes"].tolist(), objects["labels"].tolist(), scores, colours
-    ):
-        x1, y1, x2, y2 = box
-        axes.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], color=colour, lw=1)
-        name = drawable(names[label - 1])
-        text = (name if len(name) <= 24 else f"{name[:23]}…") + ("" if score != score else f" {score:.2f}")
-        background = dict(fc=colour, ec="none", pad=0.8)
-        # Inside the image: to the left of its right half's corners, and below an edge at the top.
-        across = dict(x=x1, ha="left") if x1 < image.shape[2] / 2 else dict(x=x2, ha="right")
-        va = "bottom" if y1 > 0.08 * image.shape[1] else "top"
-        axes.text(
-            s=text,
-            **across, y=y1, fontsize=5, color="white", va=va, bbox=background, parse_math=False, clip_on=True,
-        )  # fmt: skip
-    axes.set(xlim=(0, image.shape[2]), ylim=(image.shape[1], 0))
-
-
-def _colours(labels):
-    return [_COLOURS[(label - 1) % len(_COLOURS)] for label in labels.tolist()]
-
-
-def _as_rgb(colours):
-    return [tuple(int(255 * part) for part in to_rgb(colour)) for colour in colours]
-
-
-def draw_crowd(axes, crowd):
-    """Hatch a mask (H, W), unless it is None or empty, and call it crowd."""
-    if crowd is None or not crowd.any():
-        return
-    rows, columns = crowd.nonzero()
-    axes.contourf(crowd, levels=[0.5, 1.5], colors="none", hatches=["xxxx"])
-    place = dict(x=float(columns.mean()), y=float(rows.mean()), ha="center", va="center")
-    axes.text(**place, s="crowd", fontsize=5, bbox=dict(fc="white", ec="none", pad=0.8), clip_on=True)
+        found = {name: value[kept] for name, value in detection.items()}
+        below = f"detections of score {smallest_score} and more: {kept.sum()}"
+        tiles.append((annotate(image, truth, names), [f"{os.path.basename(file)}: ground truth"]))
+        tiles.append((annotate(image, found, names), [below]))
+    sheet = contact_sheet(tiles, "Ground truth and detections", 4 if len(samples) > 3 else 2, 480)
+    with replacing(path) as temporary:
+        sheet.save(temporary, format="PNG")
 
 
 def annotate(image, detection, names):
@@ -110,7 +56,7 @@ def annotate(image, detection, names):
     if not len(detection["labels"]):
         return image
     scores = detection.get("scores", torch.ones(len(detection["labels"]))).tolist()
-    colours = _as_rgb(_colours(detection["labels"]))
+    colours = [_COLOURS[(label - 1) % len(_COLOURS)] for label in detection["labels"].tolist()]
     masks = detection["masks"].repeat_interleave(factor, 1).repeat_interleave(factor, 2)
     picture = draw_segmentation_masks(pil_to_tensor(image), masks.bool(), alpha=0.4, colors=colours)
     picture = to_pil_image(picture)
@@ -156,11 +102,11 @@ def group_of_loss(name):
     return "classes"
 
 
-def draw_detection_curves(epochs, path, hyperparameters=None):
+def draw_detection_curves(epochs, path):
     """Draw the losses and the average precision of a run over its epochs to a PNG file.
 
     Rows have epoch (from 0), train_loss, lr, box_AP, mask_AP (percent) and ``loss_<name>`` for every part of
-    the loss, which are drawn in the groups of :func:`group_of_loss`. ``hyperparameters`` are not used.
+    the loss, which are drawn in the groups of :func:`group_of_loss`.
     """
     x = [row["epoch"] for row in epochs]
     figure = Figure(figsize=(11, 6), layout="constrained")
@@ -189,20 +135,4 @@ def draw_detection_curves(epochs, path, hyperparameters=None):
     precision.plot(best_epoch, best, "*", ms=11, color="black", label=f"best box AP, epoch {best_epoch}")
     precision.set(title=f"Best box AP {best:.1f}% (epoch {best_epoch})", ylabel="%", ylim=(0, 100))
     precision.legend(fontsize=8)
-    rate.plot(x, [row["lr"] for row in epochs], marker=marker, ms=3, color="black")
-    rate.set(title="Learning rate, epoch's end", ylim=(0, None))
-    rate.yaxis.set_major_formatter("{x:.3g}")  # not 0.2 and a factor above the axis, which moves the title
-    for axes in panels.values():
-        axes.set_title(axes.get_title(), fontsize=10)
-        axes.set_xlabel("epoch, as in checkpoint names", fontsize=9)
-        axes.axvline(best_epoch, color="black", lw=0.8, ls=":")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if len(x) < 3:
-            axes.set(xticks=x, xlim=(x[0] - 0.5, x[-1] + 0.5))
-        axes.grid(alpha=0.3)
-    _save(figure, path)
-
-
-def _save(figure, path):
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
+    finish_curves(figure, rate, epochs, best_epoch, path)

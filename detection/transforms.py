@@ -5,11 +5,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from pycocotools import mask as coco_mask
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional
-
-from .masks import take_masks
 
 
 class Flip(NamedTuple):
@@ -148,6 +147,40 @@ def change_objects(target, size, steps):
     # A plain tensor: the class of boxes would slow down every operation on them.
     boxes = boxes.as_subclass(torch.Tensor)[seen]
     return dict(target, boxes=boxes, labels=target["labels"][large[seen]], masks=masks)
+
+
+def take_masks(codes, rows, columns):
+    """The masks of these rows and columns of an image, each of them ascending or descending.
+
+    Only the rectangle of an object is worked on: most are far smaller than the image.
+
+    Args:
+        codes: pycocotools' run lengths, a list.
+        rows, columns: arrays of the rows and columns of the image to take, in order; some more than once.
+
+    Returns:
+        The masks that are not empty, uint8 (M, rows, columns), and bool (len(codes),), which these are.
+    """
+    parts, seen = [], torch.zeros(len(codes), dtype=torch.bool)
+    for place, code in enumerate(codes):
+        left, top, width, height = map(int, coco_mask.toBbox(code))
+        of_rows, of_columns = _within(rows, top, height), _within(columns, left, width)
+        # The columns are what lies in a row in memory.
+        mask = coco_mask.decode(code).T[left : left + width, top : top + height]
+        part = np.ascontiguousarray(mask[columns[of_columns] - left].T)[rows[of_rows] - top]
+        seen[place] = bool(part.size and part.max())
+        if seen[place]:
+            parts.append((part, of_rows, of_columns))
+    masks = torch.zeros(len(parts), len(rows), len(columns), dtype=torch.uint8)
+    for mask, (part, of_rows, of_columns) in zip(masks, parts):
+        mask[of_rows, of_columns] = torch.from_numpy(part)
+    return masks, seen
+
+
+def _within(places, first, length):
+    """The slice of an array, ascending or descending, that holds ``first`` and the ``length`` from there."""
+    found = np.flatnonzero((places >= first) & (places < first + length))
+    return slice(found[0], found[-1] + 1) if len(found) else slice(0, 0)
 
 
 def describe_detection(config):

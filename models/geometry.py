@@ -6,18 +6,10 @@ from dataclasses import dataclass
 
 from timm.layers import to_2tuple
 
-from .fast.attention import BACKENDS
+from config_rules import CHOICES
+
 from .fast.attention_triton import triton_missing
 from .tracing import image_size
-
-# The keys of MODEL.MSG that take one word of a few.
-CHOICES = {
-    "MANIP_TYPE": ("shuf", "mean", "shift", "none"),
-    "PATCH_EMBED": ("linear", "conv"),
-    "DOWNSAMPLE": ("linear", "conv"),
-    "ATTENTION": BACKENDS,
-    "HEAD": ("token", "avg"),
-}
 
 
 @dataclass(frozen=True)
@@ -160,7 +152,7 @@ def known_pool(global_pool, tokens):
         global_pool: one of these, or None for what the official models read; others are a ValueError.
         tokens: whether there are messengers.
     """
-    known = (*CHOICES["HEAD"], "") if tokens else ("avg", "")
+    known = (*CHOICES["MODEL.MSG.HEAD"], "") if tokens else ("avg", "")
     if global_pool is None:
         return known[0]
     if global_pool not in known:
@@ -175,8 +167,9 @@ def check_choices(manip_type, patch_embed, downsample, attention):
     """Raise a ValueError for words that an argument does not take, or attention that cannot run here."""
     words = dict(MANIP_TYPE=manip_type, PATCH_EMBED=patch_embed, DOWNSAMPLE=downsample, ATTENTION=attention)
     for key, word in words.items():
-        if word not in CHOICES[key]:
-            raise ValueError(f"MODEL.MSG.{key} is {word!r}: use {' or '.join(CHOICES[key])}")
+        choices = CHOICES[f"MODEL.MSG.{key}"]
+        if word not in choices:
+            raise ValueError(f"MODEL.MSG.{key} is {word!r}: use {' or '.join(choices)}")
     if attention == "triton" and triton_missing():
         raise ValueError(f"MODEL.MSG.ATTENTION is triton, but {triton_missing()}: use sdpa or auto")
 

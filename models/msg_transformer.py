@@ -16,10 +16,10 @@ from timm.layers import DropPath, Mlp, trunc_normal_
 from torch import nn
 
 from . import geometry
+from .attention import RelativePositions
 from .exchange import OTHER_EXCHANGES
 from .fast.attention import windowed_attention
-from .padding import PaddedStage, pad_to_even, pad_to_patches
-from .positions import RelativePositions, resample_positions
+from .padding import PaddedStage, pad_to_even, pad_to_patches, resample_positions
 from .timm_interface import TimmInterface, feature_info
 from .tracing import count_squares, plain_sizes, replace_messengers, replaceable, split_sides
 

@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from timm.layers import resample_abs_pos_embed
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -84,6 +85,20 @@ def pad_to_even(x):
     if height % 2 == 0 and width % 2 == 0:
         return x
     return functional.pad(x, (0, 0, 0, width % 2, 0, height % 2))
+
+
+def resample_positions(positions, grid_size, extent):
+    """Absolute positions (1, rows*columns, C) of a grid for a map, or each image of it: (1 or B, H, W, C)."""
+
+    def resample(height, width):
+        x = resample_abs_pos_embed(positions, [height, width], list(grid_size), num_prefix_tokens=0)
+        return functional.pad(
+            x.unflatten(1, (height, width)), (0, 0, 0, extent.width - width, 0, extent.height - height)
+        )
+
+    if extent.sizes is None:
+        return resample(extent.height, extent.width)
+    return torch.cat([resample(*size) for size in extent.sizes])
 
 
 class Rows(NamedTuple):

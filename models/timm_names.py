@@ -27,8 +27,7 @@ from checkpoint.resize import fit_on_load
 
 from .geometry import fit_regions, known_window, require_size
 from .msg_transformer import MSGTransformer, PatchMerging, Stage
-from .padding import pad_to_patches
-from .positions import resample_positions
+from .padding import pad_to_patches, resample_positions
 
 # torch.fx runs the model with stand-ins for tensors, which have no sizes. What depends on sizes is a single
 # step of its graph.

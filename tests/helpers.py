@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 import checkpoint as ckpt
-from analysis.curves import draw_curves
+from analysis.report import draw_curves
 from config import get_config, parse_config
 from data.samplers import TrainBatchSampler
 from distributed import Compute

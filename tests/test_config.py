@@ -2,12 +2,10 @@
 
 import argparse
 import math
-import os
 import re
 import shlex
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -16,7 +14,6 @@ from helpers import ROOT, digits_config
 
 from config import (
     CHOICES,
-    MOST_FILES,
     ConfigError,
     default_config,
     dump_config,
@@ -28,8 +25,9 @@ from config import (
 )
 from config_rules import RULES, assign, check_config, leaves
 from detection.detector import build_detector
-from models import build_model, count_macs, geometry
+from models import build_model, count_macs
 from models.deploy import files as deploy
+from models.fast.attention import BACKENDS
 from utils import UserError
 
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("configs/**/*.yaml"))
@@ -153,17 +151,6 @@ def test_text_is_taken_as_it_is_written(tmp_path, word):
     assert config.TAG == config_of(tmp_path, "", opts=["TAG", word]).TAG == word
     assert word == config_of(tmp_path, dump_config(config), "again.yaml").TAG
     assert parse_config(dump_config(config), "a.pth").TAG == flat_config(config)["TAG"] == word
-
-
-@pytest.mark.parametrize(
-    "key, value", [("TRAIN.EPOCHS", "0010"), ("SEED", "-08"), ("TRAIN.BASE_LR", "12:30")]
-)
-def test_numbers_that_yaml_and_python_read_differently_are_refused(tmp_path, key, value):
-    words = f"{key} is '{value}', but must be a number without a leading 0 or colons"
-    assert f"run.yaml: {words}" in refusal(tmp_path, f"{key}: {value}")
-    assert refusal(tmp_path, "", opts=[key, value]).startswith(f"--opts: {words}")
-    for text in (f"MODEL: {{MSG: {{DEPTHS: [2, {value}]}}}}", f"MODEL: {{TIMM_ARGS: {{depth: {value}}}}}"):
-        assert "must be a number without a leading 0 or colons" in refusal(tmp_path, text)
 
 
 def test_truth_values_may_be_written_as_in_yaml(tmp_path):
@@ -328,31 +315,15 @@ def test_flags_of_swin_and_of_either_spelling_are_taken():
     assert from_flags("--disable-amp", "--local_rank=1").LOCAL_RANK == 1
 
 
-@pytest.mark.parametrize(
-    "argv, words",
-    [
-        ("--fused_window_process", "--fused_window_process'; messengers exchange without shifted windows"),
-        ("--fused-layernorm", "PyTorch's own LayerNorm"),
-        ("--zip", "unpack the archives into train/<class>/<image>"),
-        ("--cache-mode part", "the system's own cache"),
-        ("--optim lyon", "--optim: TRAIN.OPTIMIZER.NAME is 'lyon', but must be an optimizer of timm"),
-        ("--data-pth x", "did you mean --data-path?"),
-        ("--Data_Path x", "did you mean --data-path?"),
-        ("--batch 8", "did you mean --batch-size?"),
-        ("-resume x", "did you mean --resume?"),
-        ("--epochs 3", "did you mean --opts TRAIN.EPOCHS VALUE?"),
-        ("--nonsense", "--help lists every flag"),
-    ],
-)
-def test_flags_that_mean_nothing_say_what_to_use_instead(argv, words):
-    with pytest.raises(ConfigError) as error:
-        from_flags(*argv.split())
-    assert words in str(error.value)
-
-
-def test_a_mistyped_cfg_is_told_before_the_missing_one():
-    with pytest.raises(ConfigError, match="unknown flag '--cgf'; did you mean --cfg?"):
-        parse_args("", argv=["--cgf", "configs/digits.yaml"])
+def test_mistakes_in_flags_are_told(capsys):
+    with pytest.raises(
+        ConfigError, match="--optim: TRAIN.OPTIMIZER.NAME is 'lyon', but must be an optimizer"
+    ):
+        from_flags("--optim", "lyon")
+    for flag in ("--data-pth", "--batch", "--fused_window_process"):
+        with pytest.raises(SystemExit):
+            from_flags(flag, "8")
+        assert f"unrecognized arguments: {flag.replace('_', '-')} 8" in capsys.readouterr().err
 
 
 def test_home_folders_are_found(tmp_path, monkeypatch):
@@ -395,30 +366,13 @@ def test_every_key_takes_or_refuses_any_value_in_one_line():
 
 
 def test_keys_of_earlier_releases_are_passed_over_where_they_had_no_effect(tmp_path):
-    old = "TRAIN: {LR_SCHEDULER: {CYCLES: 1, CYCLE_DECAY: 0.1, POWER: 0.9, COOLDOWN_EPOCHS: 0}}"
+    old = "AUG: {REPEATED: 1}\n"
+    old += "TRAIN: {LR_SCHEDULER: {CYCLES: 1, CYCLE_DECAY: 0.1, POWER: 0.9, COOLDOWN_EPOCHS: 0}}"
     assert config_of(tmp_path, old) == config_of(tmp_path, "")
     assert "unknown key TRAIN.LR_SCHEDULER.CYCLES" in refusal(tmp_path, old.replace("S: 1", "S: 2"))
     old = old.replace("S: 1", "S: 2, NAME: tanh")
-    assert parse_config(f"{old}\nMODEL: {{DROP_RATE: 0.3}}", "a checkpoint").MODEL.DROP_RATE == 0.3
-
-
-def test_files_that_unfold_or_never_end_are_refused_in_seconds(tmp_path):
-    for i in range(25):
-        (tmp_path / f"{i + 1}.yaml").write_text(f"BASE: [{i}.yaml, {i}.yaml]")
-    (tmp_path / "0.yaml").write_text("SEED: 1")
-    os.mkfifo(tmp_path / "pipe")
-    os.symlink("/dev/zero", tmp_path / "zero.yaml")
-    (tmp_path / "large.yaml").write_text("a: [" + "1," * 10**6 + "1]")
-    begin = time.process_time()
-    assert f"more than {MOST_FILES} files" in refusal(tmp_path, "BASE: [25.yaml]")
-    for name in ("pipe", "zero.yaml", "/dev/zero", "."):
-        message = refusal(tmp_path, f"BASE: [{name}]")
-        assert "cannot read the config file" in message and "a folder, a pipe or a device" in message
-    assert "100,000 bytes" in refusal(tmp_path, "BASE: [large.yaml]")
-    assert "100,000 bytes" in refusal(tmp_path, "\n".join(f"KEY_{i}: 1" for i in range(200_000)))
-    assert "unknown key KEY_0" in refusal(tmp_path, "\n".join(f"KEY_{i}: 1" for i in range(6000)))
-    assert "not valid YAML" in refusal(tmp_path, "{a: " * 20_000)
-    assert time.process_time() - begin < 20
+    old += "\nLOG: {TRACKER: trackio}\nMODEL: {DROP_RATE: 0.3}"
+    assert parse_config(old, "a checkpoint").MODEL.DROP_RATE == 0.3
 
 
 def test_a_diamond_of_base_files_is_no_circle(tmp_path):
@@ -450,7 +404,7 @@ def test_choices_that_are_read_before_pytorch_are_those_of_the_models(monkeypatc
     monkeypatch.syspath_prepend(ROOT / "tools")
     import export
 
-    assert {f"MODEL.MSG.{key}": names for key, names in geometry.CHOICES.items()}.items() <= CHOICES.items()
+    assert CHOICES["MODEL.MSG.ATTENTION"] == BACKENDS
     assert CHOICES["RUNTIME"] == ("pytorch", *deploy.RUNTIMES, "auto")
     assert list(deploy.FORMATS) == export.FORMAT_NAMES
 

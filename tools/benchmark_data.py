@@ -49,8 +49,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from config import get_config
 from data.loaders import ToDevice, build_loader, build_reader, collate
-from data.mixup import build_augmentation
-from data.transforms import augment_operations, posterize_from_0_bits
+from data.transforms import augment_operations, build_augmentation, posterize_from_0_bits
 from tools.benchmarking import machine, versions
 from utils import UserError
 

@@ -59,8 +59,7 @@ import distributed
 from config import dump_config
 from data.archives import open_dataset
 from data.transforms import build_transform, describe_evaluation
-from detection.detector import Pyramid
-from detection.from_checkpoint import build_ready_detector
+from detection.detector import Pyramid, build_ready_detector
 from detection.transforms import describe_detection
 from models.deploy.files import FORMATS, Exportable, InPyTorch, evaluating, require_packages, write_checked
 from models.from_checkpoint import build_ready, read_described

@@ -70,9 +70,8 @@ from analysis.report import caption, writing
 from data.datasets import DataError, find_images, load_image, without_pillows_limit
 from data.loaders import start_worker
 from data.transforms import image_mode
-from detection.detector import to_original_size
+from detection.detector import build_ready_detector, to_original_size
 from detection.evaluation import to_results
-from detection.from_checkpoint import build_ready_detector
 from detection.pictures import annotate
 from distributed import build_compute
 from logger import ProgressBar

@@ -91,21 +91,10 @@ class FolderClaim:
             UserError: the folder belongs to another run, or cannot be written to.
         """
         try:
-            self.keep()
+            os.makedirs(self.folder, exist_ok=True)
+            file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115, open as long as the run
         except OSError as error:
             raise UserError(f"cannot write to the output folder {self.folder}: {error.strerror}") from error
-
-    def keep(self):
-        """Claim the folder again where somebody removed it since.
-
-        Raises:
-            UserError: the folder belongs to another run now.
-            OSError: the folder cannot be made again.
-        """
-        if self._is_held():
-            return
-        os.makedirs(self.folder, exist_ok=True)
-        file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115, open as long as the run
         end = time.monotonic() + 3  # a run that was just killed may take some time to vanish
         while not self._lock(file):
             if time.monotonic() > end:
@@ -122,12 +111,6 @@ class FolderClaim:
             now = time.strftime("%Y-%m-%d %H:%M:%S")
             file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}\n")
             file.flush()
-
-    def _is_held(self):
-        with contextlib.suppress(FileNotFoundError):
-            there = os.stat(self.path)
-            return self.file is not None and os.path.samestat(there, os.fstat(self.file.fileno()))
-        return False
 
     def _lock(self, file):
         try:

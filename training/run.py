@@ -9,7 +9,6 @@ import contextlib
 import functools
 import logging
 import os
-import shutil
 import signal
 import sys
 import time
@@ -19,8 +18,8 @@ from dataclasses import dataclass
 import torch
 
 import checkpoint as ckpt
-from analysis.curves import draw_curves
-from config import APART, ConfigError, dump_config, flat_config, flat_text
+from analysis.report import draw_curves
+from config import APART, ConfigError, dump_config, flat_text
 from distributed import (
     from_rank_0,
     gather_floats,
@@ -106,11 +105,10 @@ def build_run(config, model, sampler, setup, task):
     )
     updater.average = build_average(config, model)
     record = RunRecord(config.OUTPUT, rank, task.draw, task.drawn)
-    record.hyperparameters, record.tracker = flat_config(config), build_tracker(config, rank)
+    record.tracker = build_tracker(config, rank)
     run = Run(settings, updater, scheduler, sampler, record, setup.guard)
     run.restore(setup.take_start())
     run.write_config()
-    run.warn_of_a_small_disk()
     run.warn_of_a_short_run(train)
     if sampler.world_size > 1:
         updater.model = parallelize(model, setup.compute.device)
@@ -356,10 +354,6 @@ class Run:
         def write():
             files, folder = [], settings.folder
             try:
-                if self.guard.claim is not None:
-                    self.guard.claim.keep()
-                if not os.path.exists(os.path.join(folder, "config.yaml")):  # somebody removed the folder
-                    self.write_config()
                 if due:
                     files.append(ckpt.save_in_folder(folder, checkpoint, name, settings.keep))
                 if best:
@@ -382,42 +376,14 @@ class Run:
         if self.sampler.rank == 0:
             write_config(self.settings.folder, "config.yaml", self.settings.config)
 
-    def warn_of_a_small_disk(self):
-        """Warn where the checkpoints of the epochs that are left will not find room on the disk."""
-        settings = self.settings
-        if self.sampler.rank:
-            return
-        left = sum(map(settings.is_due, range(self.progress.epoch, settings.epochs)))
-        count = min(left, settings.keep + 1) if settings.keep else left  # the best is one of those, or kept
-        moments = 2 if "betas" in self.updater.optimizer.defaults else 1
-        size = sum(tensor.nbytes for tensor in self.model.state_dict().values())
-        size *= 1 if self.updater.average is None else 2
-        size += moments * sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
-        free = shutil.disk_usage(settings.folder).free
-        if count * size > free:
-            logger.warning(
-                f"checkpoints: {count} of {size / 1e6:.0f} MB each will take {count * size / 1e9:.2f} GB, "
-                f"and {free / 1e9:.2f} GB are free (TRAIN.KEEP_CHECKPOINTS and SAVE_FREQ limit them)"
-            )
-
     def warn_of_a_short_run(self, train):
-        """Warn of a warm-up, or of an average without one, that needs more updates than the run has."""
-        per_epoch, average = self.sampler.updates_per_epoch, self.updater.average
-        updates = train.EPOCHS * per_epoch
-        if self.progress.epoch >= train.EPOCHS:
-            return
-        if (train.WARMUP_STEPS or train.WARMUP_EPOCHS * per_epoch) >= updates:
-            key = "TRAIN.WARMUP_STEPS" if train.WARMUP_STEPS else "TRAIN.WARMUP_EPOCHS"
-            logger.warning(f"{key} covers the whole run: TRAIN.BASE_LR is never reached")
-        if average is not None and not train.EMA.WARMUP:
-            updates = average.updates + updates - int(self.position())
-            stays = train.EMA.DECAY**updates
-            if stays > 0.1:
-                logger.warning(
-                    f"TRAIN.EMA.DECAY {train.EMA.DECAY} is too high for an average over {updates} updates: "
-                    f"{100 * stays:.0f}% of it will be the weights that it begins with; set TRAIN.EMA.WARMUP "
-                    f"True, or DECAY to {max(0, 1 - 3 / updates):.6g} or less"
-                )
+        """Warn of a warm-up that takes all updates that the run has."""
+        updates = train.EPOCHS * self.sampler.updates_per_epoch
+        warmup = train.WARMUP_STEPS or train.WARMUP_EPOCHS * self.sampler.updates_per_epoch
+        if warmup >= updates and self.progress.epoch < train.EPOCHS:
+            logger.warning(
+                "TRAIN.WARMUP_EPOCHS or WARMUP_STEPS cover the whole run: TRAIN.BASE_LR is never reached"
+            )
 
     def restore(self, start):
         """Load what the run starts from.
@@ -461,8 +427,7 @@ class Run:
             raise ckpt.CheckpointError(
                 f"{start.latest} would be overwritten: choose another --tag, or set TRAIN.AUTO_RESUME True"
             )
-        per_epoch = self.sampler.updates_per_epoch
-        self.record.start(self.progress.epoch, self.before + self.progress.updates, per_epoch)
+        self.record.start(self.progress.epoch, self.before + self.progress.updates)
 
     def _load(self, path, checkpoint):
         sampler, place = self.sampler, checkpoint.get("progress")

@@ -1,9 +1,7 @@
-"""Follows a run in figures: TensorBoard, ``metrics.jsonl`` with its picture, Weights & Biases or trackio."""
+"""Follows a run in figures: TensorBoard, ``metrics.jsonl`` with its picture, and Weights & Biases."""
 
 import contextlib
 import errno
-import importlib
-import io
 import json
 import logging
 import os
@@ -13,8 +11,8 @@ import uuid
 
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 
+from config import flat_config
 from logger import read_metrics
 from utils import UserError, printable, replacing
 
@@ -30,11 +28,10 @@ class RunRecord:
     records of other ranks are silent.
 
     Args:
-        draw: draws the curves of a list of rows to a file, called with both and the hyper-parameters.
+        draw: draws the curves of a list of rows to a file, called with both.
         drawn: what it needs of every row.
 
     Attributes:
-        hyperparameters: of the run, a flat dict, for TensorBoard and the tracker.
         tracker: a :class:`Tracker`, or None.
     """
 
@@ -43,33 +40,28 @@ class RunRecord:
         self.path = os.path.join(folder, "metrics.jsonl")
         self.picture = os.path.join(folder, "curves.png")
         self.board, self.board_folder = None, os.path.join(folder, "tensorboard")
-        self.hyperparameters, self.tracker = {}, None
-        self.epochs, self.update, self.purge_step, self.batch_due = [], 0, 0, False
+        self.tracker = None
+        self.epochs, self.purge_step, self.batch_due = [], 0, False
 
-    def start(self, epoch, update, updates_per_epoch):
+    def start(self, epoch, update):
         """Go on from an epoch and an update of the run; what an interrupted run wrote beyond is dropped."""
         if self.silent:
             return
         self.epochs = [row for row in read_metrics(self.path, self.drawn) if row["epoch"] < epoch]
-        self.update = self.purge_step = update
+        self.purge_step = update
         self.batch_due = not update
         if self.tracker is not None:
-            self.tracker.start(update, updates_per_epoch, self.hyperparameters)
+            self.tracker.start(update)
 
     def scalars(self, update, **values):
         """Write TensorBoard scalars ``train/<name>`` of an update."""
         self._write_scalars("train", values, update)
 
     def first_batch(self, draw):
-        """Write the TensorBoard image ``train/first_batch`` of a run from scratch, which ``draw`` returns."""
+        """Write the TensorBoard image ``train/first_batch`` of a run from scratch: ``draw`` returns it."""
         if self.batch_due:
-            self.batch_due = False
-            self.image("train/first_batch", draw())
-
-    def image(self, tag, picture):
-        """Write a PIL image for TensorBoard, at the last update that was written."""
-        pixels = np.asarray(picture)
-        self._write(lambda board: board.add_image(tag, pixels, self.update, dataformats="HWC"), pixels.nbytes)
+            self.batch_due, pixels, tag = False, np.asarray(draw()), "train/first_batch"
+            self._write(lambda board: board.add_image(tag, pixels, dataformats="HWC"), pixels.nbytes)
 
     def end_epoch(self, update, **row):
         """Write the metrics of an epoch, which must include ``epoch``, and draw the curves again."""
@@ -80,7 +72,7 @@ class RunRecord:
             os.makedirs(os.path.dirname(self.path), exist_ok=True)
             with replacing(self.path) as temporary, open(temporary, "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(epoch) + "\n" for epoch in self.epochs)
-            self.draw(self.epochs, self.picture, self.hyperparameters)
+            self.draw(self.epochs, self.picture)
         self._write_scalars("epoch", row, update)
 
     def close(self):
@@ -92,7 +84,6 @@ class RunRecord:
             self.tracker.finish()
 
     def _write_scalars(self, group, values, update):
-        self.update = update
         tags = {f"{group}/{name}": value for name, value in values.items()}
         self._write(lambda board: [board.add_scalar(tag, value, update) for tag, value in tags.items()])
         if self.tracker is not None:
@@ -102,16 +93,12 @@ class RunRecord:
         """Have ``write`` write to the TensorBoard file, ``size`` bytes beside a few of its own."""
         if self.silent:
             return
-        if not os.path.isdir(self.board_folder):  # somebody removed it
-            self.board = None
         with self._told():
             # The writer's thread would end with a traceback.
             if shutil.disk_usage(os.path.dirname(self.path)).free < 2**20 + size:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.board_folder)
             if self.board is None:
                 self.board = SummaryWriter(self.board_folder, purge_step=self.purge_step)
-                self.purge_step = self.update
-                write_hyperparameters(self.board, self.hyperparameters, self.drawn)
             write(self.board)
             self.board.flush()
 
@@ -123,25 +110,13 @@ class RunRecord:
             logger.error(f"cannot write metrics: {error}; training goes on")
 
 
-def write_hyperparameters(board, values, drawn):
-    """Write hyper-parameters for TensorBoard, which sets them beside the last of the scalars ``drawn``."""
-    # Truth values would become 0 and 1.
-    plain = {
-        key: value if type(value) in (int, float) else printable(str(value)) for key, value in values.items()
-    }
-    scores = dict.fromkeys((f"epoch/{name}" for name in drawn if name not in ("epoch", "lr")), 0)
-    for summary in hparams(plain, scores):
-        board.file_writer.add_summary(summary)
-
-
 def require_tracker(name):
     """Raise a UserError where the package of ``LOG.TRACKER`` cannot be imported."""
     if not name:
         return
     try:
-        # A folder of that name, which earlier runs may have left, can be imported too.
-        importlib.import_module(name).init  # noqa: B018
-    except (ImportError, AttributeError) as error:
+        from wandb import init  # noqa: F401, a folder of that name, which earlier runs may have left, has none
+    except ImportError as error:
         raise UserError(
             f"LOG.TRACKER {name}: the package cannot be imported ({error}): pip install {name}, or leave "
             "LOG.TRACKER empty"
@@ -152,77 +127,67 @@ def build_tracker(config, rank):
     """The :class:`Tracker` that ``LOG.TRACKER`` asks for; None for none, and on other ranks than 0."""
     if rank or not config.LOG.TRACKER:
         return None
-    return Tracker(config.LOG.TRACKER, config.OUTPUT, f"{config.MODEL.NAME}-{config.TAG}")
+    return Tracker(config.OUTPUT, f"{config.MODEL.NAME}-{config.TAG}", flat_config(config))
 
 
 class Tracker:
-    """Gives the scalars of a run to Weights & Biases or to trackio too, under their names in TensorBoard.
+    """Gives the scalars of a run to Weights & Biases too, under their names in TensorBoard.
 
     ``tracker.json`` in the run's folder keeps the name of the tracked run and the last updates that it was
-    given. A resumed run goes on with it and leaves out what it repeats; where its epochs have another number
-    of updates now, it gives that again, after the last of those updates. A run from scratch has one of its
+    given. A resumed run goes on with it and leaves out what it repeats. A run from scratch has one of its
     own. The first failure ends the tracking with a warning.
 
     Args:
-        package: wandb or trackio.
         name: what the name of the tracked run begins with.
+        options: of the run, a flat dict.
     """
 
-    def __init__(self, package, folder, name):
-        self.package, self.folder = package, folder
+    def __init__(self, folder, name, options):
+        self.folder, self.options = folder, options
         self.path = os.path.join(folder, "tracker.json")
         self.name = re.sub(r"[^\w.-]", "-", name)[:80]  # wandb refuses some characters
         self.run, self.state = None, {}
 
-    def start(self, update, updates_per_epoch, hyperparameters):
+    def start(self, update):
         """Go on with the tracked run, or at update 0 start another."""
         with self._told():
             if update and os.path.exists(self.path):
                 with open(self.path, encoding="utf-8") as file:
                     self.state = json.load(file)
-            if self.state.get("package") != self.package:
+            if self.state.get("package") != "wandb":
                 name = f"{self.name}-{uuid.uuid4().hex[:8]}"
-                self.state = dict(package=self.package, run=name, train=-1, epoch=-1)
-            shift = self.state.get("shift", 0)
-            if self.state.get("updates_per_epoch", updates_per_epoch) != updates_per_epoch:
-                shift = max(shift, self.state["train"] + 1 - update, self.state["epoch"] + 1 - update)
-            self.state.update(updates_per_epoch=updates_per_epoch, shift=shift)
-            # Trackers write JSON in UTF-8, which a path of other bytes would break.
-            given = {k: printable(x) if isinstance(x, str) else x for k, x in hyperparameters.items()}
-            arguments = dict(name=self.state["run"], config=given, resume="allow")
-            self.run, where = getattr(self, f"_start_{self.package}")(arguments)
-            logger.info(f"tracked by {self.package} as {self.state['run']}: {where}")
+                self.state = dict(package="wandb", run=name, train=-1, epoch=-1)
+            logger.info(f"tracked by wandb as {self.state['run']}: {self._start_wandb()}")
 
-    def _start_wandb(self, arguments):
+    def _start_wandb(self):
         import wandb
 
         mode = os.environ.get("WANDB_MODE") or "offline"
         settings = dict(console="off", silent=True)
         if mode == "online":
             settings.update(finish_timeout=20)  # seconds; a run that is to stop has little time
-        arguments.update(id=arguments["name"], dir=self.folder, mode=mode, settings=settings)
-        run = wandb.init(project=os.environ.get("WANDB_PROJECT") or PROJECT, **arguments)
+        self.run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT") or PROJECT,
+            name=self.state["run"],
+            id=self.state["run"],
+            resume="allow",
+            # wandb writes JSON in UTF-8, which a path of other bytes would break.
+            config={k: printable(x) if isinstance(x, str) else x for k, x in self.options.items()},
+            dir=self.folder,
+            mode=mode,
+            settings=settings,
+        )
         # wandb's own steps may never go back, not even from an epoch's figures to the next update's.
-        run.define_metric("*", step_metric="update")
+        self.run.define_metric("*", step_metric="update")
         where = f"wandb sync {os.path.join(self.folder, 'wandb', 'offline-run-*')} uploads it"
-        return run, where if mode == "offline" else mode
-
-    def _start_trackio(self, arguments):
-        import trackio
-
-        with contextlib.redirect_stdout(io.StringIO()):
-            return trackio.init(PROJECT, **arguments), f"trackio show --project {PROJECT}"
+        return where if mode == "offline" else mode
 
     def log(self, group, tags, update):
         """Give it scalars by tag, unless it has some of this group (train or epoch) and update, or later."""
-        if self.run is None or update + self.state["shift"] <= self.state[group]:
+        if self.run is None or update <= self.state[group]:
             return
-        update += self.state["shift"]
         with self._told():
-            if self.package == "wandb":
-                self.run.log(dict(tags, update=update))
-            else:
-                self.run.log(tags, step=update)
+            self.run.log(dict(tags, update=update))
             self.state[group] = update
             with replacing(self.path) as temporary, open(temporary, "w", encoding="utf-8") as file:
                 json.dump(self.state, file)
@@ -230,8 +195,8 @@ class Tracker:
     def finish(self):
         """Finish the tracked run here; a resumed run goes on with it."""
         if self.run is not None:
-            with self._told(), contextlib.redirect_stdout(io.StringIO()):
-                importlib.import_module(self.package).finish()
+            with self._told():
+                self.run.finish()
         self.run = None
 
     @contextlib.contextmanager
@@ -242,4 +207,4 @@ class Tracker:
         except Exception as error:
             self.run = None
             reason = f"{type(error).__name__}: {error}".split("\n")[0]
-            logger.warning(f"{self.package} failed ({reason}): from here on the run is not tracked")
+            logger.warning(f"wandb failed ({reason}): from here on the run is not tracked")

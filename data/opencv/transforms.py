@@ -16,7 +16,7 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolation, interp_mode_to_str
 from torchvision import transforms
 
-from ..datasets import MAX_PIXELS, MAX_SCANS, decoding, in_8_bits, open_image, orientation_of
+from ..datasets import MAX_PIXELS, decoding, in_8_bits, open_image, orientation_of
 from ..transforms import aspect_box, augment_operations, build_transform, covering_size, evaluation_sizes
 from .operations import FASTER, RandomFlip, ThroughPillow, interpolate, resize, to_tensor
 
@@ -35,12 +35,12 @@ class ImageFile:
     turning.
 
     Raises:
-        DataError: the file cannot be decoded or exceeds the limits; :meth:`crop` may raise it as well.
+        DataError: the file cannot be decoded or exceeds the limit; :meth:`crop` may raise it as well.
     """
 
-    def __init__(self, path, max_pixels=MAX_PIXELS, max_scans=MAX_SCANS, stored=None, turn=True):
+    def __init__(self, path, max_pixels=MAX_PIXELS, content=None, turn=True):
         self.path = path
-        self.image, self.data = open_image(path, max_pixels, max_scans, stored)
+        self.image, self.data = open_image(path, max_pixels, content)
         self.orientation = orientation_of(self.image) if turn else 1
         self.size = self.image.size[:: -1 if self.orientation > 4 else 1]
         is_jpeg = self.image.format == "JPEG" and self.image.mode in ("L", "RGB")

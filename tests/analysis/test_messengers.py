@@ -37,11 +37,10 @@ from analysis.messengers import (
     trace,
     without_exchange,
 )
-from config import dump_config
+from config import CHOICES, dump_config
 from models import build_model
 from models.exchange import OTHER_EXCHANGES
 from models.fast.attention import BACKENDS
-from models.geometry import CHOICES
 from models.msg_transformer import MSGTransformer, partition_windows, shuffle_messengers
 from tools import tables, visualize
 from utils import UserError
@@ -108,7 +107,7 @@ def test_places_beyond_the_edge_have_no_weight():
     assert (weights[2:, :, :, 0] == 1).all() and (weights[2:, :, :, 1:] == 0).all()
 
 
-@pytest.mark.parametrize("manip_type", CHOICES["MANIP_TYPE"])
+@pytest.mark.parametrize("manip_type", CHOICES["MODEL.MSG.MANIP_TYPE"])
 @pytest.mark.parametrize("size", [(16, 16), (13, 20)], ids=str)
 def test_influence_reaches_what_has_a_gradient(manip_type, size):
     model, chosen = tiny(manip_type=manip_type), (1, 2)
@@ -160,7 +159,7 @@ def test_influence_is_the_change_of_a_run_with_other_patches(monkeypatch):
     assert ((changes == 0) | (changes > 0.1)).all() and (changes == 0).any()
 
 
-@pytest.mark.parametrize("manip_type", CHOICES["MANIP_TYPE"])
+@pytest.mark.parametrize("manip_type", CHOICES["MODEL.MSG.MANIP_TYPE"])
 def test_route_is_what_the_exchange_does(manip_type):
     exchange = dict(OTHER_EXCHANGES, shuf=shuffle_messengers)[manip_type]
     messengers = torch.randn(1, 4, 12, dtype=torch.float64)

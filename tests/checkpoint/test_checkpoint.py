@@ -339,9 +339,6 @@ def test_downloads_are_checked_against_the_hash_in_their_name(tmp_path, monkeypa
     assert ckpt.read_checkpoint(f"{address}/msg-{digest}.pth")["epoch"] == 3
     with pytest.raises(ckpt.CheckpointError, match="msg-00000000.pth.*hash"):
         ckpt.read_checkpoint(f"{address}/msg-00000000.pth")
-    (tmp_path / "hub" / "checkpoints" / f"msg-{digest}.pth").write_bytes(b"changed later")
-    with pytest.raises(ckpt.CheckpointError, match="another hash than its name says"):
-        ckpt.read_checkpoint(f"{address}/msg-{digest}.pth")
     with pytest.raises(ckpt.CheckpointError, match="none.pth"):
         ckpt.read_checkpoint(f"{address}/none.pth")
     with pytest.raises(ckpt.CheckpointError, match="only https"):

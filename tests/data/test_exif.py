@@ -9,7 +9,7 @@ from helpers import coco_config as shapes_config
 from helpers import digits_config
 from PIL import Image, ImageOps
 
-from data.datasets import Stored, load_image
+from data.datasets import load_image
 from data.loaders import build_loaders
 from data.opencv.transforms import ImageFile
 from detection.loaders import build_detection_loaders
@@ -35,12 +35,11 @@ def noise(height=40, width=64, seed=0):
 def test_both_backends_turn_as_pillow_does_or_leave_alone(kind):
     for orientation in [*range(1, 9), 0, 9]:
         content = encoded(noise(), orientation, kind)
-        stored = Stored(len(content), lambda content=content: content)
         with Image.open(io.BytesIO(content)) as file:
             images = {False: file.convert("RGB"), True: ImageOps.exif_transpose(file).convert("RGB")}
         for turn, expected in images.items():
-            by_pillow = load_image("x", stored=stored, turn=turn)
-            by_opencv = ImageFile("x", stored=stored, turn=turn)
+            by_pillow = load_image("x", content=content, turn=turn)
+            by_opencv = ImageFile("x", content=content, turn=turn)
             assert by_pillow.size == by_opencv.size == expected.size, orientation
             np.testing.assert_array_equal(by_pillow, expected)
             np.testing.assert_array_equal(by_opencv.crop(4, 8, 16, 24, 1), np.asarray(expected)[8:32, 4:20])
@@ -53,7 +52,7 @@ def test_a_damaged_tag_is_none():
     content = (
         encoded(noise(), 6, "JPEG").replace(b"II*\0", b"\xff\xff\xff\xff").replace(b"MM\0*", b"\xff" * 4)
     )
-    assert load_image("x", stored=Stored(len(content), lambda: content)).size == (64, 40)
+    assert load_image("x", content=content).size == (64, 40)
 
 
 @pytest.mark.parametrize("backend", ["pil", "opencv"])

@@ -26,9 +26,8 @@ from config import ConfigError
 from data import DataError, build_loaders
 from data.datasets import load_image
 from data.loaders import ToDevice
-from data.mixup import build_augmentation
 from data.opencv.transforms import ImageFile, build_opencv_transform
-from data.transforms import augment_operations, build_transform
+from data.transforms import augment_operations, build_augmentation, build_transform
 from detection import loaders as detection_loaders
 from detection.transforms import build_detection_transform
 from distributed import seeded
@@ -178,7 +177,6 @@ def remember(name, function, calls):
     "opts",
     [
         ["AUG.AUTO_AUGMENT", "augmix-m5-w4-d2"],
-        ["AUG.AUTO_AUGMENT", "3a"],
         ["AUG.AUTO_AUGMENT", "originalr-mstd0.5"],
         ["AUG.AUTO_AUGMENT", "rand-m9-tweights"],
         ["AUG.AUTO_AUGMENT", "none", "AUG.COLOR_JITTER", 0.4],

@@ -20,8 +20,7 @@ from data import DataError
 from detection.dataset import build_detection_dataset
 from detection.evaluation import average_precision, to_results
 from detection.loaders import build_detection_loaders, build_detection_reader
-from detection.masks import take_masks
-from detection.transforms import build_detection_transform
+from detection.transforms import build_detection_transform, take_masks
 from distributed import Compute, seeded
 
 

@@ -9,9 +9,8 @@ import torch
 from helpers import coco_config
 from test_detection import decode, giou, random_boxes, scene
 
-from detection.cascade import CascadeStage, HeadLayers, PyramidRoIAlign, pyramid_levels
-from detection.detector import build_detector, to_original_size
-from detection.masks import mask_targets, paste_masks
+from detection.cascade import CascadeStage, HeadLayers, PyramidRoIAlign, mask_targets, pyramid_levels
+from detection.detector import build_detector, paste_masks, to_original_size
 from detection.proposals import ProposalNetwork, anchors_of_map, match_anchors
 from detection.transforms import resized
 

@@ -159,48 +159,6 @@ def test_layers_are_those_of_timms_swin():
     assert found["msg_tokens"] == found["patch_embed.proj.weight"] == pytest.approx(0.0238, abs=5e-5)
 
 
-EARLIER_LAYERS = dict(
-    stem=r"^(?:absolute_pos_embed|msg_tokens|patch_embed)",
-    blocks=[
-        (r"^layers\.(\d+)\.blocks\.(\d+)", None),
-        (r"^layers\.(\d+)\.downsample", (99998,)),
-        (r"^norm", (99999,)),
-    ],
-)
-
-
-def earlier_layers(model):
-    model.group_matcher = lambda coarse: EARLIER_LAYERS
-
-
-def earlier_patterns(model):
-    model.no_weight_decay = lambda: {"norm.weight"}
-
-
-@pytest.mark.parametrize(
-    "change, opts, words",
-    [
-        (earlier_layers, ["TRAIN.LAYER_DECAY", 0.7], "counted mergings as layers: the rates of TRAIN.LAYER"),
-        (earlier_patterns, [], "decayed layers.1.downsample.reduction.weight, msg_tokens: weight decay"),
-    ],
-)
-def test_a_state_in_the_groups_of_earlier_releases_goes_on_and_the_log_says_so(change, opts, words):
-    """A parameter is its own gradient, so that its first moment tells whose it is."""
-    before, model = micro(), micro()
-    if change is earlier_patterns:
-        model.no_weight_decay = lambda: {"norm.weight", "*.1.downsample.*", "msg_*"}
-    change(before)
-    first, second = (build_optimizer(config_for("adamw", *opts), each, 1.0) for each in (before, model))
-    for parameter in before.parameters():
-        parameter.grad = parameter.detach().clone()
-    first.step()
-    with logged() as lines:
-        ckpt.load_optimizer(second, model, dict(optimizer=first.state_dict()), "a.pth")
-    assert len(lines) == 1 and f"a.pth is of an earlier release, which {words}" in lines[0]
-    for parameter in model.parameters():
-        torch.testing.assert_close(second.state[parameter]["exp_avg"], 0.1 * parameter.detach())
-
-
 def test_patterns_in_what_timms_models_do_not_decay_are_read():
     model = timm.create_model("xcit_nano_12_p16_224", num_classes=2)
     assert "pos_embed.*" in model.no_weight_decay()

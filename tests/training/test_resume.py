@@ -14,7 +14,6 @@ import socket
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -256,21 +255,6 @@ def test_a_wrong_checkpoint_is_told_before_the_data_are_looked_at(tmp_path):
     assert done.returncode == 1 and done.stderr == f"error: no checkpoint file {tmp_path}/missing.pth\n"
 
 
-@pytest.mark.parametrize(
-    "settings, count",
-    [(dict(keep=2), 3), (dict(save_freq=4), 4)],  # two and the best; after epochs 0, 4, 8 and 9
-)
-def test_the_disk_that_checkpoints_will_take_is_told(tmp_path, monkeypatch, settings, count):
-    run = small_run(tmp_path, epochs=10, **settings)
-    size = sum(tensor.nbytes for tensor in run.model.state_dict().values())
-    size += 2 * sum(parameter.nbytes for parameter in run.model.parameters())
-    with logged() as lines:
-        for free in (count * size, count * size - 1):
-            monkeypatch.setattr(shutil, "disk_usage", lambda folder, free=free: SimpleNamespace(free=free))
-            run.warn_of_a_small_disk()
-    assert len(lines) == 1 and f"checkpoints: {count} of {size / 1e6:.0f} MB each will take " in lines[0]
-
-
 def disturbed_run(tmp_path, data, count, processes, kills, opts):
     arguments = [*ARGUMENTS, *opts]
     where = ["--data-path", data, "--output"]
@@ -420,8 +404,8 @@ def test_options_that_changed_since_the_checkpoint_are_told(tmp_path):
     first, _ = told()
     end_epoch(first, 50.0)
     assert "not trained with" not in told("DATA.NUM_WORKERS", 3, "PRINT_FREQ", 7)[1]
-    changed = told("SEED", 3, "AUG.REPEATED", 2)[1]
-    assert "options that the checkpoint was not trained with: AUG.REPEATED 1 -> 2, SEED 0 -> 3" in changed
+    changed = told("SEED", 3, "AUG.MIXUP", 0.5)[1]
+    assert "options that the checkpoint was not trained with: AUG.MIXUP 0.0 -> 0.5, SEED 0 -> 3" in changed
     stranger = dict(ckpt.read_checkpoint(str(tmp_path / "ckpt_epoch_0.pth")), config='TAG: a\nSEED: "\\e[2J"')
     torch.save(stranger, tmp_path / "ckpt_epoch_0.pth")
     assert "SEED '\\x1b[2J' -> 0" in told()[1]
@@ -537,20 +521,6 @@ def test_a_disk_that_is_full_from_the_start_ends_in_one_message(tmp_path, data):
     assert "cannot write a checkpoint to" in done.stdout and "cannot write metrics" in done.stdout
     assert done.stderr.count("log_rank0.txt: [Errno 28] No space left on device; going on") == 1
     assert "the last checkpoint could not be written" in done.stderr and "Traceback" not in done.stderr
-
-
-def test_a_removed_output_folder_is_made_again(tmp_path, data):
-    arguments = [*ARGUMENTS, "--data-path", data, "--output", tmp_path / "out"]
-    run = Started(tmp_path, main_command(*arguments))
-    run.wait_for("[0/2][5/")
-    (tmp_path / "out").rename(tmp_path / "gone")
-    assert run.wait() == 0 and "was removed; making it again" in run.text(), run.text()
-    folder = run_folder(tmp_path / "out")
-    assert "ckpt_epoch_1.pth" in ckpt.in_order(folder)
-    assert [row["epoch"] for row in read_metrics(folder / "metrics.jsonl")] == [0, 1]
-    assert (folder / "config.yaml").read_text() == (run_folder(tmp_path / "gone") / "config.yaml").read_text()
-    assert "Train: [1/2][0/18]" in (folder / "log_rank0.txt").read_text()
-    assert any(path.stat().st_size > 500 for path in (folder / "tensorboard").iterdir())
 
 
 def test_an_output_folder_that_cannot_be_written_is_one_clear_message(tmp_path):

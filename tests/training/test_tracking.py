@@ -1,10 +1,9 @@
-"""What TensorBoard and the trackers are given: read back, and compared with the metrics of the run."""
+"""What TensorBoard and the tracker are given: read back, and compared with the metrics of the run."""
 
 import io
 import json
 import os
 import struct
-import subprocess
 import sys
 import types
 
@@ -14,16 +13,15 @@ import torch
 from helpers import assert_same_weights, digits_config, logged, restore, run_folder, run_main
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import nn
 
 import checkpoint as ckpt
 from analysis import report
-from analysis.curves import draw_curves
+from analysis.report import draw_curves
 from config import flat_config
 from data import build_loaders
-from data.mixup import build_augmentation
 from data.samplers import TrainBatchSampler
+from data.transforms import build_augmentation
 from distributed import Compute
 from logger import DRAWN, read_metrics
 from lr_scheduler import build_scheduler
@@ -49,18 +47,17 @@ class Run:
     def define_metric(self, *args, **kwargs):
         self.write("define_metric", args, kwargs)
 
-    def log(self, values, step=None):
-        self.write("log", values, step)
+    def log(self, values):
+        self.write("log", values)
         if values.get("epoch/epoch") == int(os.environ.get("FAIL_AT", -1)):
             raise ConnectionError("the line is cut")
 
+    def finish(self):
+        self.write("finish")
+
 def init(*args, **kwargs):
-    print("chatter")
     Run().write("init", args, kwargs)
     return Run()
-
-def finish():
-    Run().write("finish")
 """
 
 
@@ -101,8 +98,8 @@ def given(path):
     found = {}
     for name, *arguments in calls(path):
         if name == "log":
-            values, step = arguments
-            step = values.pop("update") if step is None else step
+            (values,) = arguments
+            step = values.pop("update")
             for tag, value in values.items():
                 assert (tag, step) not in found
                 found[tag, step] = value
@@ -111,23 +108,18 @@ def given(path):
 
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
-    """Puts a package of a name in place of the real one, also for runs of main.py; returns its notes."""
-
-    def put(name):
-        folder, notes = tmp_path / "packages", tmp_path / "notes"
-        folder.mkdir(exist_ok=True)
-        (folder / f"{name}.py").write_text(STAND_IN)
-        monkeypatch.setenv("PYTHONPATH", str(folder))
-        monkeypatch.setenv("TRACKED", str(notes))
-        monkeypatch.delenv("WANDB_MODE", raising=False)
-        monkeypatch.delenv("WANDB_PROJECT", raising=False)
-        monkeypatch.syspath_prepend(folder)
-        monkeypatch.delitem(sys.modules, name, raising=False)
-        return notes
-
-    yield put
-    for name in ("wandb", "trackio"):
-        sys.modules.pop(name, None)
+    """Puts a package in place of the real wandb, also for runs of main.py; gives the path of its notes."""
+    folder, notes = tmp_path / "packages", tmp_path / "notes"
+    folder.mkdir()
+    (folder / "wandb.py").write_text(STAND_IN)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.setenv("TRACKED", str(notes))
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    yield notes
+    sys.modules.pop("wandb", None)
 
 
 @pytest.fixture(scope="module")
@@ -147,20 +139,6 @@ def test_tensorboard_has_the_metrics_of_every_epoch(trained):
         for name, value in row.items():
             assert found[f"epoch/{name}", 9 * row["epoch"] + 8] == pytest.approx(value, rel=1e-6)
     assert sorted(step for tag, step in found if tag == "train/loss") == [0, 2, 4, 6, 8, 9, 11, 13, 15, 17]
-
-
-def test_tensorboard_has_the_hyperparameters_beside_the_scores(trained):
-    metadata = events(run_folder(trained) / "tensorboard").summary_metadata
-    values = HParamsPluginData.FromString(metadata["_hparams_/session_start_info"].plugin_data.content)
-    values = values.session_start_info.hparams
-    assert values["AUG.MIXUP"].number_value == 0.8 and values["MODEL.NAME"].string_value == "digits"
-    assert (
-        values["MODEL.MSG.SHUF_SIZE"].string_value == "[4, 2, 1]"
-        and values["TEST.CROP"].string_value == "True"
-    )
-    experiment = HParamsPluginData.FromString(metadata["_hparams_/experiment"].plugin_data.content).experiment
-    tags = [info.name.tag for info in experiment.metric_infos]
-    assert sorted(tags) == ["epoch/acc1", "epoch/acc5", "epoch/train_loss", "epoch/val_loss"]
 
 
 def test_tensorboard_shows_the_first_batch_as_the_model_saw_it(trained, data):
@@ -185,33 +163,22 @@ def test_the_first_batch_is_drawn_once_and_not_again_by_a_resumed_run(tmp_path):
 
     for update in (0, 5):
         record = RunRecord(str(tmp_path), 0, draw_curves, DRAWN)
-        record.start(0, update, 9)
+        record.start(0, update)
         for _ in range(2):
             record.first_batch(draw)
         record.scalars(update + 1, loss=1.0)
         record.close()
     record = RunRecord(str(tmp_path / "other"), 1, draw_curves, DRAWN)
-    record.start(0, 0, 9)
+    record.start(0, 0)
     record.first_batch(draw)
     assert len(drawn) == 1 and not (tmp_path / "other").exists()
     assert image(tmp_path / "tensorboard", "train/first_batch")[0] == 0
 
 
-def test_tensorboard_shows_the_worst_mistakes_of_the_last_evaluation_and_of_eval(trained, data):
-    folder = run_folder(trained)
-    step, found = image(folder / "tensorboard", "epoch/mistakes")
-    last = ["--eval", "--resume", folder / "ckpt_epoch_1.pth"]
-    run_main(*ARGUMENTS[:4], *last, "--data-path", data, "--output", trained)
-    with Image.open(folder / "eval_mistakes.png") as sheet:
-        expected = np.asarray(sheet)
-    assert step == 17 and expected.any() and (found == expected).all()
-    assert (image(folder / "tensorboard" / "eval", "eval/mistakes")[1] == expected).all()
-
-
 def test_a_run_with_a_tracker_gives_it_what_tensorboard_gets_and_changes_no_bit(
     stand_in, trained, data, tmp_path
 ):
-    notes, folder = stand_in("wandb"), run_folder(tmp_path)
+    notes, folder = stand_in, run_folder(tmp_path)
     arguments = [*ARGUMENTS, 2, "AUG.MIXUP", 0.8, "LOG.TRACKER", "wandb"]
     run_main(*arguments, "--data-path", data, "--output", tmp_path)
     found, board = given(notes), scalars(folder / "tensorboard")
@@ -223,13 +190,12 @@ def test_a_run_with_a_tracker_gives_it_what_tensorboard_gets_and_changes_no_bit(
     assert_same_weights(tmp_path, trained)
 
 
-@pytest.mark.parametrize("package", ["wandb", "trackio"])
-def test_a_tracker_takes_values_that_are_no_utf_8(package, stand_in, tmp_path):
+def test_a_tracker_takes_values_that_are_no_utf_8(stand_in, tmp_path):
     """What a folder with a name of other bytes looks like in Python cannot be written as UTF-8."""
-    notes, odd = stand_in(package), os.fsdecode(b"images\xff")
-    tracker = Tracker(package, str(tmp_path), f"digits-{odd}")
+    notes, odd = stand_in, os.fsdecode(b"images\xff")
+    tracker = Tracker(str(tmp_path), f"digits-{odd}", {"DATA.DATA_PATH": odd, "SEED": 0})
     with logged() as lines:
-        tracker.start(0, 3, {"DATA.DATA_PATH": odd, "SEED": 0})
+        tracker.start(0)
         tracker.log("train", {"train/loss": 1.0}, 0)
     (_, _, of_init), *_, (name, *_) = calls(notes)
     assert of_init["config"] == {"DATA.DATA_PATH": "images\\udcff", "SEED": 0} and name == "log"
@@ -237,18 +203,18 @@ def test_a_tracker_takes_values_that_are_no_utf_8(package, stand_in, tmp_path):
     assert not any("failed" in line for line in lines)
 
 
-def test_a_resumed_run_repeats_nothing_in_trackio_and_one_from_scratch_is_another(stand_in, tmp_path, capsys):
-    notes = stand_in("trackio")
+def test_a_resumed_run_repeats_nothing_and_one_from_scratch_is_another(stand_in, tmp_path, capsys):
+    notes = stand_in
     for start, updates in ((0, (0, 2, 4)), (2, (2, 4, 6)), (0, (0,))):
-        tracker = Tracker("trackio", str(tmp_path), "digits/a b")
-        tracker.start(start, 9, dict(SEED=0))
+        tracker = Tracker(str(tmp_path), "digits/a b", dict(SEED=0))
+        tracker.start(start)
         for update in updates:
             tracker.log("train", {"train/loss": 1.0}, update)
         tracker.log("epoch", {"epoch/acc1": 2.0}, updates[-1])
         tracker.finish()
     names = [arguments[1]["name"] for name, *arguments in calls(notes) if name == "init"]
     assert names[0] == names[1] != names[2] and all(name.startswith("digits-a-b-") for name in names)
-    logs = [(next(iter(call[1])), call[2]) for call in calls(notes) if call[0] == "log"]
+    logs = [(next(iter(call[1])), call[1]["update"]) for call in calls(notes) if call[0] == "log"]
     of_first = [("train/loss", 0), ("train/loss", 2), ("train/loss", 4), ("epoch/acc1", 4), ("train/loss", 6)]
     assert logs == [*of_first, ("epoch/acc1", 6), ("train/loss", 0), ("epoch/acc1", 0)]
     assert calls(notes).count(["finish"]) == 3 and capsys.readouterr().out == ""
@@ -262,7 +228,7 @@ def train_from_checkpoints(folder, updates_per_epoch, epochs):
     scheduler = build_scheduler(digits_config(), optimizer, updates_per_epoch, 1.0)
     updater = Updater(model, optimizer, Compute(torch.device("cpu")), 1, 5.0, 20)
     record = RunRecord(str(folder), 0, lambda *_: None, DRAWN)
-    record.tracker = Tracker("wandb", str(folder), "name")
+    record.tracker = Tracker(str(folder), "name", {})
     settings = Settings(str(folder), epochs=epochs, print_freq=1)
     run = Run(settings, updater, scheduler, sampler, record, Guard(0, 0))
     restore(run)
@@ -274,7 +240,7 @@ def train_from_checkpoints(folder, updates_per_epoch, epochs):
 
 def test_fewer_updates_an_epoch_after_a_resume_drop_nothing_that_was_written(stand_in, tmp_path):
     """Two epochs of 8 updates, then two of 2."""
-    notes = stand_in("wandb")
+    notes = stand_in
     train_from_checkpoints(tmp_path, 8, epochs=2)
     train_from_checkpoints(tmp_path, 2, epochs=4)
     found = scalars(tmp_path / "tensorboard")
@@ -283,21 +249,8 @@ def test_fewer_updates_an_epoch_after_a_resume_drop_nothing_that_was_written(sta
     assert given(notes).keys() == found.keys()
 
 
-def test_a_tracker_gets_epochs_that_are_repeated_with_fewer_updates_after_those_it_has(stand_in, tmp_path):
-    notes = stand_in("wandb")
-    train_from_checkpoints(tmp_path, 8, epochs=2)
-    (tmp_path / "ckpt_epoch_1.pth").unlink()
-    train_from_checkpoints(tmp_path, 2, epochs=4)
-    train_from_checkpoints(tmp_path, 2, epochs=5)
-    board = scalars(tmp_path / "tensorboard")
-    assert [step for tag, step in board if tag == "epoch/epoch"] == [7, 9, 11, 13, 15]
-    epochs = {step: epoch for (tag, step), epoch in given(notes).items() if tag == "epoch/epoch"}
-    assert epochs == {7: 0, 15: 1, 17: 1, 19: 2, 21: 3, 23: 4}
-    assert [step for tag, step in given(notes) if tag == "train/loss"] == list(range(24))
-
-
 def test_a_tracker_that_fails_is_one_warning_and_training_goes_on(stand_in, tmp_path, monkeypatch):
-    notes = stand_in("wandb")
+    notes = stand_in
     monkeypatch.setenv("FAIL_AT", "0")
     with logged() as lines:
         train_from_checkpoints(tmp_path, 8, epochs=2)
@@ -317,32 +270,6 @@ def test_other_names_are_refused():
     with pytest.raises(UserError, match="did you mean 'wandb'"):
         digits_config("LOG.TRACKER", "wandv")
     assert flat_config(digits_config())["LOG.TRACKER"] == ""
-
-
-def test_trackio_holds_what_tensorboard_holds(data, tmp_path, monkeypatch):
-    """Asked in trackio's own words, after a resume that repeats an epoch."""
-    pytest.importorskip("trackio")
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    folder = run_folder(tmp_path)
-    arguments = [*ARGUMENTS, 2, "LOG.TRACKER", "trackio", "--data-path", data, "--output", tmp_path]
-    run_main(*arguments)
-    (folder / "ckpt_epoch_1.pth").unlink()
-    run_main(*arguments)
-    code = "import json; from trackio.sqlite_storage import SQLiteStorage as Storage; "
-    code += "print(json.dumps([Storage.get_logs(project, run) for project in ['msg-transformer'] "
-    code += "for run in Storage.get_runs(project)]))"
-    command = [sys.executable, "-c", code]
-    (rows,) = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    found = {
-        (tag, row["step"]): value
-        for row in rows
-        for tag, value in row.items()
-        if tag[:6] in ("train/", "epoch/")
-    }
-    assert found.keys() == scalars(folder / "tensorboard").keys()
-    assert len(rows) == 12
-    for row in read_metrics(folder / "metrics.jsonl"):
-        assert found["epoch/acc1", 9 * row["epoch"] + 8] == pytest.approx(row["acc1"])
 
 
 def records_of(path):
@@ -386,11 +313,10 @@ def test_wandb_holds_what_tensorboard_holds(data, tmp_path, monkeypatch):
 
 
 def test_a_tracker_state_that_cannot_be_read_is_one_warning(stand_in, tmp_path):
-    stand_in("trackio")
     (tmp_path / "tracker.json").write_text("{")
-    tracker = Tracker("trackio", str(tmp_path), "digits")
+    tracker = Tracker(str(tmp_path), "digits", {})
     with logged() as lines:
-        tracker.start(5, 3, {})
+        tracker.start(5)
         tracker.log("train", {"train/loss": 1.0}, 6)
         tracker.finish()
     assert len(lines) == 1 and "from here on the run is not tracked" in lines[0]
