@@ -403,7 +403,7 @@ def _coerce(value, present, key, source):
         if type(value) is not str or "\0" in value:
             refuse(f"text, such as {present!r}")
         return os.path.expanduser(value) if rule is _PATH else value
-    value = _literal(value)
+    value = _number_or_text(value, key, source)
     if value is None and rule.kind:
         return None
     words = f"{_NAMES[kind]}, such as {present!r}"
@@ -421,12 +421,23 @@ def _coerce(value, present, key, source):
 
 def _argument(value, key, source):
     """An argument of timm's models: a number, a text, a truth value, None, or a list of these."""
-    value = _literal(value)
+    value = _number_or_text(value, key, source)
     entries = value if isinstance(value, list) else [value]
     plain = all(type(entry) in (bool, int, float, str, type(None)) for entry in entries)
     if not re.fullmatch(r"MODEL\.TIMM_ARGS\.[a-z]\w{0,99}", key) or not plain:
         raise ConfigError(f"{source}: {key} is {show_value(value)}, which is no argument of a model of timm")
     return None if value is None else _coerce(value, value, key, source)
+
+
+def _number_or_text(value, key, source):
+    """What text says, see :func:`_literal`; numbers that YAML and Python read differently are refused."""
+    value = _literal(value)
+    if _is_ambiguous(value):
+        raise ConfigError(
+            f"{source}: {key} is {show_value(value)}, but must be a number without a leading 0 or colons, "
+            "which programs read differently"
+        )
+    return value
 
 
 def _literal(value):
@@ -437,6 +448,13 @@ def _literal(value):
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             return _WORDS.get(value.lower(), value)
     return [_literal(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+
+def _is_ambiguous(value):
+    """Whether text or an entry of a list, such as 010 or 1:30, is a number to YAML and not to Python."""
+    if isinstance(value, (list, tuple)):
+        return any(map(_is_ambiguous, value))
+    return isinstance(value, str) and bool(re.fullmatch(r"[-+]?(0[\d_]+|\d[\d_]*(:\d+)+(\.\d*)?)", value))
 
 
 def _numbers_in(value):

@@ -4,6 +4,7 @@ Whatever differs between Linux, macOS and Windows is here. We import nothing but
 programs can say within a moment what is missing or wrong.
 """
 
+import collections
 import contextlib
 import ctypes
 import errno
@@ -15,6 +16,7 @@ import signal
 import sys
 import time
 import traceback
+import unicodedata
 import uuid
 from pathlib import Path
 
@@ -102,6 +104,24 @@ def print_any_name():
     """Let the names of files that are no UTF-8 be printed, with escapes, rather than end the program."""
     with contextlib.suppress(AttributeError):  # a notebook's output takes them
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def advice_on_look_alikes(names):
+    """What to do about names that differ in Unicode's form only and look alike; empty where none do.
+
+    Accents may be part of a letter (NFC) or follow it (NFD, as some systems of Apple write file names).
+    """
+    forms = collections.defaultdict(list)
+    for name in sorted(names):
+        forms[unicodedata.normalize("NFC", name)].append(name)
+    alike = next((found for found in forms.values() if len(found) > 1), None)
+    if alike is None:
+        return ""
+    pair = " and ".join(map(ascii, alike[:2]))
+    return (
+        f"; {pair} are both {alike[0]!r}, in two Unicode forms (NFC and NFD): rename the folders of one "
+        "set, for example with convmv -r -f utf8 -t utf8 --nfc --notest <folder>"
+    )
 
 
 def is_launched():

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import time
 from dataclasses import dataclass
 
 import matplotlib
@@ -185,6 +186,8 @@ def confusions(outcomes):
 def write_report(folder, outcomes, names, paths, about):
     """Write what an evaluation found to the files :data:`FILES` of a folder; on failure say so and go on.
 
+    An earlier report that says something else is moved to ``eval_<its time>/`` first.
+
     Args:
         outcomes: the :class:`Outcomes` of all processes.
         names: of the classes.
@@ -208,6 +211,7 @@ def write_report(folder, outcomes, names, paths, about):
     )
     target = os.path.join(folder, FILES[0])
     try:
+        _keep_earlier(folder, content)
         with replacing(target) as temporary, open(temporary, "w", encoding="utf-8") as file:
             json.dump(content, file, indent=1)
         with (
@@ -251,6 +255,25 @@ def _mistake(outcomes, place, names, paths):
         predicted=names[outcomes.predicted[place]],
         **{name: float(values[place]) for name, values in numbers.items()},
     )
+
+
+def _keep_earlier(folder, content):
+    """Move an earlier report of something else out of the way, and say so."""
+    path = os.path.join(folder, FILES[0])
+    if not os.path.exists(path):
+        return
+    with contextlib.suppress(ValueError), open(path, encoding="utf-8") as file:
+        if json.load(file) == json.loads(json.dumps(content)):
+            return
+    made = time.strftime("%Y%m%d-%H%M%S", time.localtime(os.path.getmtime(path)))
+    kept, number = os.path.join(folder, f"eval_{made}"), 1
+    while os.path.exists(kept):
+        kept, number = os.path.join(folder, f"eval_{made}-{number}"), number + 1
+    os.mkdir(kept)
+    for name in FILES:
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(os.path.join(folder, name), os.path.join(kept, name))
+    logger.info(f"the report of an earlier evaluation is now in {kept}")
 
 
 def chosen_classes(pairs, count, most=MOST_DRAWN):

@@ -6,6 +6,8 @@ from collections import Counter
 
 import torch
 
+from utils import advice_on_look_alikes
+
 from .contents import NEW_RUN, CheckpointError, classes_of, optimizer_of, own_config, short, weights_of
 from .resize import fit_weights
 
@@ -106,7 +108,7 @@ def class_difference(saved, own):
         if names:
             some = ", ".join(map(short, names[:3]))
             parts.append(f"only {where} has {some}{' ...' if len(names) > 3 else ''}")
-    return "; ".join(parts)
+    return "; ".join(parts) + advice_on_look_alikes([*lost, *new])
 
 
 def _misfit(name, theirs, own):

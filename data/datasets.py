@@ -4,6 +4,7 @@ import collections
 import contextlib
 import errno
 import io
+import itertools
 import logging
 import os
 import stat
@@ -16,7 +17,7 @@ from torch.utils.data import Dataset, get_worker_info
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from distributed import seeded
-from utils import UserError
+from utils import UserError, advice_on_look_alikes
 
 logger = logging.getLogger("msg_transformer")
 # Formats of the file names that ImageFolder takes, and GIF, which hides behind them. Not all that Pillow
@@ -27,6 +28,7 @@ MAX_PIXELS = 100_000_000  # DATA.MAX_PIXELS of those who have no config
 _TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2))
 _LOOKED_AT = 256  # images of a set whose EXIF orientations are counted
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of the machine, which is no fault of a file
+SPLITS = ("train", "val", "test")
 
 
 class DataError(UserError):
@@ -181,6 +183,11 @@ class ImageFolder(torchvision.datasets.ImageFolder):
     def report(self):
         """Log what was found and what was ignored."""
         report_found(self, self.ignored)
+        for folder in (os.path.join(self.root, name) for name in self.classes if name in SPLITS):
+            if list_folder(folder)[0]:
+                logger.warning(
+                    f"{folder}, which holds folders, is taken for a class: if it is a set of its own, move it"
+                )
 
 
 def report_orientations(paths, stored, turn):
@@ -276,6 +283,7 @@ def class_names(folder, ignored=None):
     if not os.path.isdir(folder):
         raise DataError(
             f"{folder} is not a folder: --data-path must hold train/<class>/<image> and val/<class>/<image>"
+            + _root_nearby(os.path.dirname(folder))
         )
     folders, files = list_folder(folder)
     names = sorted(entry.name for entry in folders if not entry.name.startswith("."))
@@ -289,16 +297,35 @@ def class_names(folder, ignored=None):
     return names
 
 
+def _root_nearby(root):
+    """Advice to take the folder above ``root``, or one in it, where that has train and val; else nothing."""
+    root = os.path.abspath(root)
+    nearby = [os.path.dirname(root)]
+    with contextlib.suppress(OSError):
+        nearby += sorted(entry.path for entry in os.scandir(root))
+    found = (path for path in nearby if all(os.path.isdir(os.path.join(path, s)) for s in ("train", "val")))
+    return "".join(f"; {path} does: --data-path {path}" for path in itertools.islice(found, 1))
+
+
 def require_classes(dataset, number):
     """Refuse a set of one class, whose loss would be 0: mostly its class folders are one level too deep.
 
     A ``number`` of 1, ``MODEL.NUM_CLASSES``, asks for such a set.
     """
-    if len(dataset.classes) == 1 and number != 1:
-        raise DataError(
-            f"{dataset.root} has a single class, {dataset.classes[0]}: it must hold the folders of the "
-            "classes, and no others; MODEL.NUM_CLASSES 1 asks for a single class"
-        )
+    if len(dataset.classes) > 1 or number == 1:
+        return
+    root, (name,) = dataset.root, dataset.classes
+    folder, advice = os.path.join(root, name), ""
+    folders = list_folder(folder)[0] if os.path.isdir(folder) else []
+    if below := sorted(entry.name for entry in folders if not entry.name.startswith(".")):
+        listed = f"{', '.join(below[:3])}{' ...' if len(below) > 3 else ''}"
+        advice = f"; {folder} holds the folders {listed}: if they are the classes, "
+        if {"train", "val"} <= {*below}:
+            advice += f"take --data-path {folder}"
+        else:
+            split = os.path.basename(root)
+            advice += f"--data-path must hold {split}/{below[0]} and not {split}/{name}/{below[0]}"
+    raise DataError(f"{root} has a single class, {name}{advice}; MODEL.NUM_CLASSES 1 asks for a single class")
 
 
 def is_image(name):
@@ -395,7 +422,11 @@ def require_same_classes(here, classes, there, other_classes):
     if other_classes == classes:
         return
     difference = sorted(set(classes) ^ set(other_classes))
-    listed = f"only one of them has {', '.join(difference[:5])}{' ...' if len(difference) > 5 else ''}"
+    advice = advice_on_look_alikes(difference)
+    if advice:
+        difference = sorted(map(ascii, difference))
+    names = ", ".join(difference[:5])
+    listed = f"only one of them has {names}{' ...' if len(difference) > 5 else ''}{advice}"
     raise DataError(
         f"{here} and {there} have different classes ({len(classes)} and {len(other_classes)}): "
         + (listed if difference else "they are in another order")

@@ -1,5 +1,6 @@
 """COCO annotations: read, checked, and turned into boxes, labels and masks."""
 
+import contextlib
 import json
 import logging
 import math
@@ -19,7 +20,9 @@ logger = logging.getLogger("msg_transformer")
 _LONGEST = 1_000_000
 # In pixels: images with a shorter side are not trained on.
 _SHORTEST = 32
-_MANY = 0.1  # share of crowds in a set, above which they are told as a warning
+# Shares of a set: crowds above the first are told as a warning; whole sets are refused above the second.
+_MANY, _MOST = 0.1, 0.5
+_NORMALISED = "with a box between 0 and 1", "with a mask between 0 and 1"
 _CROWDS = "crowds"
 _TINY = "objects with a box below a pixel on a side, or a mask without a pixel"
 
@@ -131,7 +134,8 @@ class Annotations:
         objects_in: image id to the number of its objects, crowds apart.
 
     Raises:
-        DataError: the file is missing, no COCO JSON, or its images contradict each other.
+        DataError: the file is missing, no COCO JSON, its images contradict each other, or most of its boxes
+            are not in pixels or not (x, y, width, height).
     """
 
     def __init__(self, path):
@@ -146,9 +150,9 @@ class Annotations:
             raise DataError(f"{path} lists {'no categories' if sizes else 'no images'}")
         self.problems, self.notes, self._first = {}, {}, {}
         self._names = {image["id"]: image["file_name"] for image in self.images}
-        by_image = {number: [] for number in sizes}
+        by_image, self._corners, self._compared = {number: [] for number in sizes}, {}, 0
         for item in content["annotations"]:
-            item = {key: value for key, value in item.items() if value is not None}
+            item = _with_numbers(item, sizes, self.labels)
             problem = self._problem(item, sizes)
             if problem:
                 self._note(self.problems, problem, item)
@@ -159,7 +163,8 @@ class Annotations:
         self.objects_in = {
             number: sum(not item.get("iscrowd") for item in items) for number, items in by_image.items()
         }
-        del self._names  # every worker would have them, too
+        self._refuse_other_boxes(len(content["annotations"]))
+        del self._names, self._corners  # every worker would have them, too
         # As text: every loading worker would end up with a copy of its own of a million dicts.
         self._by_image = {number: json.dumps(items).encode() for number, items in by_image.items()}
 
@@ -179,6 +184,24 @@ class Annotations:
         found = [*self.problems.items(), *self.notes.items()]
         return [f"{len(ids):,} {reason} ({self.example(reason, ids)})" for reason, ids in found]
 
+    def _refuse_other_boxes(self, total):
+        """Raise a DataError where most boxes are shares of the image, or most are (x1, y1, x2, y2)."""
+        shares = {problem: ids for problem, ids in self.problems.items() if problem in _NORMALISED}
+        for problem, ids in shares.items():
+            if sum(map(len, shares.values())) > _MOST * total:
+                raise DataError(
+                    f"{self.path}: {len(ids):,} of {total:,} annotations come {problem} "
+                    f"({self.example(problem, ids)}), but COCO counts in pixels: multiply x by the width of "
+                    "the image and y by its height"
+                )
+        for reason, ids in self._corners.items():
+            if len(ids) > _MOST * self._compared:
+                raise DataError(
+                    f"{self.path}: {len(ids):,} of {total:,} boxes fit their masks as {reason} "
+                    f"({self.example(reason, ids)}), but COCO's are [x, y, width, height]: write "
+                    "[x1, y1, x2 - x1, y2 - y1]"
+                )
+
     def _problem(self, item, sizes):
         """What is wrong with an annotation, or None."""
         if not _is_one_of(item.get("image_id"), sizes):
@@ -191,7 +214,7 @@ class Annotations:
         if box[2] <= 0 or box[3] <= 0:
             return "with a box of no area"
         if max(box) <= 1 and min(box[2:]) < 1:
-            return "with a box between 0 and 1"
+            return _NORMALISED[0]
         x1, y1, x2, y2 = clipped(box, size)
         if x2 <= x1 or y2 <= y1:
             return "with a box outside the image"
@@ -225,13 +248,22 @@ class Annotations:
         return None
 
     def _mismatch(self, item, size):
-        """How a mask contradicts its box, or None; notes what is tiny."""
-        x, y, width, height = item["bbox"]
+        """How a mask contradicts its box, or None; notes boxes that fit as corners, and what is tiny."""
+        (x, y, width, height), shape = item["bbox"], item["segmentation"]
         bounds = _bounds(item, size)
         if bounds is not None:
+            if isinstance(shape, list) and max(bounds) <= 1 and max(width, height) > 2:
+                return _NORMALISED[1]
             box = x, y, x + width, y + height
             if any(min(bounds[i + 2], box[i + 2]) < max(bounds[i], box[i]) for i in (0, 1)):
                 return "with a mask outside its box"
+            as_box, as_corners = (
+                sum(abs(there - here) for there, here in zip(bounds, corners))
+                for corners in (box, item["bbox"])
+            )
+            self._compared += as_box != as_corners
+            if as_corners < as_box:
+                self._note(self._corners, "[x1, y1, x2, y2]", item)
         if not item.get("iscrowd") and (min(width, height) < 1 or _is_without_pixel(item, size, bounds)):
             self._note(self.notes, _TINY, item)
         return None
@@ -367,6 +399,38 @@ def _is_drawable(polygon):
 
 def _is_number(value):
     return type(value) in (int, float) and abs(value) < 2**53
+
+
+def _number(value):
+    """A number that is written as text as a number; anything else as it is."""
+    for kind in (int, float) if isinstance(value, str) else ():
+        with contextlib.suppress(ValueError):
+            return kind(value)
+    return value
+
+
+def _with_numbers(item, *known):
+    """An annotation without what is null, and with numbers in place of numbers written as text.
+
+    ``known`` are the ids of images and of categories, which may themselves be text.
+    """
+    item = {key: value for key, value in item.items() if value is not None}
+    for key, ids in zip(("image_id", "category_id"), known):
+        value = item.get(key)
+        if type(value) in (int, str) and value not in ids:
+            item[key] = next((other for other in (_number(value), str(value)) if other in ids), value)
+    for key in ("area", "iscrowd"):
+        if key in item:
+            item[key] = _number(item[key])
+    box, shape = item.get("bbox"), item.get("segmentation")
+    if isinstance(box, list):
+        item["bbox"] = list(map(_number, box))
+    if isinstance(shape, list):
+        item["segmentation"] = [
+            list(map(_number, part)) if isinstance(part, list) and part and type(part[0]) is str else part
+            for part in shape
+        ]
+    return item
 
 
 def _is_size(value):

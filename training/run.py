@@ -9,6 +9,7 @@ import contextlib
 import functools
 import logging
 import os
+import shutil
 import signal
 import sys
 import time
@@ -109,6 +110,7 @@ def build_run(config, model, sampler, setup, task):
     run = Run(settings, updater, scheduler, sampler, record, setup.guard)
     run.restore(setup.take_start())
     run.write_config()
+    run.warn_of_a_small_disk()
     run.warn_of_a_short_run(train)
     if sampler.world_size > 1:
         updater.model = parallelize(model, setup.compute.device)
@@ -375,6 +377,24 @@ class Run:
         """Write ``config.yaml`` on rank 0."""
         if self.sampler.rank == 0:
             write_config(self.settings.folder, "config.yaml", self.settings.config)
+
+    def warn_of_a_small_disk(self):
+        """Warn where the checkpoints of the epochs that are left will not find room on the disk."""
+        settings = self.settings
+        if self.sampler.rank:
+            return
+        left = sum(map(settings.is_due, range(self.progress.epoch, settings.epochs)))
+        count = min(left, settings.keep + 1) if settings.keep else left  # the best is one of those, or kept
+        moments = 2 if "betas" in self.updater.optimizer.defaults else 1
+        size = sum(tensor.nbytes for tensor in self.model.state_dict().values())
+        size *= 1 if self.updater.average is None else 2
+        size += moments * sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
+        free = shutil.disk_usage(settings.folder).free
+        if count * size > free:
+            logger.warning(
+                f"checkpoints: {count} of {size / 1e6:.0f} MB each will take {count * size / 1e9:.2f} GB, "
+                f"and {free / 1e9:.2f} GB are free (TRAIN.KEEP_CHECKPOINTS and SAVE_FREQ limit them)"
+            )
 
     def warn_of_a_short_run(self, train):
         """Warn of a warm-up that takes all updates that the run has."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import digits_config, fill_weights, write_images
+from helpers import digits_config, fill_weights, logged, write_images
 from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.metrics import confusion_matrix, precision_score, recall_score
@@ -223,6 +223,18 @@ def test_checkpoints_keep_class_names_that_are_no_utf_8(tmp_path):
     checkpoint = dict(model={"head.bias": torch.zeros(2)}, classes=[NO_UTF8, "\u732b"])
     save_checkpoint(str(tmp_path / f"{NO_UTF8}.pth"), checkpoint)
     assert read_weights(str(tmp_path / f"{NO_UTF8}.pth"))["classes"] == checkpoint["classes"]
+
+
+def test_an_earlier_report_of_something_else_is_kept(tmp_path):
+    outcomes, _, _ = random_outcomes(40, 3)
+    for checkpoint in ("first.pth", "first.pth", "second.pth"):
+        with logged() as lines:
+            report.write_report(tmp_path, outcomes, list("abc"), list(range(40)), dict(checkpoint=checkpoint))
+        assert any("earlier evaluation is now in" in line for line in lines) == (checkpoint == "second.pth")
+    (kept,) = tmp_path.glob("eval_2*")
+    assert sorted(path.name for path in kept.iterdir()) == sorted(report.FILES)
+    found = [json.loads((folder / "eval.json").read_text())["checkpoint"] for folder in (kept, tmp_path)]
+    assert found == ["first.pth", "second.pth"]
 
 
 def test_images_that_cannot_be_read_are_left_out_and_the_others_keep_their_files(tmp_path, monkeypatch):

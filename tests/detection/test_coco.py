@@ -100,6 +100,7 @@ def broken(**changes):
         ("with a mask that does not fill the image", "short"),
         ("with a mask outside its box", broken(segmentation=[[20, 20, 30, 20, 30, 30]])),
         ("with a box between 0 and 1", broken(bbox=[0.1, 0.2, 0.5, 0.4])),
+        ("with a mask between 0 and 1", broken(segmentation=[[0.1, 0.1, 0.6, 0.1, 0.6, 0.7]])),
         ("with an iscrowd other than 0 and 1", broken(iscrowd="2")),
         ("with an area that is no number", broken(area="large")),
     ],
@@ -135,6 +136,31 @@ def told(annotations, caplog):
     with caplog.at_level("INFO"):
         annotations.report()
     return caplog.text
+
+
+def test_boxes_that_are_shares_of_the_image_or_two_corners_are_refused(tmp_path, shapes):
+    """Unless they are the smaller part of the set, where corners cannot be told from boxes."""
+
+    def shares(item):
+        return dict(bbox=[value / 999 for value in item["bbox"]])
+
+    def corners(item):
+        x, y, width, height = item["bbox"]
+        return dict(bbox=[x, y, x + width, y + height])
+
+    for change, words in (
+        (shares, "annotations come with a box between 0 and 1 .*multiply x by the width"),
+        (corners, r"boxes fit their masks as \[x1, y1, x2, y2\] .*write \[x1, y1, x2 - x1, y2 - y1\]"),
+    ):
+        content = changed(content_of(shapes), lambda item, _, change=change: change(item))
+        with pytest.raises(DataError, match=r"annotations.json: \d+ of \d+ " + words) as error:
+            Annotations(write_json(tmp_path, content))
+        first = content["annotations"][0]
+        name = next(r["file_name"] for r in content["images"] if r["id"] == first["image_id"])
+        assert f"; the first is of {name})" in str(error.value)
+        for item in (content := content_of(shapes))["annotations"][:3]:
+            item.update(change(item))
+        Annotations(write_json(tmp_path, content))
 
 
 def test_crowds_are_counted_and_a_warning_where_they_are_many(tmp_path, shapes, caplog):
@@ -193,6 +219,21 @@ def test_a_byte_order_mark_is_no_error(small, encoding):
     content["categories"][0]["name"] = "é"
     (small / "annotations.json").write_text(json.dumps(content, ensure_ascii=False), encoding=encoding)
     assert Annotations(str(small / "annotations.json")).categories[0]["name"] == "é"
+
+
+def test_numbers_written_as_text_are_numbers(small):
+    content = small_content()
+    for item in content["annotations"]:
+        item.update({key: str(item[key]) for key in ("image_id", "category_id", "area", "iscrowd")})
+        item["bbox"] = list(map(str, item["bbox"]))
+    content["annotations"][0]["segmentation"] = [["1", "1", "6.0", "1", "6", "7"]]
+    kept = used(small, content).annotations.kept()
+    assert kept == Annotations(write_json(small, small_content())).kept()
+    # And the other way round: the images have text, their annotations numbers.
+    content = small_content()
+    for record in content["images"]:
+        record["id"] = str(record["id"])
+    assert {item["image_id"] for item in used(small, content).annotations.kept()} == {"0", "1"}
 
 
 @pytest.mark.parametrize(
