@@ -8,6 +8,7 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import runpy
 import signal
 import socket
@@ -129,17 +130,17 @@ def write_set(folder, images):
     return content
 
 
-def main_command(*arguments, processes=1, torchrun=(), device="cpu"):
-    """The words of a main.py command; more processes than one go through torchrun."""
+def main_command(*arguments, processes=1, torchrun=(), device="cpu", program="main.py"):
+    """The words of a command; more processes than one go through torchrun."""
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *torchrun]
-    return [*command, "main.py", *map(str, arguments), "--device", device]
+    return [*command, program, *map(str, arguments), "--device", device]
 
 
-def run_main(*arguments, processes=1, check=True, timeout=600):
+def run_main(*arguments, processes=1, check=True, timeout=600, program="main.py"):
     """Run main.py as a user would; returns the finished process, with stdout and stderr as text."""
-    done = run_forked("main.py", *arguments, "--device", "cpu", processes=processes, timeout=timeout)
+    done = run_forked(program, *arguments, "--device", "cpu", processes=processes, timeout=timeout)
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
     return done
@@ -321,9 +322,9 @@ def logged():
         logger.setLevel(level)
 
 
-def run_folder(output):
-    """Where a run of configs/digits.yaml below ``output`` writes."""
-    return Path(output) / "digits" / "default"
+def run_folder(output, model="digits"):
+    """Where a run of a config, named by its ``MODEL.NAME``, writes below ``output``."""
+    return Path(output) / model / "default"
 
 
 def assert_same_weights(output, expected):
@@ -332,6 +333,35 @@ def assert_same_weights(output, expected):
     found, wanted = (ckpt.read_checkpoint(str(run_folder(root) / name)) for root in (output, expected))
     assert found.get("ema") == wanted.get("ema")
     for kind in ("model", *(["model_ema"] if "ema" in wanted else [])):
-        assert found[kind].keys() == wanted[kind].keys()
-        for name, weight in wanted[kind].items():
-            assert torch.equal(weight, found[kind][name]), (kind, name)
+        assert_same_tensors(found[kind], wanted[kind])
+
+
+def assert_same_tensors(found, wanted):
+    """Two dicts hold the same tensors under the same names."""
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert torch.equal(tensor, found[name]), name
+
+
+def losses(folder):
+    """The logged loss and gradient norm of every update, and the metrics of every epoch but its times."""
+    pattern = r"Train: \[(\d+)/\d+\]\[(\d+)/\d+\].*loss ([\d.]+ \([\d.]+\)).*\tgrad_norm ([\d.]+ \([\d.]+\))"
+    log = (folder / "log_rank0.txt").read_text()
+    updates = {(epoch, update): values for epoch, update, *values in re.findall(pattern, log)}
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    times = ("seconds", "images_per_second")
+    return updates, [{name: value for name, value in row.items() if name not in times} for row in rows]
+
+
+def assert_same_run(output, expected, model="digits"):
+    """Two runs ended with the same last and best weights, optimizer state, losses and metrics."""
+    folders = [run_folder(root, model) for root in (output, expected)]
+    assert losses(folders[0]) == losses(folders[1])
+    for name in (ckpt.in_order(folders[1])[-1], ckpt.BEST):
+        found, wanted = (ckpt.read_checkpoint(str(folder / name)) for folder in folders)
+        for key in ("epoch", "score", "max_accuracy", "ema"):
+            assert found.get(key) == wanted.get(key), key
+        for kind in ("model", *(["model_ema"] if "ema" in wanted else [])):
+            assert_same_tensors(found[kind], wanted[kind])
+        for index, moments in wanted["optimizer"]["state"].items():
+            assert_same_tensors(found["optimizer"]["state"][index], moments)

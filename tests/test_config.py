@@ -195,6 +195,11 @@ def test_truth_values_may_be_written_as_in_yaml(tmp_path):
         ("TRAIN: {LR_SCHEDULER: {MILESTONES: [33, 27]}}", ["MILESTONES is [33, 27]", "in order"]),
         ("MODEL: {MSG: {DEPTHS: [true, 2, 6, 2]}}", ["DEPTHS is [True, 2, 6, 2]", "whole numbers"]),
         ("DET: {TEST_SIZE: 1333}", ["DET.TEST_SIZE is 1333", "below DET.MAX_SIZE"]),
+        ("DET: {LOSS_WEIGHTS: [1.0]}", ["DET.LOSS_WEIGHTS is [1.0]", "as long as DET.IOU_THRESHOLDS"]),
+        ("DET: {DELTA_STDS: [1, 2, 3]}", ["DET.DELTA_STDS", "four positive numbers"]),
+        ("DET: {CROP_SIZES: [600, 384]}", ["DET.CROP_SIZES is [600, 384]"]),
+        ("DET: {MIN_SIZES: []}", ["DET.MIN_SIZES is []"]),
+        ("DET: {NMS_IOU: 2}", ["DET.NMS_IOU is 2", "between 0 and 1"]),
         ("TRAIN: 3", ["TRAIN is a section"]),
         ("DATA: {BATCH_SIZE: 0}", ["run.yaml", "DATA.BATCH_SIZE is 0", "at least 1"]),
         ("DATA: {BATCH_SIZE: 3}", ["DATA.BATCH_SIZE is 3", "even"]),
@@ -206,7 +211,6 @@ def test_truth_values_may_be_written_as_in_yaml(tmp_path):
         ("MODEL: {MSG: {QK_SCALE: 0}}", ["QK_SCALE is 0.0", "None or above 0"]),
         ("TAG: ../../x", ["TAG is '../../x'", "below OUTPUT"]),
         ("TRAIN: {EPOCHS: 3", ["run.yaml is not valid YAML"]),
-        ("TAG: !!python/object/apply:os.system ['echo hacked']", ["run.yaml is not valid YAML"]),
         ("- a\n- b", ["run.yaml", "found a list"]),
         ("TRAIN: {EPOCHS: 3}\nTRAIN: {BASE_LR: 1}", ["run.yaml", "TRAIN is given twice", "line 2"]),
         ("BASE: [none.yaml]", ["cannot read the config file", "none.yaml"]),
@@ -230,11 +234,6 @@ def test_dumped_config_gives_the_same_run_again(tmp_path):
     )
     again = config_of(tmp_path, dump_config(config))
     assert yaml.safe_load(again.dump()) == yaml.safe_load(config.dump())
-
-
-def test_impossible_model_names_the_key():
-    with pytest.raises(UserError, match="smaller than a patch of 2x2: raise DATA.IMG_SIZE"):
-        build_model(digits_config("DATA.IMG_SIZE", 1))
 
 
 def test_a_model_that_no_memory_holds_is_one_message():

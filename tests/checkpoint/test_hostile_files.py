@@ -6,35 +6,26 @@ import io
 import os
 import pickle
 import resource
-import runpy
-import subprocess
-import tarfile
 import time
-import timeit
 import zipfile
 from collections import OrderedDict
 
-import numpy.f2py.crackfortran
 import pytest
 import torch
 import torch.utils.collect_env
 import yaml
-from helpers import digits_config, micro, restore, run_main, silent_record
+from helpers import digits_config, micro, restore, run_main, small_run
 from torch._utils import _rebuild_device_tensor_from_cpu_tensor, _rebuild_tensor_v2
-from torch.jit.unsupported_tensor_ops import execWrapper
 from yacs.config import CfgNode
 
 import checkpoint as ckpt
 from config import ConfigError, get_config
 from data.samplers import TrainBatchSampler
-from distributed import Compute
-from optimizer import Updater, build_optimizer
-from training.guard import Guard
-from training.run import Run, Settings
+from optimizer import build_optimizer
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{what}")
-    for what in ("Detected pickle protocol", "Environment variable", ".*torch.jit", ".*TorchScript")
+    for what in ("Detected pickle protocol", "Environment variable")
 ]
 
 
@@ -64,16 +55,9 @@ def traps(trap):
     with open(script, "w") as file:
         file.write(code)
     return {
-        "os.mkdir": Calls(os.mkdir, trap),
         "eval": Calls(eval, code),
-        "exec": Calls(exec, code),
         "getattr": Calls(CfgNode._load_cfg_py_source, script),
-        "subprocess": Calls(subprocess.check_call, ["mkdir", trap]),
-        "runpy": Calls(runpy.run_path, script),
-        "timeit": Calls(timeit.timeit, code, "pass", time.perf_counter, 1),
-        "numpy": Calls(numpy.f2py.crackfortran.myeval, code),
         "torch's shell": Calls(torch.utils.collect_env.run, f"mkdir {trap}"),
-        "torch's exec": Calls(execWrapper, code, {}, {}),
         "__setstate__": SetsState(trap),
     }
 
@@ -140,21 +124,8 @@ def trusting_load(path):
     torch.load(path, weights_only=False)
 
 
-def trusting_unpickle(path):
-    with open(path, "rb") as file:
-        pickle.load(file)
-
-
-def test_an_official_checkpoint_without_traps_is_read(tmp_path, official):
-    path = str(tmp_path / "official.pth")
-    torch.save(official, path)
-    assert ckpt.read_checkpoint(path)["config"]["MODEL"]["MSG"]["DEPTHS"] == [2, 2, 2]
-    archive(path, pickle.dumps(dict(epoch=3), 2))
-    assert ckpt.read_checkpoint(path) == dict(epoch=3)
-
-
 @pytest.mark.parametrize("legacy", [False, True])
-def test_nothing_in_a_checkpoint_is_called(tmp_path, official, legacy, count):
+def test_nothing_in_a_checkpoint_is_called(tmp_path, official, legacy):
     trap = str(tmp_path / "trap")
     contents = {name: dict(official, config=bad) for name, bad in traps(trap).items()}
     contents |= places(official, Calls(os.mkdir, trap))
@@ -164,7 +135,6 @@ def test_nothing_in_a_checkpoint_is_called(tmp_path, official, legacy, count):
         torch.save(content, path, _use_new_zipfile_serialization=not legacy)
         refuse(path, trap, trusting_load)
     assert set(torch.serialization.get_safe_globals()) == allowed
-    count("malicious files refused", len(contents))
 
 
 def test_torchs_switch_for_trusting_files_is_not_obeyed(tmp_path, official, monkeypatch):
@@ -172,39 +142,6 @@ def test_torchs_switch_for_trusting_files_is_not_obeyed(tmp_path, official, monk
     path, trap = str(tmp_path / "bad.pth"), str(tmp_path / "trap")
     torch.save(dict(official, config=Calls(os.mkdir, trap)), path)
     refuse(path, trap, torch.load)
-
-
-def test_plain_pickles_of_every_protocol_are_refused(tmp_path, official, count):
-    trap, path = str(tmp_path / "trap"), str(tmp_path / "plain.pth")
-    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
-        with open(path, "wb") as file:
-            pickle.dump(dict(official, config=Calls(os.mkdir, trap)), file, protocol)
-        refuse(path, trap, trusting_unpickle)
-    count("malicious files refused", pickle.HIGHEST_PROTOCOL + 1)
-
-
-def test_pickles_written_by_hand_are_refused(tmp_path, count):
-    trap, path = str(tmp_path / "trap"), str(tmp_path / "hand.pth")
-    code = f"__import__('os').mkdir('{trap}')"
-    size = bytes([len(trap)])
-    pickles = [
-        f"cos\nmkdir\n(S'{trap}'\ntR.".encode(),
-        f"cposix\nmkdir\n(S'{trap}'\ntR.".encode(),
-        f"(S'{trap}'\nios\nmkdir\n.".encode(),  # INST
-        f"(cos\nmkdir\nS'{trap}'\no.".encode(),  # OBJ
-        f'c__builtin__\neval\n(S"{code}"\ntR.'.encode(),  # Python 2's name
-        b"\x80\x04\x8c\x02os\x8c\x05mkdir\x93\x8c" + size + trap.encode() + b"\x85R.",  # STACK_GLOBAL
-        # After a good stand-in for a config, as the argument of its constructor and as its state.
-        b"\x80\x02cyacs.config\nCfgNode\n" + f"(cos\nmkdir\n(S'{trap}'\ntRtR.".encode(),
-        b"\x80\x02cyacs.config\nCfgNode\n)\x81" + f"cos\nmkdir\n(S'{trap}'\ntRb.".encode(),
-        # In the function, the type and the state that torch rebuilds a tensor's subclass from.
-        b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\n"
-        + f"(cos\nmkdir\ncos\nmkdir\n(S'{trap}'\nt}}tR.".encode(),
-    ]
-    for pickled in pickles:
-        archive(path, pickled)
-        refuse(path, trap, trusting_load)
-    count("malicious files refused", len(pickles))
 
 
 def test_allowed_types_cannot_be_bent_into_calls(tmp_path):
@@ -224,6 +161,8 @@ def test_allowed_types_cannot_be_bent_into_calls(tmp_path):
         b"X\x04\x00\x00\x00evilX\x01\x00\x00\x00x\x86Q.",  # a persistent id other than a storage
         b"\x82\x01.",  # EXT1
     ]
+    archive(path, pickle.dumps(dict(epoch=3), 2))
+    assert ckpt.read_checkpoint(path) == dict(epoch=3)
     for pickled in pickles:
         archive(path, b"\x80\x02" + pickled)
         with pytest.raises(ckpt.CheckpointError, match="bent.pth"):
@@ -244,35 +183,6 @@ def test_a_checkpoint_cannot_reach_beyond_its_tensors(tmp_path):
         ckpt.read_checkpoint(path)
 
 
-def test_older_and_scripted_archives_are_refused(tmp_path, count):
-    trap, path = str(tmp_path / "trap"), str(tmp_path / "old.pth")
-    bad = pickle.dumps(Calls(os.mkdir, trap), 2)
-    with tarfile.open(path, "w") as file:
-        for name in ("storages", "tensors", "pickle", "sys_info"):
-            entry = tarfile.TarInfo(name)
-            entry.size = len(bad)
-            file.addfile(entry, io.BytesIO(bad))
-    refuse(path, trap, trusting_load)
-    count("malicious files refused", 1)
-    torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)).save(path)
-    with pytest.raises(ckpt.CheckpointError, match="old.pth.*TorchScript"):
-        ckpt.read_checkpoint(path)
-
-
-def test_malicious_checkpoints_are_named_and_passed_over(tmp_path, official, count):
-    trap = str(tmp_path / "trap")
-    good = str(tmp_path / "ckpt_epoch_1.pth")
-    torch.save(official, good)
-    for epoch, bad in enumerate(traps(trap).values(), 2):
-        torch.save(dict(official, config=bad), tmp_path / f"ckpt_epoch_{epoch}.pth")
-    warnings = []
-    path, _ = ckpt.read_latest(str(tmp_path), warnings.append)
-    assert path == good and not os.path.exists(trap)
-    assert len(warnings) == len(traps(trap)) == epoch - 1
-    assert all(f"ckpt_epoch_{epoch - i}.pth is damaged" in text for i, text in enumerate(warnings))
-    count("malicious files refused", len(warnings))
-
-
 def test_a_file_passed_over_does_not_cost_those_written_after_it(tmp_path, official):
     (tmp_path / "ckpt_epoch_5.pth").write_bytes(b"damaged")
     for name in (ckpt.epoch_name(1), ckpt.within_epoch_name(2, 64)):
@@ -281,22 +191,13 @@ def test_a_file_passed_over_does_not_cost_those_written_after_it(tmp_path, offic
 
 
 def restored(official, folder, **changes):
-    """Resume a run from a checkpoint with changed entries; those that are None are missing."""
+    """Resume a run from a checkpoint with changed entries."""
     path = str(folder / "other.pth")
-    content = {name: value for name, value in dict(official, **changes).items() if value is not None}
-    torch.save(content, path)
-    model = micro()
-    model.classes = list("0123456789")
-    optimizer = build_optimizer(digits_config(), model, 1.0)
-    updater = Updater(model, optimizer, Compute(torch.device("cpu")), 1, 5.0, 0)
-    sampler = TrainBatchSampler(72, 8, 1, 0, 1, seed=0)
-    settings = Settings(str(folder))
-    run = Run(settings, updater, None, sampler, silent_record(folder), Guard(0, 0))
+    torch.save(dict(official, **changes), path)
+    run = small_run(folder)
+    run.model.classes = list("0123456789")
+    run.sampler = TrainBatchSampler(72, 8, 1, 0, 1, seed=0)
     return restore(run, auto_resume=False, RESUME=path)
-
-
-def test_resuming_from_the_official_entries(tmp_path, official):
-    assert restored(official, tmp_path).progress.epoch == 6
 
 
 def run_entries():
@@ -436,7 +337,7 @@ def bombs(path):
         yield f"{record} compressed"
 
 
-def test_small_files_that_unfold_to_gigabytes_are_refused_in_seconds(tmp_path, count):
+def test_small_files_that_unfold_to_gigabytes_are_refused_in_seconds(tmp_path):
     path = str(tmp_path / "bomb.pth")
     for name in bombs(path):
         memory, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
@@ -444,7 +345,6 @@ def test_small_files_that_unfold_to_gigabytes_are_refused_in_seconds(tmp_path, c
             ckpt.read_weights(path)
         assert time.process_time() - begin < 5, name
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 2**20, name  # KiB
-        count("memory bombs refused", 1)
     assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
 
 
@@ -464,7 +364,7 @@ def test_what_is_not_a_regular_file_is_not_opened(tmp_path):
     assert ckpt.read_latest(str(tmp_path), lambda _: None) == (None, None)
 
 
-def test_malicious_files_end_the_run_with_one_message(tmp_path, official, data, count):
+def test_malicious_files_end_the_run_with_one_message(tmp_path, official, data):
     trap, path = str(tmp_path / "trap"), str(tmp_path / "official.pth")
     torch.save(dict(official, amp=Calls(os.mkdir, trap)), path)
     arguments = ["--cfg", "configs/digits.yaml", "--data-path", data, "--output", tmp_path, "--resume", path]
@@ -473,7 +373,6 @@ def test_malicious_files_end_the_run_with_one_message(tmp_path, official, data, 
     (message,) = done.stderr.strip().splitlines()
     assert message.startswith(f"error: {path} ") and "can run code" in message
     assert not os.path.exists(trap)
-    count("malicious files refused by main.py", 1)
 
 
 def tagged(trap):
@@ -498,7 +397,7 @@ def config_of(path):
     return get_config(argparse.Namespace(cfg=str(path)))
 
 
-def test_python_tags_in_configs_are_refused(tmp_path, count):
+def test_python_tags_in_configs_are_refused(tmp_path):
     trap, path, child = str(tmp_path / "trap"), tmp_path / "bad.yaml", tmp_path / "child.yaml"
     child.write_text("BASE: [bad.yaml]")
     for i, text in enumerate(tagged(trap)):
@@ -510,7 +409,6 @@ def test_python_tags_in_configs_are_refused(tmp_path, count):
             with pytest.raises(ConfigError, match="bad.yaml is not valid YAML"):
                 config_of(config)
         assert not os.path.exists(trap)
-    count("malicious configs refused", len(tagged(trap)))
 
 
 def test_code_in_option_values_is_text(tmp_path):

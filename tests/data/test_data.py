@@ -33,25 +33,17 @@ def folder(tmp_path):
     return str(tmp_path)
 
 
-def batches(folder, workers, epoch=0, opts=()):
+def batches(folder, workers, *opts):
     config = digits_config("DATA.NUM_WORKERS", workers, *FULL_RECIPE, *opts, data_path=folder, batch_size=4)
-    loader, sampler, _, _ = build_loaders(config)
-    sampler.start(epoch)
-    return list(loader)
+    return list(build_loaders(config)[0])
 
 
 @pytest.mark.parametrize("backend", ["pil", "opencv"])
-def test_augmentation_depends_on_seed_epoch_and_image_only(folder, backend):
-    opts = ["DATA.BACKEND", backend]
-    alone, with_workers = batches(folder, 0, opts=opts), batches(folder, 2, opts=opts)
+def test_augmentation_is_the_same_for_any_number_of_workers(folder, backend):
+    alone, with_workers = (batches(folder, workers, "DATA.BACKEND", backend) for workers in (0, 2))
     assert len(alone) == len(with_workers) == 6
     for (a, x), (b, y) in zip(alone, with_workers):
         assert torch.equal(a, b) and torch.equal(x, y) and a.dtype == torch.float32
-    other_epoch, other_seed = (
-        batches(folder, 0, epoch, [*opts, "SEED", seed]) for epoch, seed in ((1, 0), (0, 1))
-    )
-    assert not torch.equal(alone[0][0], other_epoch[0][0])
-    assert not torch.equal(alone[0][0], other_seed[0][0])
 
 
 def test_an_image_is_augmented_differently_in_other_epochs_and_for_other_seeds(folder):
@@ -190,18 +182,6 @@ def test_mixup_is_off_when_both_parameters_are_0():
     assert build_augmentation(off, 0, "cpu").mixup is None
 
 
-def test_evaluation_crops_the_centre_of_the_resized_image():
-    image = Image.new("RGB", (512, 256))
-    image.paste((255, 255, 255), (128, 0, 384, 256))  # a white square of the short side, in the middle
-    config = digits_config("DATA.IMG_SIZE", 224)
-    white = (1 - np.array([0.485, 0.456, 0.406])) / [0.229, 0.224, 0.225]
-    out = build_transform(config, is_train=False)(image)
-    assert out.shape == (3, 224, 224)
-    np.testing.assert_allclose(out.mean((1, 2)), white, rtol=1e-4)
-    squeezed = build_transform(digits_config("DATA.IMG_SIZE", 224, "TEST.CROP", False), is_train=False)(image)
-    assert squeezed[0, 112, 5] < 0 < squeezed[0, 112, 112]
-
-
 NORMALIZE = torchvision.transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
 
@@ -223,17 +203,6 @@ def test_an_image_covers_both_sides_with_its_aspect_kept_and_is_no_larger(cover)
         assert rows >= cover[0] and columns >= cover[1] and (rows == cover[0] or columns == cover[1])
         scale = max(Fraction(cover[0], height), Fraction(cover[1], width))
         assert (rows, columns) == (int(scale * height), int(scale * width))
-
-
-@pytest.mark.parametrize("size, opts", [((64, 96), []), ((96, 64), []), ((48, 112), ["TEST.CROP", False])])
-def test_images_of_two_sides_are_height_by_width(size, opts):
-    image = Image.new("RGB", (160, 160), (255, 0, 0))
-    image.paste((0, 0, 255), (80, 0, 160, 160))  # red to the left, blue to the right
-    config = digits_config(*PLAIN, "DATA.IMG_SIZE", list(size), *opts)
-    for is_train in (True, False):
-        out = build_transform(config, is_train)(image)
-        assert out.shape == (3, *size)
-    assert (out[0, :, :5] > out[0, :, -5:]).all() and (out[2, :, :5] < out[2, :, -5:]).all()
 
 
 @pytest.mark.parametrize("size", [[112, 224], [224, 112]])
@@ -364,13 +333,9 @@ def test_a_single_class_is_refused_unless_it_is_asked_for(tmp_path):
     for split in ("train", "val"):
         tree(tmp_path / split, "more/1.png")
     assert found() == ["images", "more"]
-
-
-def test_a_single_class_without_folders_is_refused_too(tmp_path):
-    write_images(tmp_path / "val", 1, classes=("a",))
-    assert refusal(tmp_path).endswith(
-        "val has a single class, a; MODEL.NUM_CLASSES 1 asks for a single class"
-    )
+    write_images(tmp_path / "flat" / "val", 1, classes=("a",))  # without folders in the class
+    words = "val has a single class, a; MODEL.NUM_CLASSES 1 asks for a single class"
+    assert refusal(tmp_path / "flat").endswith(words)
 
 
 @pytest.mark.parametrize("off", ["", "set/train"])
@@ -498,13 +463,6 @@ def test_what_is_found_and_ignored_is_said(tmp_path, caplog):
         "2 of these images, others each time, are left out of an epoch: they do not fill an update of 3 per "
         "process, 1 processes, 1 accumulated: --batch-size 2 leaves out fewer"
     )
-
-
-def test_evaluation_needs_no_training_images(folder, tmp_path):
-    os.rename(os.path.join(folder, "train"), os.path.join(folder, "elsewhere"))
-    config = digits_config("DATA.NUM_WORKERS", 0, data_path=folder, eval=True)
-    train, _, val, classes = build_loaders(config)
-    assert train is None and len(val.paths) == 9 and classes == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("backend", ["pil", "opencv"])

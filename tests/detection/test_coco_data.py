@@ -18,7 +18,7 @@ from torch import nn
 import detect
 from data import DataError
 from detection.dataset import build_detection_dataset
-from detection.evaluation import average_precision, to_results
+from detection.evaluation import average_precision
 from detection.loaders import build_detection_loaders, build_detection_reader
 from detection.masks import take_masks
 from detection.transforms import build_detection_transform
@@ -322,18 +322,3 @@ def test_evaluation_counts_every_image_and_draws_each_with_its_own_objects(tmp_p
         assert truth["boxes"].tolist() == expected and truth["masks"].shape[1:] == (height, width)
         assert truth["crowd"].shape == (height, width)
         assert truth["crowd"].any() == (kind in ("crowd", "both"))
-
-
-def test_results_are_those_of_their_boxes_masks_and_categories():
-    masks = torch.zeros(2, 5, 6, dtype=torch.bool)
-    masks[0, 1:3, 2:5], masks[1, 4, 0] = True, True
-    detection = dict(
-        boxes=torch.tensor([[2.0, 1, 5, 3], [0.25, 4, 1, 5]]), labels=torch.tensor([2, 1]), masks=masks
-    )
-    results = to_results("a", dict(detection, scores=torch.tensor([0.75, 0.5])), [dict(id=13), dict(id=90)])
-    assert [(r["image_id"], r["category_id"], r["bbox"], r["score"]) for r in results] == [
-        ("a", 90, [2, 1, 3, 2], 0.75),
-        ("a", 13, [0.25, 4, 0.75, 1], 0.5),
-    ]
-    for result, mask in zip(results, masks):
-        np.testing.assert_array_equal(coco_mask.decode(result["segmentation"]), mask.numpy())

@@ -135,12 +135,6 @@ def test_anchors_are_matched_by_the_rules(objects):
     assert seen >= {-2, -1} and max(seen) == objects - 1
 
 
-def test_an_object_that_no_anchor_reaches_at_0_3_has_none():
-    anchors = anchors_of_map((20, 20), 4, 8, RATIOS)
-    box = torch.tensor([[40.0, 40, 50, 50]], dtype=torch.float64)  # 100 of the 1024 pixels of an anchor
-    assert set(match_anchors(anchors, box, (80, 80)).tolist()) == {-2, -1}
-
-
 def test_the_losses_of_proposals_are_those_of_the_definition():
     torch.manual_seed(0)
     rpn = ProposalNetwork(8, [4, 8], 4, RATIOS, 10**6, (50, 20)).double().train()

@@ -104,7 +104,9 @@ def assert_saved_model_is_right(save, model, plain, when="fresh", size=16):
         with inference(model):
             pass
     with inference(model) if when == "inside" else nullcontext():
+        before = plain(images(2, size))  # keeps layouts, which belong to this call alone
         file, load = save(model, images(2, size))
+        torch.testing.assert_close(plain(images(2, size)), before, rtol=0, atol=0)
     file.seek(0)
     loaded = load(file)
     for count in (1, 2, 5):
@@ -116,20 +118,22 @@ def assert_saved_model_is_right(save, model, plain, when="fresh", size=16):
 
 
 @pytest.mark.parametrize(
-    "save, family, attention, when",
+    "save, family, attention, when, size",
     [
-        (save_trace, "v1", "auto", "fresh"),
-        (save_trace, "cvpr22", "blocked", "inside"),
-        (save_trace, "v1", "triton", "after"),
-        (save_program, "cvpr22", "triton", "inside"),
-        pytest.param(save_strict_program, "cvpr22", "auto", "inside", marks=pytest.mark.slow),
-        (save_legacy_onnx, "v1", "auto", "fresh"),
-        (save_legacy_onnx, "cvpr22", "sdpa", "inside"),
+        (save_trace, "v1", "auto", "fresh", 16),
+        (save_trace, "v1", "auto", "fresh", 18),  # windows reach over the edge
+        (save_trace, "cvpr22", "blocked", "inside", 16),
+        (save_trace, "v1", "triton", "after", 16),
+        (save_program, "cvpr22", "triton", "inside", 16),
+        pytest.param(save_program, "v1", "auto", "fresh", 18, marks=pytest.mark.slow),
+        pytest.param(save_strict_program, "cvpr22", "auto", "inside", 16, marks=pytest.mark.slow),
+        (save_legacy_onnx, "v1", "auto", "fresh", 16),
+        (save_legacy_onnx, "cvpr22", "sdpa", "inside", 16),
     ],
 )
-def test_saved_models_compute_the_same_for_any_number_of_images(save, family, attention, when):
+def test_saved_models_compute_the_same_for_any_number_of_images(save, family, attention, when, size):
     changes = FAMILIES[family]
-    assert_saved_model_is_right(save, small(attention, **changes), micro(**SMALL, **changes), when)
+    assert_saved_model_is_right(save, small(attention, **changes), micro(**SMALL, **changes), when, size)
 
 
 def test_both_runtimes_compute_what_the_model_does_where_windows_reach_over_the_edge():

@@ -181,17 +181,6 @@ def test_merging_concatenates_neighbours_row_offset_first():
     assert merging(x).unflatten(-1, (4, 48))[0, 0, 0, :, 0].tolist() == [1, 2, 3, 4]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("changes", [CVPR22, dict(tokens=False), dict(manip_type="none"), dict(ape=True)])
-def test_compiles_without_graph_breaks(changes):
-    torch._dynamo.reset()
-    model = micro(**changes).train()
-    x = torch.randn(2, 3, 32, 32)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
-    compiled(x).sum().backward()
-
-
 @pytest.mark.parametrize("changes", [CVPR22, dict(ape=True, patch_norm=False)])
 def test_reduced_precision_and_channels_last_stay_close_to_float32(changes):
     model, x = micro(**changes), golden_images(32).float()

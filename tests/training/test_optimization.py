@@ -15,7 +15,6 @@ import checkpoint as ckpt
 from data.samplers import TrainBatchSampler
 from distributed import Compute
 from lr_scheduler import build_scheduler
-from main import evaluate
 from models import build_model, inference
 from optimizer import NonFiniteError, Updater, WeightAverage, build_average, build_optimizer, parameter_groups
 from training import engine
@@ -86,20 +85,6 @@ FIRST, LAST = 20 * 1251, 300 * 1251  # updates of the warm-up, and of the run
 )
 def test_other_schedules_have_the_rates_of_their_formulas(name, opts, expected):
     assert rates(name, expected, *opts) == pytest.approx(expected, rel=1e-12)
-
-
-def test_the_optimizer_has_the_settings_of_the_config():
-    common = ["TRAIN.WEIGHT_DECAY", 0.3, "TRAIN.OPTIMIZER.NAME"]
-    adamw = digits_config(
-        *common, "adamw", "TRAIN.OPTIMIZER.EPS", 1e-7, "TRAIN.OPTIMIZER.BETAS", "(0.8, 0.9)"
-    )
-    sgd = digits_config(*common, "sgd", "TRAIN.OPTIMIZER.MOMENTUM", 0.7)
-    for config, expected in (
-        (adamw, dict(weight_decay=0.3, eps=1e-7, betas=(0.8, 0.9))),
-        (sgd, dict(weight_decay=0.3, momentum=0.7, nesterov=True)),
-    ):
-        decayed = build_optimizer(config, nn_model(), 1.0).param_groups[0]
-        assert {name: decayed[name] for name in expected} == expected
 
 
 def test_weight_decay_spares_norms_biases_positions_and_messengers():
@@ -400,22 +385,6 @@ def test_too_many_bad_updates_in_a_row_end_the_run_with_their_files():
     sampler.start(3)
     assert files == [Batches.paths[index] for index in sampler.indices_of(3)] and title.startswith("the last")
     assert ", ".join(files) in str(error.value)
-
-
-def test_evaluation_figures_are_means_over_images_not_batches():
-    model = micro()
-    images, targets = torch.randn(7, 3, 32, 32), torch.arange(7)
-    with torch.no_grad():
-        logits = model(images).double()
-    order = logits.argsort(1, descending=True)
-    expected = dict(
-        val_loss=nn.functional.cross_entropy(logits, targets).item(),
-        acc1=100 * (order[:, 0] == targets).double().mean().item(),
-        acc5=100 * (order[:, :5] == targets[:, None]).any(1).double().mean().item(),
-    )
-    for size in (1, 3, 7):
-        batches = Batches(zip(images.split(size), targets.split(size)))
-        assert evaluate(model, batches, CPU, 1) == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_loss_scale_of_float16_goes_on_after_a_resume():

@@ -69,10 +69,12 @@ def update(model, optimizer, seeds):
 def test_updates_are_those_of_timms_factory_over_the_official_groups(name):
     """timm groups the parameters itself here; muon leaves to AdamW what is not decayed, as it can in timm."""
     ours, theirs, before = small(), small(), small()
-    expected = create_optimizer_v2(
-        theirs, name, lr=0.01, weight_decay=0.3, momentum=0.9, fallback_no_weight_decay=name == "muon"
-    )
-    optimizer = build_optimizer(config_for(name), ours, 1.0)
+    settings = dict(betas=(0.8, 0.9), eps=1e-3) if name == "adamw" else dict(momentum=0.7)
+    settings |= dict(lr=0.01, weight_decay=0.3, fallback_no_weight_decay=name == "muon")
+    expected = create_optimizer_v2(theirs, name, **settings)
+    opts = ["BETAS", "(0.8, 0.9)", "EPS", 1e-3] if name == "adamw" else ["MOMENTUM", 0.7]
+    opts[::2] = [f"TRAIN.OPTIMIZER.{key}" for key in opts[::2]]
+    optimizer = build_optimizer(config_for(name, *opts), ours, 1.0)
     for group, official, decay in zip(optimizer.param_groups, parameter_groups(ours), (0.3, 0.0)):
         assert list(map(id, group["params"])) == list(map(id, official["params"]))
         assert (group["weight_decay"], group["lr"]) == (decay, 0.01)
@@ -260,25 +262,6 @@ def test_a_run_resumes_with_the_state_of_its_optimizer_and_no_other(name, opts, 
 def test_layer_wise_rates_are_refused_where_there_are_no_layers():
     with pytest.raises(UserError, match="no group_matcher"):
         build_optimizer(config_for("adamw", "TRAIN.LAYER_DECAY", 0.7), small(), 1.0)
-
-
-@pytest.mark.parametrize(
-    "name, called, change",
-    [
-        ("lion", "lion", dict(exp_avg=torch.ones(3))),
-        ("lion", "lion", dict(exp_avg="x")),
-        ("lion", "lion", dict(exp_avg=torch.full((20, 3, 3, 3), torch.nan))),
-        ("adamw", "adamw", {}),  # no run names this one: by a name, the state could have any entries
-    ],
-)
-def test_broken_states_of_other_optimizers_are_refused(name, called, change):
-    model = small()
-    optimizer = build_optimizer(config_for(name), model, 1.0)
-    update(model, optimizer, [0])
-    state = optimizer.state_dict()
-    state["state"][0] = dict(state["state"][0], **change)
-    with pytest.raises(ckpt.CheckpointError, match="a.pth.*(optimizer|OPTIMIZER)"):
-        ckpt.load_optimizer(optimizer, model, dict(optimizer=state, optimizer_name=called), "a.pth")
 
 
 @pytest.mark.parametrize(

@@ -342,14 +342,6 @@ def test_mistakes_get_one_clear_message(arguments, words, data, tmp_path):
     assert words in done.stderr and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
 
 
-def test_an_unreadable_training_image_is_named(data, tmp_path):
-    shutil.copytree(data, tmp_path / "data")
-    (tmp_path / "data" / "train" / "a" / "0.png").write_bytes(b"broken")
-    done = run_main(*SMALL, 1, "--data-path", tmp_path / "data", "--output", tmp_path, check=False)
-    assert done.returncode == 1
-    assert re.fullmatch(r"error: \S*train/a/0.png cannot be read as an image .*", done.stderr.strip())
-
-
 @pytest.mark.slow
 def test_the_official_launcher_works(data, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.launch", "--standalone", "--nproc_per_node", "2"]
