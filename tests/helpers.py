@@ -88,16 +88,19 @@ def micro(**changes):
     return fill_weights(MSGTransformer(**dict(MICRO, drop_path_rate=0.0, **changes))).eval()
 
 
+def config_of_file(path, *opts, **flags):
+    """The config of a YAML file, changed by --opts words and by flags."""
+    return get_config(argparse.Namespace(cfg=str(ROOT / path), opts=list(map(str, opts)), **flags))
+
+
 def digits_config(*opts, **flags):
-    """The digits config, changed by --opts words and by flags."""
-    cfg = str(ROOT / "configs" / "digits.yaml")
-    return get_config(argparse.Namespace(cfg=cfg, opts=list(map(str, opts)), **flags))
+    """The digits config, likewise."""
+    return config_of_file("configs/digits.yaml", *opts, **flags)
 
 
 def coco_config(name="shapes", *opts):
-    """A config of configs/coco."""
-    path = ROOT / "configs" / "coco" / f"{name}.yaml"
-    return get_config(argparse.Namespace(cfg=str(path), opts=list(map(str, opts))))
+    """A config of configs/coco, likewise."""
+    return config_of_file(f"configs/coco/{name}.yaml", *opts)
 
 
 def write_images(folder, per_class, classes=("a", "b", "c"), size=32, seed=0):
@@ -244,23 +247,14 @@ class Started:
         return self.process.wait(seconds)
 
 
-def start_ranks(folder, *arguments_of_ranks, change=list, **environment):
-    """Processes without a launcher, one for each rank; ``{rank}`` in the environment is its number.
-
-    Args:
-        change: called with the words of each command, returns those that are run.
-    """
-    commands = [change(main_command(*arguments)) for arguments in arguments_of_ranks]
+def start_two(folder, commands, port, **environment):
+    """Two processes without a launcher, which meet at a port, each with its own of two commands."""
+    environment |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2")
+    environment |= dict(TORCHELASTIC_USE_AGENT_STORE="True")
     return [
-        Started(folder, command, **{k: v.format(rank=rank) for k, v in environment.items()})
+        Started(folder, command, RANK=str(rank), LOCAL_RANK=str(rank), **environment)
         for rank, command in enumerate(commands)
     ]
-
-
-def group_of_two(port):
-    """What a launcher would put into the environment of two processes, which meet at ``port``."""
-    meeting = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
-    return dict(meeting, WORLD_SIZE="2", RANK="{rank}", LOCAL_RANK="{rank}")
 
 
 def silent_record(folder):
@@ -268,16 +262,30 @@ def silent_record(folder):
     return RunRecord(str(folder), 1, draw_curves, DRAWN)
 
 
+def new_run(folder, model, sampler, config, **settings):
+    """A run on the CPU that has not begun; settings are those of :class:`training.run.Settings`."""
+    optimizer, train = build_optimizer(config, model, 1.0), config.TRAIN
+    scheduler = build_scheduler(config, optimizer, sampler.updates_per_epoch, 1.0)
+    compute, accumulation = Compute(torch.device("cpu")), sampler.accumulation
+    updater = Updater(model, optimizer, compute, accumulation, train.CLIP_GRAD, train.MAX_NONFINITE)
+    settings = Settings(str(folder), seed=sampler.seed, **settings)
+    return Run(settings, updater, scheduler, sampler, silent_record(folder), Guard(0, 0))
+
+
 def small_run(folder, **settings):
     """A run of a micro model that keeps its checkpoints in ``folder``, at the start of epoch 0."""
-    model = micro()
-    sampler = TrainBatchSampler(8, 4, 1, 0, 1, seed=0)
-    optimizer = build_optimizer(digits_config(), model, 1.0)
-    scheduler = build_scheduler(digits_config(), optimizer, 2, 1.0)
-    updater = Updater(model, optimizer, Compute(torch.device("cpu")), 1, 0.0, 0)
     os.makedirs(folder, exist_ok=True)
-    settings = Settings(str(folder), **settings)
-    return Run(settings, updater, scheduler, sampler, silent_record(folder), Guard(0, 0))
+    sampler = TrainBatchSampler(8, 4, 1, 0, 1, seed=0)
+    return new_run(folder, micro(), sampler, digits_config(), **settings)
+
+
+class Batches(list):
+    """A list of batches that passes for a loader."""
+
+    paths = [f"{index}.png" for index in range(64)]
+
+    def check_failures(self):
+        """None failed."""
 
 
 def restore(run, auto_resume=True, **start):

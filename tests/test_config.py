@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 import yaml
-from helpers import ROOT, digits_config
+from helpers import ROOT, coco_config, config_of_file, digits_config
 
 from config import (
     CHOICES,
@@ -35,10 +35,10 @@ from utils import UserError
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("configs/**/*.yaml"))
 
 
-def config_of(tmp_path, text, name="run.yaml", **flags):
+def config_of(tmp_path, text, name="run.yaml", opts=(), **flags):
     path = tmp_path / name
     path.write_text(text)
-    return get_config(argparse.Namespace(cfg=str(path), **flags))
+    return config_of_file(path, *opts, **flags)
 
 
 def refusal(tmp_path, text, **flags):
@@ -90,19 +90,15 @@ def test_every_config_builds_its_model_and_begins_with_its_command(path):
     args = parse_args("", argv=shlex.split(words))
     assert args.cfg == path and args.data_path
     assert re.search(r"Time not measured\.|\bminutes\b", header)
+    if "finetune" in path:
+        words = " ".join(header.replace("#", " ").split())
+        assert re.search(r"accuracy has not been measured|top-1 \d\d\.\d", words, re.IGNORECASE)
+        assert "--pretrained <checkpoint>" in words or "  PRETRAINED: weights/" in text
     args.cfg = str(ROOT / path)
     config = get_config(args, dict(main="imagenet", detect="coco")[program])
     with torch.device("meta"):  # without weights
         model = build_detector(config, 80).backbone.model if program == "detect" else build_model(config)
     assert count_macs(model, image_shape(config)) > 0
-
-
-@pytest.mark.parametrize("path", [path for path in CONFIGS if "finetune" in path])
-def test_recipes_to_copy_say_what_they_reach(path):
-    text = (ROOT / path).read_text()
-    header = " ".join(text[: re.search("^[^#]", text, re.MULTILINE).start()].replace("#", " ").split())
-    assert re.search(r"accuracy has not been measured|top-1 \d\d\.\d", header, re.IGNORECASE)
-    assert "--pretrained <checkpoint>" in header or "  PRETRAINED: weights/" in text
 
 
 def test_later_sources_win(tmp_path):
@@ -307,13 +303,20 @@ def test_each_program_refuses_the_configs_of_the_other_before_it_writes(tmp_path
     assert not list(tmp_path.iterdir())
 
 
-def test_throughput_is_of_float32_unless_a_precision_is_asked_for(tmp_path):
+def test_throughput_and_runtimes_compute_in_float32_unless_a_precision_is_asked_for(tmp_path):
     def level(text="", **flags):
-        return config_of(tmp_path, text, throughput=True, **flags).AMP_OPT_LEVEL
+        return config_of(tmp_path, text, **flags).AMP_OPT_LEVEL
 
-    assert level() == "O0" and config_of(tmp_path, "").AMP_OPT_LEVEL == "O1"
-    assert level("AMP_OPT_LEVEL: O1") == level(amp_opt_level="O1") == "O1"
-    assert level("AMP_DTYPE: bfloat16") == level(opts=["AMP_DTYPE", "float16"]) == "O1"
+    timing, evaluation = dict(throughput=True), dict(eval=True)
+    assert level() == level(**evaluation) == "O1" and level(**timing) == "O0"
+    assert level("AMP_OPT_LEVEL: O1", **timing) == level(amp_opt_level="O1", **timing) == "O1"
+    assert level("AMP_DTYPE: bfloat16", **timing) == level(opts=["AMP_DTYPE", "float16"], **timing) == "O1"
+    assert level("RUNTIME: openvino", **evaluation) == level("RUNTIME: onnxruntime", **evaluation) == "O0"
+    assert level("RUNTIME: openvino") == level("RUNTIME: auto", **evaluation) == "O1"
+    assert level("{RUNTIME: openvino, AMP_DTYPE: bfloat16}", **evaluation) == "O1"
+    assert level("{RUNTIME: openvino, COMPILE: True}") == "O1"
+    with pytest.raises(ConfigError, match="COMPILE is True, but must be False with RUNTIME openvino"):
+        level("{RUNTIME: openvino, COMPILE: True}", **evaluation)
 
 
 def from_flags(*argv):
@@ -427,13 +430,12 @@ def test_a_diamond_of_base_files_is_no_circle(tmp_path):
     assert config_of(tmp_path, "BASE: [a.yaml, b.yaml]").SEED == 3
 
 
-def test_detection_refuses_to_compile_but_reads_checkpoints_that_asked_for_it():
-    args = argparse.Namespace(cfg=str(ROOT / "configs/coco/shapes.yaml"), opts=["COMPILE", "True"])
+def test_detection_refuses_runtimes_and_to_compile_but_reads_checkpoints_that_asked_for_it():
+    with pytest.raises(ConfigError, match="RUNTIME is 'openvino', but must be 'pytorch' for detection"):
+        coco_config("shapes", "RUNTIME", "openvino")
     with pytest.raises(ConfigError, match="--opts: COMPILE is True, but must be False for detection, whose"):
-        get_config(args)
-    asked = dump_config(get_config(argparse.Namespace(cfg=args.cfg))).replace(
-        "COMPILE: false", "COMPILE: true"
-    )
+        coco_config("shapes", "COMPILE", True)
+    asked = dump_config(coco_config()).replace("COMPILE: false", "COMPILE: true")
     assert "COMPILE: true" in asked and not parse_config(asked, "a checkpoint").COMPILE
     assert parse_config(dump_config(digits_config("COMPILE", True)), "a checkpoint").COMPILE
 
@@ -441,8 +443,7 @@ def test_detection_refuses_to_compile_but_reads_checkpoints_that_asked_for_it():
 def test_the_config_that_a_classification_run_writes_has_no_keys_of_detection():
     classification = digits_config("DET.CHANNELS", 64)
     assert "DET" not in yaml.safe_load(dump_config(classification))
-    detection = get_config(argparse.Namespace(cfg=str(ROOT / "configs/coco/shapes.yaml")))
-    assert yaml.safe_load(dump_config(detection))["DET"]["CHANNELS"] == 40
+    assert yaml.safe_load(dump_config(coco_config()))["DET"]["CHANNELS"] == 40
 
 
 def test_choices_that_are_read_before_pytorch_are_those_of_the_models(monkeypatch):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import digits_config, fill_weights, logged, write_images
+from helpers import Batches, digits_config, fill_weights, logged, write_images
 from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.metrics import confusion_matrix, precision_score, recall_score
@@ -266,13 +266,6 @@ def test_images_that_cannot_be_read_are_left_out_and_the_others_keep_their_files
     assert outcomes.target.tolist() == [0, 0, 0, 1, 1, 2, 2, 2]
     assert outcomes.loss.mean() == pytest.approx(figures["val_loss"], rel=1e-9)
     assert 100 * outcomes.right().mean() == pytest.approx(figures["acc1"])
-
-
-class Batches(list):
-    """A loader of these batches."""
-
-    def check_failures(self):
-        """None failed."""
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

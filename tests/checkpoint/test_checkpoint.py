@@ -1,6 +1,5 @@
 """Checkpoint files: atomic, never run, official ones too, refused with a reason where they do not fit."""
 
-import argparse
 import functools
 import hashlib
 import http.server
@@ -14,12 +13,12 @@ import threading
 import pytest
 import torch
 import yaml
-from helpers import MICRO, ROOT, digits_config, logged, micro, restore, small_run
+from helpers import MICRO, coco_config, digits_config, logged, micro, restore, small_run
 from torch import nn
 from yacs.config import CfgNode
 
 import checkpoint as ckpt
-from config import dump_config, flat_config, function_difference, get_config
+from config import dump_config, flat_config, function_difference
 from models.build import build_model
 from models.from_checkpoint import read_described
 from models.msg_transformer import MSGTransformer
@@ -412,7 +411,7 @@ def test_models_of_timm_and_detectors_are_compared_by_their_own_keys():
     text = yaml.safe_dump(dict(MODEL=dict(TYPE="timm", TIMM_NAME="test_vit", TIMM_ARGS=dict(depth=2))))
     (words,) = differences(text, **timm, **{"MODEL.MSG.HEAD": "avg", "DATA.IMG_SIZE": 224})
     assert words == "MODEL.TIMM_ARGS.depth is 2 in the checkpoint and 3 in the config"
-    shapes = get_config(argparse.Namespace(cfg=str(ROOT / "configs" / "coco" / "shapes.yaml")))
+    shapes = coco_config()
     changes = {"DET.TEST_SIZE": 320, "DET.PICTURES": 3, "DATA.IMG_SIZE": 64, "MODEL.MSG.HEAD": "avg"}
     changes |= {"MODEL.MSG.MANIP_TYPE": "mean"}
     found = function_difference(dump_config(shapes), flat_config(shapes) | changes, "c.pth")

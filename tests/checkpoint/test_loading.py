@@ -7,7 +7,7 @@ import sys
 import pytest
 import timm
 import torch
-from helpers import CVPR22, MICRO, ROOT, micro
+from helpers import CVPR22, MICRO, ROOT, coco_config, micro
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 from timm.models import adapt_input_conv
@@ -18,7 +18,6 @@ from torch.optim.swa_utils import AveragedModel
 import checkpoint as ckpt
 import hubconf
 from checkpoint.resize import fit_weights, resize_table
-from config import get_config
 from detection.backbone import MSGBackbone
 from detection.detector import build_detector, load_pretrained
 from models.msg_transformer import MSGTransformer
@@ -149,8 +148,7 @@ def build(**arguments):
 
 def detector_for(model):
     """A detector on a model."""
-    cfg = str(ROOT / "configs" / "coco" / "shapes.yaml")
-    detector = build_detector(get_config(argparse.Namespace(cfg=cfg, opts=[])), 3)
+    detector = build_detector(coco_config(), 3)
     detector.backbone = MSGBackbone(model)
     return detector
 

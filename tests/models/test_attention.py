@@ -27,15 +27,15 @@ def attention_case(windows, tokens, heads, dim, dtype=torch.float64, seed=0):
     return qkv.requires_grad_(), bias.requires_grad_(), grad
 
 
-def loop_attention(qkv, bias, scale):
-    """Attention by the formula, a window and a head at a time."""
+def loop_attention(qkv, bias, scale, hidden=None):
+    """Attention by the formula, a window and a head at a time, to the tokens that are not hidden."""
     heads, tokens = bias.shape[:2]
     dim = qkv.shape[2] // (3 * heads)
     windows = []
-    for window in qkv:
-        parts = window.view(tokens, 3, heads, dim)
+    for window, kept in zip(qkv, ~hidden if hidden is not None else [slice(None)] * len(qkv)):
+        q, k, v = window.view(tokens, 3, heads, dim).unbind(1)
         each = [
-            torch.softmax(scale * parts[:, 0, h] @ parts[:, 1, h].T + bias[h], dim=1) @ parts[:, 2, h]
+            torch.softmax(scale * q[:, h] @ k[kept, h].T + bias[h][:, kept], dim=1) @ v[kept, h]
             for h in range(heads)
         ]
         windows.append(torch.cat(each, dim=1))
@@ -55,15 +55,19 @@ TRITON_SHAPES = [
 
 @pytest.mark.parametrize("backend", ["auto", "eager", "sdpa", "blocked"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_backend_computes_the_formula_and_its_gradients(backend, shape):
+@pytest.mark.parametrize("is_hidden", [False, True])
+def test_every_backend_computes_the_formula_and_its_gradients(backend, shape, is_hidden):
     qkv, bias, grad = attention_case(*shape)
-    expected = loop_attention(qkv, bias, 0.3)
-    out = windowed_attention(qkv, bias, 0.3, backend)
+    hidden = torch.rand(shape[:2], generator=torch.Generator().manual_seed(1)) < 0.5 if is_hidden else None
+    if is_hidden:
+        hidden[:, 0] = False
+    expected = loop_attention(qkv, bias, 0.3, hidden)
+    out = windowed_attention(qkv, bias, 0.3, backend, hidden)
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
     wanted, found = (torch.autograd.grad(y, (qkv, bias), grad) for y in (expected, out))
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11)
     with torch.no_grad():
-        again = windowed_attention(qkv, bias, 0.3, backend)
+        again = windowed_attention(qkv, bias, 0.3, backend, hidden)
     torch.testing.assert_close(again, expected, rtol=1e-10, atol=1e-12)
 
 

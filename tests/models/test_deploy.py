@@ -1,6 +1,5 @@
 """Files for other programs: each computes what its checkpoint computes, or is not kept."""
 
-import argparse
 import copy
 import importlib
 import importlib.util
@@ -12,12 +11,12 @@ import onnxruntime
 import pytest
 import timm
 import torch
-from helpers import ROOT, digits_config, fill_weights
+from helpers import ROOT, coco_config, digits_config, fill_weights
 from safetensors import safe_open
 
 import checkpoint as ckpt
 import models
-from config import dump_config, get_config
+from config import dump_config
 from detection.detector import build_detector
 from models.deploy.files import (
     FORMATS,
@@ -230,8 +229,7 @@ def test_weights_come_back_from_a_safetensors_file(tmp_path, export):
 
 def test_a_detector_gives_its_pyramid(tmp_path, export):
     opts = ["MODEL.NUM_CLASSES", "3", "MODEL.MSG.DEPTHS", "[1,1,1]", "DET.CHANNELS", "16"]
-    cfg = str(ROOT / "configs" / "coco" / "shapes.yaml")
-    config = get_config(argparse.Namespace(cfg=cfg, opts=opts))
+    config = coco_config("shapes", *opts)
     detector = fill_weights(build_detector(config, 3)).eval()
     content = dict(model=detector.state_dict(), config=dump_config(config), classes=CLASSES, epoch=0)
     ckpt.save_checkpoint(str(tmp_path / "x.pth"), content)

@@ -1,6 +1,5 @@
 """The model against the reference numbers and against a second implementation from the formulas."""
 
-import argparse
 import itertools
 
 import pytest
@@ -11,6 +10,7 @@ from helpers import (
     CVPR22_TINY,
     MICRO,
     ROOT,
+    config_of_file,
     digits_config,
     fill_weights,
     golden_images,
@@ -21,7 +21,6 @@ from helpers import (
 from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from config import get_config
 from models import build_model
 from models.exchange import OTHER_EXCHANGES
 from models.geometry import BlockOptions
@@ -52,7 +51,7 @@ def test_sizes_and_drop_path_are_those_of_the_specification(name, parameters, gm
     assert round(model.flops() / 1e9, 3) == gmacs
     assert model.layers[-1].blocks[-1].drop_path.drop_prob == drop_path
     path = ROOT / "configs" / ("cvpr22" if "cvpr22" in name else "") / f"{name.replace('cvpr22_', '')}.yaml"
-    config = get_config(argparse.Namespace(cfg=str(path)))
+    config = config_of_file(path)
     assert name == config.MODEL.NAME and drop_path == config.MODEL.DROP_PATH_RATE
 
 
@@ -106,22 +105,6 @@ def test_windows_are_region_row_major_then_window_then_token():
     assert windows.shape == (4, 4, 4, 1)
     assert windows[1, 2].flatten().tolist() == [20, 21, 28, 29]  # right upper region, left lower window
     assert torch.equal(merge_windows(windows, 2, 2, 8, 8), x)
-
-
-def test_stages_are_chosen_by_number_or_from_the_end_and_the_last_is_normed():
-    model = micro().double()
-
-    def maps(indices, norm=False):
-        with torch.no_grad():
-            return model.forward_intermediates(
-                golden_images(32), indices, norm, output_fmt="NHWC", intermediates_only=True
-            )
-
-    every = maps(None)
-    assert [m.shape for m in every] == [(2, 16, 16, 48), (2, 8, 8, 96), (2, 4, 4, 192)]
-    for indices, chosen in ((1, [2]), (2, [1, 2]), ([0, -1], [0, 2]), ([-2], [1])):
-        torch.testing.assert_close(maps(indices), [every[i] for i in chosen], rtol=0, atol=0)
-    torch.testing.assert_close(maps(None, norm=True), [*every[:2], model.norm(every[2])], rtol=0, atol=0)
 
 
 def test_shuffle_sends_group_j_of_every_messenger_to_window_j():

@@ -1,6 +1,5 @@
 """Evaluation by ONNX Runtime and OpenVINO: the numbers of PyTorch, or a refusal."""
 
-import argparse
 import importlib.util
 import json
 import re
@@ -10,11 +9,11 @@ import onnxruntime
 import openvino
 import pytest
 import torch
-from helpers import ROOT, digits_config, fill_weights, logged, run_folder, run_main
+from helpers import digits_config, fill_weights, logged, run_folder, run_main
 
 import checkpoint as ckpt
 import models
-from config import ConfigError, dump_config, get_config, parse_config
+from config import dump_config, parse_config
 from distributed import Compute
 from models.deploy.files import FORMATS, RUNTIMES, Exportable, run_onnxruntime, run_openvino
 from models.deploy.runtime import HandedOver, build_runtime, choose_runtime
@@ -197,28 +196,9 @@ def test_evaluation_by_a_runtime_gives_the_figures_of_pytorch(checkpoint, data, 
         assert there == pytest.approx(here, abs=1e-5)
 
 
-def test_a_runtime_evaluates_in_float32_unless_a_precision_is_asked_for(tmp_path):
-    def level(text, **flags):
-        (tmp_path / "run.yaml").write_text(text)
-        return get_config(argparse.Namespace(cfg=str(tmp_path / "run.yaml"), **flags)).AMP_OPT_LEVEL
-
-    assert level("RUNTIME: openvino", eval=True) == level("RUNTIME: onnxruntime", eval=True) == "O0"
-    assert level("RUNTIME: openvino") == level("RUNTIME: auto", eval=True) == level("", eval=True) == "O1"
-    assert level("{RUNTIME: openvino, AMP_DTYPE: bfloat16}", eval=True) == "O1"
-    assert level("{RUNTIME: openvino, COMPILE: True}") == "O1"
-    with pytest.raises(ConfigError, match="COMPILE is True, but must be False with RUNTIME openvino"):
-        level("{RUNTIME: openvino, COMPILE: True}", eval=True)
-
-
 def test_a_runtime_is_of_a_machine_and_not_of_a_checkpoint():
     text = dump_config(digits_config("RUNTIME", "openvino"))
     assert "RUNTIME: openvino" in text and parse_config(text, "a checkpoint").RUNTIME == "pytorch"
-
-
-def test_detection_refuses_a_runtime():
-    shapes = argparse.Namespace(cfg=str(ROOT / "configs/coco/shapes.yaml"), opts=["RUNTIME", "openvino"])
-    with pytest.raises(ConfigError, match="RUNTIME is 'openvino', but must be 'pytorch' for detection"):
-        get_config(shapes)
 
 
 def test_a_runtime_has_the_threads_of_pytorch(monkeypatch):

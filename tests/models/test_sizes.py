@@ -14,7 +14,6 @@ from torch.nn import functional
 
 from models import inference, use_onednn
 from models.exchange import OTHER_EXCHANGES
-from models.fast.attention import windowed_attention
 from models.geometry import fit_regions
 from models.msg_transformer import shuffle_messengers
 from models.padding import Extent, Layout, _layout
@@ -144,22 +143,6 @@ def test_maps_and_gradients_are_those_of_the_loop(name):
     scale = max(grad.abs().max() for _, grad in gradients[0])
     for (name, expected), (_, found) in zip(*gradients, strict=True):
         assert (found - expected).abs().max() < 1e-11 * scale, name
-
-
-@pytest.mark.parametrize("backend", ["eager", "sdpa", "blocked"])
-@pytest.mark.parametrize("windows", [3, 130])
-def test_hidden_tokens_get_no_attention(backend, windows):
-    generator = torch.Generator().manual_seed(0)
-    qkv = torch.randn(windows, 5, 24, dtype=torch.float64, generator=generator)
-    bias = torch.randn(2, 5, 5, dtype=torch.float64, generator=generator)
-    hidden = torch.rand(windows, 5, generator=generator) < 0.5
-    hidden[:, 0] = False
-    found = windowed_attention(qkv, bias, 0.5, backend, hidden)
-    for window, kept in enumerate(~hidden):
-        q, k, v = (x.unflatten(1, (2, 4)).transpose(0, 1) for x in qkv[window].chunk(3, dim=1))
-        scores = 0.5 * q @ k[:, kept].transpose(1, 2) + bias[:, :, kept]
-        expected = (scores.softmax(2) @ v[:, kept]).transpose(0, 1).flatten(1)
-        torch.testing.assert_close(found[window], expected, rtol=1e-10, atol=1e-12)
 
 
 def test_rows_hold_what_images_show_and_a_token_for_each_empty_window():

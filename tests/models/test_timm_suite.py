@@ -96,8 +96,6 @@ def check_features(name):
         assert_maps(maps, model.feature_info, output_fmt)
         own = model.model.forward_intermediates(images(), output_fmt=output_fmt, intermediates_only=True)
         torch.testing.assert_close(maps, own)
-    with pytest.raises(ValueError, match="feature_cls 'hook'"):
-        create(name, features_only=True, feature_cls="hook")
 
 
 def check_intermediates(name):
@@ -118,8 +116,17 @@ def check_intermediates(name):
         as_dict["image_intermediates_prefix"], model.forward_stages(images()), strict=True
     ):
         torch.testing.assert_close(found_messengers, y.flatten(1, 2))
-    last = model.forward_intermediates(images(), [-1], norm=True, intermediates_only=True)[0]
+    *others, last = model.forward_intermediates(images(), norm=True, intermediates_only=True)
     torch.testing.assert_close(found[:, 1:], last.flatten(2).transpose(1, 2))
+    torch.testing.assert_close(others, maps[:-1], rtol=0, atol=0)
+    for indices, chosen in (
+        (1, maps[-1:]),
+        (2, maps[-2:]),
+        ([0, -1], [maps[0], maps[-1]]),
+        ([-2], [maps[-2]]),
+    ):
+        some = model.forward_intermediates(images(), indices, intermediates_only=True)
+        torch.testing.assert_close(some, chosen, rtol=0, atol=0)
     model.set_grad_checkpointing()
     torch.testing.assert_close(model.forward_intermediates(images())[0], found, rtol=1e-4, atol=1e-5)
 

@@ -1,13 +1,12 @@
 """The weights of msg_cifar10: found by timm, as good as they were, and described as they are."""
 
-import argparse
 import hashlib
 import json
 
 import pytest
 import timm
 import torch
-from helpers import ROOT, run_main
+from helpers import ROOT, config_of_file, run_main
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from timm.models import adapt_input_conv
@@ -15,7 +14,7 @@ from torchvision.datasets import ImageFolder
 
 import checkpoint as ckpt
 import models
-from config import get_config, parse_config
+from config import parse_config
 from models.build import build_model
 
 FOLDER = ROOT / "weights" / "msg_cifar10"
@@ -67,7 +66,7 @@ def test_the_file_is_what_timms_name_and_the_config_build():
     image = Image.effect_noise((40, 50), 100).convert("RGB")
     found = create_transform(**resolve_model_data_config(model))(image)
     assert torch.equal(found, ready.transform(image))
-    own = build_model(get_config(argparse.Namespace(cfg=str(ROOT / "configs" / "cifar10_small.yaml"))))
+    own = build_model(config_of_file("configs/cifar10_small.yaml"))
     own.load_state_dict(model.state_dict())
     with torch.no_grad():
         torch.testing.assert_close(own.eval()(found[None]), ready.model(found[None]))

@@ -21,11 +21,10 @@ from helpers import (
     assert_same_weights,
     coco_config,
     digits_config,
-    group_of_two,
     main_command,
     run_folder,
     run_main,
-    start_ranks,
+    start_two,
 )
 
 import checkpoint as ckpt
@@ -175,7 +174,7 @@ def test_a_process_that_hangs_ends_the_others_after_the_timeout(data, tmp_path, 
     """A stopped process keeps its connections open: only the timeout can tell."""
     arguments = [*ARGUMENTS, "DIST.TIMEOUT_SECONDS", "8", "--data-path", data, "--output", tmp_path]
     held, release = hold
-    first, hung = start_ranks(tmp_path, arguments, arguments, change=held, **group_of_two(port))
+    first, hung = start_two(tmp_path, [held(main_command(*arguments))] * 2, port)
     try:
         first.wait_for("the fifth update waits")
         os.kill(hung.process.pid, signal.SIGSTOP)
@@ -206,10 +205,7 @@ def test_an_unexpected_error_is_shown_whole_and_before_its_consequences(data, tm
     )
     command = main_command(*ARGUMENTS, "--data-path", data, "--output", tmp_path)
     command[1] = script
-    group = dict(group_of_two(port), PYTHONPATH=str(ROOT))
-    runs = [
-        Started(tmp_path, command, **{k: v.format(rank=rank) for k, v in group.items()}) for rank in (0, 1)
-    ]
+    runs = start_two(tmp_path, [command] * 2, port, PYTHONPATH=str(ROOT))
     assert [run.wait() for run in runs] == [1, 1]
     good, bad = runs
     assert bad.text().rstrip().endswith("ZeroDivisionError: division by zero"), bad.text()

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import digits_config, logged, micro, reference, silent_record
+from helpers import Batches, digits_config, logged, micro, new_run, reference
 from torch import nn
 
 import checkpoint as ckpt
@@ -20,7 +20,7 @@ from optimizer import NonFiniteError, Updater, WeightAverage, build_average, bui
 from training import engine
 from training.engine import train_one_epoch
 from training.guard import Guard
-from training.run import Progress, Run, Settings, Task, build_run
+from training.run import Progress, Task, build_run
 from training.setup import Setup, Start
 
 CPU = Compute(torch.device("cpu"))
@@ -105,23 +105,10 @@ def test_weight_decay_spares_norms_biases_positions_and_messengers():
     assert parameter_groups(model)[1]["weight_decay"] == 0.0
 
 
-class Batches(list):
-    """A list of batches that passes for a loader."""
-
-    paths = [f"{index}.png" for index in range(64)]
-
-    def check_failures(self):
-        pass
-
-
-def new_run(model, sampler, folder="", max_nonfinite=3, **settings):
+def sgd_run(model, sampler, folder="", max_nonfinite=3, **settings):
     """A run of 20 epochs with SGD that has not begun."""
-    config = digits_config("TRAIN.OPTIMIZER.NAME", "sgd")
-    optimizer = build_optimizer(config, model, 1.0)
-    scheduler = build_scheduler(config, optimizer, sampler.updates_per_epoch, 1.0)
-    updater = Updater(model, optimizer, CPU, sampler.accumulation, 0.5, max_nonfinite)
-    settings = Settings(str(folder), **dict(dict(epochs=20, seed=sampler.seed, print_freq=1), **settings))
-    return Run(settings, updater, scheduler, sampler, silent_record(folder), Guard(0, 0))
+    opts = ["TRAIN.OPTIMIZER.NAME", "sgd", "TRAIN.CLIP_GRAD", 0.5, "TRAIN.MAX_NONFINITE", max_nonfinite]
+    return new_run(folder, model, sampler, digits_config(*opts), **dict(epochs=20, print_freq=1) | settings)
 
 
 def train(batches, accumulation=1, max_nonfinite=3):
@@ -129,7 +116,7 @@ def train(batches, accumulation=1, max_nonfinite=3):
     torch.manual_seed(0)
     model, size = micro().to(batches[0][0].dtype), len(batches[0][0])
     sampler = TrainBatchSampler(size * len(batches), size, accumulation, 0, 1, seed=0)
-    run = new_run(model, sampler, max_nonfinite=max_nonfinite)
+    run = sgd_run(model, sampler, max_nonfinite=max_nonfinite)
     run.start_epoch(3)
     criterion = nn.CrossEntropyLoss()
 
@@ -175,7 +162,7 @@ def drawn(rank, seed, epoch):
         found.append(torch.rand(1).item())
         return dict(loss=model(images).sum())
 
-    run = new_run(model, sampler)
+    run = sgd_run(model, sampler)
     run.start_epoch(epoch)
     train_one_epoch(run, Batches([(torch.ones(2, 2), None)] * 2), losses_of)
     return found
@@ -211,7 +198,7 @@ def test_micro_batches_leave_memory_in_turn_and_a_broken_epoch_closes_its_loader
             raise ZeroDivisionError
         return dict(loss=model(images).sum())
 
-    run = new_run(model, TrainBatchSampler(12, 2, 3, 0, 1, seed=0))
+    run = sgd_run(model, TrainBatchSampler(12, 2, 3, 0, 1, seed=0))
     run.start_epoch(0)
     with pytest.raises(ZeroDivisionError) as error:
         train_one_epoch(run, Loader(), losses_of)
@@ -221,7 +208,7 @@ def test_micro_batches_leave_memory_in_turn_and_a_broken_epoch_closes_its_loader
 
 def test_a_run_of_another_size_goes_on_between_two_updates_of_the_schedule():
     """A run of smaller updates left an epoch after 2.5 of today's."""
-    run = new_run(nn_model(), TrainBatchSampler(100, 8, 1, 0, 1, seed=0))  # 12 updates of an epoch
+    run = sgd_run(nn_model(), TrainBatchSampler(100, 8, 1, 0, 1, seed=0))  # 12 updates of an epoch
     run.progress.epoch, run.progress.images = 2, 20
     assert run.position() == 2 * 12 + 2.5
 
@@ -241,22 +228,13 @@ def test_means_of_an_epoch_go_on_with_the_sums_of_each_rank():
 
 def test_the_first_of_the_best_epochs_and_the_last_epoch_are_kept(tmp_path):
     model, sampler, scores = nn_model(), TrainBatchSampler(4, 2, 1, 0, 1, seed=0), [0, 50, 50, 40]
-    run, batches = new_run(model, sampler, tmp_path, epochs=4, save_freq=2), [(torch.ones(2, 2), None)] * 2
+    run, batches = sgd_run(model, sampler, tmp_path, epochs=4, save_freq=2), [(torch.ones(2, 2), None)] * 2
     for epoch in run.epochs_left():
         means = train_one_epoch(run, Batches(batches), lambda images, *_: dict(loss=model(images).sum()))
         run.end_epoch(means, dict(acc1=scores[epoch]))
     best = ckpt.read_checkpoint(os.path.join(tmp_path, ckpt.BEST))
     assert (best["epoch"], best["max_accuracy"]) == (1, 50)
     assert ckpt.in_order(tmp_path) == [f"ckpt_epoch_{epoch}.pth" for epoch in (0, 2, 3)]
-
-
-def test_a_checkpoint_within_an_epoch_does_not_claim_the_epoch(tmp_path):
-    run = new_run(nn_model(), TrainBatchSampler(4, 2, 1, 0, 1, seed=0), tmp_path)
-    run.start_epoch(3)
-    run.progress.add(2, dict(loss=torch.ones(())), torch.ones(()))
-    for score, finished in ((None, 2), (50.0, 3)):
-        (name,) = run.save(score)
-        assert ckpt.read_checkpoint(os.path.join(tmp_path, name))["epoch"] == finished
 
 
 def test_checkpoints_are_due_after_so_many_updates_or_minutes(monkeypatch):

@@ -7,7 +7,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import timm
 import torch
-from helpers import digits_config, logged, micro, restore, silent_record
+from helpers import digits_config, logged, micro, new_run, restore
 from timm.optim import (
     create_optimizer_v2,
     list_optimizers,
@@ -20,15 +20,12 @@ import checkpoint as ckpt
 import optimizer as optimizers
 from config import OPTIMIZERS, ConfigError
 from data.samplers import TrainBatchSampler
-from distributed import Compute
 from lr_scheduler import build_scheduler
 from models import build_model, choose_layer_norm
 from models.fast import apex
 from models.msg_transformer import MSGTransformer
-from optimizer import Updater, build_optimizer, parameter_groups
+from optimizer import build_optimizer, parameter_groups
 from training.engine import learning_rate
-from training.guard import Guard
-from training.run import Run, Settings
 from utils import UserError
 
 
@@ -212,12 +209,7 @@ def test_patterns_in_what_timms_models_do_not_decay_are_read():
 
 
 def run_with(name, folder, *opts):
-    model, sampler = micro(), TrainBatchSampler(8, 4, 1, 0, 1, seed=0)
-    optimizer = build_optimizer(config_for(name, *opts), model, 1.0)
-    scheduler = build_scheduler(config_for(name), optimizer, 2, 1.0)
-    updater = Updater(model, optimizer, Compute(torch.device("cpu")), 1, 5.0, 0)
-    run = Run(Settings(str(folder)), updater, scheduler, sampler, silent_record(folder), Guard(0, 0))
-    return restore(run)
+    return restore(new_run(folder, micro(), TrainBatchSampler(8, 4, 1, 0, 1, 0), config_for(name, *opts)))
 
 
 def trained(run, seed):

@@ -20,7 +20,6 @@ from helpers import (
     Started,
     assert_same_run,
     digits_config,
-    group_of_two,
     logged,
     main_command,
     micro,
@@ -28,7 +27,7 @@ from helpers import (
     run_folder,
     run_main,
     small_run,
-    start_ranks,
+    start_two,
 )
 
 import checkpoint as ckpt
@@ -550,8 +549,8 @@ def test_every_process_uses_the_checkpoint_that_rank_0_chose(tmp_path, data, por
     run_main(*arguments, tmp_path / "rank0", processes=2)
     folder = run_folder(tmp_path / "rank0")
     (folder / "ckpt_epoch_1.pth").unlink()
-    outputs = [[*arguments, tmp_path / f"rank{rank}"] for rank in range(2)]
-    for run in start_ranks(tmp_path, *outputs, **group_of_two(port)):
+    commands = [main_command(*arguments, tmp_path / f"rank{rank}") for rank in range(2)]
+    for run in start_two(tmp_path, commands, port):
         assert run.wait() == 0, run.text()
     log = (run_folder(tmp_path / "rank1") / "log_rank1.txt").read_text()
     assert f"resuming from {folder}/ckpt_epoch_0.pth: epoch 1" in log

@@ -244,18 +244,6 @@ def test_evaluation_and_fine_tuning_take_the_averaged_weights_that_are_asked_for
     assert all(torch.equal(value, averaged[name]) for name, value in model.state_dict().items())
 
 
-def test_images_of_two_sides_are_trained_on_and_evaluated(data, tmp_path):
-    folder = run_folder(tmp_path)
-    where = ["--data-path", data, "--output", tmp_path, "--batch-size", 24]
-    printed = run_main(*SMALL, 2, "DATA.IMG_SIZE", "[32, 48]", *where).stdout
-    model = build_model(digits_config("DATA.IMG_SIZE", "[32, 48]", "MODEL.NUM_CLASSES", 3))
-    assert f"{model.flops() / 1e9:.3f} GMACs per image" in printed
-    last = ["--eval", "--resume", folder / "ckpt_epoch_1.pth"]
-    found = figures(run_main("--cfg", folder / "config.yaml", *where, *last).stdout)
-    last = read_metrics(folder / "metrics.jsonl")[-1]
-    assert found == pytest.approx((last["acc1"], last["acc5"], last["val_loss"], 9), abs=1e-3)
-
-
 def test_another_run_does_not_change_the_files_of_the_first(tmp_path):
     small_run(tmp_path).end_epoch(dict(train_loss=1.0), dict(acc1=50.0))
     files = {path: path.read_bytes() for path in tmp_path.iterdir()}
@@ -279,14 +267,6 @@ def test_evaluation_is_the_same_for_any_processes_and_batch_size(
     wrong = sum(row["images"] - row["right"] for row in report["classes"])
     assert len(files) == len(set(files)) == wrong == round(9 * (1 - figures(printed)[0] / 100))
     assert not (trained[0] / "eval.json").exists()
-
-
-def test_evaluation_with_fewer_images_than_processes(trained, tmp_path):
-    write_images(tmp_path / "val", 1)
-    arguments = ["--cfg", "configs/digits.yaml", "--data-path", tmp_path, "--eval", "--output", tmp_path]
-    arguments += ["--resume", trained[0] / "best.pth"]
-    alone, spread = (figures(run_main(*arguments, processes=n).stdout) for n in (1, 4))
-    assert spread == pytest.approx(alone, abs=1e-6) and alone[3] == 3
 
 
 def test_fine_tuning_on_other_classes_starts_from_the_weights(trained, tmp_path):

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import struct
 import subprocess
 import sys
 import types
@@ -11,7 +10,16 @@ import types
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same_weights, digits_config, logged, restore, run_folder, run_main
+from helpers import (
+    Batches,
+    assert_same_weights,
+    digits_config,
+    logged,
+    new_run,
+    restore,
+    run_folder,
+    run_main,
+)
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -24,13 +32,8 @@ from config import flat_config
 from data import build_loaders
 from data.mixup import build_augmentation
 from data.samplers import TrainBatchSampler
-from distributed import Compute
 from logger import DRAWN, read_metrics
-from lr_scheduler import build_scheduler
-from optimizer import Updater, build_optimizer
 from training.engine import train_one_epoch
-from training.guard import Guard
-from training.run import Run, Settings
 from training.tracking import RunRecord, Tracker, require_tracker
 from utils import UserError
 
@@ -62,15 +65,6 @@ def init(*args, **kwargs):
 def finish():
     Run().write("finish")
 """
-
-
-class Batches(list):
-    """A list of batches that passes for a loader."""
-
-    paths = ()
-
-    def check_failures(self):
-        pass
 
 
 def events(folder):
@@ -258,13 +252,9 @@ def train_from_checkpoints(folder, updates_per_epoch, epochs):
     """Train the rest of a run on 8 images, whose epochs have so many updates from here on."""
     model, batch_size = nn.Linear(2, 2), 8 // updates_per_epoch
     sampler = TrainBatchSampler(8, batch_size, 1, 0, 1, seed=0)
-    optimizer = build_optimizer(digits_config(), model, 1.0)
-    scheduler = build_scheduler(digits_config(), optimizer, updates_per_epoch, 1.0)
-    updater = Updater(model, optimizer, Compute(torch.device("cpu")), 1, 5.0, 20)
-    record = RunRecord(str(folder), 0, lambda *_: None, DRAWN)
-    record.tracker = Tracker("wandb", str(folder), "name")
-    settings = Settings(str(folder), epochs=epochs, print_freq=1)
-    run = Run(settings, updater, scheduler, sampler, record, Guard(0, 0))
+    run = new_run(folder, model, sampler, digits_config(), epochs=epochs, print_freq=1)
+    run.record = RunRecord(str(folder), 0, lambda *_: None, DRAWN)
+    run.record.tracker = Tracker("wandb", str(folder), "name")
     restore(run)
     loader = Batches([(torch.ones(batch_size, 2), None)] * updates_per_epoch)
     for _ in run.epochs_left():
@@ -343,46 +333,6 @@ def test_trackio_holds_what_tensorboard_holds(data, tmp_path, monkeypatch):
     assert len(rows) == 12
     for row in read_metrics(folder / "metrics.jsonl"):
         assert found["epoch/acc1", 9 * row["epoch"] + 8] == pytest.approx(row["acc1"])
-
-
-def records_of(path):
-    """The records of a file of wandb, which has the log format of LevelDB below a header of 7 bytes."""
-    content, place, parts = path.read_bytes(), 7, []
-    while place + 7 <= len(content):
-        if (left := 32768 - place % 32768) < 7:
-            place += left
-            continue
-        _, length, kind = struct.unpack("<IHB", content[place : place + 7])
-        parts.append(content[place + 7 : place + 7 + length])
-        place += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            yield b"".join(parts)
-            parts = []
-
-
-def test_wandb_holds_what_tensorboard_holds(data, tmp_path, monkeypatch):
-    """Read from the files of its offline runs, of which a resume adds one with the same id."""
-    internal = pytest.importorskip("wandb.proto.wandb_internal_pb2")
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    folder = run_folder(tmp_path)
-    arguments = [*ARGUMENTS, 2, "LOG.TRACKER", "wandb", "--data-path", data, "--output", tmp_path]
-    run_main(*arguments)
-    (folder / "ckpt_epoch_1.pth").unlink()
-    run_main(*arguments)
-    found, ids = {}, set()
-    for path in folder.glob("wandb/offline-run-*/*.wandb"):
-        for content in records_of(path):
-            record = internal.Record.FromString(content)
-            ids |= {record.run.run_id} - {""}
-            items = record.history.item
-            values = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in items}
-            tags = [tag for tag in values if tag.startswith(("train/", "epoch/"))]
-            assert not any((tag, values["update"]) in found for tag in tags)
-            found.update({(tag, values["update"]): values[tag] for tag in tags})
-    board = scalars(folder / "tensorboard")
-    assert found.keys() == board.keys() and len(ids) == 1
-    for (tag, step), value in board.items():
-        assert "second" in tag or found[tag, step] == pytest.approx(value, rel=1e-6)
 
 
 def test_a_tracker_state_that_cannot_be_read_is_one_warning(stand_in, tmp_path):
