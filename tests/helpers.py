@@ -248,13 +248,10 @@ class Started:
 
 
 def start_two(folder, commands, port, **environment):
-    """Two processes without a launcher, which meet at a port, each with its own of two commands."""
-    environment |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2")
+    """Two commands as processes that meet at a port, each the first of its node; no launcher ends them."""
+    environment |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", LOCAL_RANK="0")
     environment |= dict(TORCHELASTIC_USE_AGENT_STORE="True")
-    return [
-        Started(folder, command, RANK=str(rank), LOCAL_RANK=str(rank), **environment)
-        for rank, command in enumerate(commands)
-    ]
+    return [Started(folder, command, RANK=str(rank), **environment) for rank, command in enumerate(commands)]
 
 
 def silent_record(folder):

@@ -248,16 +248,8 @@ def test_images_that_cannot_be_read_are_left_out_and_the_others_keep_their_files
     monkeypatch.setattr(loaders, "LARGEST_FAILED_SHARE", 1)
     write_images(tmp_path / "val", 3)
     (tmp_path / "val" / "b" / "0.png").write_text("no image")
-    config = digits_config(
-        "DATA.ON_ERROR",
-        "skip",
-        "DATA.NUM_WORKERS",
-        0,
-        "MODEL.NUM_CLASSES",
-        3,
-        data_path=str(tmp_path),
-        eval=True,
-    )
+    opts = ["DATA.ON_ERROR", "skip", "DATA.NUM_WORKERS", 0, "MODEL.NUM_CLASSES", 3]
+    config = digits_config(*opts, data_path=str(tmp_path), eval=True)
     _, _, loader, _ = build_loaders(config)
     model, collector = fill_weights(build_model(config)), report.OutcomeCollector()
     figures = evaluate(model, loader, CPU, 100, collector)

@@ -9,7 +9,6 @@ from contextlib import nullcontext
 
 import onnxruntime
 import pytest
-import timm
 import torch
 from helpers import ROOT, coco_config, digits_config, fill_weights
 from safetensors import safe_open
@@ -19,7 +18,6 @@ import models
 from config import dump_config
 from detection.detector import build_detector
 from models.deploy.files import (
-    FORMATS,
     Exportable,
     Format,
     InPyTorch,
@@ -63,7 +61,7 @@ def export(monkeypatch, capfd):
 
 
 def images(count, *size):
-    return torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(count))
+    return torch.randn(count, 3, *(size or (32, 32)), generator=torch.Generator().manual_seed(count))
 
 
 def run_onnx(path):
@@ -263,19 +261,3 @@ def test_what_cannot_be_exported_is_one_message_and_nothing_is_overwritten(tmp_p
         assert code and words in err, err
     assert (tmp_path / "x.safetensors").read_text() == "mine"
     assert len(list(tmp_path.iterdir())) == 3
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [f"msg_{size}_p4_win7_224" for size in ("tiny", "small", "base")]
-    + [f"msg_cvpr22_{size}_p4_win7_224" for size in ("tiny", "small", "base")],
-)
-def test_onnx_files_of_the_named_models_are_within_1e_4_of_pytorch(name, tmp_path):
-    model = fill_weights(timm.create_model(name, num_classes=1000)).eval()
-    path = tmp_path / "x.onnx"
-    batches = [images(count, 224, 224) for count in (1, 3)]
-    kept = write_checked(exportable(model, 3, 224, 224), FORMATS["onnx"], str(path), batches)
-    print(name, kept.errors)
-    assert kept.errors.keys() == {"onnxruntime", "openvino"} and max(kept.errors.values()) <= 1e-4
-    assert path.stat().st_size > sum(parameter.nbytes for parameter in model.parameters())

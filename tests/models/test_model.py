@@ -27,8 +27,6 @@ from models.geometry import BlockOptions
 from models.msg_transformer import (
     Block,
     MSGTransformer,
-    merge_windows,
-    partition_windows,
     shuffle_messengers,
 )
 from models.tracing import replace_messengers
@@ -99,21 +97,6 @@ def small_block(drop_path=0.0):
     return Block(8, 2, drop_path, options)
 
 
-def test_windows_are_region_row_major_then_window_then_token():
-    x = torch.arange(8 * 8).reshape(1, 8, 8, 1)  # value = 8 * row + column
-    windows = partition_windows(x, 2, 2)  # 2x2 regions of 2x2 windows of 2x2 tokens
-    assert windows.shape == (4, 4, 4, 1)
-    assert windows[1, 2].flatten().tolist() == [20, 21, 28, 29]  # right upper region, left lower window
-    assert torch.equal(merge_windows(windows, 2, 2, 8, 8), x)
-
-
-def test_shuffle_sends_group_j_of_every_messenger_to_window_j():
-    messengers = (torch.arange(4)[:, None] * 10 + torch.arange(8) // 2)[None]  # window * 10 + group
-    y = shuffle_messengers(messengers)
-    for j in range(4):
-        assert y[0, j].tolist() == [v for window in range(4) for v in (window * 10 + j,) * 2]
-
-
 @pytest.mark.parametrize("manip_type", ["shuf", "mean", "shift"])
 @pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize("windows, channels", [(1, 6), (4, 4), (4, 8), (9, 9), (16, 48)])
@@ -154,14 +137,6 @@ def reaches(model):
 )
 def test_information_crosses_windows_by_exchanged_messengers_only(changes, expected):
     assert reaches(micro(**changes)) is expected
-
-
-def test_merging_concatenates_neighbours_row_offset_first():
-    merging = MSGTransformer(**MICRO).layers[0].downsample
-    merging.norm = merging.reduction = torch.nn.Identity()
-    x = torch.zeros(1, 2, 2, 48)
-    x[0, 0, 0], x[0, 1, 0], x[0, 0, 1], x[0, 1, 1] = 1, 2, 3, 4
-    assert merging(x).unflatten(-1, (4, 48))[0, 0, 0, :, 0].tolist() == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("changes", [CVPR22, dict(ape=True, patch_norm=False)])

@@ -10,8 +10,8 @@ import openvino
 import pytest
 import torch
 from helpers import digits_config, fill_weights, logged, run_folder, run_main
+from test_deploy import SMALL, images, save
 
-import checkpoint as ckpt
 import models
 from config import dump_config, parse_config
 from distributed import Compute
@@ -19,17 +19,11 @@ from models.deploy.files import FORMATS, RUNTIMES, Exportable, run_onnxruntime, 
 from models.deploy.runtime import HandedOver, build_runtime, choose_runtime
 from utils import UserError
 
-SMALL = ["MODEL.NUM_CLASSES", 3, "MODEL.MSG.DEPTHS", "[1, 1]", "MODEL.MSG.NUM_HEADS", "[3, 6]"]
-SMALL += ["MODEL.MSG.SHUF_SIZE", "[4, 2]", "DATA.NUM_WORKERS", 0]
 CPU, ROUNDED = Compute(torch.device("cpu")), Compute(torch.device("cpu"), torch.bfloat16)
 
 
 def small():
     return fill_weights(models.build_model(digits_config(*SMALL))).eval()
-
-
-def images(count):
-    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(count))
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +49,7 @@ def handed_over(written):
 def checkpoint(tmp_path_factory):
     """A classifier of the three classes of ``data``."""
     path = tmp_path_factory.mktemp("checkpoint") / "x.pth"
-    content = dict(model=small().state_dict(), config=dump_config(digits_config(*SMALL)), classes=[*"abc"])
-    ckpt.save_checkpoint(str(path), dict(content, epoch=0))
+    save(path)
     return path
 
 
