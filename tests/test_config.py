@@ -181,6 +181,8 @@ def test_truth_values_may_be_written_as_in_yaml(tmp_path):
         ("MODEL: {MSG: {MANIP_TYPE: ShUF}}", ["MANIP_TYPE is 'ShUF'", "did you mean 'shuf'?"]),
         ("AMP_OPT_LEVEL: o1", ["did you mean 'O1'?"]),
         ("LOG: {TRACKER: wandv}", ["did you mean 'wandb'?"]),
+        ("DATA: {DATASET: torch/cifar1}", ["did you mean 'torch/cifar10'"]),
+        ("DATA: {DATASET: tfds/mnist}", ["DATASET is 'tfds/mnist', but must be one of 'imagenet', 'tar'"]),
         ("TRAIN: {EPOCHS: 9223372036854775808}", ["run.yaml", "TRAIN.EPOCHS is 9223372036854775808"]),
         ("MODEL: {MSG: {MLP_RATIO: 1e300}}", ["MODEL.MSG.MLP_RATIO is", "finite and no larger than"]),
         ("MODEL: {MSG: {MLP_RATIO: 1000}}", ["MODEL.MSG.MLP_RATIO is 1000.0", "at most 100"]),

@@ -1,6 +1,7 @@
 """Checkpoints and configs from strangers: nothing in them runs, whichever way they come in."""
 
 import contextlib
+import functools
 import io
 import os
 import pickle
@@ -86,15 +87,12 @@ def places(official, bad):
     parameter = torch.nn.Parameter(torch.ones(2))
     parameter.note = bad
     return {
-        "an entry": dict(official, extra=bad),
         "the config": dict(official, config=bad),
         "a value in the config": dict(official, config=config),
         "the state of the config": dict(official, config=node),
         "the state of the weights": dict(official, model=weights),
-        "a weight": dict(official, model=dict(official["model"], **{"head.weight": bad})),
         "the state of a weight": dict(official, model={"head.weight": parameter}),
         "the optimizer": dict(official, optimizer=dict(state={0: bad}, param_groups=[])),
-        "a key": dict(official, config={bad: 1}),
         "the whole file": bad,
     }
 
@@ -120,10 +118,6 @@ def refuse(path, trap, load):
     assert not os.path.exists(trap)
 
 
-def trusting_load(path):
-    torch.load(path, weights_only=False)
-
-
 @pytest.mark.parametrize("legacy", [False, True])
 def test_nothing_in_a_checkpoint_is_called(tmp_path, official, legacy):
     trap = str(tmp_path / "trap")
@@ -133,7 +127,7 @@ def test_nothing_in_a_checkpoint_is_called(tmp_path, official, legacy):
     for name, content in contents.items():
         path = str(tmp_path / f"{name}.pth")
         torch.save(content, path, _use_new_zipfile_serialization=not legacy)
-        refuse(path, trap, trusting_load)
+        refuse(path, trap, functools.partial(torch.load, weights_only=False))
     assert set(torch.serialization.get_safe_globals()) == allowed
 
 

@@ -167,7 +167,7 @@ def test_mixup_depends_on_seed_epoch_step_and_rank_only():
     torch.testing.assert_close(mixed[0][1].sum(1), torch.ones(4))
 
 
-def test_mixup_of_probability_0_smooths_labels_only():
+def test_mixup_of_probability_0_smooths_labels_only_and_there_is_none_when_both_parameters_are_0():
     config = digits_config(
         "AUG.MIXUP", 0.8, "AUG.MIXUP_PROB", 0.0, "MODEL.LABEL_SMOOTHING", 0.2, "MODEL.NUM_CLASSES", 4
     )
@@ -175,9 +175,6 @@ def test_mixup_of_probability_0_smooths_labels_only():
     found, soft = build_augmentation(config, 0, "cpu")(images.clone(), targets, 0)
     assert torch.equal(found, images)
     torch.testing.assert_close(soft, 0.8 * torch.eye(4)[targets] + 0.2 / 4)
-
-
-def test_mixup_is_off_when_both_parameters_are_0():
     off = digits_config("AUG.MIXUP", 0.0, "AUG.CUTMIX", 0.0)
     assert build_augmentation(off, 0, "cpu").mixup is None
 
@@ -354,14 +351,8 @@ def test_a_set_within_a_set_is_told(tmp_path, caplog):
 
 def test_names_in_two_unicode_forms_are_told_apart(tmp_path):
     composed, apart = "caf\xe9", "cafe\u0301"
-    tree(
-        tmp_path,
-        f"train/{composed}/1.png",
-        "train/x/1.png",
-        f"val/{apart}/1.png",
-        "val/x/1.png",
-        "val/y/1.png",
-    )
+    for folder in (f"train/{composed}", "train/x", f"val/{apart}", "val/x", "val/y"):
+        tree(tmp_path, f"{folder}/1.png")
     words = refusal(tmp_path)
     assert "'caf\\xe9', 'cafe\\u0301', 'y';" in words and "(NFC and NFD): rename" in words
     assert "'cafe\\u0301' and 'caf\\xe9' are both" in class_difference([composed, "x"], [apart, "x"])

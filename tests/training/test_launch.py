@@ -232,13 +232,8 @@ def test_the_slurm_script_requeues_on_exit_code_75(tmp_path):
     )
     environment.update(SLURM_CPUS_PER_TASK="5")
     environment.pop("MASTER_PORT", None)
-    ended = [
-        (75, "RUNNING", True),
-        (143, "PREEMPTED", True),
-        (75, "CANCELLED", False),
-        (143, "CANCELLED", False),
-    ]
-    for code, state, requeued in [*ended, (1, "RUNNING", False), (0, "RUNNING", False)]:
+    again, not_again = [(75, "RUNNING"), (143, "PREEMPTED")], [(75, "CANCELLED"), (143, "CANCELLED")]
+    for code, state in [*again, *not_again, (1, "RUNNING"), (0, "RUNNING")]:
         (tmp_path / "calls").unlink(missing_ok=True)
         (tmp_path / "code").write_text(str(code))
         (tmp_path / "state").write_text(state)
@@ -246,7 +241,7 @@ def test_the_slurm_script_requeues_on_exit_code_75(tmp_path):
         assert subprocess.run(script, cwd=tmp_path, env=environment).returncode == code
         calls = (tmp_path / "calls").read_text()
         assert "main.py --cfg a.yaml at node1:20007 cpus 5" in calls
-        assert ("scontrol requeue 7" in calls) is requeued
+        assert ("scontrol requeue 7" in calls) is ((code, state) in again)
 
 
 WHOLE = dict(RANK="1", WORLD_SIZE="4", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29501")

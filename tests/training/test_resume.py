@@ -49,11 +49,7 @@ ARGUMENTS += shlex.split("TRAIN.WARMUP_EPOCHS 1 TRAIN.EPOCHS 2")
 
 
 def kill_until_done(command, output, kills, rng, patience=900):
-    """Start the run again and again, killing everything at random moments, saves in progress among them.
-
-    Returns:
-        Kills that hit the run.
-    """
+    """Start a run again and again, killing it at random moments, also as it saves; returns how often."""
     hits, folder = 0, run_folder(output)
     end = time.monotonic() + patience
     while True:
