@@ -80,22 +80,22 @@ def test_masks_that_pycocotools_cannot_take_never_reach_it(small):
     assert process.exitcode == 0
 
 
-def test_categories_are_by_id_with_gaps_double_names_and_ids_of_text(small):
+def test_categories_are_by_id_with_gaps_double_names_numbers_for_names_and_ids_of_text(small):
     for ids in ([90, 7, 13], ["zebra", "ant", "cow"]):
         content = small_content()
         for item in content["annotations"]:
             item["category_id"] = ids[item["category_id"] - 1]
-        content["categories"] = [dict(id=number, name=name) for number, name in zip(ids, "xyx")]
+        content["categories"] = [dict(id=number, name=name) for number, name in zip(ids, ("x", 1.5, "x"))]
         annotations = used(small, content).annotations
         order = [ids[1], ids[2], ids[0]]
         assert annotations.labels == {number: i + 1 for i, number in enumerate(order)}
-        assert [category["name"] for category in annotations.categories] == ["y", "x", "x"]
+        assert [category["name"] for category in annotations.categories] == ["1.5", "x", "x"]
         results = detections_of(annotations, 0, random.Random(0))
         assert [result["category_id"] for result in results] == [ids[0], ids[2], ids[1]]
         # Those of one category wrong: it alone suffers, however it is called.
         wrong = [dict(r, bbox=[0, 0, 1, 1]) if r["category_id"] == ids[0] else r for r in results]
         _, rows = average_precision(annotations.as_coco(), wrong, [0, 1])
-        assert [(name, round(box)) for name, box, _ in rows] == [("y", 100), ("x", 100), ("x", 0)]
+        assert [(name, round(box)) for name, box, _ in rows] == [("1.5", 100), ("x", 100), ("x", 0)]
 
 
 @pytest.mark.parametrize("key, value, shown", [("id", "1", "'a' with the id 1"), ("name", "b", "'[ab]'")])
