@@ -280,6 +280,7 @@ def test_a_tracker_gets_epochs_that_are_repeated_with_fewer_updates_after_those_
     train_from_checkpoints(tmp_path, 2, epochs=5)
     board = scalars(tmp_path / "tensorboard")
     assert [step for tag, step in board if tag == "epoch/epoch"] == [7, 9, 11, 13, 15]
+    assert len({arguments[1]["id"] for name, *arguments in calls(notes) if name == "init"}) == 1
     epochs = {step: epoch for (tag, step), epoch in given(notes).items() if tag == "epoch/epoch"}
     assert epochs == {7: 0, 15: 1, 17: 1, 19: 2, 21: 3, 23: 4}
     assert [step for tag, step in given(notes) if tag == "train/loss"] == list(range(24))
