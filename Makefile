@@ -3,7 +3,7 @@
 # make ablate     set up, compare what messengers do on the digits: four variants, three seeds
 # make test       set up, lint, and run the tests
 # make test-slow  the tests that take minutes each
-# make test-chaos kills, mutated files and cut links, for many minutes
+# make test-chaos kills and mutated files, for many minutes
 PYTHON ?= python3
 SEED ?= 0
 VENV := .venv

@@ -1,18 +1,14 @@
-"""The images that runs in tests train on, and the counts that tests leave for the end of a pytest run."""
+"""The images that runs in tests train on, and what every test gives back."""
 
-import collections
-import itertools
 import signal
 import subprocess
 import sys
 
 import pytest
-from helpers import ROOT, write_images
+from helpers import ROOT, logged, write_images
 from torch.distributed import TCPStore
 
 import utils
-
-COUNT = "count of "
 
 
 @pytest.fixture(scope="session")
@@ -52,29 +48,19 @@ def signal_handlers():
 
 
 @pytest.fixture
+def log():
+    """The lines that are logged."""
+    with logged() as lines:
+        yield lines
+
+
+@pytest.fixture
 def port():
     """Port of a store where a group of processes meets, as those of torchrun do at the store of its own."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     yield store.port
 
 
-@pytest.fixture
-def count(record_property):
-    """A function that adds a number to a named count, shown when pytest ends."""
-    return lambda what, number: record_property(COUNT + what, number)
-
-
 def pytest_unconfigure(config):
     """End the workers of loaders that a failed test left alive: they ignore SIGTERM."""
     utils.end_workers()
-
-
-def pytest_terminal_summary(terminalreporter):
-    """Show the counts, which reports bring along from whatever process ran the test."""
-    counts = collections.Counter()
-    for report in itertools.chain.from_iterable(terminalreporter.stats.values()):
-        for name, number in getattr(report, "user_properties", ()):
-            if report.when == "call" and name.startswith(COUNT):
-                counts[name.removeprefix(COUNT)] += number
-    for what, number in counts.items():
-        terminalreporter.write_line(f"{number} {what}")

@@ -8,6 +8,7 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import runpy
 import signal
 import socket
@@ -87,16 +88,19 @@ def micro(**changes):
     return fill_weights(MSGTransformer(**dict(MICRO, drop_path_rate=0.0, **changes))).eval()
 
 
+def config_of_file(path, *opts, **flags):
+    """The config of a YAML file, changed by --opts words and by flags."""
+    return get_config(argparse.Namespace(cfg=str(ROOT / path), opts=list(map(str, opts)), **flags))
+
+
 def digits_config(*opts, **flags):
-    """The digits config, changed by --opts words and by flags."""
-    cfg = str(ROOT / "configs" / "digits.yaml")
-    return get_config(argparse.Namespace(cfg=cfg, opts=list(map(str, opts)), **flags))
+    """The digits config, likewise."""
+    return config_of_file("configs/digits.yaml", *opts, **flags)
 
 
 def coco_config(name="shapes", *opts):
-    """A config of configs/coco."""
-    path = ROOT / "configs" / "coco" / f"{name}.yaml"
-    return get_config(argparse.Namespace(cfg=str(path), opts=list(map(str, opts))))
+    """A config of configs/coco, likewise."""
+    return config_of_file(f"configs/coco/{name}.yaml", *opts)
 
 
 def write_images(folder, per_class, classes=("a", "b", "c"), size=32, seed=0):
@@ -129,17 +133,17 @@ def write_set(folder, images):
     return content
 
 
-def main_command(*arguments, processes=1, torchrun=(), device="cpu"):
-    """The words of a main.py command; more processes than one go through torchrun."""
+def main_command(*arguments, processes=1, torchrun=(), device="cpu", program="main.py"):
+    """The words of a command; more processes than one go through torchrun."""
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *torchrun]
-    return [*command, "main.py", *map(str, arguments), "--device", device]
+    return [*command, program, *map(str, arguments), "--device", device]
 
 
-def run_main(*arguments, processes=1, check=True, timeout=600):
+def run_main(*arguments, processes=1, check=True, timeout=600, program="main.py"):
     """Run main.py as a user would; returns the finished process, with stdout and stderr as text."""
-    done = run_forked("main.py", *arguments, "--device", "cpu", processes=processes, timeout=timeout)
+    done = run_forked(program, *arguments, "--device", "cpu", processes=processes, timeout=timeout)
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
     return done
@@ -243,23 +247,11 @@ class Started:
         return self.process.wait(seconds)
 
 
-def start_ranks(folder, *arguments_of_ranks, change=list, **environment):
-    """Processes without a launcher, one for each rank; ``{rank}`` in the environment is its number.
-
-    Args:
-        change: called with the words of each command, returns those that are run.
-    """
-    commands = [change(main_command(*arguments)) for arguments in arguments_of_ranks]
-    return [
-        Started(folder, command, **{k: v.format(rank=rank) for k, v in environment.items()})
-        for rank, command in enumerate(commands)
-    ]
-
-
-def group_of_two(port):
-    """What a launcher would put into the environment of two processes, which meet at ``port``."""
-    meeting = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
-    return dict(meeting, WORLD_SIZE="2", RANK="{rank}", LOCAL_RANK="{rank}")
+def start_two(folder, commands, port, **environment):
+    """Two commands as processes that meet at a port, each the first of its node; no launcher ends them."""
+    environment |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", LOCAL_RANK="0")
+    environment |= dict(TORCHELASTIC_USE_AGENT_STORE="True")
+    return [Started(folder, command, RANK=str(rank), **environment) for rank, command in enumerate(commands)]
 
 
 def silent_record(folder):
@@ -267,16 +259,30 @@ def silent_record(folder):
     return RunRecord(str(folder), 1, draw_curves, DRAWN)
 
 
+def new_run(folder, model, sampler, config, **settings):
+    """A run on the CPU that has not begun; settings are those of :class:`training.run.Settings`."""
+    optimizer, train = build_optimizer(config, model, 1.0), config.TRAIN
+    scheduler = build_scheduler(config, optimizer, sampler.updates_per_epoch, 1.0)
+    compute, accumulation = Compute(torch.device("cpu")), sampler.accumulation
+    updater = Updater(model, optimizer, compute, accumulation, train.CLIP_GRAD, train.MAX_NONFINITE)
+    settings = Settings(str(folder), seed=sampler.seed, **settings)
+    return Run(settings, updater, scheduler, sampler, silent_record(folder), Guard(0, 0))
+
+
 def small_run(folder, **settings):
     """A run of a micro model that keeps its checkpoints in ``folder``, at the start of epoch 0."""
-    model = micro()
-    sampler = TrainBatchSampler(8, 4, 1, 0, 1, seed=0)
-    optimizer = build_optimizer(digits_config(), model, 1.0)
-    scheduler = build_scheduler(digits_config(), optimizer, 2, 1.0)
-    updater = Updater(model, optimizer, Compute(torch.device("cpu")), 1, 0.0, 0)
     os.makedirs(folder, exist_ok=True)
-    settings = Settings(str(folder), **settings)
-    return Run(settings, updater, scheduler, sampler, silent_record(folder), Guard(0, 0))
+    sampler = TrainBatchSampler(8, 4, 1, 0, 1, seed=0)
+    return new_run(folder, micro(), sampler, digits_config(), **settings)
+
+
+class Batches(list):
+    """A list of batches that passes for a loader."""
+
+    paths = [f"{index}.png" for index in range(64)]
+
+    def check_failures(self):
+        """None failed."""
 
 
 def restore(run, auto_resume=True, **start):
@@ -321,9 +327,9 @@ def logged():
         logger.setLevel(level)
 
 
-def run_folder(output):
-    """Where a run of configs/digits.yaml below ``output`` writes."""
-    return Path(output) / "digits" / "default"
+def run_folder(output, model="digits"):
+    """Where a run of a config, named by its ``MODEL.NAME``, writes below ``output``."""
+    return Path(output) / model / "default"
 
 
 def assert_same_weights(output, expected):
@@ -332,6 +338,35 @@ def assert_same_weights(output, expected):
     found, wanted = (ckpt.read_checkpoint(str(run_folder(root) / name)) for root in (output, expected))
     assert found.get("ema") == wanted.get("ema")
     for kind in ("model", *(["model_ema"] if "ema" in wanted else [])):
-        assert found[kind].keys() == wanted[kind].keys()
-        for name, weight in wanted[kind].items():
-            assert torch.equal(weight, found[kind][name]), (kind, name)
+        assert_same_tensors(found[kind], wanted[kind])
+
+
+def assert_same_tensors(found, wanted):
+    """Two dicts hold the same tensors under the same names."""
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert torch.equal(tensor, found[name]), name
+
+
+def losses(folder):
+    """The logged loss and gradient norm of every update, and the metrics of every epoch but its times."""
+    pattern = r"Train: \[(\d+)/\d+\]\[(\d+)/\d+\].*loss ([\d.]+ \([\d.]+\)).*\tgrad_norm ([\d.]+ \([\d.]+\))"
+    log = (folder / "log_rank0.txt").read_text()
+    updates = {(epoch, update): values for epoch, update, *values in re.findall(pattern, log)}
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    times = ("seconds", "images_per_second")
+    return updates, [{name: value for name, value in row.items() if name not in times} for row in rows]
+
+
+def assert_same_run(output, expected, model="digits"):
+    """Two runs ended with the same last and best weights, optimizer state, losses and metrics."""
+    folders = [run_folder(root, model) for root in (output, expected)]
+    assert losses(folders[0]) == losses(folders[1])
+    for name in (ckpt.in_order(folders[1])[-1], ckpt.BEST):
+        found, wanted = (ckpt.read_checkpoint(str(folder / name)) for folder in folders)
+        for key in ("epoch", "score", "max_accuracy", "ema"):
+            assert found.get(key) == wanted.get(key), key
+        for kind in ("model", *(["model_ema"] if "ema" in wanted else [])):
+            assert_same_tensors(found[kind], wanted[kind])
+        for index, moments in wanted["optimizer"]["state"].items():
+            assert_same_tensors(found["optimizer"]["state"][index], moments)

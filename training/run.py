@@ -397,13 +397,23 @@ class Run:
             )
 
     def warn_of_a_short_run(self, train):
-        """Warn of a warm-up that takes all updates that the run has."""
-        updates = train.EPOCHS * self.sampler.updates_per_epoch
-        warmup = train.WARMUP_STEPS or train.WARMUP_EPOCHS * self.sampler.updates_per_epoch
-        if warmup >= updates and self.progress.epoch < train.EPOCHS:
-            logger.warning(
-                "TRAIN.WARMUP_EPOCHS or WARMUP_STEPS cover the whole run: TRAIN.BASE_LR is never reached"
-            )
+        """Warn of a warm-up, or of an average without one, that needs more updates than the run has."""
+        per_epoch, average = self.sampler.updates_per_epoch, self.updater.average
+        updates = train.EPOCHS * per_epoch
+        if self.progress.epoch >= train.EPOCHS:
+            return
+        if (train.WARMUP_STEPS or train.WARMUP_EPOCHS * per_epoch) >= updates:
+            key = "TRAIN.WARMUP_STEPS" if train.WARMUP_STEPS else "TRAIN.WARMUP_EPOCHS"
+            logger.warning(f"{key} covers the whole run: TRAIN.BASE_LR is never reached")
+        if average is not None and not train.EMA.WARMUP:
+            updates = average.updates + updates - int(self.position())
+            stays = train.EMA.DECAY**updates
+            if stays > 0.1:
+                logger.warning(
+                    f"TRAIN.EMA.DECAY {train.EMA.DECAY} is too high for an average over {updates} updates: "
+                    f"{100 * stays:.0f}% of it will be the weights that it begins with; set TRAIN.EMA.WARMUP "
+                    f"True, or DECAY to {max(0, 1 - 3 / updates):.6g} or less"
+                )
 
     def restore(self, start):
         """Load what the run starts from.

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import digits_config, fill_weights, logged, write_images
+from helpers import Batches, digits_config, fill_weights, logged, write_images
 from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.metrics import confusion_matrix, precision_score, recall_score
@@ -241,16 +241,8 @@ def test_images_that_cannot_be_read_are_left_out_and_the_others_keep_their_files
     monkeypatch.setattr(loaders, "LARGEST_FAILED_SHARE", 1)
     write_images(tmp_path / "val", 3)
     (tmp_path / "val" / "b" / "0.png").write_text("no image")
-    config = digits_config(
-        "DATA.ON_ERROR",
-        "skip",
-        "DATA.NUM_WORKERS",
-        0,
-        "MODEL.NUM_CLASSES",
-        3,
-        data_path=str(tmp_path),
-        eval=True,
-    )
+    opts = ["DATA.ON_ERROR", "skip", "DATA.NUM_WORKERS", 0, "MODEL.NUM_CLASSES", 3]
+    config = digits_config(*opts, data_path=str(tmp_path), eval=True)
     _, _, loader, _ = build_loaders(config)
     model, collector = fill_weights(build_model(config)), report.OutcomeCollector()
     figures = evaluate(model, loader, CPU, 100, collector)
@@ -259,13 +251,6 @@ def test_images_that_cannot_be_read_are_left_out_and_the_others_keep_their_files
     assert outcomes.target.tolist() == [0, 0, 0, 1, 1, 2, 2, 2]
     assert outcomes.loss.mean() == pytest.approx(figures["val_loss"], rel=1e-9)
     assert 100 * outcomes.right().mean() == pytest.approx(figures["acc1"])
-
-
-class Batches(list):
-    """A loader of these batches."""
-
-    def check_failures(self):
-        """None failed."""
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -1,40 +1,31 @@
 """Checkpoints and configs from strangers: nothing in them runs, whichever way they come in."""
 
-import argparse
 import contextlib
+import functools
 import io
 import os
 import pickle
 import resource
-import runpy
-import subprocess
-import tarfile
 import time
-import timeit
 import zipfile
 from collections import OrderedDict
 
-import numpy.f2py.crackfortran
 import pytest
 import torch
 import torch.utils.collect_env
 import yaml
-from helpers import digits_config, micro, restore, run_main, silent_record
+from helpers import config_of_file, digits_config, micro, restore, small_run
 from torch._utils import _rebuild_device_tensor_from_cpu_tensor, _rebuild_tensor_v2
-from torch.jit.unsupported_tensor_ops import execWrapper
 from yacs.config import CfgNode
 
 import checkpoint as ckpt
-from config import ConfigError, get_config
+from config import ConfigError
 from data.samplers import TrainBatchSampler
-from distributed import Compute
-from optimizer import Updater, build_optimizer
-from training.guard import Guard
-from training.run import Run, Settings
+from optimizer import build_optimizer
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{what}")
-    for what in ("Detected pickle protocol", "Environment variable", ".*torch.jit", ".*TorchScript")
+    for what in ("Detected pickle protocol", "Environment variable")
 ]
 
 
@@ -64,16 +55,9 @@ def traps(trap):
     with open(script, "w") as file:
         file.write(code)
     return {
-        "os.mkdir": Calls(os.mkdir, trap),
         "eval": Calls(eval, code),
-        "exec": Calls(exec, code),
         "getattr": Calls(CfgNode._load_cfg_py_source, script),
-        "subprocess": Calls(subprocess.check_call, ["mkdir", trap]),
-        "runpy": Calls(runpy.run_path, script),
-        "timeit": Calls(timeit.timeit, code, "pass", time.perf_counter, 1),
-        "numpy": Calls(numpy.f2py.crackfortran.myeval, code),
         "torch's shell": Calls(torch.utils.collect_env.run, f"mkdir {trap}"),
-        "torch's exec": Calls(execWrapper, code, {}, {}),
         "__setstate__": SetsState(trap),
     }
 
@@ -103,15 +87,12 @@ def places(official, bad):
     parameter = torch.nn.Parameter(torch.ones(2))
     parameter.note = bad
     return {
-        "an entry": dict(official, extra=bad),
         "the config": dict(official, config=bad),
         "a value in the config": dict(official, config=config),
         "the state of the config": dict(official, config=node),
         "the state of the weights": dict(official, model=weights),
-        "a weight": dict(official, model=dict(official["model"], **{"head.weight": bad})),
         "the state of a weight": dict(official, model={"head.weight": parameter}),
         "the optimizer": dict(official, optimizer=dict(state={0: bad}, param_groups=[])),
-        "a key": dict(official, config={bad: 1}),
         "the whole file": bad,
     }
 
@@ -132,29 +113,13 @@ def refuse(path, trap, load):
     os.rmdir(trap)
     with pytest.raises(ckpt.CheckpointError) as error:
         ckpt.read_checkpoint(path)
-    assert path in str(error.value) and "\n" not in str(error.value)
+    message = str(error.value)
+    assert path in message and "can run code" in message and "\n" not in message
     assert not os.path.exists(trap)
 
 
-def trusting_load(path):
-    torch.load(path, weights_only=False)
-
-
-def trusting_unpickle(path):
-    with open(path, "rb") as file:
-        pickle.load(file)
-
-
-def test_an_official_checkpoint_without_traps_is_read(tmp_path, official):
-    path = str(tmp_path / "official.pth")
-    torch.save(official, path)
-    assert ckpt.read_checkpoint(path)["config"]["MODEL"]["MSG"]["DEPTHS"] == [2, 2, 2]
-    archive(path, pickle.dumps(dict(epoch=3), 2))
-    assert ckpt.read_checkpoint(path) == dict(epoch=3)
-
-
 @pytest.mark.parametrize("legacy", [False, True])
-def test_nothing_in_a_checkpoint_is_called(tmp_path, official, legacy, count):
+def test_nothing_in_a_checkpoint_is_called(tmp_path, official, legacy):
     trap = str(tmp_path / "trap")
     contents = {name: dict(official, config=bad) for name, bad in traps(trap).items()}
     contents |= places(official, Calls(os.mkdir, trap))
@@ -162,9 +127,8 @@ def test_nothing_in_a_checkpoint_is_called(tmp_path, official, legacy, count):
     for name, content in contents.items():
         path = str(tmp_path / f"{name}.pth")
         torch.save(content, path, _use_new_zipfile_serialization=not legacy)
-        refuse(path, trap, trusting_load)
+        refuse(path, trap, functools.partial(torch.load, weights_only=False))
     assert set(torch.serialization.get_safe_globals()) == allowed
-    count("malicious files refused", len(contents))
 
 
 def test_torchs_switch_for_trusting_files_is_not_obeyed(tmp_path, official, monkeypatch):
@@ -174,103 +138,24 @@ def test_torchs_switch_for_trusting_files_is_not_obeyed(tmp_path, official, monk
     refuse(path, trap, torch.load)
 
 
-def test_plain_pickles_of_every_protocol_are_refused(tmp_path, official, count):
-    trap, path = str(tmp_path / "trap"), str(tmp_path / "plain.pth")
-    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
-        with open(path, "wb") as file:
-            pickle.dump(dict(official, config=Calls(os.mkdir, trap)), file, protocol)
-        refuse(path, trap, trusting_unpickle)
-    count("malicious files refused", pickle.HIGHEST_PROTOCOL + 1)
-
-
-def test_pickles_written_by_hand_are_refused(tmp_path, count):
-    trap, path = str(tmp_path / "trap"), str(tmp_path / "hand.pth")
-    code = f"__import__('os').mkdir('{trap}')"
-    size = bytes([len(trap)])
-    pickles = [
-        f"cos\nmkdir\n(S'{trap}'\ntR.".encode(),
-        f"cposix\nmkdir\n(S'{trap}'\ntR.".encode(),
-        f"(S'{trap}'\nios\nmkdir\n.".encode(),  # INST
-        f"(cos\nmkdir\nS'{trap}'\no.".encode(),  # OBJ
-        f'c__builtin__\neval\n(S"{code}"\ntR.'.encode(),  # Python 2's name
-        b"\x80\x04\x8c\x02os\x8c\x05mkdir\x93\x8c" + size + trap.encode() + b"\x85R.",  # STACK_GLOBAL
-        # After a good stand-in for a config, as the argument of its constructor and as its state.
-        b"\x80\x02cyacs.config\nCfgNode\n" + f"(cos\nmkdir\n(S'{trap}'\ntRtR.".encode(),
-        b"\x80\x02cyacs.config\nCfgNode\n)\x81" + f"cos\nmkdir\n(S'{trap}'\ntRb.".encode(),
-        # In the function, the type and the state that torch rebuilds a tensor's subclass from.
-        b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\n"
-        + f"(cos\nmkdir\ncos\nmkdir\n(S'{trap}'\nt}}tR.".encode(),
-    ]
-    for pickled in pickles:
-        archive(path, pickled)
-        refuse(path, trap, trusting_load)
-    count("malicious files refused", len(pickles))
-
-
-def test_allowed_types_cannot_be_bent_into_calls(tmp_path):
+def test_stand_ins_for_configs_cannot_be_bent_into_calls(tmp_path):
     path = str(tmp_path / "bent.pth")
-    stand_in, ordered = b"cyacs.config\nCfgNode\n", b"ccollections\nOrderedDict\n"
+    stand_in = b"cyacs.config\nCfgNode\n"
     pickles = [
         stand_in + b"cbuiltins\nprint\nb.",
         stand_in + b")\x81(S'x'\ntR.",  # calls an instance
         stand_in + b")\x81cos\nsystem\nb.",
         b"cyacs.config\nCfgNode.load_cfg\n.",
         b"cyacs.config\n_load_module_from_file\n.",
-        b"ccollections\nOrderedDict.__init__.__globals__\n.",
-        ordered + b")R}X\x09\x00\x00\x00__class__cos\nsystem\nsb.",
-        ordered + b")RX\x01\x00\x00\x00xcbuiltins\ngetattr\nsb.",
-        b"cbuiltins\nobject\n)\x81}b.",
-        b"X\x01\x00\x00\x00x)R.",
-        b"X\x04\x00\x00\x00evilX\x01\x00\x00\x00x\x86Q.",  # a persistent id other than a storage
-        b"\x82\x01.",  # EXT1
+        stand_in + b")R}X\x09\x00\x00\x00__class__cos\nsystem\nsb.",
+        stand_in + b")RX\x01\x00\x00\x00xcbuiltins\ngetattr\nsb.",
     ]
+    archive(path, pickle.dumps(dict(epoch=3), 2))
+    assert ckpt.read_checkpoint(path) == dict(epoch=3)
     for pickled in pickles:
         archive(path, b"\x80\x02" + pickled)
         with pytest.raises(ckpt.CheckpointError, match="bent.pth"):
             ckpt.read_checkpoint(path)
-
-
-def test_a_checkpoint_cannot_reach_beyond_its_tensors(tmp_path):
-    """Two ways in which checkpoints could corrupt memory before PyTorch 2.10 (CVE-2026-24747)."""
-    path, whole = str(tmp_path / "beyond.pth"), io.BytesIO()
-    archive(path, b"\x80\x02ctorch\nTensor\nK\x02\x85RK\x00K\x01s.")  # SETITEM of a tensor
-    with pytest.raises(ckpt.CheckpointError, match="beyond.pth is damaged"):
-        ckpt.read_checkpoint(path)
-    torch.save(dict(model={"weight": torch.zeros(1024)}), whole)
-    with zipfile.ZipFile(whole) as old, zipfile.ZipFile(path, "w") as new:
-        for name in old.namelist():
-            new.writestr(name, old.read(name)[: 8 if name.endswith("data/0") else None])
-    with pytest.raises(ckpt.CheckpointError, match="beyond.pth is damaged"):
-        ckpt.read_checkpoint(path)
-
-
-def test_older_and_scripted_archives_are_refused(tmp_path, count):
-    trap, path = str(tmp_path / "trap"), str(tmp_path / "old.pth")
-    bad = pickle.dumps(Calls(os.mkdir, trap), 2)
-    with tarfile.open(path, "w") as file:
-        for name in ("storages", "tensors", "pickle", "sys_info"):
-            entry = tarfile.TarInfo(name)
-            entry.size = len(bad)
-            file.addfile(entry, io.BytesIO(bad))
-    refuse(path, trap, trusting_load)
-    count("malicious files refused", 1)
-    torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)).save(path)
-    with pytest.raises(ckpt.CheckpointError, match="old.pth.*TorchScript"):
-        ckpt.read_checkpoint(path)
-
-
-def test_malicious_checkpoints_are_named_and_passed_over(tmp_path, official, count):
-    trap = str(tmp_path / "trap")
-    good = str(tmp_path / "ckpt_epoch_1.pth")
-    torch.save(official, good)
-    for epoch, bad in enumerate(traps(trap).values(), 2):
-        torch.save(dict(official, config=bad), tmp_path / f"ckpt_epoch_{epoch}.pth")
-    warnings = []
-    path, _ = ckpt.read_latest(str(tmp_path), warnings.append)
-    assert path == good and not os.path.exists(trap)
-    assert len(warnings) == len(traps(trap)) == epoch - 1
-    assert all(f"ckpt_epoch_{epoch - i}.pth is damaged" in text for i, text in enumerate(warnings))
-    count("malicious files refused", len(warnings))
 
 
 def test_a_file_passed_over_does_not_cost_those_written_after_it(tmp_path, official):
@@ -281,22 +166,13 @@ def test_a_file_passed_over_does_not_cost_those_written_after_it(tmp_path, offic
 
 
 def restored(official, folder, **changes):
-    """Resume a run from a checkpoint with changed entries; those that are None are missing."""
+    """Resume a run from a checkpoint with changed entries."""
     path = str(folder / "other.pth")
-    content = {name: value for name, value in dict(official, **changes).items() if value is not None}
-    torch.save(content, path)
-    model = micro()
-    model.classes = list("0123456789")
-    optimizer = build_optimizer(digits_config(), model, 1.0)
-    updater = Updater(model, optimizer, Compute(torch.device("cpu")), 1, 5.0, 0)
-    sampler = TrainBatchSampler(72, 8, 1, 0, 1, seed=0)
-    settings = Settings(str(folder))
-    run = Run(settings, updater, None, sampler, silent_record(folder), Guard(0, 0))
+    torch.save(dict(official, **changes), path)
+    run = small_run(folder)
+    run.model.classes = list("0123456789")
+    run.sampler = TrainBatchSampler(72, 8, 1, 0, 1, seed=0)
     return restore(run, auto_resume=False, RESUME=path)
-
-
-def test_resuming_from_the_official_entries(tmp_path, official):
-    assert restored(official, tmp_path).progress.epoch == 6
 
 
 def run_entries():
@@ -395,12 +271,6 @@ def test_a_place_beyond_the_training_set_is_refused(tmp_path, official):
         restored(official, tmp_path, **entries)
 
 
-def test_a_run_with_other_classes_is_not_resumed(tmp_path, official):
-    assert restored(official, tmp_path, classes=list("0123456789")).progress.epoch == 6
-    with pytest.raises(ckpt.CheckpointError, match="other.pth was trained on other classes.* 'ten'"):
-        restored(official, tmp_path, classes=[*"012345678", "ten"])
-
-
 def compressed(path, record, size):
     """Write a checkpoint as a compressed archive, one record of it with as many zeros as ``size``."""
     buffer = io.BytesIO()
@@ -436,7 +306,7 @@ def bombs(path):
         yield f"{record} compressed"
 
 
-def test_small_files_that_unfold_to_gigabytes_are_refused_in_seconds(tmp_path, count):
+def test_small_files_that_unfold_to_gigabytes_are_refused_in_seconds(tmp_path):
     path = str(tmp_path / "bomb.pth")
     for name in bombs(path):
         memory, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
@@ -444,7 +314,6 @@ def test_small_files_that_unfold_to_gigabytes_are_refused_in_seconds(tmp_path, c
             ckpt.read_weights(path)
         assert time.process_time() - begin < 5, name
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 2**20, name  # KiB
-        count("memory bombs refused", 1)
     assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
 
 
@@ -464,18 +333,6 @@ def test_what_is_not_a_regular_file_is_not_opened(tmp_path):
     assert ckpt.read_latest(str(tmp_path), lambda _: None) == (None, None)
 
 
-def test_malicious_files_end_the_run_with_one_message(tmp_path, official, data, count):
-    trap, path = str(tmp_path / "trap"), str(tmp_path / "official.pth")
-    torch.save(dict(official, amp=Calls(os.mkdir, trap)), path)
-    arguments = ["--cfg", "configs/digits.yaml", "--data-path", data, "--output", tmp_path, "--resume", path]
-    done = run_main(*arguments, check=False)
-    assert done.returncode == 1
-    (message,) = done.stderr.strip().splitlines()
-    assert message.startswith(f"error: {path} ") and "can run code" in message
-    assert not os.path.exists(trap)
-    count("malicious files refused by main.py", 1)
-
-
 def tagged(trap):
     """YAML files with Python tags; the first three make the folder ``trap`` when they are trusted."""
     code = f"__import__('os').mkdir('{trap}')"
@@ -484,21 +341,12 @@ def tagged(trap):
         f'TAG: !!python/object/apply:builtins.eval ["{code}"]',
         f"? !!python/object/apply:os.mkdir ['{trap}']\n: 1",
         f"TAG: !!python/object/new:os.mkdir ['{trap}']",
-        "TAG: !!python/name:os.system",
-        "TAG: !!python/module:os",
-        "TAG: !!python/object:yacs.config.CfgNode {}",
         "TRAIN: {OPTIMIZER: {BETAS: !!python/tuple [0.9, 0.99]}}",
-        "%TAG !x! tag:yaml.org,2002:python/\n---\nTAG: !x!name:os.system",
-        "TAG: !<tag:yaml.org,2002:python/name:os.system>",
         "TAG: !unknown x",
     ]
 
 
-def config_of(path):
-    return get_config(argparse.Namespace(cfg=str(path)))
-
-
-def test_python_tags_in_configs_are_refused(tmp_path, count):
+def test_python_tags_in_configs_are_refused(tmp_path):
     trap, path, child = str(tmp_path / "trap"), tmp_path / "bad.yaml", tmp_path / "child.yaml"
     child.write_text("BASE: [bad.yaml]")
     for i, text in enumerate(tagged(trap)):
@@ -508,9 +356,8 @@ def test_python_tags_in_configs_are_refused(tmp_path, count):
             os.rmdir(trap)
         for config in (path, child):
             with pytest.raises(ConfigError, match="bad.yaml is not valid YAML"):
-                config_of(config)
+                config_of_file(config)
         assert not os.path.exists(trap)
-    count("malicious configs refused", len(tagged(trap)))
 
 
 def test_code_in_option_values_is_text(tmp_path):
@@ -542,5 +389,5 @@ def test_yaml_that_breaks_the_reader_is_refused(tmp_path, text):
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match="bad.yaml") as error:
-        config_of(path)
+        config_of_file(path)
     assert "unknown key" not in str(error.value)

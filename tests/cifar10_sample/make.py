@@ -1,13 +1,9 @@
-"""Write the sample of CIFAR-10's test images, and the logits that the weights of msg_cifar10 give for it.
-
-python tests/cifar10_sample/make.py --images <cifar10>    val/<class>/<image>.png, then logits.json
-python tests/cifar10_sample/make.py                       logits.json alone, for other weights
+"""Write logits.json: what the weights of msg_cifar10 give for the sample of CIFAR-10's test images.
 
 The sample is every 50th image of each class by name, from the first on: 20 of 1,000. Images are stored as
 PNG, since decoders of JPEG differ. Logits are computed in float64.
 """
 
-import argparse
 import hashlib
 import json
 import sys
@@ -22,27 +18,6 @@ import models
 
 HERE = Path(__file__).parent
 WEIGHTS = HERE.parents[1] / "weights" / "msg_cifar10" / "msg_cifar10.safetensors"
-EVERY = 50
-
-
-def main():
-    """Run the command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--images", metavar="DIR", help="CIFAR-10, DIR/val/<class>/<image>: sample it again")
-    args = parser.parse_args()
-    if args.images:
-        write_images(Path(args.images) / "val")
-    write_logits()
-
-
-def write_images(folder):
-    """Write every 50th image of each class of a folder."""
-    for path in [path for each in sorted(folder.iterdir()) for path in sorted(each.iterdir())[::EVERY]]:
-        target = HERE / "val" / path.parent.name / f"{path.stem}.png"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        Image.open(path).convert("RGB").save(target, optimize=True)
 
 
 def write_logits():
@@ -66,4 +41,4 @@ def write_logits():
 
 
 if __name__ == "__main__":
-    main()
+    write_logits()

@@ -14,6 +14,7 @@ from helpers import digits_config, write_images
 from PIL import Image, ImageDraw
 from torchvision.transforms import InterpolationMode
 
+from checkpoint import class_difference
 from config import ConfigError
 from data import DataError, build_loaders
 from data.datasets import TrainingSamples, build_dataset, list_folder
@@ -37,25 +38,17 @@ def folder(tmp_path):
     return str(tmp_path)
 
 
-def batches(folder, workers, epoch=0, opts=()):
+def batches(folder, workers, *opts):
     config = digits_config("DATA.NUM_WORKERS", workers, *FULL_RECIPE, *opts, data_path=folder, batch_size=4)
-    loader, sampler, _, _ = build_loaders(config)
-    sampler.start(epoch)
-    return list(loader)
+    return list(build_loaders(config)[0])
 
 
 @pytest.mark.parametrize("backend", ["pil", "opencv"])
-def test_augmentation_depends_on_seed_epoch_and_image_only(folder, backend):
-    opts = ["DATA.BACKEND", backend]
-    alone, with_workers = batches(folder, 0, opts=opts), batches(folder, 2, opts=opts)
+def test_augmentation_is_the_same_for_any_number_of_workers(folder, backend):
+    alone, with_workers = (batches(folder, workers, "DATA.BACKEND", backend) for workers in (0, 2))
     assert len(alone) == len(with_workers) == 6
     for (a, x), (b, y) in zip(alone, with_workers):
         assert torch.equal(a, b) and torch.equal(x, y) and a.dtype == torch.float32
-    other_epoch, other_seed = (
-        batches(folder, 0, epoch, [*opts, "SEED", seed]) for epoch, seed in ((1, 0), (0, 1))
-    )
-    assert not torch.equal(alone[0][0], other_epoch[0][0])
-    assert not torch.equal(alone[0][0], other_seed[0][0])
 
 
 def test_an_image_is_augmented_differently_in_other_epochs_and_for_other_seeds(folder):
@@ -179,7 +172,7 @@ def test_mixup_depends_on_seed_epoch_step_and_rank_only():
     torch.testing.assert_close(mixed[0][1].sum(1), torch.ones(4))
 
 
-def test_mixup_of_probability_0_smooths_labels_only():
+def test_mixup_of_probability_0_smooths_labels_only_and_there_is_none_when_both_parameters_are_0():
     config = digits_config(
         "AUG.MIXUP", 0.8, "AUG.MIXUP_PROB", 0.0, "MODEL.LABEL_SMOOTHING", 0.2, "MODEL.NUM_CLASSES", 4
     )
@@ -187,23 +180,8 @@ def test_mixup_of_probability_0_smooths_labels_only():
     found, soft = build_augmentation(config, 0, "cpu")(images.clone(), targets, 0)
     assert torch.equal(found, images)
     torch.testing.assert_close(soft, 0.8 * torch.eye(4)[targets] + 0.2 / 4)
-
-
-def test_mixup_is_off_when_both_parameters_are_0():
     off = digits_config("AUG.MIXUP", 0.0, "AUG.CUTMIX", 0.0)
     assert build_augmentation(off, 0, "cpu").mixup is None
-
-
-def test_evaluation_crops_the_centre_of_the_resized_image():
-    image = Image.new("RGB", (512, 256))
-    image.paste((255, 255, 255), (128, 0, 384, 256))  # a white square of the short side, in the middle
-    config = digits_config("DATA.IMG_SIZE", 224)
-    white = (1 - np.array([0.485, 0.456, 0.406])) / [0.229, 0.224, 0.225]
-    out = build_transform(config, is_train=False)(image)
-    assert out.shape == (3, 224, 224)
-    np.testing.assert_allclose(out.mean((1, 2)), white, rtol=1e-4)
-    squeezed = build_transform(digits_config("DATA.IMG_SIZE", 224, "TEST.CROP", False), is_train=False)(image)
-    assert squeezed[0, 112, 5] < 0 < squeezed[0, 112, 112]
 
 
 NORMALIZE = torchvision.transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
@@ -227,17 +205,6 @@ def test_an_image_covers_both_sides_with_its_aspect_kept_and_is_no_larger(cover)
         assert rows >= cover[0] and columns >= cover[1] and (rows == cover[0] or columns == cover[1])
         scale = max(Fraction(cover[0], height), Fraction(cover[1], width))
         assert (rows, columns) == (int(scale * height), int(scale * width))
-
-
-@pytest.mark.parametrize("size, opts", [((64, 96), []), ((96, 64), []), ((48, 112), ["TEST.CROP", False])])
-def test_images_of_two_sides_are_height_by_width(size, opts):
-    image = Image.new("RGB", (160, 160), (255, 0, 0))
-    image.paste((0, 0, 255), (80, 0, 160, 160))  # red to the left, blue to the right
-    config = digits_config(*PLAIN, "DATA.IMG_SIZE", list(size), *opts)
-    for is_train in (True, False):
-        out = build_transform(config, is_train)(image)
-        assert out.shape == (3, *size)
-    assert (out[0, :, :5] > out[0, :, -5:]).all() and (out[2, :, :5] < out[2, :, -5:]).all()
 
 
 @pytest.mark.parametrize("size", [[112, 224], [224, 112]])
@@ -358,22 +325,67 @@ def test_a_single_class_is_refused_unless_it_is_asked_for(tmp_path):
 
     for split in ("train", "val"):
         tree(tmp_path / split, "images/cat/1.png", "images/dog/1.png", "images/.git/1")
-    with pytest.raises(DataError, match="val has a single class, images: .* MODEL.NUM_CLASSES 1 asks"):
+    advice = "holds the folders cat, dog: if they are the classes, --data-path must hold val/cat and not "
+    with pytest.raises(DataError, match=f"has a single class, images; .*val/images {advice}val/images/cat;"):
         found()
     assert found("MODEL.NUM_CLASSES", 1) == ["images"]
+    tree(tmp_path / "val/images", "train/1", "val/1")
+    with pytest.raises(DataError, match=f"take --data-path {tmp_path}/val/images; MODEL.NUM_CLASSES 1 asks"):
+        found()
     for split in ("train", "val"):
         tree(tmp_path / split, "more/1.png")
     assert found() == ["images", "more"]
+    write_images(tmp_path / "flat" / "val", 1, classes=("a",))  # without folders in the class
+    words = "val has a single class, a; MODEL.NUM_CLASSES 1 asks for a single class"
+    assert refusal(tmp_path / "flat").endswith(words)
 
 
-@pytest.mark.parametrize("images, batch, warns", [(150, 100, True), (23, 10, True), (100, 90, False)])
-def test_more_than_a_tenth_left_out_is_a_warning(tmp_path, caplog, images, batch, warns):
+@pytest.mark.parametrize("off", ["", "set/train"])
+def test_a_data_path_that_is_a_folder_off_is_told(tmp_path, off):
+    tree(tmp_path, "set/train/a/1.png", "set/train/b/1.png", "set/val/a/1.png", "set/val/b/1.png", "z/1", "1")
+    assert refusal(tmp_path / off).endswith(f"; {tmp_path}/set does: --data-path {tmp_path}/set")
+    assert "does:" not in refusal(tmp_path / "z")
+
+
+def test_a_set_within_a_set_is_told(tmp_path, caplog):
+    root = tree(tmp_path, "train/a/1.png", "train/val/1.png", "train/train/a/1.png", "train/train/b/1.png")
+    build_dataset(root, "train", None).report()
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warning.startswith(f"{root}/train/train, which holds folders, is taken for a class")
+
+
+def test_names_in_two_unicode_forms_are_told_apart(tmp_path):
+    composed, apart = "caf\xe9", "cafe\u0301"
+    for folder in (f"train/{composed}", "train/x", f"val/{apart}", "val/x", "val/y"):
+        tree(tmp_path, f"{folder}/1.png")
+    words = refusal(tmp_path)
+    assert "'caf\\xe9', 'cafe\\u0301', 'y';" in words and "(NFC and NFD): rename" in words
+    assert "'cafe\\u0301' and 'caf\\xe9' are both" in class_difference([composed, "x"], [apart, "x"])
+    assert "Unicode" not in class_difference(["caf\xe8"], [composed])
+
+
+@pytest.mark.parametrize(
+    "images, batch, accumulation, advice",
+    [
+        (150, 100, 1, "--batch-size 75 leaves out fewer"),
+        (23, 10, 1, "--batch-size 11 leaves out fewer"),
+        (23, 10, 2, "--batch-size 11 leaves out fewer"),
+        (23, 2, 6, "a lower TRAIN.ACCUMULATION_STEPS leaves out fewer"),
+        (100, 90, 1, None),
+        (100, 50, 1, None),
+    ],
+)
+def test_more_than_a_tenth_left_out_is_a_warning_with_a_better_batch_size(
+    tmp_path, caplog, images, batch, accumulation, advice
+):
     tree(tmp_path, *(f"{split}/{i % 2}/{i}.png" for split in ("train", "val") for i in range(images)))
-    config = digits_config("DATA.NUM_WORKERS", 0, data_path=str(tmp_path), batch_size=batch)
-    train = build_loaders(config)[0]
+    opts = ["DATA.NUM_WORKERS", 0, "TRAIN.ACCUMULATION_STEPS", accumulation]
+    train = build_loaders(digits_config(*opts, data_path=str(tmp_path), batch_size=batch))[0]
     with caplog.at_level("INFO"):
         train.report()
-    assert [record.levelname for record in caplog.records].count("WARNING") == warns
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(told) == bool(advice)
+    assert not advice or told[0].endswith(f"{accumulation} accumulated: {advice}")
 
 
 def test_workers_are_as_many_as_the_cores_and_the_log_says_so(folder, caplog, monkeypatch):
@@ -445,15 +457,8 @@ def test_what_is_found_and_ignored_is_said(tmp_path, caplog):
         assert sorted(listed.split(", ")) == sorted([*ignored.split(", "), "no ending 1"])
     assert left == (
         "2 of these images, others each time, are left out of an epoch: they do not fill an update of 3 per "
-        "process, 1 processes, 1 accumulated"
+        "process, 1 processes, 1 accumulated: --batch-size 2 leaves out fewer"
     )
-
-
-def test_evaluation_needs_no_training_images(folder, tmp_path):
-    os.rename(os.path.join(folder, "train"), os.path.join(folder, "elsewhere"))
-    config = digits_config("DATA.NUM_WORKERS", 0, data_path=folder, eval=True)
-    train, _, val, classes = build_loaders(config)
-    assert train is None and len(val.paths) == 9 and classes == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("backend", ["pil", "opencv"])

@@ -82,11 +82,6 @@ def test_classes_follow_the_key_and_the_log_counts_tags(tmp_path, caplog, backen
     assert sizes == [(64, 40), turned, turned]
 
 
-def test_the_key_is_ignore_where_nobody_says_otherwise():
-    """As in the official code."""
-    assert digits_config().DATA.EXIF_ORIENTATION == "ignore"
-
-
 @pytest.mark.parametrize("backend", ["pil", "opencv"])
 def test_annotations_decide_over_turning_where_sizes_tell_and_else_the_key(tmp_path, backend):
     """Read as it is annotated, an image is white in the box at its upper left, and else black."""
@@ -109,17 +104,9 @@ def test_annotations_decide_over_turning_where_sizes_tell_and_else_the_key(tmp_p
     )
     (tmp_path / "annotations" / "val.json").write_text(json.dumps(content))
     for key in ("apply", "ignore"):
-        opts = [
-            "DATA.EXIF_ORIENTATION",
-            key,
-            "DATA.BACKEND",
-            backend,
-            "DATA.NUM_WORKERS",
-            0,
-            "EVAL_MODE",
-            True,
-        ]
-        _, _, _, val = build_detection_loaders(shapes_config("shapes", *opts, "DATA.DATA_PATH", tmp_path))
+        opts = ["DATA.EXIF_ORIENTATION", key, "DATA.BACKEND", backend, "DATA.DATA_PATH", tmp_path]
+        config = shapes_config("shapes", *opts, "DATA.NUM_WORKERS", 0, "EVAL_MODE", True)
+        _, _, _, val = build_detection_loaders(config)
         for i, right in enumerate(cases):
             image, _ = val[i]
             height, width = image.shape[1:]

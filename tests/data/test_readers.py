@@ -13,9 +13,7 @@ import pytest
 import torch
 from helpers import digits_config, write_images
 from PIL import Image
-from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
-from config import ConfigError
 from data import DataError, build_loaders
 from data.archives import open_dataset
 from data.datasets import ImageFolder, build_dataset
@@ -112,7 +110,7 @@ def test_batches_are_those_of_a_folder_of_the_same_images(data, tmp_path, kind, 
 
 
 @pytest.mark.parametrize("layout", ["one", "by class", "mixed"])
-def test_tars_have_the_images_and_classes_that_timm_finds(tmp_path, layout):
+def test_tars_in_every_layout_have_the_images_and_classes_of_the_folder(tmp_path, layout):
     write_images(tmp_path / "images", 3, ("a", "b", "c-d"), size=8)
     train = tmp_path / "train"
     train.mkdir()
@@ -128,44 +126,15 @@ def test_tars_have_the_images_and_classes_that_timm_finds(tmp_path, layout):
         for name in ("a", "b", "c-d"):
             with tarfile.open(train / f"{name}.tar", "w") as tar:
                 add_folder(tar, tmp_path / "images" / name)
-    theirs = ReaderImageInTar(str(train), cache_tarinfo=False)
     ours = open_dataset("tar", str(tmp_path), "train", lambda image: image.tobytes())
-    assert ours.classes == list(theirs.class_name_to_idx) == ["a", "b", "c-d"]
-    wanted = [(Image.open(theirs[i][0]).convert("RGB").tobytes(), theirs[i][1]) for i in range(len(theirs))]
-    assert len(ours) == 9 and sorted(ours[i] for i in range(9)) == sorted(wanted)
-    order = [image for image, _ in ImageFolder(str(tmp_path / "images"), lambda image: image.tobytes())]
-    assert [ours[i][0] for i in range(9)] == order
-
-
-def test_shards_are_what_webdataset_reads(data, tmp_path):
-    webdataset = pytest.importorskip("webdataset")
-    write_shards(data, tmp_path / "set")
-    ours = open_dataset("wds", str(tmp_path / "set"), "train", lambda image: image.tobytes())
-    urls = [str(tmp_path / "set" / f"set-train-{shard:04d}.tar") for shard in range(4)]
-    wanted = [
-        (Image.open(io.BytesIO(sample["png"])).convert("RGB").tobytes(), int(sample["cls"]))
-        for sample in webdataset.WebDataset(urls, shardshuffle=False)
-    ]
-    assert len(wanted) == 72 and [ours[i] for i in range(72)] == wanted
+    folder = ImageFolder(str(tmp_path / "images"), lambda image: image.tobytes())
+    assert ours.classes == ["a", "b", "c-d"] and [ours[i] for i in range(9)] == list(folder)
 
 
 def test_classes_of_shards_are_numbers_without_a_list_of_names(data, tmp_path):
     write_shards(data, tmp_path / "set")
     os.remove(tmp_path / "set" / "classnames.txt")
     assert loaders("wds", tmp_path / "set")[3] == ["0", "1", "2"]
-
-
-def test_the_rest_of_an_epoch_is_what_it_would_have_been(data, tmp_path):
-    write_shards(data, tmp_path / "set")
-    loader, sampler, _, _ = loaders("wds", tmp_path / "set")
-    sampler.start(3)
-    whole = list(loader)
-    loader, sampler, _, _ = loaders("wds", tmp_path / "set", "DATA.NUM_WORKERS", 1)
-    sampler.start(3, 40)
-    rest = list(loader)
-    assert len(whole) == 9 and len(rest) == 4
-    for (images, targets), (wanted, other_targets) in zip(rest, whole[5:]):
-        assert torch.equal(images, wanted) and torch.equal(targets, other_targets)
 
 
 def write_mnist(root, labels=(3, 1, 4, 1, 5, 9, 2, 6), folder="MNIST"):
@@ -227,12 +196,6 @@ def test_data_that_are_not_there_are_named(tmp_path):
     words = refusal("torch/cifar10", tmp_path)
     assert "does not hold the files of torch/cifar10" in words and "CIFAR10(" in words
     assert "torch/mnist" in refusal("torch/mnist", tmp_path)
-    with pytest.raises(ConfigError, match="did you mean 'torch/cifar10'"):
-        loaders("torch/cifar1", tmp_path)
-    with pytest.raises(
-        ConfigError, match="DATA.DATASET is 'tfds/mnist', but must be one of 'imagenet', 'tar'"
-    ):
-        loaders("tfds/mnist", tmp_path)
 
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch):

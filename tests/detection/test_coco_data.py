@@ -18,7 +18,7 @@ from torch import nn
 import detect
 from data import DataError
 from detection.dataset import build_detection_dataset
-from detection.evaluation import average_precision, to_results
+from detection.evaluation import average_precision
 from detection.loaders import build_detection_loaders, build_detection_reader
 from detection.transforms import build_detection_transform, take_masks
 from distributed import Compute, seeded
@@ -43,7 +43,6 @@ DAMAGED = [
     (FAR, [[0, 0, 9e5, 9e5] * 9]),
     (FAR, [[-9e5, 0, 9e5, 0, 9e5, 5, -9e5, 5]]),
     ("with a polygon of fewer than three points", [[1, 1, float("nan"), 1, 6, 7]]),
-    ("with a polygon of fewer than three points", [[1, 1, float("inf"), 1, 6, 7]]),
     ("with a polygon of fewer than three points", [[1, 1, 1e300, 1, 6, 7]]),
     (FILL, dict(size=[8, 8], counts=[9, 9])),
     (FILL, dict(size=[8, 8], counts=[64, 64])),
@@ -80,22 +79,22 @@ def test_masks_that_pycocotools_cannot_take_never_reach_it(small):
     assert process.exitcode == 0
 
 
-def test_categories_are_by_id_with_gaps_double_names_and_ids_of_text(small):
+def test_categories_are_by_id_with_gaps_double_names_numbers_for_names_and_ids_of_text(small):
     for ids in ([90, 7, 13], ["zebra", "ant", "cow"]):
         content = small_content()
         for item in content["annotations"]:
             item["category_id"] = ids[item["category_id"] - 1]
-        content["categories"] = [dict(id=number, name=name) for number, name in zip(ids, "xyx")]
+        content["categories"] = [dict(id=number, name=name) for number, name in zip(ids, ("x", 1.5, "x"))]
         annotations = used(small, content).annotations
         order = [ids[1], ids[2], ids[0]]
         assert annotations.labels == {number: i + 1 for i, number in enumerate(order)}
-        assert [category["name"] for category in annotations.categories] == ["y", "x", "x"]
+        assert [category["name"] for category in annotations.categories] == ["1.5", "x", "x"]
         results = detections_of(annotations, 0, random.Random(0))
         assert [result["category_id"] for result in results] == [ids[0], ids[2], ids[1]]
         # Those of one category wrong: it alone suffers, however it is called.
         wrong = [dict(r, bbox=[0, 0, 1, 1]) if r["category_id"] == ids[0] else r for r in results]
         _, rows = average_precision(annotations.as_coco(), wrong, [0, 1])
-        assert [(name, round(box)) for name, box, _ in rows] == [("y", 100), ("x", 100), ("x", 0)]
+        assert [(name, round(box)) for name, box, _ in rows] == [("1.5", 100), ("x", 100), ("x", 0)]
 
 
 @pytest.mark.parametrize("key, value, shown", [("id", "1", "'a' with the id 1"), ("name", "b", "'[ab]'")])
@@ -321,18 +320,3 @@ def test_evaluation_counts_every_image_and_draws_each_with_its_own_objects(tmp_p
         assert truth["boxes"].tolist() == expected and truth["masks"].shape[1:] == (height, width)
         assert truth["crowd"].shape == (height, width)
         assert truth["crowd"].any() == (kind in ("crowd", "both"))
-
-
-def test_results_are_those_of_their_boxes_masks_and_categories():
-    masks = torch.zeros(2, 5, 6, dtype=torch.bool)
-    masks[0, 1:3, 2:5], masks[1, 4, 0] = True, True
-    detection = dict(
-        boxes=torch.tensor([[2.0, 1, 5, 3], [0.25, 4, 1, 5]]), labels=torch.tensor([2, 1]), masks=masks
-    )
-    results = to_results("a", dict(detection, scores=torch.tensor([0.75, 0.5])), [dict(id=13), dict(id=90)])
-    assert [(r["image_id"], r["category_id"], r["bbox"], r["score"]) for r in results] == [
-        ("a", 90, [2, 1, 3, 2], 0.75),
-        ("a", 13, [0.25, 4, 0.75, 1], 0.5),
-    ]
-    for result, mask in zip(results, masks):
-        np.testing.assert_array_equal(coco_mask.decode(result["segmentation"]), mask.numpy())

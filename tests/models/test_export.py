@@ -11,7 +11,6 @@ import warnings
 from contextlib import nullcontext
 
 import onnxruntime
-import openvino
 import pytest
 import timm
 import torch
@@ -73,13 +72,6 @@ def load_onnx(file):
     return lambda x: torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
 
 
-def load_openvino(file):
-    """What OpenVINO compiles of a file, as a function of tensors."""
-    core = openvino.Core()
-    model = core.compile_model(core.read_model(file), "CPU", dict(INFERENCE_PRECISION_HINT="f32"))
-    return lambda x: torch.from_numpy(model(x.numpy())[0])
-
-
 def save_onnx(model, x):
     """An ONNX file by the exporter that is built on torch.export, and how to load it."""
     file = io.BytesIO()
@@ -104,7 +96,9 @@ def assert_saved_model_is_right(save, model, plain, when="fresh", size=16):
         with inference(model):
             pass
     with inference(model) if when == "inside" else nullcontext():
+        before = plain(images(2, size))  # keeps layouts, which belong to this call alone
         file, load = save(model, images(2, size))
+        torch.testing.assert_close(plain(images(2, size)), before, rtol=0, atol=0)
     file.seek(0)
     loaded = load(file)
     for count in (1, 2, 5):
@@ -116,31 +110,23 @@ def assert_saved_model_is_right(save, model, plain, when="fresh", size=16):
 
 
 @pytest.mark.parametrize(
-    "save, family, attention, when",
+    "save, family, attention, when, size",
     [
-        (save_trace, "v1", "auto", "fresh"),
-        (save_trace, "cvpr22", "blocked", "inside"),
-        (save_trace, "v1", "triton", "after"),
-        (save_program, "cvpr22", "triton", "inside"),
-        pytest.param(save_strict_program, "cvpr22", "auto", "inside", marks=pytest.mark.slow),
-        (save_legacy_onnx, "v1", "auto", "fresh"),
-        (save_legacy_onnx, "cvpr22", "sdpa", "inside"),
+        (save_trace, "v1", "auto", "fresh", 16),
+        (save_trace, "v1", "auto", "fresh", 18),  # windows reach over the edge
+        (save_trace, "cvpr22", "blocked", "inside", 16),
+        (save_trace, "v1", "triton", "after", 16),
+        (save_program, "cvpr22", "triton", "inside", 16),
+        pytest.param(save_program, "v1", "auto", "fresh", 18, marks=pytest.mark.slow),
+        pytest.param(save_strict_program, "cvpr22", "auto", "inside", 16, marks=pytest.mark.slow),
+        (save_legacy_onnx, "v1", "auto", "fresh", 16),
+        (save_legacy_onnx, "v1", "auto", "fresh", 18),
+        (save_legacy_onnx, "cvpr22", "sdpa", "inside", 16),
     ],
 )
-def test_saved_models_compute_the_same_for_any_number_of_images(save, family, attention, when):
+def test_saved_models_compute_the_same_for_any_number_of_images(save, family, attention, when, size):
     changes = FAMILIES[family]
-    assert_saved_model_is_right(save, small(attention, **changes), micro(**SMALL, **changes), when)
-
-
-def test_both_runtimes_compute_what_the_model_does_where_windows_reach_over_the_edge():
-    """Files of the other exporter: test_deploy.py."""
-    model, size = small(), 18
-    file, load = save_legacy_onnx(model, images(2, size))
-    for run in (load(file), load_openvino(file)):
-        for count in (1, 2, 5):
-            x = images(count, size)
-            with torch.no_grad():
-                torch.testing.assert_close(run(x), model(x), rtol=1e-5, atol=1e-5)
+    assert_saved_model_is_right(save, small(attention, **changes), micro(**SMALL, **changes), when, size)
 
 
 @pytest.mark.slow
@@ -151,16 +137,6 @@ def test_saved_models_compute_the_same_in_every_combination(save, when):
     others = [("auto", changes) for changes in others]
     for attention, changes in [*itertools.product(BACKENDS, FAMILIES.values()), *others]:
         assert_saved_model_is_right(save, small(attention, **changes), micro(**SMALL, **changes), when)
-
-
-@pytest.mark.parametrize("save", [save_trace, save_legacy_onnx])
-def test_models_of_a_config_and_of_timm_are_saved_as_they_compute(save):
-    from_timm = timm.create_model("msg_tiny_p4_win7_224", **SIZES).eval()
-    assert_saved_model_is_right(save, fill_weights(from_timm), micro(**SMALL))
-    from_config = build_model(digits_config("MODEL.NUM_CLASSES", 7)).eval()
-    plain = build_model(digits_config("MODEL.NUM_CLASSES", 7, "MODEL.MSG.ATTENTION", "eager")).eval()
-    plain.load_state_dict(from_config.state_dict())
-    assert_saved_model_is_right(save, from_config, plain, size=from_config.img_size[0])
 
 
 @pytest.mark.parametrize("save", [save_trace, pytest.param(save_program, marks=pytest.mark.slow)])

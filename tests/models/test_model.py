@@ -1,6 +1,5 @@
 """The model against the reference numbers and against a second implementation from the formulas."""
 
-import argparse
 import itertools
 
 import pytest
@@ -11,6 +10,7 @@ from helpers import (
     CVPR22_TINY,
     MICRO,
     ROOT,
+    config_of_file,
     digits_config,
     fill_weights,
     golden_images,
@@ -21,15 +21,12 @@ from helpers import (
 from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from config import get_config
 from models import build_model
 from models.exchange import OTHER_EXCHANGES
 from models.geometry import BlockOptions
 from models.msg_transformer import (
     Block,
     MSGTransformer,
-    merge_windows,
-    partition_windows,
     shuffle_messengers,
 )
 from models.tracing import replace_messengers
@@ -52,7 +49,7 @@ def test_sizes_and_drop_path_are_those_of_the_specification(name, parameters, gm
     assert round(model.flops() / 1e9, 3) == gmacs
     assert model.layers[-1].blocks[-1].drop_path.drop_prob == drop_path
     path = ROOT / "configs" / ("cvpr22" if "cvpr22" in name else "") / f"{name.replace('cvpr22_', '')}.yaml"
-    config = get_config(argparse.Namespace(cfg=str(path)))
+    config = config_of_file(path)
     assert name == config.MODEL.NAME and drop_path == config.MODEL.DROP_PATH_RATE
 
 
@@ -100,37 +97,6 @@ def small_block(drop_path=0.0):
     return Block(8, 2, drop_path, options)
 
 
-def test_windows_are_region_row_major_then_window_then_token():
-    x = torch.arange(8 * 8).reshape(1, 8, 8, 1)  # value = 8 * row + column
-    windows = partition_windows(x, 2, 2)  # 2x2 regions of 2x2 windows of 2x2 tokens
-    assert windows.shape == (4, 4, 4, 1)
-    assert windows[1, 2].flatten().tolist() == [20, 21, 28, 29]  # right upper region, left lower window
-    assert torch.equal(merge_windows(windows, 2, 2, 8, 8), x)
-
-
-def test_stages_are_chosen_by_number_or_from_the_end_and_the_last_is_normed():
-    model = micro().double()
-
-    def maps(indices, norm=False):
-        with torch.no_grad():
-            return model.forward_intermediates(
-                golden_images(32), indices, norm, output_fmt="NHWC", intermediates_only=True
-            )
-
-    every = maps(None)
-    assert [m.shape for m in every] == [(2, 16, 16, 48), (2, 8, 8, 96), (2, 4, 4, 192)]
-    for indices, chosen in ((1, [2]), (2, [1, 2]), ([0, -1], [0, 2]), ([-2], [1])):
-        torch.testing.assert_close(maps(indices), [every[i] for i in chosen], rtol=0, atol=0)
-    torch.testing.assert_close(maps(None, norm=True), [*every[:2], model.norm(every[2])], rtol=0, atol=0)
-
-
-def test_shuffle_sends_group_j_of_every_messenger_to_window_j():
-    messengers = (torch.arange(4)[:, None] * 10 + torch.arange(8) // 2)[None]  # window * 10 + group
-    y = shuffle_messengers(messengers)
-    for j in range(4):
-        assert y[0, j].tolist() == [v for window in range(4) for v in (window * 10 + j,) * 2]
-
-
 @pytest.mark.parametrize("manip_type", ["shuf", "mean", "shift"])
 @pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize("windows, channels", [(1, 6), (4, 4), (4, 8), (9, 9), (16, 48)])
@@ -171,25 +137,6 @@ def reaches(model):
 )
 def test_information_crosses_windows_by_exchanged_messengers_only(changes, expected):
     assert reaches(micro(**changes)) is expected
-
-
-def test_merging_concatenates_neighbours_row_offset_first():
-    merging = MSGTransformer(**MICRO).layers[0].downsample
-    merging.norm = merging.reduction = torch.nn.Identity()
-    x = torch.zeros(1, 2, 2, 48)
-    x[0, 0, 0], x[0, 1, 0], x[0, 0, 1], x[0, 1, 1] = 1, 2, 3, 4
-    assert merging(x).unflatten(-1, (4, 48))[0, 0, 0, :, 0].tolist() == [1, 2, 3, 4]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("changes", [CVPR22, dict(tokens=False), dict(manip_type="none"), dict(ape=True)])
-def test_compiles_without_graph_breaks(changes):
-    torch._dynamo.reset()
-    model = micro(**changes).train()
-    x = torch.randn(2, 3, 32, 32)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
-    compiled(x).sum().backward()
 
 
 @pytest.mark.parametrize("changes", [CVPR22, dict(ape=True, patch_norm=False)])

@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from helpers import digits_config, run_main, write_images
+from helpers import digits_config, run_main
 from torch.nn.functional import cross_entropy
 
 from models import build_model, count_macs
@@ -42,10 +42,7 @@ def test_macs_of_other_models_are_counted():
         (["MODEL.TYPE", "timm"], ["MODEL.TIMM_NAME", "MODEL.TYPE is timm"]),
         (["MODEL.TIMM_NAME", "resnet18"], ["MODEL.TIMM_NAME", "MODEL.TYPE is timm"]),
         (["MODEL.TYPE", "timm", "MODEL.TIMM_NAME", "resnet81"], ["resnet81", "did you mean"]),
-        (
-            [*VIT, "MODEL.TIMM_ARGS.embed_dimm", 3],
-            ["test_vit", "embed_dimm", "MODEL.TIMM_ARGS"],
-        ),
+        ([*VIT, "MODEL.TIMM_ARGS.embed_dimm", 3], ["test_vit", "embed_dimm", "MODEL.TIMM_ARGS"]),
         ([*VIT, "MODEL.TIMM_ARGS.img_size", 3], ["img_size has a key of its own"]),
         ([*VIT, "MODEL.TIMM_ARGS.a.b", 3], ["unknown key MODEL.TIMM_ARGS.a.b"]),
         ([*VIT, "MODEL.TIMM_ARGS.A-b", 3], ["MODEL.TIMM_ARGS.A-b"]),
@@ -64,11 +61,9 @@ def test_a_network_that_drops_no_paths_and_is_told_no_size_is_built():
     assert build_model(config).eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 1000)
 
 
-def test_a_model_of_timm_is_trained_and_refuses_other_weights(tmp_path):
-    for part in ("train", "val"):
-        write_images(tmp_path / "data" / part, 4)
+def test_a_model_of_timm_is_trained_and_refuses_other_weights(data, tmp_path):
     words = "--cfg configs/digits.yaml --batch-size 4 --opts DATA.NUM_WORKERS 0 TRAIN.WARMUP_EPOCHS 0"
-    arguments = ["--output", tmp_path, "--data-path", tmp_path / "data", *words.split(), "TRAIN.EPOCHS", 1]
+    arguments = ["--output", tmp_path, "--data-path", data, *words.split(), "TRAIN.EPOCHS", 1]
     run_main(*arguments, *VIT)
     told = run_main("--eval", *arguments, *VIT, "MODEL.TIMM_NAME", "test_vit2", check=False)
     assert told.returncode and "MODEL.TIMM_NAME is 'test_vit' in the checkpoint" in told.stderr

@@ -1,6 +1,5 @@
 """Evaluation by ONNX Runtime and OpenVINO: the numbers of PyTorch, or a refusal."""
 
-import argparse
 import importlib.util
 import json
 import re
@@ -10,11 +9,11 @@ import onnxruntime
 import openvino
 import pytest
 import torch
-from helpers import ROOT, digits_config, fill_weights, logged, run_folder, run_main
+from helpers import digits_config, fill_weights, logged, run_folder, run_main
+from test_deploy import SMALL, images, save
 
-import checkpoint as ckpt
 import models
-from config import ConfigError, dump_config, get_config, parse_config
+from config import dump_config, parse_config
 from distributed import Compute
 from models.deploy import runtime as deploy_runtime
 from models.deploy.files import FORMATS, RUNTIMES, Exportable, run_onnxruntime, run_openvino
@@ -22,17 +21,11 @@ from models.deploy.runtime import HandedOver, build_runtime, choose_runtime
 from models.fast.choices import PYTORCH
 from utils import UserError
 
-SMALL = ["MODEL.NUM_CLASSES", 3, "MODEL.MSG.DEPTHS", "[1, 1]", "MODEL.MSG.NUM_HEADS", "[3, 6]"]
-SMALL += ["MODEL.MSG.SHUF_SIZE", "[4, 2]", "DATA.NUM_WORKERS", 0]
 CPU, ROUNDED = Compute(torch.device("cpu")), Compute(torch.device("cpu"), torch.bfloat16)
 
 
 def small():
     return fill_weights(models.build_model(digits_config(*SMALL))).eval()
-
-
-def images(count):
-    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(count))
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +51,7 @@ def handed_over(written):
 def checkpoint(tmp_path_factory):
     """A classifier of the three classes of ``data``."""
     path = tmp_path_factory.mktemp("checkpoint") / "x.pth"
-    content = dict(model=small().state_dict(), config=dump_config(digits_config(*SMALL)), classes=[*"abc"])
-    ckpt.save_checkpoint(str(path), dict(content, epoch=0))
+    save(path)
     return path
 
 
@@ -204,28 +196,9 @@ def test_evaluation_by_a_runtime_gives_the_figures_of_pytorch(checkpoint, data, 
         assert there == pytest.approx(here, abs=1e-5)
 
 
-def test_a_runtime_evaluates_in_float32_unless_a_precision_is_asked_for(tmp_path):
-    def level(text, **flags):
-        (tmp_path / "run.yaml").write_text(text)
-        return get_config(argparse.Namespace(cfg=str(tmp_path / "run.yaml"), **flags)).AMP_OPT_LEVEL
-
-    assert level("RUNTIME: openvino", eval=True) == level("RUNTIME: onnxruntime", eval=True) == "O0"
-    assert level("RUNTIME: openvino") == level("RUNTIME: auto", eval=True) == level("", eval=True) == "O1"
-    assert level("{RUNTIME: openvino, AMP_DTYPE: bfloat16}", eval=True) == "O1"
-    assert level("{RUNTIME: openvino, COMPILE: True}") == "O1"
-    with pytest.raises(ConfigError, match="COMPILE is True, but must be False with RUNTIME openvino"):
-        level("{RUNTIME: openvino, COMPILE: True}", eval=True)
-
-
 def test_a_runtime_is_of_a_machine_and_not_of_a_checkpoint():
     text = dump_config(digits_config("RUNTIME", "openvino"))
     assert "RUNTIME: openvino" in text and parse_config(text, "a checkpoint").RUNTIME == "pytorch"
-
-
-def test_detection_refuses_a_runtime():
-    shapes = argparse.Namespace(cfg=str(ROOT / "configs/coco/shapes.yaml"), opts=["RUNTIME", "openvino"])
-    with pytest.raises(ConfigError, match="RUNTIME is 'openvino', but must be 'pytorch' for detection"):
-        get_config(shapes)
 
 
 def test_a_runtime_has_the_threads_of_pytorch(monkeypatch):

@@ -12,10 +12,8 @@ from timm.layers import resample_abs_pos_embed
 from torch import nn
 from torch.nn import functional
 
-from detection.backbone import MSGBackbone
 from models import inference, use_onednn
 from models.exchange import OTHER_EXCHANGES
-from models.fast.attention import windowed_attention
 from models.geometry import fit_regions
 from models.msg_transformer import shuffle_messengers
 from models.padding import Extent, Layout, _layout
@@ -147,22 +145,6 @@ def test_maps_and_gradients_are_those_of_the_loop(name):
         assert (found - expected).abs().max() < 1e-11 * scale, name
 
 
-@pytest.mark.parametrize("backend", ["eager", "sdpa", "blocked"])
-@pytest.mark.parametrize("windows", [3, 130])
-def test_hidden_tokens_get_no_attention(backend, windows):
-    generator = torch.Generator().manual_seed(0)
-    qkv = torch.randn(windows, 5, 24, dtype=torch.float64, generator=generator)
-    bias = torch.randn(2, 5, 5, dtype=torch.float64, generator=generator)
-    hidden = torch.rand(windows, 5, generator=generator) < 0.5
-    hidden[:, 0] = False
-    found = windowed_attention(qkv, bias, 0.5, backend, hidden)
-    for window, kept in enumerate(~hidden):
-        q, k, v = (x.unflatten(1, (2, 4)).transpose(0, 1) for x in qkv[window].chunk(3, dim=1))
-        scores = 0.5 * q @ k[:, kept].transpose(1, 2) + bias[:, :, kept]
-        expected = (scores.softmax(2) @ v[:, kept]).transpose(0, 1).flatten(1)
-        torch.testing.assert_close(found[window], expected, rtol=1e-10, atol=1e-12)
-
-
 def test_rows_hold_what_images_show_and_a_token_for_each_empty_window():
     """Three by two windows of 4x4 in regions of four by four: ten windows are empty, three are padded."""
     layout = Layout.build(1, Extent(12, 7), 4, 4, True)
@@ -172,31 +154,21 @@ def test_rows_hold_what_images_show_and_a_token_for_each_empty_window():
     assert len(without.rows.index) == 12 * 7
 
 
-@pytest.mark.parametrize("size", [(32, 32), (37, 26)])
-def test_a_model_compiles_without_graph_breaks(size):
+SLOW = [CVPR22, dict(tokens=False), dict(manip_type="none"), dict(ape=True)]
+
+
+@pytest.mark.parametrize(
+    "size, changes",
+    [((32, 32), {}), ((37, 26), {})]
+    + [pytest.param((32, 32), changes, marks=pytest.mark.slow) for changes in SLOW],
+)
+def test_a_model_compiles_without_graph_breaks(size, changes):
     torch._dynamo.reset()
-    model = micro(depths=(1, 1, 1)).train()
+    model = micro(depths=(1, 1, 1), **changes).train()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)
     x = torch.randn(2, 3, *size)
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
     compiled(x).sum().backward()
-
-
-@pytest.mark.parametrize("way", ["trace", pytest.param("export", marks=pytest.mark.slow)])
-def test_a_program_of_an_odd_size_takes_any_number_of_images(way):
-    model = micro()
-    use_onednn(model)
-    x = torch.randn(2, 3, 37, 26)
-    expected = model(x)  # keeps layouts, which belong to this call alone
-    if way == "trace":
-        program = torch.jit.trace(model, x)
-    else:
-        shapes = ({0: torch.export.Dim("count")},)
-        program = torch.export.export(model, (x,), dynamic_shapes=shapes, strict=False).module()
-    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
-    for count in (1, 2, 5):
-        x = torch.randn(count, 3, 37, 26)
-        torch.testing.assert_close(program(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_trains_after_it_was_evaluated_with_fixed_weights():
@@ -244,16 +216,6 @@ def test_drop_path_drops_whole_regions():
     side = torch.arange(20) // 16
     of_image = 2 * side[:, None] + side
     assert torch.equal(patches[..., 0], torch.stack([of_image, 4 + of_image]).float())
-
-
-def test_positions_of_a_batch_of_sizes_are_those_of_each_image():
-    model = MSGBackbone(micro(ape=True)).double().eval()
-    images = torch.randn(2, 3, 64, 48, dtype=torch.float64)
-    images[0, :, 37:], images[0, :, :, 29:] = 0, 0
-    together = model(images, [(37, 29), (64, 48)])
-    alone = model(images[:1, :, :37, :29], [(37, 29)])
-    for x, y in zip(alone, together):
-        torch.testing.assert_close(x[0], y[0, :, : x.shape[2], : x.shape[3]], rtol=0, atol=1e-10)
 
 
 def test_a_region_is_the_whole_side_only_where_the_channels_allow_it():

@@ -185,17 +185,3 @@ def test_strict_and_dynamic_sizes_contradict_each_other():
 def test_ways_of_taking_features_that_would_give_pairs_are_refused(arguments):
     with pytest.raises(ValueError, match="feature_cls '(hook|fx)': stages give pairs"):
         create(features_only=True, **arguments)
-
-
-def test_weight_decay_and_layer_decay_go_by_timms_groups():
-    model = create(ape=True)
-    groups = timm.optim.param_groups_weight_decay(model, no_weight_decay_list=model.no_weight_decay())
-    undecayed = {id(p) for p in groups[0]["params"]}
-    names = {name for name, p in model.named_parameters() if id(p) in undecayed}
-    kinds = ("msg_tokens", "absolute_pos_embed", "bias_table", "rel_pos_msg", "bias")
-    assert names == {n for n, p in model.named_parameters() if p.ndim <= 1 or n.endswith(kinds)}
-    layers = timm.optim.param_groups_layer_decay(model, no_weight_decay_list=model.no_weight_decay())
-    scale = {id(p): group["lr_scale"] for group in layers for p in group["params"]}
-    assert scale[id(model.msg_tokens)] < scale[id(model.layers[0].blocks[0].attn.qkv.weight)]
-    first, last = model.layers[0].downsample, model.layers[3].blocks[0]
-    assert scale[id(first.reduction.weight)] < scale[id(last.attn.qkv.weight)] < scale[id(model.head.weight)]

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import timm
 import torch
-from helpers import assert_same_weights, digits_config, micro, run_folder, run_main, write_images
+from helpers import assert_same_weights, digits_config, micro, run_folder, run_main
 from torch import nn
 
 import checkpoint as ckpt
@@ -93,12 +93,10 @@ def test_a_teacher_that_does_not_fit_is_one_clear_message(tmp_path, opts, words)
     assert all(word in str(error.value) for word in words), error.value
 
 
-def test_a_run_learns_from_a_teacher_and_goes_on_with_the_same_bits(tmp_path):
-    for part in ("train", "val"):
-        write_images(tmp_path / "data" / part, 4)
+def test_a_run_learns_from_a_teacher_and_goes_on_with_the_same_bits(data, tmp_path):
     save(tmp_path / "teacher.pth", CLASSES)
     words = "--cfg configs/digits.yaml --batch-size 4 --opts DATA.NUM_WORKERS 0 TRAIN.WARMUP_EPOCHS 0"
-    arguments = ["--data-path", tmp_path / "data", *words.split(), "TRAIN.EPOCHS", 2, "AUG.MIXUP", 0.8]
+    arguments = ["--data-path", data, *words.split(), "TRAIN.EPOCHS", 2, "AUG.MIXUP", 0.8]
     arguments += ["DISTILL.TEACHER", tmp_path / "teacher.pth", "DISTILL.ALPHA", 0.9]
     run_main("--output", tmp_path / "whole", *arguments)
     shutil.copytree(tmp_path / "whole", tmp_path / "again")

@@ -21,11 +21,10 @@ from helpers import (
     assert_same_weights,
     coco_config,
     digits_config,
-    group_of_two,
     main_command,
     run_folder,
     run_main,
-    start_ranks,
+    start_two,
 )
 
 import checkpoint as ckpt
@@ -175,7 +174,7 @@ def test_a_process_that_hangs_ends_the_others_after_the_timeout(data, tmp_path, 
     """A stopped process keeps its connections open: only the timeout can tell."""
     arguments = [*ARGUMENTS, "DIST.TIMEOUT_SECONDS", "8", "--data-path", data, "--output", tmp_path]
     held, release = hold
-    first, hung = start_ranks(tmp_path, arguments, arguments, change=held, **group_of_two(port))
+    first, hung = start_two(tmp_path, [held(main_command(*arguments))] * 2, port)
     try:
         first.wait_for("the fifth update waits")
         os.kill(hung.process.pid, signal.SIGSTOP)
@@ -206,10 +205,7 @@ def test_an_unexpected_error_is_shown_whole_and_before_its_consequences(data, tm
     )
     command = main_command(*ARGUMENTS, "--data-path", data, "--output", tmp_path)
     command[1] = script
-    group = dict(group_of_two(port), PYTHONPATH=str(ROOT))
-    runs = [
-        Started(tmp_path, command, **{k: v.format(rank=rank) for k, v in group.items()}) for rank in (0, 1)
-    ]
+    runs = start_two(tmp_path, [command] * 2, port, PYTHONPATH=str(ROOT))
     assert [run.wait() for run in runs] == [1, 1]
     good, bad = runs
     assert bad.text().rstrip().endswith("ZeroDivisionError: division by zero"), bad.text()
@@ -236,13 +232,8 @@ def test_the_slurm_script_requeues_on_exit_code_75(tmp_path):
     )
     environment.update(SLURM_CPUS_PER_TASK="5")
     environment.pop("MASTER_PORT", None)
-    ended = [
-        (75, "RUNNING", True),
-        (143, "PREEMPTED", True),
-        (75, "CANCELLED", False),
-        (143, "CANCELLED", False),
-    ]
-    for code, state, requeued in [*ended, (1, "RUNNING", False), (0, "RUNNING", False)]:
+    again, not_again = [(75, "RUNNING"), (143, "PREEMPTED")], [(75, "CANCELLED"), (143, "CANCELLED")]
+    for code, state in [*again, *not_again, (1, "RUNNING"), (0, "RUNNING")]:
         (tmp_path / "calls").unlink(missing_ok=True)
         (tmp_path / "code").write_text(str(code))
         (tmp_path / "state").write_text(state)
@@ -250,7 +241,7 @@ def test_the_slurm_script_requeues_on_exit_code_75(tmp_path):
         assert subprocess.run(script, cwd=tmp_path, env=environment).returncode == code
         calls = (tmp_path / "calls").read_text()
         assert "main.py --cfg a.yaml at node1:20007 cpus 5" in calls
-        assert ("scontrol requeue 7" in calls) is requeued
+        assert ("scontrol requeue 7" in calls) is ((code, state) in again)
 
 
 WHOLE = dict(RANK="1", WORLD_SIZE="4", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29501")

@@ -7,7 +7,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import timm
 import torch
-from helpers import digits_config, logged, micro, restore, silent_record
+from helpers import digits_config, logged, micro, new_run, restore
 from timm.optim import (
     create_optimizer_v2,
     list_optimizers,
@@ -20,15 +20,12 @@ import checkpoint as ckpt
 import optimizer as optimizers
 from config import OPTIMIZERS, ConfigError
 from data.samplers import TrainBatchSampler
-from distributed import Compute
 from lr_scheduler import build_scheduler
 from models import build_model, choose_layer_norm
 from models.fast import apex
 from models.msg_transformer import MSGTransformer
-from optimizer import Updater, build_optimizer, parameter_groups
+from optimizer import build_optimizer, parameter_groups
 from training.engine import learning_rate
-from training.guard import Guard
-from training.run import Run, Settings
 from utils import UserError
 
 
@@ -69,10 +66,12 @@ def update(model, optimizer, seeds):
 def test_updates_are_those_of_timms_factory_over_the_official_groups(name):
     """timm groups the parameters itself here; muon leaves to AdamW what is not decayed, as it can in timm."""
     ours, theirs, before = small(), small(), small()
-    expected = create_optimizer_v2(
-        theirs, name, lr=0.01, weight_decay=0.3, momentum=0.9, fallback_no_weight_decay=name == "muon"
-    )
-    optimizer = build_optimizer(config_for(name), ours, 1.0)
+    settings = dict(betas=(0.8, 0.9), eps=1e-3) if name == "adamw" else dict(momentum=0.7)
+    settings |= dict(lr=0.01, weight_decay=0.3, fallback_no_weight_decay=name == "muon")
+    expected = create_optimizer_v2(theirs, name, **settings)
+    opts = ["BETAS", "(0.8, 0.9)", "EPS", 1e-3] if name == "adamw" else ["MOMENTUM", 0.7]
+    opts[::2] = [f"TRAIN.OPTIMIZER.{key}" for key in opts[::2]]
+    optimizer = build_optimizer(config_for(name, *opts), ours, 1.0)
     for group, official, decay in zip(optimizer.param_groups, parameter_groups(ours), (0.3, 0.0)):
         assert list(map(id, group["params"])) == list(map(id, official["params"]))
         assert (group["weight_decay"], group["lr"]) == (decay, 0.01)
@@ -112,8 +111,7 @@ def test_every_optimizer_goes_on_after_a_checkpoint_with_the_same_bits(name, tmp
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_layer_wise_rates_are_those_of_timm_and_of_the_formula(name):
-    """The embedding, 3 stages of 2 blocks and the head lie at 8 depths at least, the head at the last."""
+def test_layer_wise_rates_are_those_of_timm(name):
     model = micro(ape=True)
     optimizer = build_optimizer(config_for(name, "TRAIN.LAYER_DECAY", 0.7), model, 1.0)
     timms = create_optimizer_v2(model, name, lr=0.01, weight_decay=0.3, layer_decay=0.7)
@@ -123,10 +121,6 @@ def test_layer_wise_rates_are_those_of_timm_and_of_the_formula(name):
     assert found == expected and len(found) == len(list(model.parameters()))
     decayed = {id(p) for p in parameter_groups(model)[0]["params"]}
     assert {key for key, (_, decay) in found.items() if decay} == decayed
-    layers = [model.patch_embed.proj, *(block.mlp.fc1 for stage in model.layers for block in stage.blocks)]
-    scales = [found[id(layer.weight)][0] for layer in [*layers, model.head]]
-    assert scales == sorted(scales) and len(set(scales)) == 8 and scales[-1] == 1.0
-    assert scales[0] == pytest.approx(0.7 ** (len({scale for scale, _ in found.values()}) - 1))
     fallback = {
         id(p) for group in optimizer.param_groups if group.get("use_fallback") for p in group["params"]
     }
@@ -168,12 +162,7 @@ def test_patterns_in_what_timms_models_do_not_decay_are_read():
 
 
 def run_with(name, folder, *opts):
-    model, sampler = micro(), TrainBatchSampler(8, 4, 1, 0, 1, seed=0)
-    optimizer = build_optimizer(config_for(name, *opts), model, 1.0)
-    scheduler = build_scheduler(config_for(name), optimizer, 2, 1.0)
-    updater = Updater(model, optimizer, Compute(torch.device("cpu")), 1, 5.0, 0)
-    run = Run(Settings(str(folder)), updater, scheduler, sampler, silent_record(folder), Guard(0, 0))
-    return restore(run)
+    return restore(new_run(folder, micro(), TrainBatchSampler(8, 4, 1, 0, 1, 0), config_for(name, *opts)))
 
 
 def trained(run, seed):
@@ -218,25 +207,6 @@ def test_a_run_resumes_with_the_state_of_its_optimizer_and_no_other(name, opts, 
 def test_layer_wise_rates_are_refused_where_there_are_no_layers():
     with pytest.raises(UserError, match="no group_matcher"):
         build_optimizer(config_for("adamw", "TRAIN.LAYER_DECAY", 0.7), small(), 1.0)
-
-
-@pytest.mark.parametrize(
-    "name, called, change",
-    [
-        ("lion", "lion", dict(exp_avg=torch.ones(3))),
-        ("lion", "lion", dict(exp_avg="x")),
-        ("lion", "lion", dict(exp_avg=torch.full((20, 3, 3, 3), torch.nan))),
-        ("adamw", "adamw", {}),  # no run names this one: by a name, the state could have any entries
-    ],
-)
-def test_broken_states_of_other_optimizers_are_refused(name, called, change):
-    model = small()
-    optimizer = build_optimizer(config_for(name), model, 1.0)
-    update(model, optimizer, [0])
-    state = optimizer.state_dict()
-    state["state"][0] = dict(state["state"][0], **change)
-    with pytest.raises(ckpt.CheckpointError, match="a.pth.*(optimizer|OPTIMIZER)"):
-        ckpt.load_optimizer(optimizer, model, dict(optimizer=state, optimizer_name=called), "a.pth")
 
 
 @pytest.mark.parametrize(

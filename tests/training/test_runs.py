@@ -13,7 +13,17 @@ import sys
 
 import pytest
 import torch
-from helpers import PROGRAMS, ROOT, digits_config, restore, run_folder, run_main, small_run, write_images
+from helpers import (
+    PROGRAMS,
+    ROOT,
+    assert_same_tensors,
+    digits_config,
+    restore,
+    run_folder,
+    run_main,
+    small_run,
+    write_images,
+)
 from PIL import Image
 from torch.nn.functional import cross_entropy
 
@@ -201,39 +211,21 @@ def test_the_same_command_resumes_and_says_so(trained, data, tmp_path):
     (folder / "ckpt_epoch_1.pth").unlink()
     printed = run_main(*SMALL, 2, *arguments, processes=2).stdout
     assert f"resuming from {folder}/ckpt_epoch_0.pth: epoch 1" in printed
-    expected, resumed = (ckpt.read_checkpoint(str(f / "ckpt_epoch_1.pth")) for f in (trained[0], folder))
-    for name, weight in expected["model"].items():
-        assert torch.equal(weight, resumed["model"][name]), name
+    assert_same_tensors(*(ckpt.read_run(str(f / "ckpt_epoch_1.pth"))["model"] for f in (trained[0], folder)))
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
 
 
-def test_evaluation_and_fine_tuning_take_the_averaged_weights_that_are_asked_for(data, tmp_path):
+def test_evaluation_takes_the_averaged_weights_that_are_asked_for(data, tmp_path):
     where = ["--data-path", data, "--output", tmp_path]
     opts = ["TRAIN.EMA.ENABLED", True, "TRAIN.EMA.DECAY", 0.9, "TRAIN.BASE_LR", 0.05]
     printed = run_main(*SMALL, 1, *opts, "TRAIN.WARMUP_EPOCHS", 0, *where).stdout
-    folder, (row,) = run_folder(tmp_path), read_metrics(run_folder(tmp_path) / "metrics.jsonl")
+    (row,) = read_metrics(run_folder(tmp_path) / "metrics.jsonl")
     own, averaged = (f"{row[name]:.2f}%" for name in ("acc1", "ema_acc1"))
     assert f"top-1 {own}, EMA top-1 {averaged} (best " in printed
     assert abs(row["val_loss"] - row["ema_val_loss"]) > 1e-3
     expected = pytest.approx((row["ema_acc1"], row["ema_acc5"], row["ema_val_loss"], 9), abs=1e-3)
     done = run_main("--cfg", "configs/digits.yaml", "--eval", *where, "--opts", "TEST.WEIGHTS", "ema")
     assert figures(done.stdout) == expected and "taking its averaged weights (EMA)" in done.stdout
-    model = build_model(digits_config("MODEL.NUM_CLASSES", 3))
-    ckpt.load_weights(model, ckpt.read_weights(str(folder / "best.pth"), "ema"), "best.pth", new_head=True)
-    averaged = ckpt.read_checkpoint(str(folder / "best.pth"))["model_ema"]
-    assert all(torch.equal(value, averaged[name]) for name, value in model.state_dict().items())
-
-
-def test_images_of_two_sides_are_trained_on_and_evaluated(data, tmp_path):
-    folder = run_folder(tmp_path)
-    where = ["--data-path", data, "--output", tmp_path, "--batch-size", 24]
-    printed = run_main(*SMALL, 2, "DATA.IMG_SIZE", "[32, 48]", *where).stdout
-    model = build_model(digits_config("DATA.IMG_SIZE", "[32, 48]", "MODEL.NUM_CLASSES", 3))
-    assert f"{model.flops() / 1e9:.3f} GMACs per image" in printed
-    last = ["--eval", "--resume", folder / "ckpt_epoch_1.pth"]
-    found = figures(run_main("--cfg", folder / "config.yaml", *where, *last).stdout)
-    last = read_metrics(folder / "metrics.jsonl")[-1]
-    assert found == pytest.approx((last["acc1"], last["acc5"], last["val_loss"], 9), abs=1e-3)
 
 
 def test_another_run_does_not_change_the_files_of_the_first(tmp_path):
@@ -261,14 +253,6 @@ def test_evaluation_is_the_same_for_any_processes_and_batch_size(
     assert not (trained[0] / "eval.json").exists()
 
 
-def test_evaluation_with_fewer_images_than_processes(trained, tmp_path):
-    write_images(tmp_path / "val", 1)
-    arguments = ["--cfg", "configs/digits.yaml", "--data-path", tmp_path, "--eval", "--output", tmp_path]
-    arguments += ["--resume", trained[0] / "best.pth"]
-    alone, spread = (figures(run_main(*arguments, processes=n).stdout) for n in (1, 4))
-    assert spread == pytest.approx(alone, abs=1e-6) and alone[3] == 3
-
-
 def test_fine_tuning_on_other_classes_starts_from_the_weights(trained, tmp_path):
     """The learning rate is too small to move a weight: what is there at the end was there at the start."""
     write_images(tmp_path / "train", 8, classes="ab")
@@ -288,14 +272,6 @@ def test_fine_tuning_on_other_classes_starts_from_the_weights(trained, tmp_path)
         torch.testing.assert_close(weight, source[name], rtol=0, atol=1e-6)
 
 
-def test_a_folder_of_other_classes_is_not_evaluated(trained, tmp_path):
-    write_images(tmp_path / "val", 1, classes="abd")
-    arguments = ["--cfg", "configs/digits.yaml", "--data-path", tmp_path, "--eval", "--output", tmp_path]
-    done = run_main(*arguments, "--resume", trained[0] / "best.pth", check=False)
-    assert done.returncode == 1
-    assert "best.pth was trained on other classes" in done.stderr and "only the data has 'd'" in done.stderr
-
-
 def test_throughput_of_a_checkpoint_takes_its_classes_where_there_are_no_data(trained, tmp_path):
     words = ["--cfg", "configs/digits.yaml", "--throughput", "--batch-size", 1, "--output", tmp_path]
     printed = run_main(*words, "--resume", trained[0] / "best.pth").stdout
@@ -308,32 +284,9 @@ def test_throughput_without_data():
     assert float(re.search(r"batch_size 2 throughput ([\d.]+) images/s in float32", printed)[1]) > 0
 
 
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        (["--data-path", "none"], "none/val is not a folder"),
-        (["--resume", "none.pth", "--eval", "--data-path", "{data}"], "no checkpoint file none.pth"),
-    ],
-)
-def test_mistakes_get_one_clear_message(arguments, words, data, tmp_path):
-    arguments = [str(data) if word == "{data}" else word for word in arguments]
-    done = run_main("--cfg", "configs/digits.yaml", *arguments, "--output", tmp_path, check=False)
-    assert done.returncode == 1
-    assert words in done.stderr and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
-
-
-def test_an_unreadable_training_image_is_named(data, tmp_path):
-    shutil.copytree(data, tmp_path / "data")
-    (tmp_path / "data" / "train" / "a" / "0.png").write_bytes(b"broken")
-    done = run_main(*SMALL, 1, "--data-path", tmp_path / "data", "--output", tmp_path, check=False)
-    assert done.returncode == 1
-    assert re.fullmatch(r"error: \S*train/a/0.png cannot be read as an image .*", done.stderr.strip())
-
-
-@pytest.mark.slow
-def test_the_official_launcher_works(data, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.launch", "--standalone", "--nproc_per_node", "2"]
-    command += ["main.py", *SMALL, "1", "--data-path", data, "--output", tmp_path, "--device", "cpu"]
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "trained epochs 0 to 0" in done.stdout
+def test_a_folder_of_other_classes_is_not_evaluated_and_the_message_is_one_line(trained, tmp_path):
+    write_images(tmp_path / "val", 1, classes="abd")
+    arguments = ["--cfg", "configs/digits.yaml", "--data-path", tmp_path, "--eval", "--output", tmp_path]
+    done = run_main(*arguments, "--resume", trained[0] / "best.pth", check=False)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert re.match(r"error: .*best.pth was trained on other classes.* only the data has 'd'", done.stderr)

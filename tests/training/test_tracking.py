@@ -10,7 +10,16 @@ import types
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same_weights, digits_config, logged, restore, run_folder, run_main
+from helpers import (
+    Batches,
+    assert_same_weights,
+    digits_config,
+    logged,
+    new_run,
+    restore,
+    run_folder,
+    run_main,
+)
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -22,13 +31,8 @@ from config import flat_config
 from data import build_loaders
 from data.samplers import TrainBatchSampler
 from data.transforms import build_augmentation
-from distributed import Compute
 from logger import DRAWN, read_metrics
-from lr_scheduler import build_scheduler
-from optimizer import Updater, build_optimizer
 from training.engine import train_one_epoch
-from training.guard import Guard
-from training.run import Run, Settings
 from training.tracking import RunRecord, Tracker, require_tracker
 from utils import UserError
 
@@ -59,15 +63,6 @@ def init(*args, **kwargs):
     Run().write("init", args, kwargs)
     return Run()
 """
-
-
-class Batches(list):
-    """A list of batches that passes for a loader."""
-
-    paths = ()
-
-    def check_failures(self):
-        pass
 
 
 def events(folder):
@@ -224,13 +219,9 @@ def train_from_checkpoints(folder, updates_per_epoch, epochs):
     """Train the rest of a run on 8 images, whose epochs have so many updates from here on."""
     model, batch_size = nn.Linear(2, 2), 8 // updates_per_epoch
     sampler = TrainBatchSampler(8, batch_size, 1, 0, 1, seed=0)
-    optimizer = build_optimizer(digits_config(), model, 1.0)
-    scheduler = build_scheduler(digits_config(), optimizer, updates_per_epoch, 1.0)
-    updater = Updater(model, optimizer, Compute(torch.device("cpu")), 1, 5.0, 20)
-    record = RunRecord(str(folder), 0, lambda *_: None, DRAWN)
-    record.tracker = Tracker(str(folder), "name", {})
-    settings = Settings(str(folder), epochs=epochs, print_freq=1)
-    run = Run(settings, updater, scheduler, sampler, record, Guard(0, 0))
+    run = new_run(folder, model, sampler, digits_config(), epochs=epochs, print_freq=1)
+    run.record = RunRecord(str(folder), 0, lambda *_: None, DRAWN)
+    run.record.tracker = Tracker(str(folder), "name", {})
     restore(run)
     loader = Batches([(torch.ones(batch_size, 2), None)] * updates_per_epoch)
     for _ in run.epochs_left():
@@ -247,6 +238,20 @@ def test_fewer_updates_an_epoch_after_a_resume_drop_nothing_that_was_written(sta
     assert [step for tag, step in found if tag == "epoch/acc1"] == [7, 15, 17, 19]
     assert [step for tag, step in found if tag == "train/loss"] == list(range(20))
     assert given(notes).keys() == found.keys()
+
+
+def test_a_tracker_gets_epochs_that_are_repeated_with_fewer_updates_after_those_it_has(stand_in, tmp_path):
+    notes = stand_in("wandb")
+    train_from_checkpoints(tmp_path, 8, epochs=2)
+    (tmp_path / "ckpt_epoch_1.pth").unlink()
+    train_from_checkpoints(tmp_path, 2, epochs=4)
+    train_from_checkpoints(tmp_path, 2, epochs=5)
+    board = scalars(tmp_path / "tensorboard")
+    assert [step for tag, step in board if tag == "epoch/epoch"] == [7, 9, 11, 13, 15]
+    assert len({arguments[1]["id"] for name, *arguments in calls(notes) if name == "init"}) == 1
+    epochs = {step: epoch for (tag, step), epoch in given(notes).items() if tag == "epoch/epoch"}
+    assert epochs == {7: 0, 15: 1, 17: 1, 19: 2, 21: 3, 23: 4}
+    assert [step for tag, step in given(notes) if tag == "train/loss"] == list(range(24))
 
 
 def test_a_tracker_that_fails_is_one_warning_and_training_goes_on(stand_in, tmp_path, monkeypatch):
