@@ -318,5 +318,3 @@ def test_evaluation_counts_every_image_and_draws_each_with_its_own_objects(tmp_p
         assert detection["masks"].shape == (1, height, width)
         expected = [[1, 1, 6 + i, 7]] if kind in ("object", "both") else []
         assert truth["boxes"].tolist() == expected and truth["masks"].shape[1:] == (height, width)
-        assert truth["crowd"].shape == (height, width)
-        assert truth["crowd"].any() == (kind in ("crowd", "both"))

@@ -241,7 +241,7 @@ def test_fewer_updates_an_epoch_after_a_resume_drop_nothing_that_was_written(sta
 
 
 def test_a_tracker_gets_epochs_that_are_repeated_with_fewer_updates_after_those_it_has(stand_in, tmp_path):
-    notes = stand_in("wandb")
+    notes = stand_in
     train_from_checkpoints(tmp_path, 8, epochs=2)
     (tmp_path / "ckpt_epoch_1.pth").unlink()
     train_from_checkpoints(tmp_path, 2, epochs=4)
