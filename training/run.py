@@ -457,7 +457,8 @@ class Run:
             raise ckpt.CheckpointError(
                 f"{start.latest} would be overwritten: choose another --tag, or set TRAIN.AUTO_RESUME True"
             )
-        self.record.start(self.progress.epoch, self.before + self.progress.updates)
+        per_epoch = self.sampler.updates_per_epoch
+        self.record.start(self.progress.epoch, self.before + self.progress.updates, per_epoch)
 
     def _load(self, path, checkpoint):
         sampler, place = self.sampler, checkpoint.get("progress")

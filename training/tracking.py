@@ -43,7 +43,7 @@ class RunRecord:
         self.tracker = None
         self.epochs, self.purge_step, self.batch_due = [], 0, False
 
-    def start(self, epoch, update):
+    def start(self, epoch, update, updates_per_epoch):
         """Go on from an epoch and an update of the run; what an interrupted run wrote beyond is dropped."""
         if self.silent:
             return
@@ -51,7 +51,7 @@ class RunRecord:
         self.purge_step = update
         self.batch_due = not update
         if self.tracker is not None:
-            self.tracker.start(update)
+            self.tracker.start(update, updates_per_epoch)
 
     def scalars(self, update, **values):
         """Write TensorBoard scalars ``train/<name>`` of an update."""
@@ -134,7 +134,8 @@ class Tracker:
     """Gives the scalars of a run to Weights & Biases too, under their names in TensorBoard.
 
     ``tracker.json`` in the run's folder keeps the name of the tracked run and the last updates that it was
-    given. A resumed run goes on with it and leaves out what it repeats. A run from scratch has one of its
+    given. A resumed run goes on with it and leaves out what it repeats; where its epochs have another number
+    of updates now, it gives that again, after the last of those updates. A run from scratch has one of its
     own. The first failure ends the tracking with a warning.
 
     Args:
@@ -148,7 +149,7 @@ class Tracker:
         self.name = re.sub(r"[^\w.-]", "-", name)[:80]  # wandb refuses some characters
         self.run, self.state = None, {}
 
-    def start(self, update):
+    def start(self, update, updates_per_epoch):
         """Go on with the tracked run, or at update 0 start another."""
         with self._told():
             if update and os.path.exists(self.path):
@@ -157,6 +158,10 @@ class Tracker:
             if self.state.get("package") != "wandb":
                 name = f"{self.name}-{uuid.uuid4().hex[:8]}"
                 self.state = dict(package="wandb", run=name, train=-1, epoch=-1)
+            shift = self.state.get("shift", 0)
+            if self.state.get("updates_per_epoch", updates_per_epoch) != updates_per_epoch:
+                shift = max(shift, self.state["train"] + 1 - update, self.state["epoch"] + 1 - update)
+            self.state.update(updates_per_epoch=updates_per_epoch, shift=shift)
             logger.info(f"tracked by wandb as {self.state['run']}: {self._start_wandb()}")
 
     def _start_wandb(self):
@@ -184,8 +189,9 @@ class Tracker:
 
     def log(self, group, tags, update):
         """Give it scalars by tag, unless it has some of this group (train or epoch) and update, or later."""
-        if self.run is None or update <= self.state[group]:
+        if self.run is None or update + self.state["shift"] <= self.state[group]:
             return
+        update += self.state["shift"]
         with self._told():
             self.run.log(dict(tags, update=update))
             self.state[group] = update

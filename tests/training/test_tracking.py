@@ -158,13 +158,13 @@ def test_the_first_batch_is_drawn_once_and_not_again_by_a_resumed_run(tmp_path):
 
     for update in (0, 5):
         record = RunRecord(str(tmp_path), 0, draw_curves, DRAWN)
-        record.start(0, update)
+        record.start(0, update, 3)
         for _ in range(2):
             record.first_batch(draw)
         record.scalars(update + 1, loss=1.0)
         record.close()
     record = RunRecord(str(tmp_path / "other"), 1, draw_curves, DRAWN)
-    record.start(0, 0)
+    record.start(0, 0, 3)
     record.first_batch(draw)
     assert len(drawn) == 1 and not (tmp_path / "other").exists()
     assert image(tmp_path / "tensorboard", "train/first_batch")[0] == 0
@@ -190,7 +190,7 @@ def test_a_tracker_takes_values_that_are_no_utf_8(stand_in, tmp_path):
     notes, odd = stand_in, os.fsdecode(b"images\xff")
     tracker = Tracker(str(tmp_path), f"digits-{odd}", {"DATA.DATA_PATH": odd, "SEED": 0})
     with logged() as lines:
-        tracker.start(0)
+        tracker.start(0, 3)
         tracker.log("train", {"train/loss": 1.0}, 0)
     (_, _, of_init), *_, (name, *_) = calls(notes)
     assert of_init["config"] == {"DATA.DATA_PATH": "images\\udcff", "SEED": 0} and name == "log"
@@ -202,7 +202,7 @@ def test_a_resumed_run_repeats_nothing_and_one_from_scratch_is_another(stand_in,
     notes = stand_in
     for start, updates in ((0, (0, 2, 4)), (2, (2, 4, 6)), (0, (0,))):
         tracker = Tracker(str(tmp_path), "digits/a b", dict(SEED=0))
-        tracker.start(start)
+        tracker.start(start, 9)
         for update in updates:
             tracker.log("train", {"train/loss": 1.0}, update)
         tracker.log("epoch", {"epoch/acc1": 2.0}, updates[-1])
@@ -321,7 +321,7 @@ def test_a_tracker_state_that_cannot_be_read_is_one_warning(stand_in, tmp_path):
     (tmp_path / "tracker.json").write_text("{")
     tracker = Tracker(str(tmp_path), "digits", {})
     with logged() as lines:
-        tracker.start(5)
+        tracker.start(5, 9)
         tracker.log("train", {"train/loss": 1.0}, 6)
         tracker.finish()
     assert len(lines) == 1 and "from here on the run is not tracked" in lines[0]
