@@ -174,6 +174,7 @@ def test_half_precision_weights_load():
     assert torch.equal(model.head.weight, weights["head.weight"].float())
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 @pytest.mark.parametrize(
     "name, moment", [("adamw", "exp_avg"), ("sgd", "momentum_buffer"), ("lion", "exp_avg")]
 )
