@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from helpers import ROOT
-from PIL import Image
 from timm.layers import DropPath
 
 from models.fast.choices import Choices, has_onednn
@@ -149,28 +148,6 @@ def test_what_cannot_be_timed_is_one_clear_message(tool, monkeypatch, capsys, wo
 def test_a_size_that_a_model_does_not_take_is_one_clear_message(tool):
     with pytest.raises(UserError, match="cannot build msg_tiny_p4_win7_224 for classes of 2x64 px: "):
         tool("benchmark").build("msg_tiny_p4_win7_224", (2, 64))
-
-
-def test_input_pipelines_are_compared_with_timms(tmp_path):
-    for name in ("a/1.jpg", "a/2.JPEG", "b/c/3.jpg"):
-        path = tmp_path / "images" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.effect_noise((320, 260), 60).convert("RGB").save(path)
-    command = ["tools/benchmark_data.py", tmp_path / "images", "--rounds", "1", "--output", tmp_path]
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    result = written(tmp_path)
-    assert result["images"] == 3 and result["peer"] == "timm"
-    assert list(result["settings"]) == ["training", "evaluation"]
-    names = [[row["model"] for row in rows] for rows in result["settings"].values()]
-    assert names[0] == names[1] == ["timm", "pil", "opencv"]
-
-
-def test_a_folder_without_images_is_one_clear_message(tmp_path):
-    command = [sys.executable, "tools/benchmark_data.py", tmp_path]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert f"error: {tmp_path} holds no JPEG images" in done.stderr
 
 
 @pytest.fixture
