@@ -179,11 +179,12 @@ def _messenger_rows(attention, x, layout):
         return weights(qkv.flatten(0, 1), bias)
     whole = layout.full * layout.tokens
     of_full, of_padded, _ = qkv[0].split([whole, layout.held, layout.empty])
-    of_full = of_full.unflatten(0, (layout.full, layout.tokens))
-    of_padded = of_padded[layout.spread.index].unflatten(0, (layout.padded, layout.tokens))
+    parts = [weights(of_full.unflatten(0, (layout.full, layout.tokens)), bias)]
+    if layout.padded:
+        of_padded = of_padded[layout.spread.index].unflatten(0, (layout.padded, layout.tokens))
+        parts.append(weights(of_padded, hide(bias, layout.hidden)))
     alone = functional.one_hot(layout.order.new_zeros(layout.empty, len(bias)), layout.tokens)
-    of_padded = weights(of_padded, hide(bias, layout.hidden))
-    return torch.cat([weights(of_full, bias), of_padded, alone.to(qkv.dtype)])[layout.order]
+    return torch.cat([*parts, alone.to(qkv.dtype)])[layout.order]
 
 
 @torch.no_grad()

@@ -104,22 +104,26 @@ def resample_positions(positions, grid_size, extent):
 class Rows(NamedTuple):
     """Where rows are taken from: their indices, and the rows that come from nowhere and are zero."""
 
-    index: torch.Tensor
-    blank: torch.Tensor
+    index: torch.Tensor | None
+    blank: torch.Tensor | None
 
     @classmethod
     def of(cls, index, device):
         """From a numpy array of indices, with -1 for nowhere."""
         index = index.ravel()
-        parts = index.clip(min=0), np.flatnonzero(index < 0)
-        return cls(*(torch.from_numpy(part).to(device) for part in parts))
+        return cls(_moved(index.clip(min=0), device), _moved(np.flatnonzero(index < 0), device))
+
+
+def _moved(array, device):
+    """A numpy array on a device; None for an empty one, which OpenVINO and torch.export cannot store."""
+    return torch.from_numpy(array).to(device) if array.size else None
 
 
 @dataclass(frozen=True)
 class Layout:
     """Where the tokens of a stage are, for images of given sizes.
 
-    A token of a window that no row stands for is hidden.
+    A token of a window that no row stands for is hidden. Tensors that would be empty are None.
     """
 
     images: int  # that share the rows
@@ -141,7 +145,7 @@ class Layout:
     order: torch.Tensor  # (regions * windows,), each window's number: first the full, last the empty ones
     messenger_map: Rows  # each place's window in the map of messengers, among regions * windows
     region: torch.Tensor  # each row's region
-    hidden: torch.Tensor  # bool (padded windows, tokens)
+    hidden: torch.Tensor | None  # bool (padded windows, tokens)
 
     @classmethod
     def build(cls, images, extent, window_size, shuffle_size, has_messengers, device="cpu"):
@@ -190,9 +194,6 @@ class Layout:
         order, first = np.zeros((2, regions * windows), dtype=np.int64)
         order[by_row], first[by_row] = np.arange(len(by_row)), lengths.cumsum() - lengths
 
-        def moved(array):
-            return torch.from_numpy(array).to(device)
-
         return cls(
             images=images,
             extent=extent,
@@ -209,11 +210,11 @@ class Layout:
             maps=Rows.of(_inverse(rows, of_maps), device),
             spread=Rows.of(_inverse(gathered, len(of_padded)), device),
             gathered=Rows.of(gathered, device),
-            messengers=moved(first),
-            order=moved(order),
+            messengers=_moved(first, device),
+            order=_moved(order, device),
             messenger_map=Rows.of(_inverse(messengers.ravel(), images * height * width), device),
-            region=moved((by_row // windows).repeat(lengths)),
-            hidden=moved(tokens[padded] < 0),
+            region=_moved((by_row // windows).repeat(lengths), device),
+            hidden=_moved(tokens[padded] < 0, device),
         )
 
     def cut(self, patches, messengers):
@@ -333,8 +334,7 @@ def _take(x, rows, back):
 
 def _rows_of(x, rows):
     x = x.index_select(1, rows.index)
-    # Not with an empty index, which OpenVINO cannot read.
-    return x.index_fill_(1, rows.blank, 0) if any(plain_sizes(*rows.blank.shape)) else x
+    return x if rows.blank is None else x.index_fill_(1, rows.blank, 0)
 
 
 class _Take(torch.autograd.Function):
