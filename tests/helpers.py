@@ -259,7 +259,7 @@ def silent_record(folder):
     return RunRecord(str(folder), 1, draw_curves, DRAWN)
 
 
-def new_run(folder, model, sampler, config, **settings):
+def new_run(folder, model, sampler, config, /, **settings):
     """A run on the CPU that has not begun; settings are those of :class:`training.run.Settings`."""
     optimizer, train = build_optimizer(config, model, 1.0), config.TRAIN
     scheduler = build_scheduler(config, optimizer, sampler.updates_per_epoch, 1.0)
