@@ -17,6 +17,7 @@ the whole batch in the rows, except where operations are recorded: there it is t
 what is exported takes any number of them.
 """
 
+import contextlib
 import functools
 from dataclasses import dataclass, fields
 from functools import partial
@@ -91,7 +92,9 @@ def resample_positions(positions, grid_size, extent):
     """Absolute positions (1, rows*columns, C) of a grid for a map, or each image of it: (1 or B, H, W, C)."""
 
     def resample(height, width):
-        x = resample_abs_pos_embed(positions, [height, width], list(grid_size), num_prefix_tokens=0)
+        # timm compares sizes, which are constants in a trace.
+        with unwarned_trace() if torch.jit.is_tracing() else contextlib.nullcontext():
+            x = resample_abs_pos_embed(positions, [height, width], list(grid_size), num_prefix_tokens=0)
         return functional.pad(
             x.unflatten(1, (height, width)), (0, 0, 0, extent.width - width, 0, extent.height - height)
         )
