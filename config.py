@@ -225,6 +225,8 @@ def default_config():
     # Repeated augmentation, as in DeiT: how often an epoch takes an image, each time augmented differently.
     # It then takes so many times fewer images, others each time, and lasts as many updates as ever.
     config.AUG.REPEATED = 1
+    # Train on random crops; False: on whole images, resized to DATA.IMG_SIZE.
+    config.AUG.CROP = True
     # Probability of a horizontal flip.
     config.AUG.HFLIP = 0.5
     # Random erasing: probability, fill (pixel, rand, const), rectangles.

@@ -199,6 +199,7 @@ RULES = {
     "AUG.COLOR_JITTER": _at_least(0),
     "AUG.AUTO_AUGMENT": _TEXT,
     "AUG.REPEATED": _between(1, 100),
+    "AUG.CROP": _BOOL,
     "AUG.HFLIP": _SHARE,
     "AUG.REPROB": _SHARE,
     "AUG.REMODE": _one_of("pixel", "rand", "const"),

@@ -189,6 +189,7 @@ def remember(name, function, calls):
         [*RECIPE, "DATA.IMG_SIZE", [64, 112]],
         [*RECIPE, "DATA.IMG_SIZE", [112, 64]],
         [*RECIPE, "DATA.IMG_SIZE", [32, 48]],
+        [*RECIPE, "AUG.CROP", False],
     ],
     ids=lambda opts: "-".join(map(str, opts[-2:])),
 )
