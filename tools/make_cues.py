@@ -2,9 +2,10 @@
 
 python tools/make_cues.py datasets/cues
 
-An image is black and has windows of 8 px. The one at the top left is the cue. Two digits, real 8x8 scans of
-scikit-learn's, stand ``--distance`` windows to the right of it and as far below it. They are never equal. The
-class is the digit on the right if the cue is red, and the digit below if it is blue.
+An image is black and has windows of 8 px. The one at the top left is the cue. Two digits from 0 to 4, real
+8x8 scans of scikit-learn's, stand ``--distance`` windows to the right of it and as far below it. They are
+never equal. The class is the digit on the right if the cue is red, and the digit below if it is blue.
+examples.png shows eight of the images.
 """
 
 import argparse
@@ -22,9 +23,9 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("folder", help="train/<digit>/<number>.png and val/<digit>/<number>.png go here")
-    add("--distance", type=int, default=1, help="windows from the cue to a digit; default: %(default)s")
-    add("--train", type=int, default=20000, help="training images; default: %(default)s")
-    add("--val", type=int, default=2000, help="validation images; default: %(default)s")
+    add("--distance", type=int, default=2, help="windows from the cue to a digit; default: %(default)s")
+    add("--train", type=int, default=3200, help="training images; default: %(default)s")
+    add("--val", type=int, default=1000, help="validation images; default: %(default)s")
     add("--seed", type=int, default=0, help="another one gives other images; default: %(default)s")
     args = parser.parse_args()
     if min(args.distance, args.train, args.val) < 1:
@@ -37,6 +38,7 @@ if __name__ == "__main__":  # before what takes seconds to import
     ARGS = parse_args()
 
 import numpy as np
+from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -60,9 +62,9 @@ def main(args):
         raise UserError(f"{folder} holds something else than these images: choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     note.write_text(json.dumps(settings) + "\n")
-    digits = load_digits()
+    digits = load_digits(n_class=5)
     numbers = np.arange(len(digits.target))
-    train, val = train_test_split(numbers, test_size=360, stratify=digits.target, random_state=0)
+    train, val = train_test_split(numbers, test_size=0.2, stratify=digits.target, random_state=0)
     for split, chosen, count in (("train", train, args.train), ("val", val, args.val)):
         rng = np.random.default_rng([args.seed, split == "val"])
         for number in range(count):
@@ -70,6 +72,7 @@ def main(args):
             path = folder / split / str(name) / f"{number:06d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(path)
+    draw_examples(folder / "val", folder / "examples.png")
     print(f"{folder}: {args.train} training and {args.val} validation images")
 
 
@@ -85,6 +88,20 @@ def compose(digits, chosen, distance, rng):
     image[0, :, 0] = RED if red else BLUE
     side = (distance + 1) * WINDOW
     return image.reshape(side, side, 3), digits.target[right if red else below]
+
+
+def draw_examples(folder, path):
+    """Draw the first eight images of a folder of classes, with their classes and the borders of windows."""
+    files = sorted(folder.glob("*/*.png"), key=lambda file: file.name)[:8]
+    figure = Figure((9, 1.35), layout="constrained")
+    for axes, file in zip(figure.subplots(1, 8), files):
+        image = np.asarray(Image.open(file))
+        axes.imshow(image)
+        for place in range(WINDOW, len(image), WINDOW):
+            axes.axhline(place - 0.5, color="#888888", lw=0.8)
+            axes.axvline(place - 0.5, color="#888888", lw=0.8)
+        axes.set(title=file.parent.name, xticks=[], yticks=[])
+    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":
