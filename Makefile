@@ -1,6 +1,6 @@
 # make demo       set up, train on real digits with two CPU processes, evaluate the best checkpoint
 # make demo-coco  set up, train a small detector on generated shapes, evaluate its best checkpoint
-# make ablate     set up, compare what messengers do on the digits: four variants, three seeds
+# make ablate     set up, compare models on a task that needs two distant windows: four variants, three seeds
 # make test       set up, lint, and run the tests
 # make test-slow  the tests that take minutes each
 # make test-chaos kills and mutated files, for many minutes
@@ -57,9 +57,9 @@ demo-coco-clean:
 	rm -rf $(SHAPES)
 
 ablate: $(VENV)/.installed
-	@$(BIN)/python tools/make_digits.py datasets/digits
-	$(BIN)/python tools/ablate.py $(ABLATIONS:%=configs/ablations/digits/%.yaml) --seeds 3 \
-	    --data-path datasets/digits --output output/ablations/digits
+	@$(BIN)/python tools/make_cues.py datasets/cues
+	$(BIN)/python tools/ablate.py $(ABLATIONS:%=configs/ablations/cues/%.yaml) --seeds 3 \
+	    --data-path datasets/cues --output output/ablations/cues
 
 # Two tests at a time, each on one core.
 test: export OMP_NUM_THREADS ?= 1

@@ -204,6 +204,8 @@ def default_config():
     config.AUG.COLOR_JITTER = 0.4
     # timm's AutoAugment / RandAugment / AugMix string, or none.
     config.AUG.AUTO_AUGMENT = "rand-m9-mstd0.5-inc1"
+    # Train on random crops; False: on whole images, resized to DATA.IMG_SIZE.
+    config.AUG.CROP = True
     # Probability of a horizontal flip.
     config.AUG.HFLIP = 0.5
     # Random erasing: probability, fill (pixel, rand, const), rectangles.

@@ -198,6 +198,7 @@ RULES = {
     "DISTILL.ALPHA": _SHARE,
     "AUG.COLOR_JITTER": _at_least(0),
     "AUG.AUTO_AUGMENT": _TEXT,
+    "AUG.CROP": _BOOL,
     "AUG.HFLIP": _SHARE,
     "AUG.REPROB": _SHARE,
     "AUG.REMODE": _one_of("pixel", "rand", "const"),

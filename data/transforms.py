@@ -37,8 +37,9 @@ def build_transform(config, is_train):
 
     Training images of more than 32 px: random resized crop, flip, AutoAugment or colour jitter, random
     erasing. Up to 32 px a crop of the image padded by 4 px replaces the resized crop, as in the official
-    code. Evaluation: resize until the image covers 256/224 of the size and centre crop, or (``TEST.CROP``
-    off, or up to 32 px) resize to the size. Of two sides, the shorter one decides what is up to 32 px.
+    code; with ``AUG.CROP`` off, a resize to the size does. Evaluation: resize until the image covers 256/224
+    of the size and centre crop, or (``TEST.CROP`` off, or up to 32 px) resize to the size. Of two sides, the
+    shorter one decides what is up to 32 px.
     """
     if is_train:
         return _train_transform(config)
@@ -110,8 +111,10 @@ def _train_transform(config):
             f"AUG.AUTO_AUGMENT is {config.AUG.AUTO_AUGMENT!r}, which timm cannot read ({error}): "
             "use a string such as rand-m9-mstd0.5-inc1, or none"
         ) from error
-    if min(size) <= 32:
-        whole = transforms.Resize(size, _resize_mode(config.DATA.INTERPOLATION))
+    whole = transforms.Resize(size, _resize_mode(config.DATA.INTERPOLATION))
+    if not config.AUG.CROP:
+        transform.transforms[0] = whole
+    elif min(size) <= 32:
         transform.transforms[:1] = [whole, transforms.RandomCrop(size, padding=4)]
     for step in transform.transforms:
         for operation in augment_operations(step):

@@ -257,6 +257,7 @@ PAGES = {
     "README.md": dict(speed=speed),
     "benchmarks/README.md": dict(results=results, choices=choices),
     "docs/ablations.md": dict(
+        cues=lambda: ablation(read("ablation_cues/ablation.json"), "messengers"),
         digits=lambda: ablation(read("ablation_digits/ablation.json"), "messengers"),
         cifar10=lambda: ablation(read("cifar10/ablation.json"), "messengers"),
     ),

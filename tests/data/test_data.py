@@ -24,6 +24,7 @@ from data.transforms import (
     build_augmentation,
     build_transform,
     covering_size,
+    normalization,
     posterize_from_0_bits,
 )
 from distributed import seeded
@@ -96,6 +97,16 @@ def test_images_are_flipped_with_their_probability(size, probability):
         with seeded("test", seed):
             columns = transform(brighter_to_the_right)[0, 8:-8].mean(0)
         assert (columns[8] > columns[-8]) == bool(probability)
+
+
+@pytest.mark.parametrize("size", [16, 64])
+def test_training_takes_whole_images_where_it_does_not_crop(size):
+    config = digits_config(*PLAIN, "DATA.IMG_SIZE", size, "AUG.CROP", False)
+    pixels = np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)
+    mean, std = (np.float32(values)[:, None, None] for values in normalization(3))
+    wanted = (pixels.transpose(2, 0, 1) / np.float32(255) - mean) / std
+    found = build_transform(config, is_train=True)(Image.fromarray(pixels))
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("probability", [0.0, 1.0])

@@ -129,6 +129,7 @@ def test_large_images_are_decoded_at_the_scale_that_the_crop_needs(tmp_path):
         [*RECIPE, "DATA.IMG_SIZE", [64, 112]],
         [*RECIPE, "DATA.IMG_SIZE", [112, 64]],
         [*RECIPE, "DATA.IMG_SIZE", [32, 48]],
+        [*RECIPE, "AUG.CROP", False],
     ],
     ids=lambda opts: "-".join(map(str, opts[-2:])),
 )
