@@ -30,6 +30,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from .fast.fused_block import fused_block
 from .geometry import patch_grid
 from .tracing import exporting, image_size, plain_sizes, unwarned_trace
 
@@ -86,6 +87,18 @@ def pad_to_even(x):
     if height % 2 == 0 and width % 2 == 0:
         return x
     return functional.pad(x, (0, 0, 0, width % 2, 0, height % 2))
+
+
+def halve_map(convolution, x):
+    """A convolution of stride 2 on maps (B, C, H, W): (B, C', H/2, W/2), sides rounded up.
+
+    In bfloat16 on processors with AMX, PyTorch 2.14 gives garbage for maps of one or two columns (oneDNN, 3x3
+    kernels). On the CPU, such maps get columns of zeros, and the result loses what comes of these.
+    """
+    (width,) = plain_sizes(x.shape[3])
+    if width > 2 or x.device.type != "cpu" or exporting():
+        return convolution(x)
+    return convolution(functional.pad(x, (0, 4 - width)))[..., :1]
 
 
 def resample_positions(positions, grid_size, extent):
@@ -257,39 +270,43 @@ class Layout:
         """The messengers of rows (N, T, C) as windows of one token, (N*regions, windows, 1, C)."""
         return x.index_select(1, self.messengers).reshape(-1, self.windows, 1, x.shape[2])
 
-    def attend(self, qkv, attention, only_messengers=False):
+    def attend(self, x, attention, alone, only_messengers=False):
         """Attention in every window.
 
         Args:
-            qkv: rows (N, T, 3C).
-            attention: of windows, (windows, tokens, 3C) to (windows, tokens, C), where some tokens are
+            x: rows (N, T, channels).
+            attention: of windows, (windows, tokens, channels) to (windows, tokens, C), where some tokens are
                 ``hidden``: bool (windows, tokens).
+            alone: the same for messengers of empty windows, (N, empty, channels) to (N, empty, C).
             only_messengers: whether the result is that of the messengers alone.
 
         Returns:
             Rows (N, T, C), or windows of one token (N*regions, windows, 1, C).
         """
         whole = self.full * self.tokens
-        of_full, of_padded, alone = qkv.split([whole, self.held, self.empty], dim=1)
+        of_full, of_padded, of_empty = x.split([whole, self.held, self.empty], dim=1)
         parts = []
         if self.full:
-            x = of_full.unflatten(1, (self.full, self.tokens)).flatten(0, 1)  # N*full, tokens, 3C
-            x = attention(x).unflatten(0, (-1, self.full))  # N, full, tokens, C
-            parts.append(x[:, :, 0] if only_messengers else x.flatten(1, 2))
+            full = attention(self._windows(of_full)).unflatten(0, (-1, self.full))  # N, full, tokens, C
+            parts.append(full[:, :, 0] if only_messengers else full.flatten(1, 2))
         if self.padded:
-            x = _take(of_padded, self.spread, self.gathered)  # N, padded*tokens, 3C
-            x = x.unflatten(1, (self.padded, self.tokens)).flatten(0, 1)  # N*padded, tokens, 3C
-            hidden = self.hidden.repeat(qkv.shape[0], 1) if exporting() or not qkv.shape[0] else self.hidden
-            x = attention(x, hidden=hidden).unflatten(0, (-1, self.padded))  # N, padded, tokens, C
-            parts.append(
-                x[:, :, 0] if only_messengers else _take(x.flatten(1, 2), self.gathered, self.spread)
-            )
-        if self.empty:  # who attends to itself gets its value
-            parts.append(alone.chunk(3, dim=2)[2])
+            padded = self._windows(_take(of_padded, self.spread, self.gathered))
+            hidden = self.hidden.repeat(x.shape[0], 1) if exporting() or not x.shape[0] else self.hidden
+            padded = attention(padded, hidden=hidden).unflatten(0, (-1, self.padded))  # N, padded, tokens, C
+            if only_messengers:
+                parts.append(padded[:, :, 0])
+            else:
+                parts.append(_take(padded.flatten(1, 2), self.gathered, self.spread))
+        if self.empty:
+            parts.append(alone(of_empty))
         x = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         if not only_messengers:
             return x
         return x.index_select(1, self.order).reshape(-1, self.windows, 1, x.shape[2])
+
+    def _windows(self, x):
+        """Rows of whole windows (N, n*tokens, channels) as windows (N*n, tokens, channels)."""
+        return x.unflatten(1, (-1, self.tokens)).flatten(0, 1)
 
     def add(self, x, branch, drop_path):
         """The sum of a residual stream and a branch, whose path is dropped for whole regions."""
@@ -364,12 +381,21 @@ def _inverse(index, count):
 
 def attend_on_rows(attn, x, layout, only_messengers=False):
     """What a LocalAttention does to windows, done to rows (N, T, C); the result is as for Layout.attend."""
-    heads = layout.attend(attn.qkv(x), partial(attn.attention, bias=attn.bias()), only_messengers)
+    attention = partial(attn.attention, bias=attn.bias())
+    heads = layout.attend(attn.qkv(x), attention, _value, only_messengers)
     return attn.proj_drop(attn.proj(heads))
+
+
+def _value(qkv):
+    """What a token that attends to itself alone gets: (..., 3C) to (..., C)."""
+    return qkv.chunk(3, dim=-1)[2]
 
 
 def block_on_rows(block, x, layout):
     """What a Block does to windows, done to rows (N, T, C)."""
+    if fused := fused_block(block, x):
+        out = layout.attend(x, fused.attend, fused.attend_alone)
+        return fused.mlp(layout.exchange(out, block.exchange) if block.exchange else out, x)
     attend = partial(attend_on_rows, layout=layout)
     x = layout.add(x, block.attn(block.norm1(x), attend), block.drop_path)
     if block.exchange:
@@ -379,6 +405,9 @@ def block_on_rows(block, x, layout):
 
 def block_on_messengers(block, x, layout):
     """The messengers of :func:`block_on_rows` alone, as windows of one token, (N*regions, windows, 1, C)."""
+    if fused := fused_block(block, x):
+        out = layout.attend(x, fused.attend, fused.attend_alone, only_messengers=True)
+        return fused.mlp(block.shuffle(out), x)
     attend = partial(attend_on_rows, layout=layout, only_messengers=True)
     x = layout.read_messengers(x) + block.drop_path(block.attn(block.norm1(x), attend))
     x = block.shuffle(x)

@@ -79,7 +79,7 @@ def operations():
                     for backend in ("blocked", "sdpa")
                 }
                 what = f"attention {name}{' and its gradients' * trains}, {where}"
-                yield Operation(f"attention_{name}", what, blocks, steps)
+                yield Operation(f"attention_{'gradients' if trains else name}", what, blocks, steps)
 
 
 def attend(backend, qkv, bias, trains):

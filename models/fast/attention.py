@@ -41,13 +41,17 @@ def blocked(qkv, bias, scale, hidden=None):
     Args:
         hidden: bool (N, tokens), the tokens that nobody attends to, or None.
     """
-    if torch.is_grad_enabled() and (qkv.requires_grad or bias.requires_grad):
+    if _needs_gradients(qkv, bias):
         return _Blocked.apply(qkv, bias, scale, hidden)
     out = qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
     for of_block, part, result in _blocks(bias, hidden, qkv, out):
         q, k, v = copied_heads(part, bias.shape[0])
         heads_of(result, bias.shape[0]).copy_(probabilities(q, k, of_block, scale) @ v)
     return out
+
+
+def _needs_gradients(qkv, bias):
+    return torch.is_grad_enabled() and (qkv.requires_grad or bias.requires_grad)
 
 
 def _blocks(bias, hidden, *tensors):
@@ -124,7 +128,7 @@ def windowed_attention(qkv, bias, scale, backend="auto", hidden=None, dropout=0.
     if exporting() or dropout:
         backend = "eager"
     elif backend == "auto":
-        backend = choose_backend(qkv, bias.shape[-3])
+        backend = choose_backend(qkv, bias)
     if backend == "blocked":
         return blocked(qkv, bias, scale, hidden)
     if hidden is not None:
@@ -135,8 +139,8 @@ def windowed_attention(qkv, bias, scale, backend="auto", hidden=None, dropout=0.
     return sdpa(qkv, bias, scale) if backend == "sdpa" else triton(qkv, bias, scale, eager)
 
 
-def choose_backend(qkv, heads):
-    """The fastest backend that is known to be right for these queries, keys and values.
+def choose_backend(qkv, bias):
+    """The fastest backend that is known to be right for these queries, keys and values, and this bias.
 
     On the CPU that depends on the processor, but a compiler fuses the plain formula. On a GPU the kernels of
     ``triton`` take a quarter to a third of the time of ``sdpa`` in half precision, where they can run.
@@ -144,10 +148,12 @@ def choose_backend(qkv, heads):
     if qkv.device.type == "cpu":
         if torch.compiler.is_compiling():
             return "eager"
+        if _needs_gradients(qkv, bias):
+            return chosen().attention_gradients
         return chosen().attention_bfloat16 if qkv.dtype == torch.bfloat16 else chosen().attention_float32
     if qkv.device.type != "cuda" or qkv.dtype not in (torch.float16, torch.bfloat16):
         return "sdpa"
-    if triton_obstacle(qkv.device, qkv.dtype, qkv.shape[1], qkv.shape[2] // (3 * heads)):
+    if triton_obstacle(qkv.device, qkv.dtype, qkv.shape[1], qkv.shape[2] // (3 * bias.shape[-3])):
         return "sdpa"
     # A compiler builds kernels too, so that it would have failed before.
     return "triton" if torch.compiler.is_compiling() or triton_builds() else "sdpa"

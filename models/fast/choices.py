@@ -20,23 +20,25 @@ class Choices(NamedTuple):
     weight_gradient: str  # of linear layers in float32
     gelu: str  # after a linear layer that needs no gradient; onednn fuses it into the layer
     compiled: str  # linear layers under torch.compile; measured by benchmark.py with <name>:compile
-    attention_float32: str
+    attention_float32: str  # without gradients
     attention_bfloat16: str
+    attention_gradients: str  # in training, in both dtypes
+    block: str  # in inference: fused (fused_block.py) or layers
     runtime: str  # pytorch or openvino, for RUNTIME auto; measured by benchmark.py with <name>:openvino
 
 
 # Where nothing was measured.
-PYTORCH = Choices("pytorch", "pytorch", "pytorch", "pytorch", "sdpa", "sdpa", "pytorch")
+PYTORCH = Choices("pytorch", "pytorch", "pytorch", "pytorch", "sdpa", "sdpa", "sdpa", "layers", "pytorch")
 
 # By vendor and the widest instruction set. benchmarks/README.md has the figures of AMD: of single operations
 # without AVX-512, of whole models with it. On an Intel Xeon (family 6, model 207), forward passes took the
 # same time with both, oneDNN's weight gradient took 2 to 4 times as long as PyTorch's, and in bfloat16
 # ``blocked`` took longer than ``sdpa``.
-_OURS = Choices("onednn", "pytorch", "onednn", "onednn", "blocked", "sdpa", "openvino")
+_OURS = Choices("onednn", "pytorch", "onednn", "onednn", "blocked", "sdpa", "blocked", "layers", "openvino")
 MEASURED = {
     ("AuthenticAMD", "avx2"): _OURS._replace(gelu="pytorch", compiled="pytorch"),
     ("AuthenticAMD", "avx512f"): _OURS._replace(weight_gradient="onednn", attention_bfloat16="blocked"),
-    ("GenuineIntel", "amx_bf16"): _OURS,
+    ("GenuineIntel", "amx_bf16"): _OURS._replace(attention_float32="sdpa", block="fused", runtime="pytorch"),
 }
 
 

@@ -24,7 +24,7 @@ def mlp_forward(mlp, x):
 
     Both shortcuts need an Mlp that is as :func:`models.use_onednn` found it.
     """
-    if x.device.type != "cpu" or exporting() or not _fusible(mlp):
+    if x.device.type != "cpu" or exporting() or not is_fusible(mlp):
         return Mlp.forward(mlp, x)
     autocast = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
@@ -37,7 +37,7 @@ def mlp_forward(mlp, x):
     return mlp.drop2(mlp.fc2(mlp.drop1(layer_forward(mlp.fc1, x, gelu=True))))
 
 
-def _fusible(mlp):
+def is_fusible(mlp):
     """Whether an Mlp is two linear layers of onednn.py and an exact GELU, which nobody watches."""
     parts = (mlp.fc1, mlp.act, mlp.drop1, mlp.norm, mlp.fc2, mlp.drop2)
     kinds = [nn.Linear, nn.GELU, nn.Dropout, nn.Identity, nn.Linear, nn.Dropout]
@@ -45,12 +45,13 @@ def _fusible(mlp):
         [type(part) for part in parts] == kinds
         and mlp.act.approximate == "none"
         and all(is_onednn_layer(layer) and type(layer.weight) is nn.Parameter for layer in (mlp.fc1, mlp.fc2))
-        and not any(map(_hooked, parts))
+        and not any(map(is_hooked, parts))
         and not _has_any_global_hook()
     )
 
 
-def _hooked(module):
+def is_hooked(module):
+    """Whether a module has hooks."""
     forward, backward = module._forward_hooks, module._backward_hooks
     return bool(forward or module._forward_pre_hooks or backward or module._backward_pre_hooks)
 

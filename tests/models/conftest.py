@@ -2,7 +2,7 @@
 
 import pytest
 
-from models.fast import attention, choices, cpu, linear
+from models.fast import attention, choices, cpu, fused_block, linear
 
 
 @pytest.fixture
@@ -10,7 +10,7 @@ def choose(monkeypatch):
     """A function that makes this machine one with given choices."""
 
     def change(found):
-        for module in (attention, cpu, linear):
+        for module in (attention, cpu, fused_block, linear):
             monkeypatch.setattr(module, "chosen", lambda: found)
 
     return change

@@ -204,14 +204,15 @@ def test_triton_says_why_it_cannot_run():
 
 
 def test_the_choice_follows_the_device():
-    assert choose_backend(torch.zeros(1, 4, 48), 1) == ("blocked" if has_onednn() else "sdpa")
-    assert choose_backend(torch.zeros(1, 4, 48, device="meta"), 1) == "sdpa"
+    qkv, bias = torch.zeros(1, 4, 48), torch.zeros(1, 4, 4)
+    assert choose_backend(qkv, bias) == ("blocked" if has_onednn() else "sdpa")
+    assert choose_backend(qkv.to("meta"), bias) == "sdpa"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_a_gpu_takes_its_kernels_for_what_they_can_compute():
     def chosen(dtype, tokens=50):
-        return choose_backend(torch.zeros(1, tokens, 96, dtype=dtype, device="cuda"), 1)
+        return choose_backend(torch.zeros(1, tokens, 96, dtype=dtype, device="cuda"), torch.zeros(1, 4, 4))
 
     assert chosen(torch.bfloat16) == chosen(torch.float16) == "triton"
     assert chosen(torch.float32) == chosen(torch.bfloat16, tokens=257) == "sdpa"

@@ -8,7 +8,7 @@ from helpers import micro
 from torch import nn
 
 from models import use_onednn
-from models.fast import attention, choices, cpu, linear
+from models.fast import attention, choices, cpu, fused_block, linear
 from models.fast.choices import MEASURED, PYTORCH
 
 INTEL = MEASURED["GenuineIntel", "amx_bf16"]
@@ -47,7 +47,7 @@ def test_an_unknown_processor_gets_pytorchs_own(choose):
     use_onednn(layer)
     assert "forward" not in vars(layer)
     for dtype in (torch.float32, torch.bfloat16):
-        assert attention.choose_backend(torch.zeros(1, 4, 48, dtype=dtype), 1) == "sdpa"
+        assert attention.choose_backend(torch.zeros(1, 4, 48, dtype=dtype), torch.zeros(1, 4, 4)) == "sdpa"
 
 
 @pytest.mark.skipif(not choices.has_onednn(), reason="needs oneDNN on x86")
@@ -63,8 +63,14 @@ def test_the_gradient_of_weights_comes_from_the_chosen_library_and_is_the_same(c
         layer(x).square().sum().backward()
     assert len(calls) == dict(onednn=3, pytorch=2)[library]  # forward, input and perhaps weight
     torch.testing.assert_close(fast.weight.grad, plain.weight.grad, rtol=1e-4, atol=1e-4)
-    assert attention.choose_backend(torch.zeros(1, 4, 48, dtype=torch.bfloat16), 1) == "sdpa"
-    assert attention.choose_backend(torch.zeros(1, 4, 48), 1) == "blocked"
+
+
+def test_attention_is_chosen_by_dtype_and_whether_it_is_trained(choose):
+    choose(PYTORCH._replace(attention_float32="eager", attention_gradients="blocked"))
+    qkv, bias = torch.zeros(1, 4, 48), torch.zeros(1, 4, 4)
+    trained = qkv.clone().requires_grad_()
+    found = [attention.choose_backend(x, bias) for x in (qkv, qkv.bfloat16(), trained)]
+    assert found == ["eager", "sdpa", "blocked"]
 
 
 @pytest.mark.skipif(not choices.has_onednn(), reason="needs oneDNN on x86")
@@ -72,7 +78,7 @@ def test_the_gradient_of_weights_comes_from_the_chosen_library_and_is_the_same(c
 def test_every_choice_compiles_into_one_graph_and_gives_the_gradients_of_pytorch(monkeypatch, processor):
     """With the real table, which torch.compile must be able to read."""
     monkeypatch.setattr(choices, "processor", lambda: processor)
-    for module in (attention, cpu, linear):
+    for module in (attention, cpu, fused_block, linear):
         monkeypatch.setattr(module, "chosen", choices.chosen)
     torch._dynamo.reset()
     plain = micro(depths=(1, 1), num_heads=(2, 4), shuffle_size=(2, 1))
