@@ -4,13 +4,17 @@ The shapes are those of T at 224 px and batch 4: four stages, each as often as i
 """
 
 import functools
+import itertools
 from typing import NamedTuple
 
+import timm
 import torch
 import torch.nn.functional as F
 
+from models import use_onednn
 from models.fast import choices
 from models.fast.attention import windowed_attention
+from models.fast.fused_block import FusedBlock, load_library
 from models.fast.linear import onednn_linear, onednn_weight_gradient
 from tools import benchmarking, tables
 from utils import UserError
@@ -82,6 +86,37 @@ def operations():
                 yield Operation(f"attention_{'gradients' if trains else name}", what, blocks, steps)
 
 
+def blocks():
+    """Whole blocks of T in inference, where they can be computed in two passes."""
+    model = timm.create_model("msg_tiny_p4_win7_224").eval()
+    use_onednn(model)
+    for stage, (layer, (windows, channels, _, count)) in enumerate(zip(model.layers, STAGES), 1):
+        block, x = layer.blocks[0], torch.randn(BATCH, windows, TOKENS, channels)
+        for name, functions in load_library().items():
+            dtype = getattr(torch, name)
+            fused = FusedBlock(block, dtype, functions)
+            for part in (block.attn, block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+                if hasattr(part, "fix_weights"):
+                    part.fix_weights(dtype)
+            steps = dict(
+                fused=functools.partial(fused_step, fused, x),
+                layers=functools.partial(layers_step, block, x, dtype),
+            )
+            yield Operation("block", f"block {name}, stage {stage}", count, steps)
+
+
+def fused_step(fused, x):
+    """A block in two passes, without its exchange."""
+    return fused.mlp(fused.attend(x.flatten(0, 1)), x).view(x.shape)
+
+
+def layers_step(block, x, dtype):
+    """A block layer by layer, without its exchange; x is (B, windows, tokens, C)."""
+    with torch.inference_mode(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        y = x + block.attn(block.norm1(x))
+        return y + block.mlp(block.norm2(y))
+
+
 def attend(backend, qkv, bias, trains):
     """Attention of all windows, with its gradients if wanted."""
     if not trains:
@@ -98,7 +133,7 @@ def run():
         raise UserError("there is nothing to choose: PyTorch has oneDNN's linear layers on x86 only")
     print(choices.describe())
     result = dict(choices=choices.chosen()._asdict(), settings={})
-    for operation in operations():
+    for operation in itertools.chain(operations(), blocks()):
         turns = [functools.partial(benchmarking.turn, step, TURN) for step in operation.steps.values()]
         taken = zip(*[[list(take()) for take in turns] for _ in range(ROUNDS)])
         result["settings"][operation.what] = rows = [

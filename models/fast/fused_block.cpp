@@ -258,7 +258,7 @@ void attend(const float* x, float* out, int64_t windows, int64_t tokens, int64_t
     for (int64_t i = 0; i < rows; i++)
       layer_norm(from + i * channels, channels, norm_scale, norm_shift, eps, normed + i * channels);
     for (int64_t head = heads * group / groups; head < heads * (group + 1) / groups; head++) {
-      linear(qkv, head, head + 1, normed, channels, rows, c, [&](int64_t i, int64_t column, __m512 value) {
+      linear(qkv, 3 * head, 3 * head + 3, normed, channels, rows, c, [&](int64_t i, int64_t column, __m512 value) {
         store(of_head + i * stride + column - head * stride, value);
       });
       for (int64_t w = 0; w < count(chunk); w++) {
@@ -329,7 +329,7 @@ void mlp(float* x, int64_t all, float eps, const float* norm_scale, const float*
 }  // namespace
 
 // x + proj(attention(qkv(norm(x)))) of windows x (windows, tokens, C), for the first `queries` tokens of each
-// window (1 or all): out (windows, queries, C). `width_qkv` is 3C / heads; bias is (heads, tokens, padded) with
+// window (1 or all): out (windows, queries, C). Panels of qkv are as wide as a head; bias is (heads, tokens, padded) with
 // -inf beyond the tokens, hidden (windows, padded) or null, where padded is tokens rounded up to 16.
 #define ATTEND(name, T)                                                                                             \
   extern "C" void name(const float* x, float* out, int64_t windows, int64_t tokens, int64_t queries, int64_t dim,   \
@@ -337,7 +337,7 @@ void mlp(float* x, int64_t all, float eps, const float* norm_scale, const float*
                        const T* qkv, const float* qkv_bias, const T* proj, const float* proj_bias, int64_t width,   \
                        const float* bias, const uint8_t* hidden, int64_t threads) {                                 \
     attend<T>(x, out, windows, tokens, queries, heads, eps, scale, norm_scale, norm_shift,                          \
-              {qkv, qkv_bias, dim, 3 * dim, 3 * dim / heads}, {proj, proj_bias, dim, dim, width}, bias, hidden,     \
+              {qkv, qkv_bias, dim, 3 * dim, dim / heads}, {proj, proj_bias, dim, dim, width}, bias, hidden,     \
               threads);                                                                                             \
   }
 ATTEND(attend_float32, float)

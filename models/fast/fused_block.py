@@ -127,7 +127,7 @@ class FusedBlock:
         self.norms = [(n.weight.float(), n.bias.float(), n.eps) for n in (block.norm1, block.norm2)]
         # The rows of a weight are sorted by head: queries, keys and values of the first one, then the next.
         by_head = [x.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten(0, 2) for x in _weights(attn.qkv)]
-        self.qkv = _Packed(*by_head, dtype, 3 * self.channels // heads)
+        self.qkv = _Packed(*by_head, dtype, self.channels // heads)
         self.proj, self.fc1, self.fc2 = (
             _Packed(*_weights(layer), dtype) for layer in (attn.proj, mlp.fc1, mlp.fc2)
         )

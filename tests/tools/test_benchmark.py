@@ -281,11 +281,14 @@ def test_choices_are_between_ways_of_computing_the_same(tool, monkeypatch):
     monkeypatch.setattr(choices, "BATCH", 1)
     monkeypatch.setattr(choices, "STAGES", ((2, 24, 3, 2),))
     found = list(choices.operations())
-    assert {operation.choice for operation in found} == {*Choices._fields} - {"compiled", "runtime"}
+    assert {operation.choice for operation in found} == {*Choices._fields} - {"block", "compiled", "runtime"}
     for operation in found:
         results = [step() for step in operation.steps.values()]
         for result in results[1:] if "attention" not in operation.choice else ():
             torch.testing.assert_close(result, results[0], rtol=1e-4, atol=1e-3)
+    for operation in choices.blocks():
+        fused, layers = (step() for step in operation.steps.values())
+        torch.testing.assert_close(fused, layers, rtol=0, atol=5e-2)
 
 
 def test_a_choice_that_is_wrong_for_this_machine_is_named_by_the_time_of_all_blocks(tool):
