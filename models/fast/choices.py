@@ -30,10 +30,8 @@ class Choices(NamedTuple):
 # Where nothing was measured.
 PYTORCH = Choices("pytorch", "pytorch", "pytorch", "pytorch", "sdpa", "sdpa", "sdpa", "layers", "pytorch")
 
-# By vendor and the widest instruction set. benchmarks/README.md has the figures of AMD: of single operations
-# without AVX-512, of whole models with it. On an Intel Xeon (family 6, model 207), forward passes took the
-# same time with both, oneDNN's weight gradient took 2 to 4 times as long as PyTorch's, and in bfloat16
-# ``blocked`` took longer than ``sdpa``.
+# By vendor and the widest instruction set. benchmarks/README.md has the figures: of single operations and
+# blocks for AMD without AVX-512 and for Intel with AMX, of whole models for AMD with AVX-512.
 _OURS = Choices("onednn", "pytorch", "onednn", "onednn", "blocked", "sdpa", "blocked", "layers", "openvino")
 MEASURED = {
     ("AuthenticAMD", "avx2"): _OURS._replace(gelu="pytorch", compiled="pytorch"),
