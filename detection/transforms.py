@@ -6,7 +6,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from pycocotools import mask as coco_mask
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional
 
@@ -181,21 +180,6 @@ def _within(places, first, length):
     """The slice of an array, ascending or descending, that holds ``first`` and the ``length`` from there."""
     found = np.flatnonzero((places >= first) & (places < first + length))
     return slice(found[0], found[-1] + 1) if len(found) else slice(0, 0)
-
-
-def describe_detection(config):
-    """What evaluation does to an image, in plain values, for whoever runs an exported model."""
-    return dict(
-        layout="batch, channels, height, width",
-        channels="RGB",
-        resize_short_side_to=config.DET.TEST_SIZE,
-        but_long_side_at_most=config.DET.MAX_SIZE,
-        interpolation="bilinear",
-        divide_by=255,
-        mean=IMAGENET_DEFAULT_MEAN,
-        std=IMAGENET_DEFAULT_STD,
-        then="zeros below and to the right, up to the size",
-    )
 
 
 def build_detection_transform(config, is_train, change_pixels=change_pillow):
