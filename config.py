@@ -33,7 +33,7 @@ def default_config():
     config.DATA.BATCH_SIZE = 128
     # Folder that holds train/<class>/<image> and val/<class>/<image>, or what DATASET says.
     config.DATA.DATA_PATH = ""
-    # What reads and augments images: pil, or opencv, which is faster (about twice in classification): the
+    # What reads and augments the images of a classifier: pil, or opencv, which is about twice as fast: the
     # same random choices, pixels that differ by rounding. Random erasing draws other numbers.
     config.DATA.BACKEND = "pil"
     # What DATA_PATH holds: imagenet, which means any ImageFolder of that layout; tar (train.tar and val.tar,
@@ -469,7 +469,7 @@ def parse_config(text, source):
         if not key.startswith(("TRAIN.", "LOG.")) and key not in rules.GONE:
             rules.assign(config, key, value, source, sources)
     if config.DATA.DATASET == "coco":
-        config.COMPILE = False  # once allowed, and without effect
+        config.COMPILE, config.DATA.BACKEND = False, "pil"  # others were once allowed
     rules.check_config(config, sources)
     config.DEVICE, config.RUNTIME, config.LOCAL_RANK = "", "pytorch", 0
     config.freeze()

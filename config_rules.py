@@ -550,6 +550,7 @@ def check_config(config, sources):
         what = "False for detection, whose images have too many sizes to compile for"
         require("COMPILE", not config.COMPILE, what)
         require("RUNTIME", config.RUNTIME == "pytorch", "'pytorch' for detection")
+        require("DATA.BACKEND", data.BACKEND == "pil", "'pil' for detection")
     if config.RUNTIME != "pytorch" and not trains:
         require("COMPILE", not config.COMPILE, f"False with RUNTIME {config.RUNTIME}")
     named = model.TYPE == "timm"

@@ -107,15 +107,14 @@ class Recipe:
 class Transform:
     """Draws steps, and does them to an image and to its objects.
 
-    ``draw`` makes the steps for an image of (height, width), as :class:`Recipe` does. ``change_pixels`` makes
-    of an image as it was read, and of steps, a tensor (3, H, W), uint8.
+    ``draw`` makes the steps for an image of (height, width), as :class:`Recipe` does.
     """
 
-    def __init__(self, draw, change_pixels):
-        self.draw, self.change_pixels = draw, change_pixels
+    def __init__(self, draw):
+        self.draw = draw
 
     def __call__(self, image, target):
-        """An image (3, H, W), uint8, and its target with masks (M, H, W), uint8.
+        """A PIL image as (3, H, W), uint8, and its target with masks (M, H, W), uint8.
 
         The ``target`` has boxes (M, 4), labels (M,), and a list of masks as pycocotools' run lengths, or none
         of them. Objects are left out if less than a pixel of their box is left, or no pixel of their mask.
@@ -123,15 +122,10 @@ class Transform:
         steps = self.draw(image.size[::-1])
         if "boxes" in target:
             target = change_objects(target, image.size[::-1], steps)
-        return self.change_pixels(image, steps), target
-
-
-def change_pillow(image, steps):
-    """The steps done to an image of Pillow: (3, H, W), uint8."""
-    image = functional.pil_to_tensor(image)
-    for step in steps:
-        image = step.change(image)
-    return image
+        image = functional.pil_to_tensor(image)
+        for step in steps:
+            image = step.change(image)
+        return image, target
 
 
 def change_objects(target, size, steps):
@@ -182,11 +176,10 @@ def _within(places, first, length):
     return slice(found[0], found[-1] + 1) if len(found) else slice(0, 0)
 
 
-def build_detection_transform(config, is_train, change_pixels=change_pillow):
+def build_detection_transform(config, is_train):
     """The :class:`Transform` of training or evaluation, which only resizes."""
     det = config.DET
     if not is_train:
-        return Transform(Recipe([det.TEST_SIZE], det.MAX_SIZE).draw, change_pixels)
+        return Transform(Recipe([det.TEST_SIZE], det.MAX_SIZE).draw)
     crop = (det.CROP_MIN_SIZES, det.CROP_SIZES) if det.CROP_MIN_SIZES and det.CROP_SIZES else ()
-    recipe = Recipe(det.MIN_SIZES, det.MAX_SIZE, config.AUG.HFLIP, crop)
-    return Transform(recipe.draw, change_pixels)
+    return Transform(Recipe(det.MIN_SIZES, det.MAX_SIZE, config.AUG.HFLIP, crop).draw)
