@@ -5,9 +5,8 @@ python tools/export.py <checkpoint> --formats onnx --size 384
 
 Files take any number of images of one size. Next to the checkpoint, or in --output, are written
 
-  <name>.onnx              for ONNX Runtime and OpenVINO
-  <name>.torch_export.pt2  for torch.export.load
-  <name>.safetensors       the weights, with the config and the class names, for --pretrained and --resume
+  <name>.onnx         for ONNX Runtime and OpenVINO
+  <name>.safetensors  the weights, with the config and the class names, for --pretrained and --resume
 
 A file may be 1e-4 off PyTorch (of its largest output, where that is above 1). What differs more is deleted.
 docs/use.md says what the files expect.
@@ -24,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from config import CHOICES
 from tools import benchmarking
 
-FORMAT_NAMES = ["onnx", "torch_export", "safetensors"]
+FORMAT_NAMES = ["onnx", "safetensors"]
 BATCHES = 1, 2, 5  # numbers of images that files are compared on
 
 
@@ -87,7 +86,7 @@ def paths_of(args):
     """
     folder = args.output or os.path.dirname(args.checkpoint) or os.curdir
     name = args.name or Path(args.checkpoint).stem
-    paths = {kind: os.path.join(folder, name + FORMATS[kind].ending) for kind in args.formats}
+    paths = {kind: os.path.join(folder, f"{name}.{kind}") for kind in args.formats}
     there = [path for path in paths.values() if os.path.exists(path)]
     if os.path.realpath(args.checkpoint) in map(os.path.realpath, there):
         raise UserError(f"{args.checkpoint} is what is read: write elsewhere by --output or --name")

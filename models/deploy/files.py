@@ -42,7 +42,6 @@ class Exportable:
 class Format:
     """How a kind of file is written and run."""
 
-    ending: str  # of file names
     write: Callable  # takes an Exportable and a path
     runners: dict  # by name, what makes a function of images from a path and the Exportable
     optional: tuple = ()  # runners that are left out where their package is missing
@@ -97,7 +96,7 @@ def write_checked(exportable, kind, path, batches):
     folder, name = os.path.split(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
     kept = Kept(path)
-    # In the same folder, so that it can be renamed; by its name, because PyTorch reads the ending.
+    # In the same folder, so that it can be renamed; by its name, because readers look at the ending.
     with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as unchecked:
         file = os.path.join(unchecked, name)
         attempt("be written", kind.write, exportable, file)
@@ -176,31 +175,6 @@ def require_near(runner, found, expected, limit):
     return max(errors, default=0.0)
 
 
-def _export(exportable):
-    """The model as a program of torch.export, for any number of images."""
-    batch = {0: torch.export.Dim("batch")}
-    program = torch.export.export(exportable.model, (exportable.images(2),), dynamic_shapes=(batch,))
-    # Where windows are padded, there are empty lists of rows, from NumPy: torch.export.save fails on these.
-    for name, value in program.constants.items():
-        if isinstance(value, torch.Tensor) and value.numel() == 0:
-            program.constants[name] = torch.zeros_like(value)
-    return program
-
-
-def _write_program(exportable, path):
-    torch.export.save(_export(exportable), path, extra_files=dict(exportable.metadata))
-
-
-def _run_program(path, exportable):
-    module = torch.export.load(path).module()
-
-    def run(images):
-        with torch.no_grad():
-            return module(images)
-
-    return run
-
-
 def _write_onnx(exportable, path):
     program = torch.onnx.export(
         exportable.model,
@@ -273,14 +247,13 @@ RUNTIMES = dict(
         "OpenVINO", run_openvino, (torch.float32, torch.bfloat16), ("onnx", "onnxscript", "openvino")
     ),
 )
+# By the ending of their files.
 FORMATS = dict(
     onnx=Format(
-        ".onnx",
         _write_onnx,
         dict(onnxruntime=lambda path, _: run_onnxruntime(path), openvino=lambda path, _: run_openvino(path)),
         optional=("openvino",),
         packages=("onnx", "onnxscript", "onnxruntime"),
     ),
-    torch_export=Format(".torch_export.pt2", _write_program, {"torch.export": _run_program}),
-    safetensors=Format(".safetensors", _write_weights, {"this code": _run_weights}),
+    safetensors=Format(_write_weights, {"this code": _run_weights}),
 )

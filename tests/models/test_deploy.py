@@ -73,18 +73,6 @@ def run_onnx(path):
     )
 
 
-def run_program(path):
-    """What torch.export loads, and the metadata that it finds."""
-    found = dict(config="", input="", classes="")
-    program = torch.export.load(path, extra_files=found).module()
-
-    def run(x):
-        with torch.no_grad():
-            return program(x)
-
-    return run, found
-
-
 def assert_computes(run, model, size, tolerance=1e-4):
     for count in (1, 3):
         x = images(count, *size)
@@ -94,27 +82,23 @@ def assert_computes(run, model, size, tolerance=1e-4):
 
 def test_files_compute_what_the_checkpoint_computes_and_say_what_they_take(tmp_path, export):
     model = save(tmp_path / "x.pth", *SIZES)
-    formats = ["onnx", "torch_export", "safetensors"]
+    formats = ["onnx", "safetensors"]
     code, out, err = export(tmp_path / "x.pth", "--formats", *formats)
     assert code == 0, err
     found = [row for row in map(str.split, out.splitlines()) if row[0] in formats]
-    runners = [("onnx", "onnxruntime"), ("onnx", "openvino"), ("torch_export", "torch.export")]
-    assert [(row[0], row[1]) for row in found] == [*runners, ("safetensors", "this")]
+    runners = [("onnx", "onnxruntime"), ("onnx", "openvino"), ("safetensors", "this")]
+    assert [(row[0], row[1]) for row in found] == runners
     assert all(float(row[-2]) > 0 and float(row[-1]) < 1e-4 for row in found)
+    run, metadata = run_onnx(tmp_path / "x.onnx")
+    assert_computes(run, model, (40, 48))
     with safe_open(tmp_path / "x.safetensors", "pt") as file:
-        described = [file.metadata()]
-    for ending, load in ((".onnx", run_onnx), (".torch_export.pt2", run_program)):
-        run, metadata = load(tmp_path / f"x{ending}")
-        assert_computes(run, model, (40, 48))
-        described.append(metadata)
+        described = [metadata, file.metadata()]
     for metadata in described:
         assert json.loads(metadata["classes"]) == CLASSES
         takes = json.loads(metadata["input"])
         assert takes["size"] == [40, 48] and takes["mean"][0] == 0.485
         assert "NAME: digits" in metadata["config"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        ["x.pth", "x.onnx", "x.torch_export.pt2", "x.safetensors"]
-    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.onnx", "x.pth", "x.safetensors"]
 
 
 def exportable(model, *size):
@@ -128,7 +112,7 @@ def written(kept):
     def write(_, path):
         open(path, "w").close()
 
-    return Format("", write, runners, ("no_such_package",))
+    return Format(write, runners, ("no_such_package",))
 
 
 def moved(layer, by):
@@ -197,8 +181,8 @@ def test_missing_packages_are_one_message_with_the_command(monkeypatch):
     with pytest.raises(
         UserError, match="^onnx, openvino: missing packages: pip install onnxruntime openvino$"
     ):
-        require_packages(["torch_export", "onnx", "openvino"])
-    require_packages(["torch_export", "safetensors"])
+        require_packages(["safetensors", "onnx", "openvino"])
+    require_packages(["safetensors"])
 
 
 def test_weights_come_back_from_a_safetensors_file(tmp_path, export):
