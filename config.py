@@ -19,8 +19,6 @@ from yacs.config import CfgNode
 import config_rules as rules
 from config_rules import APART, CHOICES, OPTIMIZERS, ConfigError  # noqa: F401, they are imported from here
 
-MOST_BYTES = 100_000  # of the config in a checkpoint, which may be a stranger's
-
 
 def default_config():
     """The options and their defaults, as a fresh CfgNode."""
@@ -459,8 +457,6 @@ def parse_config(text, source):
     Raises:
         ConfigError: as for :func:`get_config`.
     """
-    if len(text) > MOST_BYTES:
-        raise ConfigError(f"{source} has {len(text):,} characters, and may have {MOST_BYTES:,}")
     config, sources = default_config(), {}
     tree = rules.read_tree(text, source, values_as_text=True)
     tree.pop("BASE", None)
@@ -519,8 +515,6 @@ def flat_text(text, source):
     Raises:
         ConfigError: it is not YAML of that kind.
     """
-    if len(text) > MOST_BYTES:
-        raise ConfigError(f"{source} has {len(text):,} characters, and may have {MOST_BYTES:,}")
     found = text if isinstance(text, dict) else dict(rules.leaves(rules.read_tree(text, source)))
     defaults = default_config()
     defaults.DATA.DATASET = found.get("DATA.DATASET", "imagenet")

@@ -262,23 +262,6 @@ def keep_freed_memory():
         mallopt(MMAP_THRESHOLD, 2**30) or mallopt(MMAP_THRESHOLD, 2**25)  # older ones take no more
 
 
-@contextlib.contextmanager
-def memory_limit(extra):
-    """Let this process take no more than ``extra`` bytes beyond those it has; on Linux only."""
-    if resource is None or not os.path.exists("/proc/self/statm"):
-        yield
-        return
-    with open("/proc/self/statm", encoding="ascii") as file:
-        limit = int(file.read().split()[0]) * resource.getpagesize() + extra
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    if soft == resource.RLIM_INFINITY or limit < soft:
-        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-
 def peak_memory_mb(device):
     """Peak memory so far, in MiB: allocated by CUDA, or else resident in this process; nan on Windows."""
     if device.type == "cuda":
