@@ -480,26 +480,33 @@ def draw_curves(epochs, path):
     Rows have epoch (from 0), train_loss, val_loss, acc1, acc5 (percent), lr; of an averaged model also
     ema_acc1.
     """
-    x = [row["epoch"] for row in epochs]
     figure = Figure(figsize=(10, 3.3), layout="constrained")
     FigureCanvasAgg(figure)
     loss, accuracy, rate = figure.subplots(1, 3)
-    marker = "o" if len(x) < 40 else ""
-    loss.plot(x, [row["train_loss"] for row in epochs], marker=marker, ms=3, label="training (augmented)")
-    loss.plot(x, [row["val_loss"] for row in epochs], marker=marker, ms=3, label="validation")
+    plot_rows(loss, epochs, train_loss="training (augmented)", val_loss="validation")
     loss.set(title="Cross entropy", ylim=(0, None))
-    ema = [row.get("ema_acc1", math.nan) for row in epochs]
-    scores = [max(row["acc1"], row.get("ema_acc1", 0)) for row in epochs]
-    best, best_epoch = max(scores), epochs[scores.index(max(scores))]["epoch"]
-    accuracy.plot(x, [row["acc1"] for row in epochs], marker=marker, ms=3, label="top-1")
-    accuracy.plot(x, [row["acc5"] for row in epochs], marker=marker, ms=3, label="top-5")
-    if not all(map(math.isnan, ema)):
-        accuracy.plot(x, ema, marker=marker, ms=3, label="top-1 of the average (EMA)")
-    accuracy.plot(best_epoch, best, "*", ms=11, color="black", label=f"best top-1, epoch {best_epoch}")
+    plot_rows(accuracy, epochs, acc1="top-1", acc5="top-5", ema_acc1="top-1 of the average (EMA)")
+    best, best_epoch = plot_best(accuracy, epochs, "acc1", "top-1")
     accuracy.set(title=f"Validation: best top-1 {best:.2f}% (epoch {best_epoch})", ylabel="%")
     for axes in (loss, accuracy):
         axes.legend(fontsize=8.5)
     finish_curves(figure, rate, epochs, best_epoch, path)
+
+
+def plot_rows(axes, epochs, **labels):
+    """Plot figures of epochs by name, each with its label, except those that no epoch has."""
+    x, marker = [row["epoch"] for row in epochs], "o" if len(epochs) < 40 else ""
+    for name, label in labels.items():
+        if any(name in row for row in epochs):
+            axes.plot(x, [row.get(name, math.nan) for row in epochs], marker=marker, ms=3, label=label)
+
+
+def plot_best(axes, epochs, name, words):
+    """Mark the best figure of a name, of the weights or of their average; returns it and its epoch."""
+    scores = [max(row[name], row.get(f"ema_{name}", 0)) for row in epochs]
+    best, epoch = max(scores), epochs[scores.index(max(scores))]["epoch"]
+    axes.plot(epoch, best, "*", ms=11, color="black", label=f"best {words}, epoch {epoch}")
+    return best, epoch
 
 
 def finish_curves(figure, rate, epochs, best_epoch, path):
