@@ -23,7 +23,7 @@ from analysis.report import draw_curves
 from config import APART, ConfigError, dump_config, flat_text
 from distributed import (
     from_rank_0,
-    gather_floats,
+    gather_lists,
     parallelize,
     rank_and_world_size,
     sum_over_processes,
@@ -150,8 +150,8 @@ class Progress:
         return dict(zip(names, (total / self.updates / rank_and_world_size()[1]).tolist()))
 
     def state_dict(self):
-        """Plain numbers, the same on every process; all processes must call it."""
-        sums = {name: gather_floats(self.sums[name]) for name in sorted(self.sums)}
+        """Plain numbers, on rank 0 the sums of all processes; all of them must call it."""
+        sums = {name: gather_lists([self.sums[name].item()]) for name in sorted(self.sums)}
         counts = dict(epoch=self.epoch, images=self.images, updates=self.updates)
         state = dict(counts, loss=sums.pop("loss"), norm=sums.pop("norm"))
         return dict(state, parts={name.removeprefix("loss_"): values for name, values in sums.items()})
