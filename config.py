@@ -249,8 +249,6 @@ def default_config():
     config.DET.TEST_SIZE = 800
     # Windows on a side of a shuffle region in each stage; maps are padded to whole regions.
     config.DET.SHUF_SIZE = [4, 4, 8, 4]
-    # Stages of the backbone that do not train, from the first; the patch embedding belongs to the first.
-    config.DET.FROZEN_STAGES = 0
     # Channels of the feature pyramid, the proposal network and the convolutions of the heads.
     config.DET.CHANNELS = 256
     # Side of an anchor in multiples of the stride, and height over width.
