@@ -141,7 +141,7 @@ def main_command(*arguments, processes=1, torchrun=(), device="cpu", program="ma
     return [*command, program, *map(str, arguments), "--device", device]
 
 
-def run_main(*arguments, processes=1, check=True, timeout=600, program="main.py"):
+def run_main(*arguments, processes=1, check=True, timeout=1800, program="main.py"):
     """Run main.py as a user would; returns the finished process, with stdout and stderr as text."""
     done = run_forked(program, *arguments, "--device", "cpu", processes=processes, timeout=timeout)
     if check:
