@@ -1,7 +1,6 @@
 """What training and evaluation leave for people, and how predictions are drawn."""
 
 import contextlib
-import csv
 import functools
 import json
 import logging
@@ -27,7 +26,7 @@ from logger import DETAIL
 from utils import UserError, replacing
 
 BAR, INK, PAPER = "#9dc3ea", "#22262b", "#ffffff"
-FILES = ("eval.json", "eval_classes.csv", "eval_confusions.png", "eval_mistakes.png")
+FILES = ("eval.json", "eval_confusions.png", "eval_mistakes.png")
 BINS = 15  # of the expected calibration error
 MOST_DRAWN, MOST_LISTED, MOST_MISTAKES = 30, 20, 24  # classes, confusions, images
 
@@ -214,16 +213,9 @@ def write_report(folder, outcomes, names, paths, about):
         _keep_earlier(folder, content)
         with replacing(target) as temporary, open(temporary, "w", encoding="utf-8") as file:
             json.dump(content, file, indent=1)
-        with (
-            replacing(os.path.join(folder, FILES[1])) as temporary,
-            open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file,
-        ):
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-        draw_confusions(outcomes, names, os.path.join(folder, FILES[2]))
+        draw_confusions(outcomes, names, os.path.join(folder, FILES[1]))
         sheet = mistakes_sheet(outcomes, names)
-        with replacing(os.path.join(folder, FILES[3])) as temporary:
+        with replacing(os.path.join(folder, FILES[2])) as temporary:
             sheet.save(temporary, format="PNG")
     except OSError as problem:
         logger.error(f"cannot write the report of the evaluation to {folder}: {problem.strerror or problem}")
@@ -363,26 +355,6 @@ def mistakes_sheet(outcomes, names):
         )
         tiles.append((Image.fromarray(pixels), below))
     return contact_sheet(tiles, title if wrong else "no mistakes", 4)
-
-
-def batch_sheet(images, targets, names, most=48):
-    """The first images of a training batch as a PIL image, each above its classes.
-
-    Args:
-        images: (B, C, H, W) as the model sees them.
-        targets: (B,) classes, or (B, classes) their shares, as mixup makes them; the two largest are shown.
-        names: of the classes.
-    """
-    tiles = []
-    for image, target in zip(images[:most], targets[:most].cpu()):
-        if target.dim():
-            shares, classes = target.topk(min(2, len(target)))
-            pairs = zip(shares.tolist(), classes.tolist())
-            lines = [f"{share:.2f} {names[number]}" for share, number in pairs if share >= 0.05]
-        else:
-            lines = [names[target]]
-        tiles.append((Image.fromarray(shown(image)), lines))
-    return contact_sheet(tiles, f"{len(tiles)} of the {len(images)} images of the first batch", 8)
 
 
 def contact_sheet(tiles, title, columns, side=208):

@@ -8,20 +8,11 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw
+from PIL import ImageDraw
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_segmentation_masks
 
-from analysis.report import (
-    contact_sheet,
-    enlarged,
-    finish_curves,
-    fitting,
-    font,
-    plot_best,
-    plot_rows,
-    shown,
-)
+from analysis.report import contact_sheet, enlarged, finish_curves, fitting, font, plot_best, plot_rows
 from data.datasets import load_image
 from utils import replacing
 
@@ -84,21 +75,6 @@ def annotate(image, detection, names):
         draw.rectangle((x, y, x + width, y + height), fill=colours[i])
         draw.text((x + line, y + size // 10), text, fill="white", font=letters)
     return picture
-
-
-def detection_batch_sheet(images, sizes, targets, names, most=12):
-    """The first images of a training batch with their objects, as one PIL image.
-
-    Images (B, 3, H, W) are normalised, ``sizes`` are their (H, W) within the padding, and ``targets`` are
-    dicts as for :func:`annotate`.
-    """
-    tiles = []
-    for image, (height, width), target in zip(images[:most], sizes, targets):
-        picture = Image.fromarray(shown(image[:, :height, :width]))
-        objects = {name: target[name].cpu() for name in ("boxes", "labels", "masks")}
-        objects["masks"] = objects["masks"][:, :height, :width]
-        tiles.append((annotate(picture, objects, names), ()))
-    return contact_sheet(tiles, f"{len(tiles)} of the {len(images)} images of the first batch", 4, 400)
 
 
 def group_of_loss(name):
