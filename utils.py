@@ -24,8 +24,6 @@ try:
     import fcntl
     import resource
 except ImportError:  # on Windows
-    import msvcrt
-
     fcntl = resource = None
 
 ROOT = Path(__file__).resolve().parent
@@ -203,14 +201,11 @@ def lock_file(file):
     Raises:
         OSError: there are no locks here.
     """
+    if not fcntl:
+        raise OSError(errno.ENOSYS, "this system has none that we know")
     try:
-        if fcntl:
-            # Not flock: forked workers would share it, and keep it for a while after the run was killed.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
-            # Nobody else could read what is locked on Windows: so it is a byte beyond the content.
-            os.lseek(file.fileno(), 2**30, os.SEEK_SET)
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        # Not flock: forked workers would share it, and keep it for a while after the run was killed.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return False
     return True
