@@ -109,7 +109,8 @@ def build_run(config, model, sampler, setup, task):
     record.tracker = build_tracker(config, rank)
     run = Run(settings, updater, scheduler, sampler, record, setup.guard)
     run.restore(setup.take_start())
-    run.write_config()
+    if rank == 0:
+        write_config(config.OUTPUT, "config.yaml", settings.config)
     run.warn_of_a_small_disk()
     run.warn_of_a_short_run(train)
     if sampler.world_size > 1:
@@ -372,11 +373,6 @@ class Run:
         if problem:
             logger.error(f"{problem}; training goes on, earlier checkpoints are untouched")
         return [os.path.basename(path) for path in files]
-
-    def write_config(self):
-        """Write ``config.yaml`` on rank 0."""
-        if self.sampler.rank == 0:
-            write_config(self.settings.folder, "config.yaml", self.settings.config)
 
     def warn_of_a_small_disk(self):
         """Warn where the checkpoints of the epochs that are left will not find room on the disk."""
