@@ -80,7 +80,8 @@ def _file_of(name):
 @contextlib.contextmanager
 def telling_errors():
     """Context that ends the program with one message and exit code 1 where a UserError is raised in it."""
-    print_any_name()
+    with contextlib.suppress(AttributeError):  # the output of a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")  # for names of files that are no UTF-8
     try:
         yield
     except UserError as error:
@@ -96,12 +97,6 @@ def telling_errors():
 def printable(text):
     """Text that every file and console takes: what is no UTF-8, in a file name, becomes escapes."""
     return text.encode("utf-8", "backslashreplace").decode()
-
-
-def print_any_name():
-    """Let the names of files that are no UTF-8 be printed, with escapes, rather than end the program."""
-    with contextlib.suppress(AttributeError):  # a notebook's output takes them
-        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def advice_on_look_alikes(names):

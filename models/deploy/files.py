@@ -165,14 +165,13 @@ def largest_error(runner, found, expected, limit):
 
 
 def require_near(runner, found, expected, limit):
-    """The same for the root mean square error as a share of the spread of the logits."""
-    errors = []
-    for x, y in _pairs(runner, found, expected):
-        errors.append(((x - y).square().mean().sqrt() / y.std(correction=0).clamp(min=1e-12)).item())
-        if errors[-1] > limit:
-            share = f"{errors[-1]:.1%} of the spread of the logits"
-            raise UserError(f"{runner} differs from PyTorch by {share}, more than {limit:.0%}")
-    return max(errors, default=0.0)
+    """The same for one batch, and the root mean square error as a share of the spread of its logits."""
+    ((x, y),) = _pairs(runner, found, expected)
+    error = ((x - y).square().mean().sqrt() / y.std(correction=0).clamp(min=1e-12)).item()
+    if error > limit:
+        share = f"{error:.1%} of the spread of the logits"
+        raise UserError(f"{runner} differs from PyTorch by {share}, more than {limit:.0%}")
+    return error
 
 
 def _write_onnx(exportable, path):
@@ -231,14 +230,6 @@ def run_openvino(path, dtype=torch.float32):
     return lambda images: torch.from_numpy(model(images.numpy())[0].copy())
 
 
-def _write_weights(exportable, path):
-    ckpt.save_weights(path, exportable.weights, exportable.metadata)
-
-
-def _run_weights(path, exportable):
-    return exportable.rebuild(path)
-
-
 RUNTIMES = dict(
     onnxruntime=Runtime(
         "ONNX Runtime", run_onnxruntime, (torch.float32,), ("onnx", "onnxscript", "onnxruntime")
@@ -255,5 +246,8 @@ FORMATS = dict(
         optional=("openvino",),
         packages=("onnx", "onnxscript", "onnxruntime"),
     ),
-    safetensors=Format(_write_weights, {"this code": _run_weights}),
+    safetensors=Format(
+        lambda exportable, path: ckpt.save_weights(path, exportable.weights, exportable.metadata),
+        {"this code": lambda path, exportable: exportable.rebuild(path)},
+    ),
 )
