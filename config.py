@@ -19,8 +19,6 @@ from yacs.config import CfgNode
 import config_rules as rules
 from config_rules import APART, CHOICES, OPTIMIZERS, ConfigError  # noqa: F401, they are imported from here
 
-MOST_BYTES = 100_000  # of the config in a checkpoint, which may be a stranger's
-
 
 def default_config():
     """The options and their defaults, as a fresh CfgNode."""
@@ -33,17 +31,16 @@ def default_config():
     config.DATA.BATCH_SIZE = 128
     # Folder that holds train/<class>/<image> and val/<class>/<image>, or what DATASET says.
     config.DATA.DATA_PATH = ""
-    # What reads and augments images: pil, or opencv, which is faster (about twice in classification): the
+    # What reads and augments the images of a classifier: pil, or opencv, which is about twice as fast: the
     # same random choices, pixels that differ by rounding. Random erasing draws other numbers.
     config.DATA.BACKEND = "pil"
     # What DATA_PATH holds: imagenet, which means any ImageFolder of that layout; tar (train.tar and val.tar,
-    # or folders of tars); wds (WebDataset shards); hfds (what Hugging Face's save_to_disk writes);
-    # torch/cifar10, cifar100, mnist, kmnist, fashion_mnist or qmnist (torchvision's files); coco for
-    # detect.py. docs/data.md has the details.
+    # or folders of tars); wds (WebDataset shards); torch/cifar10, cifar100, mnist, kmnist, fashion_mnist or
+    # qmnist (torchvision's files); coco for detect.py. docs/data.md has the details.
     config.DATA.DATASET = "imagenet"
     # Side of the square images that the model sees, in pixels, or [height, width].
     config.DATA.IMG_SIZE = 224
-    # Resampling when images are resized: bicubic, bilinear, lanczos, nearest, or random (training only).
+    # Resampling when images are resized: bicubic, bilinear, or random (training only).
     config.DATA.INTERPOLATION = "bicubic"
     # Page-locked host memory for faster copies to the GPU; without effect on the CPU.
     config.DATA.PIN_MEMORY = True
@@ -252,8 +249,6 @@ def default_config():
     config.DET.TEST_SIZE = 800
     # Windows on a side of a shuffle region in each stage; maps are padded to whole regions.
     config.DET.SHUF_SIZE = [4, 4, 8, 4]
-    # Stages of the backbone that do not train, from the first; the patch embedding belongs to the first.
-    config.DET.FROZEN_STAGES = 0
     # Channels of the feature pyramid, the proposal network and the convolutions of the heads.
     config.DET.CHANNELS = 256
     # Side of an anchor in multiples of the stride, and height over width.
@@ -460,8 +455,6 @@ def parse_config(text, source):
     Raises:
         ConfigError: as for :func:`get_config`.
     """
-    if len(text) > MOST_BYTES:
-        raise ConfigError(f"{source} has {len(text):,} characters, and may have {MOST_BYTES:,}")
     config, sources = default_config(), {}
     tree = rules.read_tree(text, source, values_as_text=True)
     tree.pop("BASE", None)
@@ -470,7 +463,7 @@ def parse_config(text, source):
         if not key.startswith(("TRAIN.", "LOG.")) and key not in rules.GONE:
             rules.assign(config, key, value, source, sources)
     if config.DATA.DATASET == "coco":
-        config.COMPILE = False  # once allowed, and without effect
+        config.COMPILE, config.DATA.BACKEND = False, "pil"  # others were once allowed
     rules.check_config(config, sources)
     config.DEVICE, config.RUNTIME, config.LOCAL_RANK = "", "pytorch", 0
     config.freeze()
@@ -520,8 +513,6 @@ def flat_text(text, source):
     Raises:
         ConfigError: it is not YAML of that kind.
     """
-    if len(text) > MOST_BYTES:
-        raise ConfigError(f"{source} has {len(text):,} characters, and may have {MOST_BYTES:,}")
     found = text if isinstance(text, dict) else dict(rules.leaves(rules.read_tree(text, source)))
     defaults = default_config()
     defaults.DATA.DATASET = found.get("DATA.DATASET", "imagenet")

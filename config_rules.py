@@ -30,6 +30,7 @@ GONE = {
     "AUG.REPEATED": 1,
     "DATA.MAX_SCANS": 100,
     "DATA.PROGRESSIVE": [],
+    "DET.FROZEN_STAGES": 0,
     "TRAIN.LR_SCHEDULER.COOLDOWN_EPOCHS": 0,
     "TRAIN.LR_SCHEDULER.CYCLES": 1,
     "TRAIN.LR_SCHEDULER.CYCLE_DECAY": 0.1,
@@ -118,11 +119,9 @@ RULES = {
     "DATA.BATCH_SIZE": _between(1, 10**6),
     "DATA.DATA_PATH": _PATH,
     "DATA.BACKEND": _one_of("pil", "opencv"),
-    "DATA.DATASET": _one_of(
-        "imagenet", "tar", "wds", "hfds", *(f"torch/{name}" for name in TORCHVISION), "coco"
-    ),
+    "DATA.DATASET": _one_of("imagenet", "tar", "wds", *(f"torch/{name}" for name in TORCHVISION), "coco"),
     "DATA.IMG_SIZE": _side_or_sides(1, 10**5),
-    "DATA.INTERPOLATION": _one_of("bicubic", "bilinear", "lanczos", "nearest", "random"),
+    "DATA.INTERPOLATION": _one_of("bicubic", "bilinear", "random"),
     "DATA.PIN_MEMORY": _BOOL,
     "DATA.ON_ERROR": _one_of("raise", "skip"),
     "DATA.MAX_PIXELS": _at_least(1),
@@ -233,7 +232,6 @@ RULES = {
     ),
     "DET.TEST_SIZE": _between(16, 10**5),
     "DET.SHUF_SIZE": _STAGES,
-    "DET.FROZEN_STAGES": _at_least(0),
     "DET.CHANNELS": _between(1, 2000),
     "DET.ANCHOR_SCALE": _between(1, 10**4),
     "DET.ANCHOR_RATIOS": _numbers(0.001, 1000, some=True),
@@ -552,6 +550,7 @@ def check_config(config, sources):
         what = "False for detection, whose images have too many sizes to compile for"
         require("COMPILE", not config.COMPILE, what)
         require("RUNTIME", config.RUNTIME == "pytorch", "'pytorch' for detection")
+        require("DATA.BACKEND", data.BACKEND == "pil", "'pil' for detection")
     if config.RUNTIME != "pytorch" and not trains:
         require("COMPILE", not config.COMPILE, f"False with RUNTIME {config.RUNTIME}")
     named = model.TYPE == "timm"

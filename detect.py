@@ -5,6 +5,7 @@ torchrun --nproc_per_node 8 detect.py --cfg <config> --data-path <coco> --pretra
 torchrun --nproc_per_node 8 detect.py --cfg <config> --data-path <coco> --eval --resume <checkpoint>
 """
 
+import json
 import logging
 import math
 import os
@@ -22,13 +23,13 @@ from data.loaders import turns
 from detection import evaluation
 from detection.detector import build_detector, count_detector_macs, load_pretrained, to_original_size
 from detection.loaders import build_detection_loaders
-from detection.pictures import detection_batch_sheet, draw_detection_curves, draw_detections
+from detection.pictures import draw_detection_curves, draw_detections
 from logger import DETAIL, ProgressBar, clock, log_progress
 from models import inference
 from training.engine import train_one_epoch
 from training.run import Task, build_run
 from training.setup import set_up
-from utils import peak_memory_mb
+from utils import peak_memory_mb, replacing
 
 TASK = Task(
     base_images=16,
@@ -96,7 +97,6 @@ def build_losses(run):
 
     def losses_of(images, targets, part):
         images, sizes = images
-        run.record.first_batch(lambda: detection_batch_sheet(images, sizes, targets, run.model.classes))
         with updater.compute.autocast():
             return updater.model(images, sizes, targets)
 
@@ -154,7 +154,8 @@ def evaluate(model, loader, dataset, compute, config):
         logger.info(f"{len(seen)} images, {len(results)} detections\n{evaluation.table(rows)}", extra=DETAIL)
         try:
             path = os.path.join(config.OUTPUT, "detections.json")
-            evaluation.write_results(path, results)
+            with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+                json.dump(results, file)
             names = [category["name"] for category in annotations.categories]
             if drawn:
                 path_of_picture = os.path.join(config.OUTPUT, "detections.png")

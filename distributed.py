@@ -217,15 +217,6 @@ def largest_over_processes(*numbers):
     return largest.tolist()
 
 
-def gather_floats(tensor):
-    """The value of a scalar tensor on every process, by rank; all of them must call it."""
-    if not dist.is_initialized():
-        return [tensor.item()]
-    values = [torch.zeros(()) for _ in range(dist.get_world_size())]
-    dist.all_gather(values, tensor.detach().float().cpu())
-    return [value.item() for value in values]
-
-
 def gather_lists(items):
     """The lists of all processes joined, on rank 0; None elsewhere. All of them must call it."""
     if not dist.is_initialized():

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import distributed
-from analysis.report import OutcomeCollector, batch_sheet, write_report
+from analysis.report import OutcomeCollector, write_report
 from data import build_loaders
 from data.transforms import build_augmentation
 from logger import DETAIL, ProgressBar, clock, log_progress
@@ -115,7 +115,6 @@ def build_losses(config, run):
 
     def losses_of(images, targets, part):
         images, targets = augment(images, targets, run.progress.epoch, run.progress.images, part)
-        run.record.first_batch(lambda: batch_sheet(images, targets, run.model.classes))
         with compute.autocast():
             logits = updater.model(images)
         loss = criterion(logits.float(), targets)

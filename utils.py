@@ -24,8 +24,6 @@ try:
     import fcntl
     import resource
 except ImportError:  # on Windows
-    import msvcrt
-
     fcntl = resource = None
 
 ROOT = Path(__file__).resolve().parent
@@ -82,7 +80,8 @@ def _file_of(name):
 @contextlib.contextmanager
 def telling_errors():
     """Context that ends the program with one message and exit code 1 where a UserError is raised in it."""
-    print_any_name()
+    with contextlib.suppress(AttributeError):  # the output of a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")  # for names of files that are no UTF-8
     try:
         yield
     except UserError as error:
@@ -98,12 +97,6 @@ def telling_errors():
 def printable(text):
     """Text that every file and console takes: what is no UTF-8, in a file name, becomes escapes."""
     return text.encode("utf-8", "backslashreplace").decode()
-
-
-def print_any_name():
-    """Let the names of files that are no UTF-8 be printed, with escapes, rather than end the program."""
-    with contextlib.suppress(AttributeError):  # a notebook's output takes them
-        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def advice_on_look_alikes(names):
@@ -203,14 +196,11 @@ def lock_file(file):
     Raises:
         OSError: there are no locks here.
     """
+    if not fcntl:
+        raise OSError(errno.ENOSYS, "this system has none that we know")
     try:
-        if fcntl:
-            # Not flock: forked workers would share it, and keep it for a while after the run was killed.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
-            # Nobody else could read what is locked on Windows: so it is a byte beyond the content.
-            os.lseek(file.fileno(), 2**30, os.SEEK_SET)
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        # Not flock: forked workers would share it, and keep it for a while after the run was killed.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return False
     return True
@@ -260,23 +250,6 @@ def keep_freed_memory():
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(TRIM_THRESHOLD, 2**31 - 1)
         mallopt(MMAP_THRESHOLD, 2**30) or mallopt(MMAP_THRESHOLD, 2**25)  # older ones take no more
-
-
-@contextlib.contextmanager
-def memory_limit(extra):
-    """Let this process take no more than ``extra`` bytes beyond those it has; on Linux only."""
-    if resource is None or not os.path.exists("/proc/self/statm"):
-        yield
-        return
-    with open("/proc/self/statm", encoding="ascii") as file:
-        limit = int(file.read().split()[0]) * resource.getpagesize() + extra
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    if soft == resource.RLIM_INFINITY or limit < soft:
-        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def peak_memory_mb(device):

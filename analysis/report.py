@@ -1,7 +1,6 @@
 """What training and evaluation leave for people, and how predictions are drawn."""
 
 import contextlib
-import csv
 import functools
 import json
 import logging
@@ -27,7 +26,7 @@ from logger import DETAIL
 from utils import UserError, replacing
 
 BAR, INK, PAPER = "#9dc3ea", "#22262b", "#ffffff"
-FILES = ("eval.json", "eval_classes.csv", "eval_confusions.png", "eval_mistakes.png")
+FILES = ("eval.json", "eval_confusions.png", "eval_mistakes.png")
 BINS = 15  # of the expected calibration error
 MOST_DRAWN, MOST_LISTED, MOST_MISTAKES = 30, 20, 24  # classes, confusions, images
 
@@ -214,16 +213,9 @@ def write_report(folder, outcomes, names, paths, about):
         _keep_earlier(folder, content)
         with replacing(target) as temporary, open(temporary, "w", encoding="utf-8") as file:
             json.dump(content, file, indent=1)
-        with (
-            replacing(os.path.join(folder, FILES[1])) as temporary,
-            open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file,
-        ):
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-        draw_confusions(outcomes, names, os.path.join(folder, FILES[2]))
+        draw_confusions(outcomes, names, os.path.join(folder, FILES[1]))
         sheet = mistakes_sheet(outcomes, names)
-        with replacing(os.path.join(folder, FILES[3])) as temporary:
+        with replacing(os.path.join(folder, FILES[2])) as temporary:
             sheet.save(temporary, format="PNG")
     except OSError as problem:
         logger.error(f"cannot write the report of the evaluation to {folder}: {problem.strerror or problem}")
@@ -365,26 +357,6 @@ def mistakes_sheet(outcomes, names):
     return contact_sheet(tiles, title if wrong else "no mistakes", 4)
 
 
-def batch_sheet(images, targets, names, most=48):
-    """The first images of a training batch as a PIL image, each above its classes.
-
-    Args:
-        images: (B, C, H, W) as the model sees them.
-        targets: (B,) classes, or (B, classes) their shares, as mixup makes them; the two largest are shown.
-        names: of the classes.
-    """
-    tiles = []
-    for image, target in zip(images[:most], targets[:most].cpu()):
-        if target.dim():
-            shares, classes = target.topk(min(2, len(target)))
-            pairs = zip(shares.tolist(), classes.tolist())
-            lines = [f"{share:.2f} {names[number]}" for share, number in pairs if share >= 0.05]
-        else:
-            lines = [names[target]]
-        tiles.append((Image.fromarray(shown(image)), lines))
-    return contact_sheet(tiles, f"{len(tiles)} of the {len(images)} images of the first batch", 8)
-
-
 def contact_sheet(tiles, title, columns, side=208):
     """PIL images in rows below a title, as one.
 
@@ -480,26 +452,33 @@ def draw_curves(epochs, path):
     Rows have epoch (from 0), train_loss, val_loss, acc1, acc5 (percent), lr; of an averaged model also
     ema_acc1.
     """
-    x = [row["epoch"] for row in epochs]
     figure = Figure(figsize=(10, 3.3), layout="constrained")
     FigureCanvasAgg(figure)
     loss, accuracy, rate = figure.subplots(1, 3)
-    marker = "o" if len(x) < 40 else ""
-    loss.plot(x, [row["train_loss"] for row in epochs], marker=marker, ms=3, label="training (augmented)")
-    loss.plot(x, [row["val_loss"] for row in epochs], marker=marker, ms=3, label="validation")
+    plot_rows(loss, epochs, train_loss="training (augmented)", val_loss="validation")
     loss.set(title="Cross entropy", ylim=(0, None))
-    ema = [row.get("ema_acc1", math.nan) for row in epochs]
-    scores = [max(row["acc1"], row.get("ema_acc1", 0)) for row in epochs]
-    best, best_epoch = max(scores), epochs[scores.index(max(scores))]["epoch"]
-    accuracy.plot(x, [row["acc1"] for row in epochs], marker=marker, ms=3, label="top-1")
-    accuracy.plot(x, [row["acc5"] for row in epochs], marker=marker, ms=3, label="top-5")
-    if not all(map(math.isnan, ema)):
-        accuracy.plot(x, ema, marker=marker, ms=3, label="top-1 of the average (EMA)")
-    accuracy.plot(best_epoch, best, "*", ms=11, color="black", label=f"best top-1, epoch {best_epoch}")
+    plot_rows(accuracy, epochs, acc1="top-1", acc5="top-5", ema_acc1="top-1 of the average (EMA)")
+    best, best_epoch = plot_best(accuracy, epochs, "acc1", "top-1")
     accuracy.set(title=f"Validation: best top-1 {best:.2f}% (epoch {best_epoch})", ylabel="%")
     for axes in (loss, accuracy):
         axes.legend(fontsize=8.5)
     finish_curves(figure, rate, epochs, best_epoch, path)
+
+
+def plot_rows(axes, epochs, **labels):
+    """Plot figures of epochs by name, each with its label, except those that no epoch has."""
+    x, marker = [row["epoch"] for row in epochs], "o" if len(epochs) < 40 else ""
+    for name, label in labels.items():
+        if any(name in row for row in epochs):
+            axes.plot(x, [row.get(name, math.nan) for row in epochs], marker=marker, ms=3, label=label)
+
+
+def plot_best(axes, epochs, name, words):
+    """Mark the best figure of a name, of the weights or of their average; returns it and its epoch."""
+    scores = [max(row[name], row.get(f"ema_{name}", 0)) for row in epochs]
+    best, epoch = max(scores), epochs[scores.index(max(scores))]["epoch"]
+    axes.plot(epoch, best, "*", ms=11, color="black", label=f"best {words}, epoch {epoch}")
+    return best, epoch
 
 
 def finish_curves(figure, rate, epochs, best_epoch, path):

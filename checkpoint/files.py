@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from utils import memory_limit, replacing, sync_folder
+from utils import replacing, sync_folder
 
 from .contents import CheckpointError, better_of, run_of, weights_and_classes
 
@@ -166,16 +166,11 @@ def fetch_checkpoint(url):
 def read_checkpoint(path):
     """Read a checkpoint of this project, of the official release or of timm onto the CPU.
 
-    On Linux, reading may take twice the file's size and a GiB of memory. torch.save does not compress, so a
-    file needs about its own size, however large the model; one made to unfold to more is refused. That is why
-    the limit needs no option.
-
     Args:
         path: a file, or an https address; of safetensors if it ends in ``.safetensors``.
 
     Raises:
-        CheckpointError: no such file, damaged, not a checkpoint, unfolding to far more than its size, or
-            holding objects that could run code.
+        CheckpointError: no such file, damaged, not a checkpoint, or holding objects that could run code.
     """
     if "://" in path:
         path = fetch_checkpoint(path)
@@ -183,12 +178,11 @@ def read_checkpoint(path):
         raise CheckpointError(
             f"{path} is not a regular file" if os.path.exists(path) else f"no checkpoint file {path}"
         )
-    size = os.path.getsize(path)
     # An ordered dict stands in for the pickled yacs config of official files and the arguments in timm's.
     configs = "yacs.config.CfgNode", "argparse.Namespace"
     stand_ins = torch.serialization.safe_globals([(OrderedDict, name) for name in configs])
     try:
-        with stand_ins, memory_limit(2 * size + 2**30):
+        with stand_ins:
             if path.endswith(".safetensors"):
                 return _read_safetensors(path)
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -202,8 +196,6 @@ def read_checkpoint(path):
     # torch.load raises nearly anything on a damaged file.
     except Exception as error:
         reason = str(error).split("\n")[0] or type(error).__name__
-        if isinstance(error, MemoryError) or "can't allocate memory" in reason:
-            reason = f"its {size:,} bytes ask for more memory than {2 * size + 2**30:,}"
         raise CheckpointError(f"{path} is damaged or not a checkpoint ({reason})") from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint")

@@ -185,31 +185,29 @@ def turns(config):
 
 
 def build_opener(config):
-    """The function that opens an image file as ``DATA.BACKEND`` does.
+    """The function that opens an image file with Pillow."""
+    mode, limit = image_mode(config.MODEL.MSG.IN_CHANS), config.DATA.MAX_PIXELS
+    return functools.partial(load_image, mode=mode, max_pixels=limit, turn=turns(config))
+
+
+def build_reader(config, is_train):
+    """The function that opens an image file as ``DATA.BACKEND`` does, and the transform of what it returns.
+
+    The transform makes a tensor (C, H, W).
 
     Raises:
         ConfigError: OpenCV cannot be imported.
     """
-    limits = dict(max_pixels=config.DATA.MAX_PIXELS, turn=turns(config))
     if config.DATA.BACKEND == "pil":
-        return functools.partial(load_image, mode=image_mode(config.MODEL.MSG.IN_CHANS), **limits)
+        return build_opener(config), build_transform(config, is_train)
     try:
-        from .opencv.transforms import ImageFile
+        from .opencv.transforms import ImageFile, build_opencv_transform
     except ImportError as error:
         raise ConfigError(
             f"DATA.BACKEND opencv: OpenCV cannot be imported ({error}): pip install opencv-python, or "
             "opencv-python-headless where there is no display"
         ) from error
-    return functools.partial(ImageFile, **limits)
-
-
-def build_reader(config, is_train):
-    """The function of :func:`build_opener`, and the transform from what it returns to a tensor (C, H, W)."""
-    opener = build_opener(config)
-    if config.DATA.BACKEND == "pil":
-        return opener, build_transform(config, is_train)
-    from .opencv.transforms import build_opencv_transform
-
+    opener = functools.partial(ImageFile, max_pixels=config.DATA.MAX_PIXELS, turn=turns(config))
     return opener, build_opencv_transform(config, is_train)
 
 

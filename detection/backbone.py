@@ -1,4 +1,4 @@
-"""MSG-Transformer as a backbone: norms for the maps of its stages, and stages that do not train."""
+"""MSG-Transformer as a backbone: norms for the maps of its stages."""
 
 from torch import nn
 
@@ -12,32 +12,15 @@ from utils import UserError
 class MSGBackbone(nn.Module):
     """The patch maps of every stage, each through a LayerNorm of its own: strides 4, 8, 16, 32.
 
-    The final norm and the head of ``model``, an MSGTransformer, are dropped. The first ``frozen_stages``
-    stages do not train; the patch embedding belongs to the first.
+    The final norm and the head of ``model``, an MSGTransformer, are dropped.
     """
 
-    def __init__(self, model, frozen_stages=0):
+    def __init__(self, model):
         super().__init__()
         model.norm, model.head = nn.Identity(), nn.Identity()
-        self.model, self.frozen_stages = model, frozen_stages
+        self.model = model
         self.channels = [info["num_chs"] for info in model.feature_info]
         self.norms = nn.ModuleList(nn.LayerNorm(channels) for channels in self.channels)
-        for part in self._frozen():
-            part.requires_grad_(False)
-
-    def _frozen(self):
-        if self.frozen_stages == 0:
-            return []
-        parts = [self.model.patch_embed, *self.model.layers[: self.frozen_stages]]
-        return parts if self.model.msg_tokens is None else [*parts, self.model.msg_tokens]
-
-    def train(self, mode=True):
-        """Set training mode, except for what is frozen."""
-        super().train(mode)
-        for part in self._frozen():
-            if isinstance(part, nn.Module):
-                part.eval()
-        return self
 
     def forward(self, images, sizes):
         """Images (B, 3, H, W) to a map (B, C, H / stride, W / stride) for each stage, sides rounded up.
@@ -82,4 +65,4 @@ def build_backbone(config):
             f"DET.SHUF_SIZE[0] is {shuffle_size[0]}, but there are messengers for {first**2} windows: make "
             "it MODEL.MSG.SHUF_SIZE[0]"
         )
-    return MSGBackbone(build_model(config, shuffle_size), config.DET.FROZEN_STAGES)
+    return MSGBackbone(build_model(config, shuffle_size))

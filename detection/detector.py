@@ -56,19 +56,6 @@ class Detector(nn.Module):
         return {f"backbone.model.{name}" for name in self.backbone.model.no_weight_decay()}
 
 
-class Pyramid(nn.Module):
-    """The backbone and the feature pyramid of a :class:`Detector` alone, for images that fill their batch."""
-
-    def __init__(self, detector):
-        super().__init__()
-        self.backbone, self.fpn = detector.backbone, detector.fpn
-
-    def forward(self, images):
-        """Images (B, 3, H, W), normalised, to a tuple of maps (B, channels, rows, columns), finest first."""
-        maps = self.backbone(images, None)
-        return tuple(self.fpn(OrderedDict((str(i), x) for i, x in enumerate(maps))).values())
-
-
 def count_detector_macs(detector, height, width, boxes=1000, masks=100):
     """Multiply-accumulate operations for an image, in the way of the paper's tables.
 

@@ -3,14 +3,11 @@
 import collections
 import contextlib
 import io
-import json
 
 import numpy as np
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-
-from utils import replacing
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # the first six figures of COCOeval
 COCO_PER_IMAGE = 100  # detections of an image and category that COCO's own figures count, the surest
@@ -92,12 +89,6 @@ def _coco(truth, annotations):
     coco.dataset = dict(truth, annotations=items)
     coco.createIndex()
     return coco
-
-
-def write_results(path, results):
-    """Write COCO results as JSON, all of the file or none."""
-    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        json.dump(results, file)
 
 
 def table(rows):

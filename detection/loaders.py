@@ -7,7 +7,7 @@ from data.loaders import ToDevice, build_loader, build_opener, build_sampler
 from data.samplers import evaluation_shard
 
 from .dataset import build_detection_dataset
-from .transforms import build_detection_transform, change_pillow
+from .transforms import build_detection_transform
 
 
 def collate_detection(samples):
@@ -42,16 +42,6 @@ class BatchToDevice(ToDevice):
         return (images, sizes), targets
 
 
-def build_detection_reader(config):
-    """The function of :func:`~data.loaders.build_opener`, and what changes the pixels of its files."""
-    opener = build_opener(config)
-    if config.DATA.BACKEND == "pil":
-        return opener, change_pillow
-    from .opencv import change_file
-
-    return opener, change_file
-
-
 def build_detection_loaders(config, rank=0, world_size=1, device="cpu"):
     """Loaders over the COCO data of ``DATA.DATA_PATH``, whose batches are on ``device``.
 
@@ -66,8 +56,7 @@ def build_detection_loaders(config, rank=0, world_size=1, device="cpu"):
     root, skip = config.DATA.DATA_PATH, config.DATA.ON_ERROR == "skip"
     if not root:
         raise DataError("no data: give --data-path, a folder with images and annotations in COCO format")
-    read, change_pixels = build_detection_reader(config)
-    transform = build_detection_transform(config, False, change_pixels)
+    read, transform = build_opener(config), build_detection_transform(config, is_train=False)
     options = dict(read=read, per_image=det.PER_IMAGE)
     val = build_detection_dataset(root, det.VAL_IMAGES, det.VAL_JSON, transform, skip, **options)
     shard = evaluation_shard(len(val), rank, world_size)
@@ -75,7 +64,7 @@ def build_detection_loaders(config, rank=0, world_size=1, device="cpu"):
     val_loader = build_loader(config, val, shard, to_device, collate_detection, batch_size=1)
     if config.EVAL_MODE:
         return None, None, val_loader, val
-    transform = build_detection_transform(config, True, change_pixels)
+    transform = build_detection_transform(config, is_train=True)
     train = build_detection_dataset(
         root, det.TRAIN_IMAGES, det.TRAIN_JSON, transform, skip, is_train=True, read=read
     )

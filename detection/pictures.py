@@ -8,11 +8,11 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw
+from PIL import ImageDraw
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_segmentation_masks
 
-from analysis.report import contact_sheet, enlarged, finish_curves, fitting, font, shown
+from analysis.report import contact_sheet, enlarged, finish_curves, fitting, font, plot_best, plot_rows
 from data.datasets import load_image
 from utils import replacing
 
@@ -77,21 +77,6 @@ def annotate(image, detection, names):
     return picture
 
 
-def detection_batch_sheet(images, sizes, targets, names, most=12):
-    """The first images of a training batch with their objects, as one PIL image.
-
-    Images (B, 3, H, W) are normalised, ``sizes`` are their (H, W) within the padding, and ``targets`` are
-    dicts as for :func:`annotate`.
-    """
-    tiles = []
-    for image, (height, width), target in zip(images[:most], sizes, targets):
-        picture = Image.fromarray(shown(image[:, :height, :width]))
-        objects = {name: target[name].cpu() for name in ("boxes", "labels", "masks")}
-        objects["masks"] = objects["masks"][:, :height, :width]
-        tiles.append((annotate(picture, objects, names), ()))
-    return contact_sheet(tiles, f"{len(tiles)} of the {len(images)} images of the first batch", 4, 400)
-
-
 def group_of_loss(name):
     """The group that a part of the loss is drawn with: proposals, classes, boxes or masks."""
     if name == "objectness" or name.startswith("rpn"):
@@ -108,31 +93,23 @@ def draw_detection_curves(epochs, path):
     Rows have epoch (from 0), train_loss, lr, box_AP, mask_AP (percent) and ``loss_<name>`` for every part of
     the loss, which are drawn in the groups of :func:`group_of_loss`.
     """
-    x = [row["epoch"] for row in epochs]
     figure = Figure(figsize=(11, 6), layout="constrained")
     FigureCanvasAgg(figure)
     groups = ["proposals", "classes", "boxes", "masks"]
     panels = figure.subplot_mosaic([["total", "precision", "precision", "rate"], groups])
-    total, precision, rate = (panels[name] for name in ("total", "precision", "rate"))
-    parts = {group: panels[group] for group in groups}
-    marker = "o" if len(x) < 40 else ""
-    total.plot(x, [row["train_loss"] for row in epochs], marker=marker, ms=3)
-    total.set(title="Training loss", ylim=(0, None))
+    plot_rows(panels["total"], epochs, train_loss="")
+    panels["total"].set(title="Training loss", ylim=(0, None))
     for name in sorted({name for row in epochs for name in row if name.startswith("loss_")}):
-        values = [row.get(name, float("nan")) for row in epochs]
         label = name.removeprefix("loss_")
-        parts[group_of_loss(label)].plot(x, values, marker=marker, ms=3, label=label)
-    for group, axes in parts.items():
-        axes.set(title=f"Its parts: {group}", ylim=(0, None))
-        if axes.lines:
-            axes.legend(fontsize=8)
-    scores = [max(row["box_AP"], row.get("ema_box_AP", 0)) for row in epochs]
-    best, best_epoch = max(scores), epochs[scores.index(max(scores))]["epoch"]
-    averaged = any("ema_box_AP" in row for row in epochs)
-    for name in ("box_AP", "box_AP50", "mask_AP", "mask_AP50", *(["ema_box_AP", "ema_mask_AP"] * averaged)):
-        values = [row.get(name, float("nan")) for row in epochs]
-        precision.plot(x, values, marker=marker, ms=3, label=name.replace("_", " "))
-    precision.plot(best_epoch, best, "*", ms=11, color="black", label=f"best box AP, epoch {best_epoch}")
+        plot_rows(panels[group_of_loss(label)], epochs, **{name: label})
+    for group in groups:
+        panels[group].set(title=f"Its parts: {group}", ylim=(0, None))
+        if panels[group].lines:
+            panels[group].legend(fontsize=8)
+    drawn = ("box_AP", "box_AP50", "mask_AP", "mask_AP50", "ema_box_AP", "ema_mask_AP")
+    precision = panels["precision"]
+    plot_rows(precision, epochs, **{name: name.replace("_", " ") for name in drawn})
+    best, best_epoch = plot_best(precision, epochs, "box_AP", "box AP")
     precision.set(title=f"Best box AP {best:.1f}% (epoch {best_epoch})", ylabel="%", ylim=(0, 100))
     precision.legend(fontsize=8)
-    finish_curves(figure, rate, epochs, best_epoch, path)
+    finish_curves(figure, panels["rate"], epochs, best_epoch, path)

@@ -6,7 +6,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from pycocotools import mask as coco_mask
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional
 
@@ -108,15 +107,14 @@ class Recipe:
 class Transform:
     """Draws steps, and does them to an image and to its objects.
 
-    ``draw`` makes the steps for an image of (height, width), as :class:`Recipe` does. ``change_pixels`` makes
-    of an image as it was read, and of steps, a tensor (3, H, W), uint8.
+    ``draw`` makes the steps for an image of (height, width), as :class:`Recipe` does.
     """
 
-    def __init__(self, draw, change_pixels):
-        self.draw, self.change_pixels = draw, change_pixels
+    def __init__(self, draw):
+        self.draw = draw
 
     def __call__(self, image, target):
-        """An image (3, H, W), uint8, and its target with masks (M, H, W), uint8.
+        """A PIL image as (3, H, W), uint8, and its target with masks (M, H, W), uint8.
 
         The ``target`` has boxes (M, 4), labels (M,), and a list of masks as pycocotools' run lengths, or none
         of them. Objects are left out if less than a pixel of their box is left, or no pixel of their mask.
@@ -124,15 +122,10 @@ class Transform:
         steps = self.draw(image.size[::-1])
         if "boxes" in target:
             target = change_objects(target, image.size[::-1], steps)
-        return self.change_pixels(image, steps), target
-
-
-def change_pillow(image, steps):
-    """The steps done to an image of Pillow: (3, H, W), uint8."""
-    image = functional.pil_to_tensor(image)
-    for step in steps:
-        image = step.change(image)
-    return image
+        image = functional.pil_to_tensor(image)
+        for step in steps:
+            image = step.change(image)
+        return image, target
 
 
 def change_objects(target, size, steps):
@@ -183,26 +176,10 @@ def _within(places, first, length):
     return slice(found[0], found[-1] + 1) if len(found) else slice(0, 0)
 
 
-def describe_detection(config):
-    """What evaluation does to an image, in plain values, for whoever runs an exported model."""
-    return dict(
-        layout="batch, channels, height, width",
-        channels="RGB",
-        resize_short_side_to=config.DET.TEST_SIZE,
-        but_long_side_at_most=config.DET.MAX_SIZE,
-        interpolation="bilinear",
-        divide_by=255,
-        mean=IMAGENET_DEFAULT_MEAN,
-        std=IMAGENET_DEFAULT_STD,
-        then="zeros below and to the right, up to the size",
-    )
-
-
-def build_detection_transform(config, is_train, change_pixels=change_pillow):
+def build_detection_transform(config, is_train):
     """The :class:`Transform` of training or evaluation, which only resizes."""
     det = config.DET
     if not is_train:
-        return Transform(Recipe([det.TEST_SIZE], det.MAX_SIZE).draw, change_pixels)
+        return Transform(Recipe([det.TEST_SIZE], det.MAX_SIZE).draw)
     crop = (det.CROP_MIN_SIZES, det.CROP_SIZES) if det.CROP_MIN_SIZES and det.CROP_SIZES else ()
-    recipe = Recipe(det.MIN_SIZES, det.MAX_SIZE, config.AUG.HFLIP, crop)
-    return Transform(recipe.draw, change_pixels)
+    return Transform(Recipe(det.MIN_SIZES, det.MAX_SIZE, config.AUG.HFLIP, crop).draw)

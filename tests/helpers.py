@@ -141,7 +141,7 @@ def main_command(*arguments, processes=1, torchrun=(), device="cpu", program="ma
     return [*command, program, *map(str, arguments), "--device", device]
 
 
-def run_main(*arguments, processes=1, check=True, timeout=600, program="main.py"):
+def run_main(*arguments, processes=1, check=True, timeout=1800, program="main.py"):
     """Run main.py as a user would; returns the finished process, with stdout and stderr as text."""
     done = run_forked(program, *arguments, "--device", "cpu", processes=processes, timeout=timeout)
     if check:
@@ -197,6 +197,8 @@ def _run_program(command, environment, outputs):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv[:] = command
     sys.path[:0] = [os.path.dirname(command[0]), *filter(None, environment.get("PYTHONPATH", "").split(":"))]
+    for name in [name for name in sys.modules if name.partition(".")[0] == "wandb"]:
+        del sys.modules[name]  # timm has imported it where it is installed: a stand-in must win here too
     try:
         runpy.run_path(command[0], run_name="__main__")
     finally:

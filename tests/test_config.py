@@ -400,8 +400,12 @@ def test_detection_refuses_runtimes_and_to_compile_but_reads_checkpoints_that_as
         coco_config("shapes", "RUNTIME", "openvino")
     with pytest.raises(ConfigError, match="--opts: COMPILE is True, but must be False for detection, whose"):
         coco_config("shapes", "COMPILE", True)
-    asked = dump_config(coco_config()).replace("COMPILE: false", "COMPILE: true")
-    assert "COMPILE: true" in asked and not parse_config(asked, "a checkpoint").COMPILE
+    with pytest.raises(ConfigError, match="DATA.BACKEND is 'opencv', but must be 'pil' for detection"):
+        coco_config("shapes", "DATA.BACKEND", "opencv")
+    asked = dump_config(coco_config()).replace("COMPILE: false", "COMPILE: true").replace(": pil", ": opencv")
+    assert "COMPILE: true" in asked and "BACKEND: opencv" in asked
+    found = parse_config(asked, "a checkpoint")
+    assert not found.COMPILE and found.DATA.BACKEND == "pil"
     assert parse_config(dump_config(digits_config("COMPILE", True)), "a checkpoint").COMPILE
 
 

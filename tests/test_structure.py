@@ -28,7 +28,7 @@ LEVELS = {name: level for level, names in enumerate(ORDER) for name in names}
 # What may be imported inside functions: packages that need not be installed, our modules that are built on
 # them, and what takes long to import and is not always used.
 OPTIONAL = ("datasets", "onnxruntime", "openvino", "torchao", "triton", "wandb")
-OPTIONAL += ("data.opencv", "detection.opencv", "models.fast.attention_kernels")
+OPTIONAL += ("data.opencv", "models.fast.attention_kernels")
 SLOW = ("matplotlib", "torch", "torch._dynamo", "torch._inductor")
 # Names that classification and detection both have for the same step.
 SHARED_NAMES = {"load"}

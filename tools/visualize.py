@@ -205,15 +205,10 @@ def page_data(model, image, window, head):
         blocks=blocks,
         least=LEAST,
         most=float(most),
-        influence=base64_of(levels.tobytes()),
-        colours=base64_of(bytes(3) + colours.tobytes()),
-        picture=f"data:image/png;base64,{base64_of(picture.getvalue())}",
+        influence=base64.b64encode(levels.tobytes()).decode(),
+        colours=base64.b64encode(bytes(3) + colours.tobytes()).decode(),
+        picture=f"data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}",
     )
-
-
-def base64_of(content):
-    """Bytes as text."""
-    return base64.b64encode(content).decode("ascii")
 
 
 def build_page(data):

@@ -23,7 +23,7 @@ from analysis.report import draw_curves
 from config import APART, ConfigError, dump_config, flat_text
 from distributed import (
     from_rank_0,
-    gather_floats,
+    gather_lists,
     parallelize,
     rank_and_world_size,
     sum_over_processes,
@@ -109,7 +109,8 @@ def build_run(config, model, sampler, setup, task):
     record.tracker = build_tracker(config, rank)
     run = Run(settings, updater, scheduler, sampler, record, setup.guard)
     run.restore(setup.take_start())
-    run.write_config()
+    if rank == 0:
+        write_config(config.OUTPUT, "config.yaml", settings.config)
     run.warn_of_a_small_disk()
     run.warn_of_a_short_run(train)
     if sampler.world_size > 1:
@@ -150,8 +151,8 @@ class Progress:
         return dict(zip(names, (total / self.updates / rank_and_world_size()[1]).tolist()))
 
     def state_dict(self):
-        """Plain numbers, the same on every process; all processes must call it."""
-        sums = {name: gather_floats(self.sums[name]) for name in sorted(self.sums)}
+        """Plain numbers, on rank 0 the sums of all processes; all of them must call it."""
+        sums = {name: gather_lists([self.sums[name].item()]) for name in sorted(self.sums)}
         counts = dict(epoch=self.epoch, images=self.images, updates=self.updates)
         state = dict(counts, loss=sums.pop("loss"), norm=sums.pop("norm"))
         return dict(state, parts={name.removeprefix("loss_"): values for name, values in sums.items()})
@@ -372,11 +373,6 @@ class Run:
         if problem:
             logger.error(f"{problem}; training goes on, earlier checkpoints are untouched")
         return [os.path.basename(path) for path in files]
-
-    def write_config(self):
-        """Write ``config.yaml`` on rank 0."""
-        if self.sampler.rank == 0:
-            write_config(self.settings.folder, "config.yaml", self.settings.config)
 
     def warn_of_a_small_disk(self):
         """Warn where the checkpoints of the epochs that are left will not find room on the disk."""

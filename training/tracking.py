@@ -9,7 +9,6 @@ import re
 import shutil
 import uuid
 
-import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 from config import flat_config
@@ -41,7 +40,7 @@ class RunRecord:
         self.picture = os.path.join(folder, "curves.png")
         self.board, self.board_folder = None, os.path.join(folder, "tensorboard")
         self.tracker = None
-        self.epochs, self.purge_step, self.batch_due = [], 0, False
+        self.epochs, self.purge_step = [], 0
 
     def start(self, epoch, update, updates_per_epoch):
         """Go on from an epoch and an update of the run; what an interrupted run wrote beyond is dropped."""
@@ -49,19 +48,12 @@ class RunRecord:
             return
         self.epochs = [row for row in read_metrics(self.path, self.drawn) if row["epoch"] < epoch]
         self.purge_step = update
-        self.batch_due = not update
         if self.tracker is not None:
             self.tracker.start(update, updates_per_epoch)
 
     def scalars(self, update, **values):
         """Write TensorBoard scalars ``train/<name>`` of an update."""
         self._write_scalars("train", values, update)
-
-    def first_batch(self, draw):
-        """Write the TensorBoard image ``train/first_batch`` of a run from scratch: ``draw`` returns it."""
-        if self.batch_due:
-            self.batch_due, pixels, tag = False, np.asarray(draw()), "train/first_batch"
-            self._write(lambda board: board.add_image(tag, pixels, dataformats="HWC"), pixels.nbytes)
 
     def end_epoch(self, update, **row):
         """Write the metrics of an epoch, which must include ``epoch``, and draw the curves again."""
@@ -89,13 +81,13 @@ class RunRecord:
         if self.tracker is not None:
             self.tracker.log(group, tags, update)
 
-    def _write(self, write, size=0):
-        """Have ``write`` write to the TensorBoard file, ``size`` bytes beside a few of its own."""
+    def _write(self, write):
+        """Have ``write`` write to the TensorBoard file."""
         if self.silent:
             return
         with self._told():
             # The writer's thread would end with a traceback.
-            if shutil.disk_usage(os.path.dirname(self.path)).free < 2**20 + size:
+            if shutil.disk_usage(os.path.dirname(self.path)).free < 2**20:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.board_folder)
             if self.board is None:
                 self.board = SummaryWriter(self.board_folder, purge_step=self.purge_step)

@@ -16,7 +16,6 @@ from torch.nn import functional
 from ..transforms import posterize_from_0_bits
 
 _WARP = {
-    Image.Resampling.NEAREST: cv2.INTER_NEAREST,
     Image.Resampling.BILINEAR: cv2.INTER_LINEAR,
     Image.Resampling.BICUBIC: cv2.INTER_CUBIC,
 }
@@ -49,16 +48,11 @@ def to_tensor(pixels):
     return torch.from_numpy(planes)
 
 
-def resize(pixels, height, width, interpolation):
-    """Resize with antialiasing, as Pillow does: (H, W, 3) to (height, width, 3), both uint8."""
-    if interpolation in ("lanczos", "nearest"):
-        mode = Image.Resampling[interpolation.upper()]
-        return np.asarray(Image.fromarray(pixels).resize((width, height), mode))
-    return interpolate(pixels, interpolation, size=(height, width))
-
-
 def interpolate(pixels, interpolation, **target):
-    """Resize (H, W, 3) with antialiasing; ``size`` or ``scale_factor`` is a pair for (height, width)."""
+    """Resize (H, W, 3), uint8, with antialiasing, as Pillow does.
+
+    ``size`` or ``scale_factor`` is a pair for (height, width).
+    """
     images = torch.from_numpy(np.ascontiguousarray(pixels))[None].permute(0, 3, 1, 2)  # 1, 3, H, W
     images = functional.interpolate(images, mode=interpolation, antialias=True, **target)
     return images[0].permute(1, 2, 0).numpy()
@@ -105,7 +99,6 @@ def _shift(pixels, offset, axis, fillcolor, resample):
     whole = math.floor(offset)
     d = offset - whole
     weights = {
-        Image.Resampling.NEAREST: (0, d < 0.5, d >= 0.5, 0),
         Image.Resampling.BILINEAR: (0, 1 - d, d, 0),
         # The filter of Pillow's warps, sharper than OpenCV's.
         Image.Resampling.BICUBIC: (
@@ -150,17 +143,6 @@ def auto_contrast(pixels, **_):
         low, high = cv2.minMaxLoc(channel)[:2]
         scale = 255 / max(high - low, 1)
         tables.append((np.arange(256) * scale - low * scale).clip(0, 255) if high > low else np.arange(256))
-    return cv2.LUT(pixels, np.dstack(tables).astype(np.uint8))
-
-
-def equalize(pixels, **_):
-    """Make all values of a channel about as frequent."""
-    tables = []
-    for channel in range(3):
-        counts = cv2.calcHist([pixels], [channel], None, [256], [0, 256]).ravel().astype(np.int64)
-        step = (counts.sum() - counts[counts.nonzero()[0][-1]]) // 255
-        below = counts.cumsum() - counts
-        tables.append(((below + step // 2) // step).clip(0, 255) if step else np.arange(256))
     return cv2.LUT(pixels, np.dstack(tables).astype(np.uint8))
 
 
@@ -209,7 +191,8 @@ def _blend(other, factor):
 
 
 # What replaces which of timm's operations, which work through Pillow and are slower: those of the same name.
-COLOURS = (auto_contrast, equalize, invert, solarize, solarize_add, brightness, contrast, color, sharpness)
+# Pillow's equalize is as fast as OpenCV's.
+COLOURS = (auto_contrast, invert, solarize, solarize_add, brightness, contrast, color, sharpness)
 WARPS = (shear_x, shear_y, translate_x_rel, translate_y_rel, rotate)
 FASTER = {getattr(auto_augment, function.__name__): function for function in (*COLOURS, *WARPS)}
 FASTER[posterize_from_0_bits] = posterize

@@ -27,10 +27,9 @@ CLOSE = 1e-4
 class Exportable:
     """What a file is made from."""
 
-    model: nn.Module  # takes images (B, C, H, W), gives a tensor or a tuple of them
+    model: nn.Module  # takes images (B, C, H, W), gives logits (B, classes)
     weights: dict  # tensors by name, for formats that hold weights alone
     size: tuple  # (C, H, W) of an image
-    outputs: tuple  # a name for each tensor that the model gives
     metadata: dict  # text by name, that formats carry along
     rebuild: Callable  # makes the model again from the path of a file of weights
 
@@ -43,7 +42,6 @@ class Exportable:
 class Format:
     """How a kind of file is written and run."""
 
-    ending: str  # of file names
     write: Callable  # takes an Exportable and a path
     runners: dict  # by name, what makes a function of images from a path and the Exportable
     optional: tuple = ()  # runners that are left out where their package is missing
@@ -94,11 +92,11 @@ def write_checked(exportable, kind, path, batches):
     Raises:
         UserError: it cannot be written or run, or computes something else.
     """
-    expected = outputs_of(InPyTorch(exportable.model), batches)
+    expected = logits_of(exportable.model, batches)
     folder, name = os.path.split(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
     kept = Kept(path)
-    # In the same folder, so that it can be renamed; by its name, because PyTorch reads the ending.
+    # In the same folder, so that it can be renamed; by its name, because readers look at the ending.
     with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as unchecked:
         file = os.path.join(unchecked, name)
         attempt("be written", kind.write, exportable, file)
@@ -106,7 +104,7 @@ def write_checked(exportable, kind, path, batches):
             if runner in kind.optional and importlib.util.find_spec(runner) is None:
                 continue
             run = attempt(f"be loaded by {runner}", load, file, exportable)
-            found = attempt(f"be run by {runner}", outputs_of, run, batches)
+            found = attempt(f"be run by {runner}", logits_of, run, batches)
             try:
                 kept.errors[runner] = largest_error(runner, found, expected, CLOSE)
             except UserError as error:
@@ -117,30 +115,9 @@ def write_checked(exportable, kind, path, batches):
     return kept
 
 
-@dataclass(frozen=True)
-class InPyTorch:
-    """A model in PyTorch as a function of images; see :func:`evaluating`."""
-
-    model: nn.Module
-
-    def __call__(self, images):
-        """What it gives, as a tuple of tensors."""
-        return _as_tuple(self.model(images))
-
-
-@contextlib.contextmanager
-def evaluating(runs):
-    """Context in which those of ``runs`` that are models in PyTorch run as fast as they can."""
-    with contextlib.ExitStack() as stack:
-        for run in runs:
-            if isinstance(run, InPyTorch):
-                stack.enter_context(inference(run.model))
-        yield
-
-
-def outputs_of(run, batches):
-    """A tuple of tensors for each batch."""
-    with evaluating([run]):
+def logits_of(run, batches):
+    """The logits of each batch, by a function of images or a model in PyTorch."""
+    with inference(run) if isinstance(run, nn.Module) else contextlib.nullcontext():
         return [run(images) for images in batches]
 
 
@@ -158,27 +135,25 @@ def attempt(what, function, *arguments):
 
 
 def _pairs(runner, found, expected):
-    """Tensors to compare, as float64; a UserError if their shapes differ or numbers are not finite."""
-    for there, here in zip(found, expected):
-        shapes = [tuple(x.shape) for x in there], [tuple(x.shape) for x in here]
-        if shapes[0] != shapes[1]:
-            raise UserError(f"{runner} gives shapes {shapes[0]} and PyTorch {shapes[1]}")
-        for x, y in zip(there, here):
-            if not (x.isfinite().all() and y.isfinite().all()):
-                raise UserError(f"{runner} or PyTorch gives numbers that are not finite")
-            yield x.double(), y.double()
+    """Logits to compare, as float64; a UserError if their shapes differ or numbers are not finite."""
+    for x, y in zip(found, expected):
+        if x.shape != y.shape:
+            raise UserError(f"{runner} gives the shape {tuple(x.shape)} and PyTorch {tuple(y.shape)}")
+        if not (x.isfinite().all() and y.isfinite().all()):
+            raise UserError(f"{runner} or PyTorch gives numbers that are not finite")
+        yield x.double(), y.double()
 
 
 def largest_error(runner, found, expected, limit):
-    """The largest error of outputs, as :func:`outputs_of` gives them.
+    """The largest error of logits, as :func:`logits_of` gives them.
 
     Args:
         runner: what messages call it.
-        found, expected: its outputs, and those of PyTorch.
-        limit: of the error, times the largest output where that is above 1.
+        found, expected: its logits, and those of PyTorch.
+        limit: of the error, times the largest logit where that is above 1.
 
     Raises:
-        UserError: it is larger, or the outputs cannot be compared.
+        UserError: it is larger, or the logits cannot be compared.
     """
     errors = []
     for x, y in _pairs(runner, found, expected):
@@ -190,43 +165,13 @@ def largest_error(runner, found, expected, limit):
 
 
 def require_near(runner, found, expected, limit):
-    """The same for the root mean square error as a share of the spread of the outputs."""
-    errors = []
-    for x, y in _pairs(runner, found, expected):
-        errors.append(((x - y).square().mean().sqrt() / y.std(correction=0).clamp(min=1e-12)).item())
-        if errors[-1] > limit:
-            share = f"{errors[-1]:.1%} of the spread of the outputs"
-            raise UserError(f"{runner} differs from PyTorch by {share}, more than {limit:.0%}")
-    return max(errors, default=0.0)
-
-
-def _as_tuple(outputs):
-    return (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs)
-
-
-def _export(exportable):
-    """The model as a program of torch.export, for any number of images."""
-    batch = {0: torch.export.Dim("batch")}
-    program = torch.export.export(exportable.model, (exportable.images(2),), dynamic_shapes=(batch,))
-    # Where windows are padded, there are empty lists of rows, from NumPy: torch.export.save fails on these.
-    for name, value in program.constants.items():
-        if isinstance(value, torch.Tensor) and value.numel() == 0:
-            program.constants[name] = torch.zeros_like(value)
-    return program
-
-
-def _write_program(exportable, path):
-    torch.export.save(_export(exportable), path, extra_files=dict(exportable.metadata))
-
-
-def _run_program(path, exportable):
-    module = torch.export.load(path).module()
-
-    def run(images):
-        with torch.no_grad():
-            return _as_tuple(module(images))
-
-    return run
+    """The same for one batch, and the root mean square error as a share of the spread of its logits."""
+    ((x, y),) = _pairs(runner, found, expected)
+    error = ((x - y).square().mean().sqrt() / y.std(correction=0).clamp(min=1e-12)).item()
+    if error > limit:
+        share = f"{error:.1%} of the spread of the logits"
+        raise UserError(f"{runner} differs from PyTorch by {share}, more than {limit:.0%}")
+    return error
 
 
 def _write_onnx(exportable, path):
@@ -237,7 +182,7 @@ def _write_onnx(exportable, path):
         verbose=False,
         dynamic_shapes=({0: "batch"},),
         input_names=["images"],
-        output_names=list(exportable.outputs),
+        output_names=["logits"],
     )
     program.model.metadata_props.update(exportable.metadata)
     program.save(path, external_data=False)
@@ -252,7 +197,7 @@ def run_onnxruntime(path, dtype=torch.float32):
     # Threads that wait in a loop would take the time of whatever runs next.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda images: tuple(map(torch.from_numpy, session.run(None, {"images": images.numpy()})))
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
 def openvino_has_bfloat16():
@@ -282,15 +227,7 @@ def run_openvino(path, dtype=torch.float32):
         ENABLE_CPU_PINNING=False,
     )
     model = openvino.Core().compile_model(path, "CPU", settings)
-    return lambda images: tuple(torch.from_numpy(x.copy()) for x in model(images.numpy()).values())
-
-
-def _write_weights(exportable, path):
-    ckpt.save_weights(path, exportable.weights, exportable.metadata)
-
-
-def _run_weights(path, exportable):
-    return InPyTorch(exportable.rebuild(path))
+    return lambda images: torch.from_numpy(model(images.numpy())[0].copy())
 
 
 RUNTIMES = dict(
@@ -301,14 +238,16 @@ RUNTIMES = dict(
         "OpenVINO", run_openvino, (torch.float32, torch.bfloat16), ("onnx", "onnxscript", "openvino")
     ),
 )
+# By the ending of their files.
 FORMATS = dict(
     onnx=Format(
-        ".onnx",
         _write_onnx,
         dict(onnxruntime=lambda path, _: run_onnxruntime(path), openvino=lambda path, _: run_openvino(path)),
         optional=("openvino",),
         packages=("onnx", "onnxscript", "onnxruntime"),
     ),
-    torch_export=Format(".torch_export.pt2", _write_program, {"torch.export": _run_program}),
-    safetensors=Format(".safetensors", _write_weights, {"this code": _run_weights}),
+    safetensors=Format(
+        lambda exportable, path: ckpt.save_weights(path, exportable.weights, exportable.metadata),
+        {"this code": lambda path, exportable: exportable.rebuild(path)},
+    ),
 )

@@ -18,11 +18,10 @@ from .files import (
     FORMATS,
     RUNTIMES,
     Exportable,
-    InPyTorch,
     attempt,
     largest_error,
+    logits_of,
     openvino_has_bfloat16,
-    outputs_of,
     require_near,
     require_packages,
     write_checked,
@@ -101,7 +100,7 @@ def hand_over(model, name, size, dtype=torch.float32):
     runtime, threads = RUNTIMES[name], torch.get_num_threads()
     precision, version = str(dtype).removeprefix("torch."), importlib.metadata.version(name)
     logger.info(f"RUNTIME {name}: {runtime.title} {version} in {precision}, {threads} threads")
-    exportable = Exportable(model.eval(), {}, tuple(size), ("logits",), {}, rebuild=None)
+    exportable = Exportable(model.eval(), {}, tuple(size), {}, rebuild=None)
     kind = replace(FORMATS["onnx"], runners={name: lambda path, _: runtime.load(path, dtype)}, optional=())
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         try:
@@ -131,16 +130,16 @@ class HandedOver(nn.Module):
         if not self.compared:
             self._compare([images[:1], images])
             self.compared = True
-        return self.run(images)[0]
+        return self.run(images)
 
     def _compare(self, batches):
         """Refuse what differs by more than rounding; one image alone is as a last batch may be."""
         title = RUNTIMES[self.name].title
         try:
             with torch.autocast("cpu", enabled=False):
-                expected = outputs_of(InPyTorch(self.model), batches)
-            found = attempt("be run", outputs_of, self.run, batches)
-            expected, found = _joined(expected), _joined(found)
+                expected = logits_of(self.model, batches)
+            found = attempt("be run", logits_of, self.run, batches)
+            expected, found = [torch.cat(expected)], [torch.cat(found)]  # the spread of more than one image
             if self.dtype == torch.float32:
                 error = f"{largest_error(title, found, expected, CLOSE):.1g}"
             else:
@@ -148,8 +147,3 @@ class HandedOver(nn.Module):
         except UserError as refusal:
             raise UserError(f"RUNTIME {self.name}: {refusal}: set RUNTIME pytorch") from refusal
         logger.info(f"RUNTIME {self.name}: {error} off PyTorch in float32, on {len(batches[-1])} images")
-
-
-def _joined(outputs):
-    """The logits of several batches as those of one, whose spread means something."""
-    return [(torch.cat([logits for (logits,) in outputs]),)]

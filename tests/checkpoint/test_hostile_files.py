@@ -2,11 +2,8 @@
 
 import contextlib
 import functools
-import io
 import os
 import pickle
-import resource
-import time
 import zipfile
 from collections import OrderedDict
 
@@ -15,7 +12,6 @@ import torch
 import torch.utils.collect_env
 import yaml
 from helpers import config_of_file, digits_config, micro, restore, small_run
-from torch._utils import _rebuild_device_tensor_from_cpu_tensor, _rebuild_tensor_v2
 from yacs.config import CfgNode
 
 import checkpoint as ckpt
@@ -271,50 +267,13 @@ def test_a_place_beyond_the_training_set_is_refused(tmp_path, official):
         restored(official, tmp_path, **entries)
 
 
-def compressed(path, record, size):
-    """Write a checkpoint as a compressed archive, one record of it with as many zeros as ``size``."""
-    buffer = io.BytesIO()
-    torch.save(dict(model={"weight": torch.zeros(2)}), buffer)
-    with zipfile.ZipFile(buffer) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, True, 1) as new:
-        for name in old.namelist():
-            with new.open(name, "w", force_zip64=True) as file:
-                for _ in range(size // 2**24 if name.endswith(record) else 0):
-                    file.write(bytes(2**24))
-                if not name.endswith(record):
-                    file.write(old.read(name))
-
-
-def bombs(path):
-    """Write small checkpoint files that would take gigabytes, one after the other."""
-    large, storage = 6 * 2**30, torch.ones(2)._typed_storage()
-    torch.save(dict(model={"weight": torch.zeros(1).expand(large)}), path)
-    yield "an expanded tensor"
-    alias = torch.zeros(2**20)
-    torch.save(dict(model={f"weight{i}": alias.view(-1) for i in range(2000)}), path)
-    yield "one storage many times"
-    double = Calls(
-        _rebuild_device_tensor_from_cpu_tensor, torch.zeros(1).expand(large), torch.float64, "cpu", False
-    )
-    calls = [double, Calls(bytearray, 4 * large), Calls(torch.Tensor, large)]
-    calls.append(Calls(_rebuild_tensor_v2, storage, 0, (large,), (1,), False, {}))
-    for call in calls:
-        for legacy in (False, True):
-            torch.save(dict(model={"weight": call}), path, _use_new_zipfile_serialization=not legacy)
-            yield f"{call.call[0].__name__}, {'legacy' if legacy else 'zip'}"
-    for record in ("data/0", "data.pkl"):
-        compressed(path, record, 5 * 2**28)
-        yield f"{record} compressed"
-
-
-def test_small_files_that_unfold_to_gigabytes_are_refused_in_seconds(tmp_path):
-    path = str(tmp_path / "bomb.pth")
-    for name in bombs(path):
-        memory, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-        with pytest.raises(ckpt.CheckpointError, match="bomb.pth"):
+def test_tensors_that_claim_more_memory_than_the_file_has_are_refused(tmp_path):
+    path, alias = str(tmp_path / "bomb.pth"), torch.zeros(2**20)
+    expanded = {"weight": torch.zeros(1).expand(6 * 2**30)}
+    for weights in (expanded, {f"weight{i}": alias.view(-1) for i in range(2000)}):
+        torch.save(dict(model=weights), path)
+        with pytest.raises(ckpt.CheckpointError, match="bomb.pth .* claim more memory than the file holds"):
             ckpt.read_weights(path)
-        assert time.process_time() - begin < 5, name
-        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 2**20, name  # KiB
-    assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
 
 
 def test_views_of_one_storage_travel_at_their_own_size(tmp_path):

@@ -82,8 +82,7 @@ def test_classes_follow_the_key_and_the_log_counts_tags(tmp_path, caplog, backen
     assert sizes == [(64, 40), turned, turned]
 
 
-@pytest.mark.parametrize("backend", ["pil", "opencv"])
-def test_annotations_decide_over_turning_where_sizes_tell_and_else_the_key(tmp_path, backend):
+def test_annotations_decide_over_turning_where_sizes_tell_and_else_the_key(tmp_path):
     """Read as it is annotated, an image is white in the box at its upper left, and else black."""
     (tmp_path / "annotations").mkdir(), (tmp_path / "val").mkdir()
     seen = Image.new("RGB", (64, 40))
@@ -104,7 +103,7 @@ def test_annotations_decide_over_turning_where_sizes_tell_and_else_the_key(tmp_p
     )
     (tmp_path / "annotations" / "val.json").write_text(json.dumps(content))
     for key in ("apply", "ignore"):
-        opts = ["DATA.EXIF_ORIENTATION", key, "DATA.BACKEND", backend, "DATA.DATA_PATH", tmp_path]
+        opts = ["DATA.EXIF_ORIENTATION", key, "DATA.DATA_PATH", tmp_path]
         config = shapes_config("shapes", *opts, "DATA.NUM_WORKERS", 0, "EVAL_MODE", True)
         _, _, _, val = build_detection_loaders(config)
         for i, right in enumerate(cases):

@@ -28,7 +28,7 @@ from detection.dataset import Annotations, build_detection_dataset, runs_of
 from detection.evaluation import METRICS, average_precision, table, to_results
 from detection.loaders import BatchToDevice, build_detection_loaders, collate_detection
 from detection.pictures import draw_detections
-from detection.transforms import Transform, change_pillow
+from detection.transforms import Transform
 from logger import read_metrics
 
 SMALL = shlex.split(
@@ -52,7 +52,7 @@ def write_json(tmp_path, content):
 
 
 # Changes nothing.
-keep = Transform(lambda size: [], change_pillow)
+keep = Transform(lambda size: [])
 
 CFG = ["--cfg", "configs/coco/shapes.yaml"]
 detect, command = (functools.partial(run, *CFG, program="detect.py") for run in (run_main, main_command))

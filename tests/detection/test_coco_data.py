@@ -19,7 +19,7 @@ import detect
 from data import DataError
 from detection.dataset import build_detection_dataset
 from detection.evaluation import average_precision
-from detection.loaders import build_detection_loaders, build_detection_reader
+from detection.loaders import build_detection_loaders
 from detection.transforms import build_detection_transform, take_masks
 from distributed import Compute, seeded
 
@@ -181,13 +181,10 @@ def codes_of(masks):
     return [coco_mask.encode(np.asfortranarray(mask)) for mask in masks]
 
 
-@pytest.mark.parametrize("backend", ["pil", "opencv"])
 @pytest.mark.parametrize("size", SIZES)
-def test_augmentation_is_that_of_a_loop_over_pixels(size, backend, tmp_path):
+def test_augmentation_is_that_of_a_loop_over_pixels(size):
     opts = [word for key, value in RECIPE.items() for word in (f"DET.{key}", str(value))]
-    settings = coco_config("shapes", *opts, "DATA.BACKEND", backend)
-    read, change_pixels = build_detection_reader(settings)
-    transform = build_detection_transform(settings, True, change_pixels)
+    transform = build_detection_transform(coco_config("shapes", *opts), is_train=True)
     rng = np.random.default_rng(size)
     height, width = size
     dropped = 0
@@ -200,10 +197,9 @@ def test_augmentation_is_that_of_a_loop_over_pixels(size, backend, tmp_path):
             boxes.append([x1, y1, x2, y2] if i < 4 else [x1, y1, x1 + 0.4, y1 + 0.4])
             part = masks[i, int(y1) : math.ceil(y2), int(x1) : math.ceil(x2)]
             part[:] = rng.random(part.shape) < (0.7 if i != 3 else 0.002)
-        Image.fromarray(image.transpose(1, 2, 0)).save(tmp_path / "image.png")
         target = dict(boxes=torch.tensor(boxes), labels=torch.arange(1, 7), masks=codes_of(masks))
         with seeded("test", seed):
-            ours, target = transform(read(str(tmp_path / "image.png")), target)
+            ours, target = transform(Image.fromarray(image.transpose(1, 2, 0)), target)
         with seeded("test", seed):
             expected, masks, boxes, left = expected_augmentation(image, masks, boxes)
         assert ours.dtype == torch.uint8 and ours.shape == expected.shape
@@ -318,3 +314,20 @@ def test_evaluation_counts_every_image_and_draws_each_with_its_own_objects(tmp_p
         assert detection["masks"].shape == (1, height, width)
         expected = [[1, 1, 6 + i, 7]] if kind in ("object", "both") else []
         assert truth["boxes"].tolist() == expected and truth["masks"].shape[1:] == (height, width)
+
+
+def test_batches_depend_on_epoch_and_image_only(shapes):
+    def batches(workers, epoch):
+        opts = ["DATA.DATA_PATH", shapes, "DATA.NUM_WORKERS", workers, "DATA.BATCH_SIZE", 2]
+        loader, sampler, _, _ = build_detection_loaders(coco_config("shapes", *opts))
+        sampler.start(epoch)
+        return list(loader)
+
+    alone, with_workers = batches(0, 0), batches(2, 0)
+    assert len(alone) == len(with_workers) > 5
+    for ((images, sizes), targets), ((same, same_sizes), same_targets) in zip(alone, with_workers):
+        assert torch.equal(images, same) and sizes == same_sizes
+        for target, same_target in zip(targets, same_targets):
+            for name, value in target.items():
+                torch.testing.assert_close([value], [same_target[name]], rtol=0, atol=0)
+    assert not torch.equal(alone[0][0][0], batches(0, 1)[0][0][0])

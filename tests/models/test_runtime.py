@@ -32,7 +32,7 @@ def small():
 def written(tmp_path_factory):
     """The ONNX file of the small model."""
     path = tmp_path_factory.mktemp("written") / "x.onnx"
-    FORMATS["onnx"].write(Exportable(small(), {}, (3, 32, 32), ("logits",), {}, None), str(path))
+    FORMATS["onnx"].write(Exportable(small(), {}, (3, 32, 32), {}, None), str(path))
     return path
 
 
@@ -86,7 +86,7 @@ def test_a_runtime_that_computes_something_else_is_refused_at_the_first_images(h
 def test_a_runtime_that_fails_at_a_single_image_is_refused(handed_over):
     _, runtime = handed_over("onnxruntime")
     run = runtime.run
-    runtime.run = lambda x: run(x) if len(x) > 1 else (torch.zeros(1, 3),)
+    runtime.run = lambda x: run(x) if len(x) > 1 else torch.zeros(1, 3)
     with pytest.raises(UserError, match="off PyTorch"), models.inference(runtime):
         runtime(images(3))
     runtime.run = lambda x: run(x[:, :, :16])

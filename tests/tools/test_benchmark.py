@@ -21,7 +21,7 @@ from utils import UserError, adopt_launcher
 
 def benchmark(*arguments):
     command = [sys.executable, "tools/benchmark.py", "--device", "cpu", "--rounds", "1", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200, check=False)
 
 
 def written(folder):

@@ -54,7 +54,6 @@ outcomes = collector.gather([0, 1][2 * rank :])
 found = dict(
     total=distributed.sum_over_processes(torch.tensor([1.0, rank])).tolist(),
     largest=distributed.largest_over_processes(15, 10 * rank, 3 - rank),
-    floats=distributed.gather_floats(torch.tensor(rank + 0.5)),
     lists=distributed.gather_lists([rank] * (rank + 1)),
     decision=distributed.from_rank_0(lambda: rank),
     refusal=refusal,
@@ -76,7 +75,6 @@ def test_two_processes_agree_on_sums_extremes_lists_decisions_and_figures(tmp_pa
         assert json.loads(run.text().splitlines()[-1]) == dict(
             total=[2, 1],
             largest=[15, 10, 3],
-            floats=[0.5, 1.5],
             lists=[0, 1, 1] if rank == 0 else None,
             decision=0,
             refusal="rank 0 refuses",

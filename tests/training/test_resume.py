@@ -48,7 +48,7 @@ ARGUMENTS += shlex.split("MODEL.DROP_PATH_RATE 0.2 AUG.MIXUP 0.8 PRINT_FREQ 1 SA
 ARGUMENTS += shlex.split("TRAIN.WARMUP_EPOCHS 1 TRAIN.EPOCHS 2")
 
 
-def kill_until_done(command, output, kills, rng, patience=900):
+def kill_until_done(command, output, kills, rng, patience=3600):
     """Start a run again and again, killing it at random moments, also as it saves; returns how often."""
     hits, folder = 0, run_folder(output)
     end = time.monotonic() + patience

@@ -1,13 +1,11 @@
 """What TensorBoard and the tracker are given: read back, and compared with the metrics of the run."""
 
-import io
 import json
 import os
 import struct
 import sys
 import types
 
-import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -20,17 +18,12 @@ from helpers import (
     run_folder,
     run_main,
 )
-from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 import checkpoint as ckpt
-from analysis import report
-from analysis.report import draw_curves
 from config import flat_config
-from data import build_loaders
 from data.samplers import TrainBatchSampler
-from data.transforms import build_augmentation
 from logger import DRAWN, read_metrics
 from training.engine import train_one_epoch
 from training.tracking import RunRecord, Tracker, require_tracker
@@ -75,12 +68,6 @@ def scalars(folder):
     """All scalars of a folder of events, as {(tag, update): value}."""
     found = events(folder)
     return {(tag, event.step): event.value for tag in found.Tags()["scalars"] for event in found.Scalars(tag)}
-
-
-def image(folder, tag):
-    """(update, pixels) of the only image of a tag."""
-    (event,) = events(folder).Images(tag)
-    return event.step, np.asarray(Image.open(io.BytesIO(event.encoded_image_string)))
 
 
 def calls(path):
@@ -134,40 +121,6 @@ def test_tensorboard_has_the_metrics_of_every_epoch(trained):
         for name, value in row.items():
             assert found[f"epoch/{name}", 9 * row["epoch"] + 8] == pytest.approx(value, rel=1e-6)
     assert sorted(step for tag, step in found if tag == "train/loss") == [0, 2, 4, 6, 8, 9, 11, 13, 15, 17]
-
-
-def test_tensorboard_shows_the_first_batch_as_the_model_saw_it(trained, data):
-    """Built again here, from the seed: augmented, mixed, its colours as they are in the files."""
-    opts = ["DATA.NUM_WORKERS", 0, "AUG.MIXUP", 0.8, "MODEL.NUM_CLASSES", 3, "TRAIN.EPOCHS", 2]
-    config = digits_config(*opts, data_path=str(data), batch_size=8)
-    images, targets = next(iter(build_loaders(config)[0]))
-    images, targets = build_augmentation(config, 0, images.device)(images, targets, 0, 0, 0)
-    step, found = image(run_folder(trained) / "tensorboard", "train/first_batch")
-    expected = np.asarray(report.batch_sheet(images, targets, ["a", "b", "c"]))
-    assert step == 0 and (found == expected).all()
-    pixels = report.shown(images[0]).repeat(6, 0).repeat(6, 1)  # 32 px become 192, in the tile's middle
-    assert (found[46:238, 16:208] == pixels).all()
-
-
-def test_the_first_batch_is_drawn_once_and_not_again_by_a_resumed_run(tmp_path):
-    drawn = []
-
-    def draw():
-        drawn.append(1)
-        return Image.new("RGB", (4, 4))
-
-    for update in (0, 5):
-        record = RunRecord(str(tmp_path), 0, draw_curves, DRAWN)
-        record.start(0, update, 3)
-        for _ in range(2):
-            record.first_batch(draw)
-        record.scalars(update + 1, loss=1.0)
-        record.close()
-    record = RunRecord(str(tmp_path / "other"), 1, draw_curves, DRAWN)
-    record.start(0, 0, 3)
-    record.first_batch(draw)
-    assert len(drawn) == 1 and not (tmp_path / "other").exists()
-    assert image(tmp_path / "tensorboard", "train/first_batch")[0] == 0
 
 
 def test_a_run_with_a_tracker_gives_it_what_tensorboard_gets_and_changes_no_bit(
