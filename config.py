@@ -35,8 +35,9 @@ def default_config():
     # same random choices, pixels that differ by rounding. Random erasing draws other numbers.
     config.DATA.BACKEND = "pil"
     # What DATA_PATH holds: imagenet, which means any ImageFolder of that layout; tar (train.tar and val.tar,
-    # or folders of tars); wds (WebDataset shards); torch/cifar10, cifar100, mnist, kmnist, fashion_mnist or
-    # qmnist (torchvision's files); coco for detect.py. docs/data.md has the details.
+    # or folders of tars); wds (WebDataset shards); hfds (what Hugging Face's save_to_disk writes);
+    # torch/cifar10, cifar100, mnist, kmnist, fashion_mnist or qmnist (torchvision's files); coco for
+    # detect.py. docs/data.md has the details.
     config.DATA.DATASET = "imagenet"
     # Side of the square images that the model sees, in pixels, or [height, width].
     config.DATA.IMG_SIZE = 224

@@ -119,7 +119,9 @@ RULES = {
     "DATA.BATCH_SIZE": _between(1, 10**6),
     "DATA.DATA_PATH": _PATH,
     "DATA.BACKEND": _one_of("pil", "opencv"),
-    "DATA.DATASET": _one_of("imagenet", "tar", "wds", *(f"torch/{name}" for name in TORCHVISION), "coco"),
+    "DATA.DATASET": _one_of(
+        "imagenet", "tar", "wds", "hfds", *(f"torch/{name}" for name in TORCHVISION), "coco"
+    ),
     "DATA.IMG_SIZE": _side_or_sides(1, 10**5),
     "DATA.INTERPOLATION": _one_of("bicubic", "bilinear", "random"),
     "DATA.PIN_MEMORY": _BOOL,

@@ -1,4 +1,4 @@
-"""The kinds of ``DATA.DATASET``: folders, tars, WebDataset shards, and torchvision's datasets.
+"""The kinds of ``DATA.DATASET``: folders, tars, WebDataset shards, Hugging Face's and torchvision's datasets.
 
 timm's reader of WebDataset is a stream, which cannot go back to a place. Shards are plain tars, though: an
 index of their members, made at the start, gives every image a number, so that shards keep all that folders
@@ -30,6 +30,7 @@ from .datasets import (
     ending,
     is_image,
     load_image,
+    read_file,
     report_found,
     without_pillows_limit,
 )
@@ -61,6 +62,8 @@ def open_dataset(kind, root, split, transform, loader=load_image):
     if kind in ("tar", "wds"):
         archives = find_archives(root, split)
         source = Archives(*from_rank_0(lambda: index_archives(kind, root, archives)))
+    elif kind == "hfds":
+        source = SavedDataset(root, split)
     else:
         source = TorchvisionDataset(kind, root, split)
     return StoredImages(source, transform, loader)
@@ -303,6 +306,59 @@ def _names_of_classes(root):
     return names
 
 
+class SavedDataset:
+    """A split of a Hugging Face dataset that ``save_to_disk`` wrote; see :class:`StoredImages`."""
+
+    def __init__(self, root, split):
+        try:
+            from datasets import ClassLabel, Image, disable_progress_bars, load_from_disk
+        except ImportError as error:
+            raise DataError(
+                f"DATA.DATASET hfds needs Hugging Face's package ({error}): pip install datasets"
+            ) from error
+        folders = [os.path.join(root, name) for name in NAMES[split]]
+        self.root = next((path for path in folders if os.path.isfile(os.path.join(path, "state.json"))), None)
+        if self.root is None:
+            raise DataError(f"{root} holds no {split} that save_to_disk of Hugging Face's datasets wrote")
+        disable_progress_bars()
+        try:
+            saved = load_from_disk(self.root).with_format(None)
+            image, label = _column(saved, Image, "image"), _column(saved, ClassLabel, "label")
+            targets = saved.select_columns([label])[:][label]
+            self.data = saved.select_columns([image]).cast_column(image, Image(decode=False))
+        except DataError:
+            raise
+        # A damaged dataset can raise nearly anything.
+        except Exception as error:
+            reason = str(error) or type(error).__name__
+            raise DataError(f"{self.root} cannot be read as a Hugging Face dataset ({reason})") from error
+        self.image, self.classes = image, list(saved.features[label].names)
+        self.targets = [-1 if target is None else target for target in targets]
+        self.paths, self.ignored = _numbered(self.root, len(self.targets)), collections.Counter()
+
+    def stored(self, index):
+        """The bytes of an image."""
+        image = self.data[index][self.image]
+        return read_file(image["path"]) if image["bytes"] is None else image["bytes"]
+
+
+def _numbered(root, count):
+    """Names of images that have none: what holds them, and their place in it."""
+    return [f"{root}, image {index}" for index in range(count)]
+
+
+def _column(saved, kind, name):
+    """The column of a kind, the one of that name where there are several."""
+    found = [column for column, feature in saved.features.items() if isinstance(feature, kind)]
+    if len(found) != 1 and name not in found:
+        listed = ", ".join(found) or f"only {', '.join(saved.features)}"
+        raise DataError(
+            f"a Hugging Face dataset must have one column of {kind.__name__}, or one that is called {name}, "
+            f"but it has {listed}: cast_column, rename_column and save_to_disk make one that has"
+        )
+    return name if name in found else found[0]
+
+
 class TorchvisionDataset:
     """A split of a dataset that torchvision holds in memory, read by timm; see :class:`StoredImages`."""
 
@@ -323,8 +379,7 @@ class TorchvisionDataset:
         self.targets = targets.reshape(len(targets), -1)[:, 0]  # of QMNIST, the class and how it came about
         if len(self.targets) != len(self.data):
             raise DataError(f"{self.root} has {len(self.data)} images, but labels of {len(self.targets)}")
-        self.paths = [f"{self.root}, image {index}" for index in range(len(self.targets))]
-        self.ignored = collections.Counter()
+        self.paths, self.ignored = _numbered(self.root, len(self.targets)), collections.Counter()
 
     def stored(self, index):
         """An image as the bytes of a file, which Pillow reads without a change."""

@@ -1,4 +1,4 @@
-"""DATA.DATASET: tars, WebDataset shards and torchvision's datasets, as good as folders."""
+"""DATA.DATASET: tars, WebDataset shards, Hugging Face's and torchvision's datasets, as good as folders."""
 
 import io
 import itertools
@@ -61,7 +61,29 @@ def write_shards(source, target, split_names=("train", "validation"), per_shard=
     (target / "classnames.txt").write_text("\n".join(images.classes) + "\n")
 
 
-WRITERS = dict(tar=write_tars, wds=write_shards)
+def import_datasets():
+    """Hugging Face's package, which cannot hash a table of PyArrow 26 to make its fingerprint."""
+    datasets = pytest.importorskip("datasets.arrow_dataset", exc_type=ImportError)
+    datasets.generate_fingerprint = lambda dataset: "0"
+    return __import__("datasets")
+
+
+def write_saved(source, target, val="validation"):
+    """An ImageFolder as Hugging Face's save_to_disk writes it."""
+    datasets = import_datasets()
+    splits = {}
+    for split, name in (("train", "train"), ("val", val)):
+        images = build_dataset(str(source), split, None)
+        columns = dict(
+            image=[dict(bytes=Path(path).read_bytes(), path=None) for path, _ in images.samples],
+            label=images.targets,
+        )
+        features = dict(image=datasets.Image(), label=datasets.ClassLabel(names=images.classes))
+        splits[name] = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    datasets.DatasetDict(splits).save_to_disk(str(target))
+
+
+WRITERS = dict(tar=write_tars, wds=write_shards, hfds=write_saved)
 
 
 def loaders(kind, root, *opts, **flags):
@@ -166,7 +188,7 @@ def refusal(kind, root, *opts, **flags):
 
 
 def test_data_that_are_not_there_are_named(tmp_path):
-    for kind in ("tar", "wds", "torch/cifar10"):
+    for kind in ("tar", "wds", "hfds", "torch/cifar10"):
         assert f"{tmp_path}/none is not a folder" in refusal(kind, tmp_path / "none")
     tar_of(tmp_path / "interval-train-0.tar")
     assert "holds no tars of val" in refusal("tar", tmp_path)
@@ -174,6 +196,11 @@ def test_data_that_are_not_there_are_named(tmp_path):
     words = refusal("torch/cifar10", tmp_path)
     assert "does not hold the files of torch/cifar10" in words and "CIFAR10(" in words
     assert "torch/mnist" in refusal("torch/mnist", tmp_path)
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    assert "pip install datasets" in refusal("hfds", tmp_path)
 
 
 def tar_of(path, **files):
@@ -363,6 +390,27 @@ def test_limits_hold_for_images_in_archives(tmp_path, backend):
         list(loaders("tar", tmp_path, *opts)[2])
     with pytest.raises(DataError, match="val.tar/a/2.png cannot be read as an image"):
         list(loaders("tar", tmp_path, "DATA.BACKEND", backend, *ONE_CLASS)[2])
+
+
+def test_saved_datasets_that_cannot_be_used_are_named(data, tmp_path):
+    datasets = import_datasets()
+    assert "holds no val that save_to_disk" in refusal("hfds", tmp_path)
+
+    def save(features, **columns):
+        made = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+        made.save_to_disk(str(tmp_path / "val"))
+        return refusal("hfds", tmp_path, eval=True)
+
+    picture, number = datasets.Image(), datasets.Value("int64")
+    image = dict(bytes=png(), path=None)
+    assert "one column of ClassLabel" in save(dict(image=picture, label=number), image=[image], label=[0])
+    two = datasets.ClassLabel(names=["a", "b"])
+    features = dict(image=picture, fine=two, coarse=two)
+    assert "fine, coarse" in save(features, image=[image], fine=[0], coarse=[0])
+    assert "image 0 is of class -1" in save(dict(image=picture, label=two), image=[image], label=[None])
+    assert "cannot be read as" in save(dict(image=picture, label=two), image=[], label=[])
+    os.truncate(next((tmp_path / "val").glob("*.arrow")), 100)
+    assert "cannot be read as a Hugging Face dataset" in refusal("hfds", tmp_path, eval=True)
 
 
 def test_what_was_found_is_said(data, tmp_path, caplog):
