@@ -41,7 +41,7 @@ def default_config():
     config.DATA.DATASET = "imagenet"
     # Side of the square images that the model sees, in pixels, or [height, width].
     config.DATA.IMG_SIZE = 224
-    # Resampling when images are resized: bicubic, bilinear, or random (training only).
+    # Resampling when images are resized: bicubic, bilinear, lanczos, nearest, or random (training only).
     config.DATA.INTERPOLATION = "bicubic"
     # Page-locked host memory for faster copies to the GPU; without effect on the CPU.
     config.DATA.PIN_MEMORY = True

@@ -123,7 +123,7 @@ RULES = {
         "imagenet", "tar", "wds", "hfds", *(f"torch/{name}" for name in TORCHVISION), "coco"
     ),
     "DATA.IMG_SIZE": _side_or_sides(1, 10**5),
-    "DATA.INTERPOLATION": _one_of("bicubic", "bilinear", "random"),
+    "DATA.INTERPOLATION": _one_of("bicubic", "bilinear", "lanczos", "nearest", "random"),
     "DATA.PIN_MEMORY": _BOOL,
     "DATA.ON_ERROR": _one_of("raise", "skip"),
     "DATA.MAX_PIXELS": _at_least(1),

@@ -2,7 +2,7 @@
 
 import math
 
-from PIL import ImageOps
+from PIL import Image, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, create_transform
 from timm.data.auto_augment import AugmentOp, AugMixAugment, AutoAugment, RandAugment, posterize
 from timm.data.random_erasing import RandomErasing
@@ -120,6 +120,9 @@ def _train_transform(config):
         for operation in augment_operations(step):
             if operation.aug_fn is posterize:
                 operation.aug_fn = posterize_from_0_bits
+            # Pillow warps with a filter of at most 4 pixels.
+            if operation.kwargs["resample"] == Image.Resampling.LANCZOS:
+                operation.kwargs["resample"] = Image.Resampling.BICUBIC
     if config.MODEL.MSG.IN_CHANS != 3:
         transform.transforms.insert(0, transforms.Grayscale())
     return transform

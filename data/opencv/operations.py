@@ -16,6 +16,7 @@ from torch.nn import functional
 from ..transforms import posterize_from_0_bits
 
 _WARP = {
+    Image.Resampling.NEAREST: cv2.INTER_NEAREST,
     Image.Resampling.BILINEAR: cv2.INTER_LINEAR,
     Image.Resampling.BICUBIC: cv2.INTER_CUBIC,
 }
@@ -48,11 +49,16 @@ def to_tensor(pixels):
     return torch.from_numpy(planes)
 
 
-def interpolate(pixels, interpolation, **target):
-    """Resize (H, W, 3), uint8, with antialiasing, as Pillow does.
+def resize(pixels, height, width, interpolation):
+    """Resize with antialiasing, as Pillow does: (H, W, 3) to (height, width, 3), both uint8."""
+    if interpolation in ("lanczos", "nearest"):
+        mode = Image.Resampling[interpolation.upper()]
+        return np.asarray(Image.fromarray(pixels).resize((width, height), mode))
+    return interpolate(pixels, interpolation, size=(height, width))
 
-    ``size`` or ``scale_factor`` is a pair for (height, width).
-    """
+
+def interpolate(pixels, interpolation, **target):
+    """Resize (H, W, 3) with antialiasing; ``size`` or ``scale_factor`` is a pair for (height, width)."""
     images = torch.from_numpy(np.ascontiguousarray(pixels))[None].permute(0, 3, 1, 2)  # 1, 3, H, W
     images = functional.interpolate(images, mode=interpolation, antialias=True, **target)
     return images[0].permute(1, 2, 0).numpy()
@@ -99,6 +105,7 @@ def _shift(pixels, offset, axis, fillcolor, resample):
     whole = math.floor(offset)
     d = offset - whole
     weights = {
+        Image.Resampling.NEAREST: (0, d < 0.5, d >= 0.5, 0),
         Image.Resampling.BILINEAR: (0, 1 - d, d, 0),
         # The filter of Pillow's warps, sharper than OpenCV's.
         Image.Resampling.BICUBIC: (

@@ -18,7 +18,7 @@ from torchvision import transforms
 
 from ..datasets import MAX_PIXELS, decoding, in_8_bits, open_image, orientation_of
 from ..transforms import aspect_box, augment_operations, build_transform, covering_size, evaluation_sizes
-from .operations import FASTER, RandomFlip, ThroughPillow, interpolate, to_tensor
+from .operations import FASTER, RandomFlip, ThroughPillow, interpolate, resize, to_tensor
 
 # JPEG markers that have no place in a scan: all but restarts and the end. In a progressive file, tables,
 # scans and comments have a place there too.
@@ -104,7 +104,7 @@ class CropResizedRandomly:
         target_rows, target_columns = self.step.size
         scale = min(rows / target_rows, columns / target_columns)
         pixels = file.crop(left, top, columns, rows, scale)
-        return interpolate(pixels, interp_mode_to_str(mode), size=self.step.size)
+        return resize(pixels, target_rows, target_columns, interp_mode_to_str(mode))
 
 
 class ResizeWhole:
@@ -116,7 +116,7 @@ class ResizeWhole:
     def __call__(self, file):
         (width, height), (rows, columns) = file.size, self.size
         pixels = file.crop(0, 0, width, height, min(height / rows, width / columns))
-        return interpolate(pixels, self.interpolation, size=self.size)
+        return resize(pixels, rows, columns, self.interpolation)
 
 
 class ResizeAndCropCenter:
@@ -133,6 +133,13 @@ class ResizeAndCropCenter:
         scale = min(height / self.cover[0], width / self.cover[1])
         pixels = file.crop(left, top, width, height, scale)
         resized = covering_size(width, height, self.cover)
+        if self.interpolation in ("lanczos", "nearest"):
+            pixels = resize(pixels, *resized, self.interpolation)
+            rows, columns = (
+                slice(start := round((side - size) / 2), start + size)
+                for side, size in zip(resized, self.size)
+            )
+            return pixels[rows, columns]
         cuts = [_cut(*sides) for sides in zip(pixels.shape, resized, self.size)]
         (rows, skipped_rows), (columns, skipped_columns) = cuts
         factors = [target / side for side, target in zip(pixels.shape, resized)]

@@ -89,7 +89,8 @@ SIDES = [33, 64, 96, 200, [96, 200], [160, 48], [33, 400]]
 
 @pytest.mark.parametrize(
     "interpolation, all_sides, most",
-    [("bicubic", [224, [112, 208]], 1), ("bilinear", [224, [112, 208]], 1), ("bicubic", SIDES, 2)],
+    [(name, [224, [112, 208]], 1) for name in ("bicubic", "bilinear", "lanczos")]
+    + [("nearest", [224, [112, 208]], 4), ("bicubic", SIDES, 2)],
 )
 def test_evaluation_sees_what_it_sees_with_pillow(photographs, interpolation, all_sides, most):
     for crop, sides in itertools.product((True, False), all_sides):
@@ -119,6 +120,8 @@ def test_large_images_are_decoded_at_the_scale_that_the_crop_needs(tmp_path):
         ["AUG.AUTO_AUGMENT", "rand-m9-tweights"],
         ["AUG.AUTO_AUGMENT", "none", "AUG.COLOR_JITTER", 0.4],
         [*RECIPE, "DATA.INTERPOLATION", "random"],
+        [*RECIPE, "DATA.INTERPOLATION", "lanczos"],
+        [*RECIPE, "DATA.INTERPOLATION", "nearest"],
         [*RECIPE, "DATA.IMG_SIZE", 32],
         [*RECIPE, "DATA.IMG_SIZE", [64, 112]],
         [*RECIPE, "DATA.IMG_SIZE", [112, 64]],
