@@ -229,7 +229,7 @@ def main(args, run):
 
 def folder_of(machine):
     """The name of a machine's folder, such as ``amd-epyc-family26-model2``."""
-    words = [machine["device"] if "device" in machine else re.sub(r"\(R\)|Processor", "", machine["processor"])]
+    words = [machine.get("device") or re.sub(r"\(R\)|Processor", "", machine["processor"])]
     if "device" not in machine:
         words += [f"family{machine['family']}", f"model{machine['model']}"]
     return re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")

@@ -54,9 +54,14 @@ def name_of(row):
     return SHORT.get(name, name) + f":{way}" * bool(way) + " compiled" * bool(row.get("compiled")) + one
 
 
+def is_vague(low, median, high):
+    """Whether an interval is too wide for its median to be a claim."""
+    return (high - low) / 2 > benchmarking.CLAIM * median
+
+
 def in_words(low, median, high):
     """A ratio with its interval, or only the interval where that is wide."""
-    if (high - low) / 2 > benchmarking.CLAIM * median:
+    if is_vague(low, median, high):
         return f"between {low:.2f} and {high:.2f}"
     return f"{median:.2f} ({low:.2f} to {high:.2f})"
 
@@ -109,7 +114,8 @@ def results():
 def name_of_processor(machine):
     """Name, family and model of a processor; the family is the whole of what is missing where it is."""
     model = f", model {machine['model']}" if machine["model"] != "unknown" else ""
-    return f"{machine['processor']}, family {machine['family']}{model}"
+    name = re.sub(r"\(R\)| Processor", "", machine["processor"])
+    return f"{name}, family {machine['family']}{model}"
 
 
 def in_memory(row, rows, peer):
@@ -123,17 +129,22 @@ def in_memory(row, rows, peer):
 
 
 def speed():
-    """T over Swin-T in PyTorch at 224 px, lowest and highest figure of all runs on each machine."""
+    """T over Swin-T in PyTorch at 224 px, lowest and highest figure of all runs on each known machine.
+
+    Of a ratio that is not known well, both ends of the interval count.
+    """
     columns = ("inference float32", "inference bfloat16", "train float32", "train bfloat16")
     found = {}
     for folder, _, result in shelf():
+        if result["machine"]["family"] == "unknown":
+            continue
         of_machine = found.setdefault(folder, ({column: [] for column in columns}, result["machine"]))[0]
         for setting in result["settings"]:
             column = next((column for column in columns if setting.startswith(f"{column}, batch")), None)
             if column and result.get("peer") == PEER:
-                for row, _, median, _ in ratios(result, setting):
+                for row, low, median, high in ratios(result, setting):
                     if row["model"] == TINY and not row.get("compiled"):
-                        of_machine[column].append(median)
+                        of_machine[column] += [low, high] if is_vague(low, median, high) else [median]
     rows = []
     for of_machine, machine in found.values():
         if any(of_machine.values()):
