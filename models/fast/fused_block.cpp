@@ -15,27 +15,31 @@
 #include <cstdlib>
 #include <cstring>
 
-namespace c10 { struct BFloat16; }
+namespace c10 {
+struct BFloat16;
+}
 namespace at::native::cpublas {  // ATen/native/CPUBlas.h
 void brgemm(int64_t M, int64_t N, int64_t K, int64_t ld_a, int64_t ld_b, int64_t ld_c, bool add_C,
             const c10::BFloat16* A, const c10::BFloat16* B, float* C, bool is_vnni);
 void brgemm(int64_t M, int64_t N, int64_t K, int64_t ld_a, int64_t ld_b, int64_t ld_c, bool add_C,
             const float* A, const float* B, float* C, bool is_vnni);
 void brgemm_release(bool is_vnni);
-}
+}  // namespace at::native::cpublas
 
 namespace {
 
-using bits = uint16_t;  // of a bfloat16
-constexpr int64_t ROWS = 64;  // of a product at a time: its result stays in the innermost cache
+using bits = uint16_t;              // of a bfloat16
+constexpr int64_t ROWS = 64;        // of a product at a time: its result stays in the innermost cache
 constexpr int64_t CACHE = 1 << 19;  // bytes that a core works on at a time
 
-void product(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, const bits* a, const bits* b, float* c) {
+void product(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, const bits* a, const bits* b,
+             float* c) {
   using at::native::cpublas::brgemm;
   brgemm(m, n, k, lda, ldb, n, false, (const c10::BFloat16*)a, (const c10::BFloat16*)b, c, true);
 }
 
-void product(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, const float* a, const float* b, float* c) {
+void product(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, const float* a, const float* b,
+             float* c) {
   at::native::cpublas::brgemm(m, n, k, lda, ldb, n, false, a, b, c, false);
 }
 
@@ -56,7 +60,7 @@ void store(bits* to, __m512 x) {
 
 __m512 constant(float x) { return _mm512_set1_ps(x); }
 
-__m512 exponential(__m512 x) {  // of x <= 0, with a relative error of 2e-7
+__m512 exponential(__m512 x) {            // of x <= 0, with a relative error of 2e-7
   x = _mm512_max_ps(constant(-87.f), x);  // in this order, NaN stays
   __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, constant(1.44269504f)), 0);
   x = _mm512_fnmadd_ps(n, constant(0.693145752f), x);
@@ -70,8 +74,10 @@ __m512 gelu(__m512 x) {  // exact GELU; erf by Abramowitz and Stegun, 7.1.26, wi
   __m512 z = _mm512_mul_ps(_mm512_abs_ps(x), constant(0.70710678f));
   __m512 t = _mm512_div_ps(constant(1.f), _mm512_fmadd_ps(z, constant(0.3275911f), constant(1.f)));
   __m512 y = constant(1.061405429f);
-  for (float c : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f}) y = _mm512_fmadd_ps(y, t, constant(c));
-  y = _mm512_mul_ps(_mm512_mul_ps(y, t), exponential(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_mul_ps(z, z))));
+  for (float c : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f})
+    y = _mm512_fmadd_ps(y, t, constant(c));
+  y = _mm512_mul_ps(_mm512_mul_ps(y, t),
+                    exponential(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_mul_ps(z, z))));
   __m512 half = _mm512_mul_ps(constant(0.5f), x);  // x (1 - y/2) where x >= 0, else x y/2
   __m512 positive = _mm512_fnmadd_ps(half, y, x), negative = _mm512_mul_ps(half, y);
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ), positive, negative);
@@ -103,8 +109,8 @@ struct Linear {
 
 // Panels `first` to `last` of a linear layer on rows a; finish(row, column, 16 values with the bias) stores them.
 template <typename T, typename Finish>
-void linear(const Linear<T>& layer, int64_t first, int64_t last, const T* a, int64_t lda, int64_t rows, float* c,
-            Finish finish) {
+void linear(const Linear<T>& layer, int64_t first, int64_t last, const T* a, int64_t lda, int64_t rows,
+            float* c, Finish finish) {
   for (int64_t panel = first; panel < last; panel++)
     for (int64_t row = 0; row < rows; row += ROWS) {
       const int64_t count = std::min(ROWS, rows - row);
@@ -140,7 +146,8 @@ void pack_keys(const bits* k, int64_t lda, int64_t tokens, int64_t padded, int64
 // Values (tokens, lda) to the right factor of the probabilities, with `padded` rows; returns its leading dimension.
 int64_t pack_values(const float*& v, int64_t lda, int64_t, int64_t, int64_t, float*) { return lda; }
 
-int64_t pack_values(const bits*& v, int64_t lda, int64_t tokens, int64_t padded, int64_t channels, bits* out) {
+int64_t pack_values(const bits*& v, int64_t lda, int64_t tokens, int64_t padded, int64_t channels,
+                    bits* out) {
   for (int64_t t = 0; t < padded; t += 2)
     for (int64_t c = 0; c < channels; c++) {
       out[t * channels + 2 * c] = t < tokens ? v[t * lda + c] : 0;
@@ -222,9 +229,9 @@ void run(int64_t chunks, int64_t groups, int64_t threads, First first, Second se
 }
 
 template <typename T>
-void attend(const float* x, float* out, int64_t windows, int64_t tokens, int64_t queries, int64_t heads, float eps,
-            float scale, const float* norm_scale, const float* norm_shift, Linear<T> qkv, Linear<T> proj,
-            const float* bias, const uint8_t* hidden, int64_t threads) {
+void attend(const float* x, float* out, int64_t windows, int64_t tokens, int64_t queries, int64_t heads,
+            float eps, float scale, const float* norm_scale, const float* norm_shift, Linear<T> qkv,
+            Linear<T> proj, const float* bias, const uint8_t* hidden, int64_t threads) {
   const int64_t channels = qkv.in, dim = channels / heads, padded = (tokens + 15) / 16 * 16;
   int64_t size = std::max<int64_t>(1, CACHE / (tokens * (2 * channels + 3 * dim) * (int64_t)sizeof(T)));
   size = std::min(size, (windows + threads - 1) / threads);  // windows of a chunk
@@ -237,8 +244,9 @@ void attend(const float* x, float* out, int64_t windows, int64_t tokens, int64_t
   };
   const auto count = [&](int64_t chunk) { return std::min(size, windows - chunk * size); };
   const auto memory = [&]() {
-    return own.get(4 * (ROWS * std::max({qkv.width, proj.width, padded, dim}) + tokens * (padded + dim + 1) + padded) +
-                   sizeof(T) * (size * tokens * (channels + 3 * dim) + padded * (tokens + 2 * dim)) + 1024);
+    return own.get(
+        4 * (ROWS * std::max({qkv.width, proj.width, padded, dim}) + tokens * (padded + dim + 1) + padded) +
+        sizeof(T) * (size * tokens * (channels + 3 * dim) + padded * (tokens + 2 * dim)) + 1024);
   };
 
   const auto first = [&](int64_t chunk, int64_t group) {
@@ -258,9 +266,10 @@ void attend(const float* x, float* out, int64_t windows, int64_t tokens, int64_t
     for (int64_t i = 0; i < rows; i++)
       layer_norm(from + i * channels, channels, norm_scale, norm_shift, eps, normed + i * channels);
     for (int64_t head = heads * group / groups; head < heads * (group + 1) / groups; head++) {
-      linear(qkv, 3 * head, 3 * head + 3, normed, channels, rows, c, [&](int64_t i, int64_t column, __m512 value) {
-        store(of_head + i * stride + column - head * stride, value);
-      });
+      linear(qkv, 3 * head, 3 * head + 3, normed, channels, rows, c,
+             [&](int64_t i, int64_t column, __m512 value) {
+               store(of_head + i * stride + column - head * stride, value);
+             });
       for (int64_t w = 0; w < count(chunk); w++) {
         const T* q = of_head + w * tokens * stride;
         const T* v = q + 2 * dim;
@@ -273,16 +282,19 @@ void attend(const float* x, float* out, int64_t windows, int64_t tokens, int64_t
         T* to = slot(chunk) + w * queries * channels + head * dim;
         for (int64_t i = 0; i < queries; i++)
           for (int64_t j = 0; j < dim; j += 16)
-            store(to + i * channels + j, _mm512_mul_ps(_mm512_loadu_ps(result + i * dim + j), constant(1.f / sums[i])));
+            store(to + i * channels + j,
+                  _mm512_mul_ps(_mm512_loadu_ps(result + i * dim + j), constant(1.f / sums[i])));
       }
     }
   };
   const auto second = [&](int64_t chunk, int64_t group) {
-    const int64_t each = tokens / queries, start = chunk * size * queries;  // all tokens, or the first of a window
-    linear(proj, panels * group / groups, panels * (group + 1) / groups, slot(chunk), channels, count(chunk) * queries,
-           (float*)memory(), [&](int64_t i, int64_t column, __m512 value) {
+    const int64_t each = tokens / queries,
+                  start = chunk * size * queries;  // all tokens, or the first of a window
+    linear(proj, panels * group / groups, panels * (group + 1) / groups, slot(chunk), channels,
+           count(chunk) * queries, (float*)memory(), [&](int64_t i, int64_t column, __m512 value) {
              const float* from = x + (start + i) * each * channels + column;
-             _mm512_storeu_ps(out + (start + i) * channels + column, _mm512_add_ps(_mm512_loadu_ps(from), value));
+             _mm512_storeu_ps(out + (start + i) * channels + column,
+                              _mm512_add_ps(_mm512_loadu_ps(from), value));
            });
   };
   run<T>(chunks, groups, threads, first, second);
@@ -312,7 +324,8 @@ void mlp(float* x, int64_t all, float eps, const float* norm_scale, const float*
     T* normed = take<T>(left, size * channels);
     T* to = slot(chunk);
     for (int64_t i = 0; i < count(chunk); i++)
-      layer_norm(x + (chunk * size + i) * channels, channels, norm_scale, norm_shift, eps, normed + i * channels);
+      layer_norm(x + (chunk * size + i) * channels, channels, norm_scale, norm_shift, eps,
+                 normed + i * channels);
     linear(fc1, panels1 * group / groups, panels1 * (group + 1) / groups, normed, channels, count(chunk), c,
            [&](int64_t i, int64_t column, __m512 value) { store(to + i * hidden + column, gelu(value)); });
   };
@@ -331,25 +344,26 @@ void mlp(float* x, int64_t all, float eps, const float* norm_scale, const float*
 // x + proj(attention(qkv(norm(x)))) of windows x (windows, tokens, C), for the first `queries` tokens of each
 // window (1 or all): out (windows, queries, C). Panels of qkv are as wide as a head; bias is (heads, tokens, padded) with
 // -inf beyond the tokens, hidden (windows, padded) or null, where padded is tokens rounded up to 16.
-#define ATTEND(name, T)                                                                                             \
-  extern "C" void name(const float* x, float* out, int64_t windows, int64_t tokens, int64_t queries, int64_t dim,   \
-                       int64_t heads, float eps, float scale, const float* norm_scale, const float* norm_shift,     \
-                       const T* qkv, const float* qkv_bias, const T* proj, const float* proj_bias, int64_t width,   \
-                       const float* bias, const uint8_t* hidden, int64_t threads) {                                 \
-    attend<T>(x, out, windows, tokens, queries, heads, eps, scale, norm_scale, norm_shift,                          \
-              {qkv, qkv_bias, dim, 3 * dim, dim / heads}, {proj, proj_bias, dim, dim, width}, bias, hidden,     \
-              threads);                                                                                             \
+#define ATTEND(name, T)                                                                                     \
+  extern "C" void name(const float* x, float* out, int64_t windows, int64_t tokens, int64_t queries,        \
+                       int64_t dim, int64_t heads, float eps, float scale, const float* norm_scale,         \
+                       const float* norm_shift, const T* qkv, const float* qkv_bias, const T* proj,         \
+                       const float* proj_bias, int64_t width, const float* bias, const uint8_t* hidden,     \
+                       int64_t threads) {                                                                   \
+    attend<T>(x, out, windows, tokens, queries, heads, eps, scale, norm_scale, norm_shift,                  \
+              {qkv, qkv_bias, dim, 3 * dim, dim / heads}, {proj, proj_bias, dim, dim, width}, bias, hidden, \
+              threads);                                                                                     \
   }
 ATTEND(attend_float32, float)
 ATTEND(attend_bfloat16, bits)
 
 // x + fc2(gelu(fc1(norm(x)))) of tokens x (rows, C), in place.
-#define MLP(name, T)                                                                                                \
-  extern "C" void name(float* x, int64_t rows, int64_t dim, int64_t hidden, float eps, const float* norm_scale,     \
-                       const float* norm_shift, const T* fc1, const float* bias1, int64_t width1, const T* fc2,     \
-                       const float* bias2, int64_t width2, int64_t threads) {                                       \
-    mlp<T>(x, rows, eps, norm_scale, norm_shift, {fc1, bias1, dim, hidden, width1}, {fc2, bias2, hidden, dim, width2}, \
-           threads);                                                                                                \
+#define MLP(name, T)                                                                                        \
+  extern "C" void name(float* x, int64_t rows, int64_t dim, int64_t hidden, float eps,                      \
+                       const float* norm_scale, const float* norm_shift, const T* fc1, const float* bias1,  \
+                       int64_t width1, const T* fc2, const float* bias2, int64_t width2, int64_t threads) { \
+    mlp<T>(x, rows, eps, norm_scale, norm_shift, {fc1, bias1, dim, hidden, width1},                         \
+           {fc2, bias2, hidden, dim, width2}, threads);                                                     \
   }
 MLP(mlp_float32, float)
 MLP(mlp_bfloat16, bits)
