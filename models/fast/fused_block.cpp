@@ -1,10 +1,11 @@
-// The two halves of an MSG-Transformer block for inference on x86 CPUs with AVX-512, each in one pass over the
-// tokens: LayerNorm, attention inside windows and projection; LayerNorm, linear, exact GELU and linear. What lies
-// between the layers stays in the cache of a core. fused_block.py builds this file and calls it.
+// The two halves of an MSG-Transformer block for inference on x86 CPUs with AVX-512, each in one pass over
+// the tokens: LayerNorm, attention inside windows and projection; LayerNorm, linear, exact GELU and linear.
+// What lies between the layers stays in the cache of a core. fused_block.py builds this file and calls it.
 //
-// Matrix products are PyTorch's own: its kernel for small blocks adds C = A B in float32, on AMX where there is
-// any. Weights come packed in panels of `width` columns, [columns / width][K / V][width][V], where V is 2 in
-// bfloat16 (pairs of rows are neighbours) and 1 in float32. T is uint16_t for bfloat16 (its bits) or float.
+// Matrix products are PyTorch's own: its kernel for small blocks computes C = A B in float32, on AMX where
+// there is any. Weights come packed in panels of `width` columns, [columns / width][K / V][width][V], where V
+// is 2 in bfloat16 (pairs of rows are neighbours) and 1 in float32. T is uint16_t for bfloat16 (its bits) or
+// float.
 
 #include <immintrin.h>
 #include <omp.h>
@@ -107,7 +108,7 @@ struct Linear {
   int64_t in, columns, width;
 };
 
-// Panels `first` to `last` of a linear layer on rows a; finish(row, column, 16 values with the bias) stores them.
+// Panels `first` to `last` of a linear layer on rows a. finish(row, column, x) stores 16 values, with the bias.
 template <typename T, typename Finish>
 void linear(const Linear<T>& layer, int64_t first, int64_t last, const T* a, int64_t lda, int64_t rows,
             float* c, Finish finish) {
@@ -143,7 +144,7 @@ void pack_keys(const bits* k, int64_t lda, int64_t tokens, int64_t padded, int64
     }
 }
 
-// Values (tokens, lda) to the right factor of the probabilities, with `padded` rows; returns its leading dimension.
+// Values (tokens, lda) to the right factor of the probabilities, with `padded` rows; returns its row length.
 int64_t pack_values(const float*& v, int64_t lda, int64_t, int64_t, int64_t, float*) { return lda; }
 
 int64_t pack_values(const bits*& v, int64_t lda, int64_t tokens, int64_t padded, int64_t channels,
@@ -342,8 +343,9 @@ void mlp(float* x, int64_t all, float eps, const float* norm_scale, const float*
 }  // namespace
 
 // x + proj(attention(qkv(norm(x)))) of windows x (windows, tokens, C), for the first `queries` tokens of each
-// window (1 or all): out (windows, queries, C). Panels of qkv are as wide as a head; bias is (heads, tokens, padded) with
-// -inf beyond the tokens, hidden (windows, padded) or null, where padded is tokens rounded up to 16.
+// window (1 or all): out (windows, queries, C). Panels of qkv are as wide as a head. The bias is (heads,
+// tokens, padded) with -inf beyond the tokens, hidden is (windows, padded) or null; padded is tokens rounded
+// up to 16.
 #define ATTEND(name, T)                                                                                     \
   extern "C" void name(const float* x, float* out, int64_t windows, int64_t tokens, int64_t queries,        \
                        int64_t dim, int64_t heads, float eps, float scale, const float* norm_scale,         \

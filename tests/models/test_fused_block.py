@@ -1,15 +1,13 @@
 """Blocks in two passes over the tokens, against the layers that they stand for."""
 
 import copy
+import functools
 import logging
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers import CVPR22, ROOT, fill_weights, golden_images, micro, reference
+from helpers import CVPR22, fill_weights, golden_images, micro, reference
 from torch import nn
 
 from models import compile_model, inference, use_onednn
@@ -182,52 +180,35 @@ def test_a_library_that_computes_wrong_numbers_is_not_used(calls, monkeypatch, c
     torch.testing.assert_close(found, micro()(images), rtol=1e-4, atol=1e-4)
 
 
-RUN = """
-import logging, sys
-import torch
-from helpers import golden_images, micro
-from models import inference, use_onednn
-from models.fast import choices, fused_block
-fused_block.chosen = lambda: choices.MEASURED["GenuineIntel", "amx_bf16"]
-logging.basicConfig(level=logging.INFO, stream=sys.stderr)
-model = micro()
-use_onednn(model)
-for _ in range(2):
-    with inference(model):
-        logits = model(golden_images(32).float())
-torch.save((logits, [kept for kept in model.layers[0].blocks[0].fixed.kept or ()]), sys.argv[1])
-"""
-
-
-@pytest.mark.parametrize("case", ["built", "found", "no compiler", "no such compiler", "broken", "read-only"])
-def test_the_library_is_built_once_and_inference_works_without(tmp_path, case):
-    home = tmp_path / "home"
-    home.mkdir()
-    environment = dict(
-        os.environ, TORCH_HOME=str(home), PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    )
-
-    def run():
-        command = [sys.executable, "-c", RUN, str(tmp_path / "out")]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stderr
-
-    if case == "no compiler":
-        environment["CXX"] = "/bin/false"
+@pytest.mark.parametrize(
+    "case", ["built", "found", "no compiler", "no such compiler", "broken compiler", "no folder"]
+)
+def test_the_library_is_built_once_and_inference_works_without(monkeypatch, tmp_path, caplog, calls, case):
+    home, build = tmp_path / "home", fused_block.load_library.__wrapped__
+    monkeypatch.setenv("TORCH_HOME", str(home))
+    if case == "found":
+        build()
+    elif case == "broken compiler":
+        compiler = tmp_path / "compiler"
+        compiler.write_text(
+            '#!/bin/sh\nfor word; do case $word in *.so) echo broken > "$word";; esac; done\n'
+        )
+        compiler.chmod(0o755)
+        monkeypatch.setenv("CXX", str(compiler))
+    elif case == "no compiler":
+        monkeypatch.setenv("CXX", "/bin/false")
     elif case == "no such compiler":
-        environment["CXX"] = str(tmp_path / "none")
-    elif case == "read-only":
-        environment["TORCH_HOME"] = str(tmp_path / "file")
-        (tmp_path / "file").write_text("")
-    log = run()
-    if case in ("found", "broken"):
-        assert "INFO:msg_transformer:built" in log
-        (library,) = home.rglob("*.so")
-        if case == "broken":
-            library.write_bytes(b"no library")
-        log = run()
+        monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    elif case == "no folder":
+        home.write_text("")
+    monkeypatch.setattr(fused_block, "load_library", functools.cache(build))
+    monkeypatch.setattr(fused_block.logger, "propagate", True)
+    images = golden_images(32).float()
+    with caplog.at_level(logging.INFO, "msg_transformer"):
+        (logits,) = computed(micro(), images)
     works = case in ("built", "found")
-    assert ("INFO:msg_transformer:built" in log) == (case == "built")
-    assert log.count("cannot be used, so inference takes longer on this CPU") == (not works)
+    assert bool(calls) == works
+    assert ("built " in caplog.text) == (case == "built")
+    assert caplog.text.count("cannot be used, so inference takes longer on this CPU") == (not works)
     assert not list(home.rglob("tmp*"))
-    logits, _ = torch.load(tmp_path / "out")
-    torch.testing.assert_close(logits, micro()(golden_images(32).float()), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits, micro()(images), rtol=1e-4, atol=1e-4)
