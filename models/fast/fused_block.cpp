@@ -108,7 +108,7 @@ struct Linear {
   int64_t in, columns, width;
 };
 
-// Panels `first` to `last` of a linear layer on rows a. finish(row, column, x) stores 16 values, with the bias.
+// Panels `first` to `last` of a linear layer on rows a. finish(row, column, x) stores 16 values.
 template <typename T, typename Finish>
 void linear(const Linear<T>& layer, int64_t first, int64_t last, const T* a, int64_t lda, int64_t rows,
             float* c, Finish finish) {
