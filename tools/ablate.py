@@ -24,13 +24,6 @@ from utils import ROOT, check_environment
 
 CORES = os.cpu_count() or 1
 
-# Two-sided 95% quantiles of Student's t for 1 to 30 degrees of freedom.
-STUDENT = (
-    (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-    + (2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
-    + (2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
-)
-
 
 def parse_args():
     """The command line."""
@@ -68,6 +61,7 @@ from config import APART, flat_config, get_config, image_shape
 from logger import read_metrics
 from models import build_model, count_macs
 from tools import tables
+from tools.tables import mean_and_interval
 from training.guard import REQUEUE_EXIT_CODE
 from utils import UserError, telling_errors
 
@@ -258,23 +252,6 @@ def summarise(runs, args):
 def differences(values, baseline):
     """The differences by seed, of the seeds that both have."""
     return {seed: value - baseline[seed] for seed, value in values.items() if seed in baseline}
-
-
-def mean_and_interval(values):
-    """Mean, standard deviation and 95% interval of the mean, by Student's t, of values by seed.
-
-    Returns:
-        dict of ``by_seed``, ``mean``, ``std`` (of a sample) and ``half`` (of the interval); None for what
-        too few values leave unknown.
-    """
-    numbers = list(values.values())
-    mean = statistics.fmean(numbers) if numbers else None
-    std = statistics.stdev(numbers) if len(numbers) > 1 else None
-    half = None
-    if std is not None:
-        quantile = STUDENT[len(numbers) - 2] if len(numbers) - 2 < len(STUDENT) else 1.96
-        half = quantile * std / len(numbers) ** 0.5
-    return dict(by_seed=values, mean=mean, std=std, half=half)
 
 
 def ablation_table(result):

@@ -19,6 +19,13 @@ SHORT = {
     "swin_base_patch4_window7_224": "Swin-B", "convnext_tiny": "ConvNeXt-T",
 }  # fmt: skip
 
+# Two-sided 95% quantiles of Student's t for 1 to 30 degrees of freedom.
+STUDENT = (
+    (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+    + (2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
+    + (2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
+)
+
 
 def shelf():
     """All results: (name of the machine's folder, path, result), in the order of folders and dates."""
@@ -198,9 +205,26 @@ def read(path):
     return json.loads((ROOT / "benchmarks" / path).read_text())
 
 
+def mean_and_interval(values):
+    """Mean, standard deviation and 95% interval of the mean, by Student's t, of values by seed.
+
+    Returns:
+        dict of ``by_seed``, ``mean``, ``std`` (of a sample) and ``half`` (of the interval); None for what
+        too few values leave unknown.
+    """
+    numbers = list(values.values())
+    mean = statistics.fmean(numbers) if numbers else None
+    std = statistics.stdev(numbers) if len(numbers) > 1 else None
+    half = None
+    if std is not None:
+        quantile = STUDENT[len(numbers) - 2] if len(numbers) - 2 < len(STUDENT) else 1.96
+        half = quantile * std / len(numbers) ** 0.5
+    return dict(by_seed=values, mean=mean, std=std, half=half)
+
+
 def with_half(numbers, form):
-    """A mean, and half of its interval where that is known."""
-    half = "" if numbers["half"] is None else f" ± {numbers['half']:.2f}"
+    """A mean, and half of its interval where that is known; ``form`` is the format of the mean."""
+    half = "" if numbers["half"] is None else f" ± {numbers['half']:{form.lstrip('+')}}"
     return "not finished" if numbers["mean"] is None else f"{numbers['mean']:{form}}{half}"
 
 
@@ -214,6 +238,26 @@ def ablation(found, what="config"):
         rows.append([row["name"].replace("_", " "), *size, score, difference])
     columns = [what, "parameters", "MACs", "best top-1, 95% interval"]
     return markdown([*columns, "paired difference to the first"], rows)
+
+
+def by_epoch(one, other, epochs):
+    """Other minus one, in pairs of runs, after some epochs.
+
+    Args:
+        one, other: patterns of files with metrics, below the repository's root.
+        epochs: counted from 1.
+    """
+    files = (sorted(ROOT.glob(pattern)) for pattern in (one, other))
+    runs = [[[json.loads(line) for line in file.read_text().splitlines()] for file in of] for of in files]
+    rows = []
+    for epoch in epochs:
+        row = [f"{epoch}"]
+        for key, form in (("train_loss", "+.3f"), ("val_loss", "+.3f"), ("acc1", "+.2f")):
+            pairs = enumerate(zip(*runs))
+            gaps = {seed: b[epoch - 1][key] - a[epoch - 1][key] for seed, (a, b) in pairs}
+            row.append(with_half(mean_and_interval(gaps), form))
+        rows.append(row)
+    return markdown(["after epoch", "training loss", "validation loss", "top-1"], rows)
 
 
 def orders(found):
@@ -271,6 +315,16 @@ PAGES = {
         cues=lambda: ablation(read("ablation_cues/ablation.json"), "messengers"),
         digits=lambda: ablation(read("ablation_digits/ablation.json"), "messengers"),
         cifar10=lambda: ablation(read("cifar10/ablation.json"), "messengers"),
+        cost=lambda: by_epoch(
+            "benchmarks/cifar10/cifar10_not_exchanged/seed*/metrics.jsonl",
+            "benchmarks/cifar10/cifar10_shuffled/seed*/metrics.jsonl",
+            (1, 2, 4, 6, 8, 12),
+        ),
+        longer=lambda: by_epoch(
+            "benchmarks/cifar10/forty_epochs/not_exchanged/metrics.jsonl",
+            "weights/msg_cifar10/metrics.jsonl",
+            (2, 5, 12, 20, 30, 40),
+        ),
     ),
     "docs/messengers.md": dict(
         orders=lambda: orders(read("messengers_cifar10/curves.json")),
