@@ -260,6 +260,15 @@ def by_epoch(one, other, epochs):
     return markdown(["after epoch", "training loss", "validation loss", "top-1"], rows)
 
 
+def blocks(found):
+    """Runs with a way of exchanging and a number of blocks, by their best epoch."""
+    rows = []
+    for run in found["runs"]:
+        scores = run["top1_by_epoch"]
+        rows.append([run["exchange"], f"{run['blocks']}", f"{max(scores):.1f}", f"{len(scores)}"])
+    return markdown(["exchange", "blocks", "best top-1", "epochs"], rows)
+
+
 def orders(found):
     """Areas of the curves that :func:`~analysis.messenger_curves.summarize` found, and gains over random."""
     rows = []
@@ -313,6 +322,7 @@ PAGES = {
     "benchmarks/README.md": dict(results=results, choices=choices),
     "docs/ablations.md": dict(
         cues=lambda: ablation(read("ablation_cues/ablation.json"), "messengers"),
+        blocks=lambda: blocks(read("ablation_cues/blocks.json")),
         digits=lambda: ablation(read("ablation_digits/ablation.json"), "messengers"),
         cifar10=lambda: ablation(read("cifar10/ablation.json"), "messengers"),
         cost=lambda: by_epoch(
