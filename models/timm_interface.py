@@ -69,7 +69,13 @@ class TimmInterface:
         Raises:
             CheckpointError: no such file, damaged, or of another model.
         """
-        ckpt.load_weights(self, ckpt.read_weights(path), path, new_head=True)
+        try:
+            ckpt.load_weights(self, ckpt.read_weights(path), path, new_head=True)
+        except ckpt.CheckpointError as error:
+            raise ckpt.CheckpointError(
+                f"pretrained weights: {error}. Take the file from the repository again (git checkout), or "
+                "create the model with pretrained=False"
+            ) from error
 
     def forward_intermediates(
         self,

@@ -129,7 +129,7 @@ def _build(
     exchange = arguments.get("tokens", True) and arguments.get("manip_type") != "none"
     arguments.update(
         window_size=window_size,
-        norm_layer=get_norm_layer(norm_layer),
+        norm_layer=_known_norm(norm_layer),
         shuffle_size=fit_regions(shuffle_size, **training, exchange=exchange),
         strict_img_size=bool(strict_img_size),
     )
@@ -140,6 +140,19 @@ def _build(
     # timm's checkpoint_path knows no filter.
     model.register_load_state_dict_pre_hook(fit_on_load)
     return model.to(dtype=dtype)
+
+
+def _known_norm(norm_layer):
+    """The class of a norm, tried on tokens (..., C)."""
+    try:
+        norm = get_norm_layer(norm_layer)
+        with torch.device("cpu"), torch.no_grad():
+            norm(6)(torch.zeros(1, 2, 3, 6))
+    except Exception as error:
+        raise ValueError(
+            f"norm_layer {norm_layer!r}: give a norm over the last dimension, such as layernorm or rmsnorm"
+        ) from error
+    return norm
 
 
 for name, defaults in _ARGUMENTS.items():

@@ -141,6 +141,12 @@ def test_norms_are_chosen_by_timms_name_or_class(norm_layer):
     assert model(torch.randn(1, 3, 96, 96)).isfinite().all()
 
 
+@pytest.mark.parametrize("norm_layer", ["batchnorm2d", "layernorm2d", "groupnorm1", "none_such"])
+def test_norms_over_other_dimensions_are_refused(norm_layer):
+    with pytest.raises(ValueError, match=f"norm_layer '{norm_layer}': give a norm over the last dimension"):
+        create(norm_layer=norm_layer)
+
+
 def test_device_and_dtype_are_those_of_every_parameter():
     model = create(dtype=torch.bfloat16, img_size=96, ape=True)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
