@@ -90,8 +90,9 @@ def blocks():
     """Whole blocks of T in inference, where they can be computed in two passes."""
     model = timm.create_model("msg_tiny_p4_win7_224").eval()
     use_onednn(model)
-    for stage, (layer, (windows, channels, _, count)) in enumerate(zip(model.layers, STAGES), 1):
-        block, x = layer.blocks[0], torch.randn(BATCH, windows, TOKENS, channels)
+    for stage, (layer, (windows, *_)) in enumerate(zip(model.layers, STAGES), 1):
+        block, count = layer.blocks[0], len(layer.blocks)
+        x = torch.randn(BATCH, windows, TOKENS, block.attn.qkv.in_features)
         for name, functions in load_library().items():
             dtype = getattr(torch, name)
             fused = FusedBlock(block, dtype, functions)
