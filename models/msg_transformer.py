@@ -19,7 +19,7 @@ from . import geometry
 from .attention import RelativePositions
 from .exchange import OTHER_EXCHANGES
 from .fast.attention import windowed_attention
-from .padding import PaddedStage, halve_map, pad_to_even, pad_to_patches, resample_positions
+from .padding import PaddedStage, convolve, pad_to_even, pad_to_patches, resample_positions
 from .timm_interface import TimmInterface, feature_info
 from .tracing import count_squares, plain_sizes, replace_messengers, replaceable, split_sides
 
@@ -39,7 +39,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x):
         """Embed images (B, in_chans, height, width) as (B, H, W, C)."""
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))  # B, H, W, C
+        return self.norm(convolve(self.proj, x).permute(0, 2, 3, 1))  # B, H, W, C
 
 
 def partition_windows(x, window_size, shuffle_size):
@@ -183,7 +183,7 @@ class PatchMerging(nn.Module):
         """Merge a map: (B, H, W, C) to (B, H/2, W/2, 2C), sides rounded up."""
         x = pad_to_even(x)
         if self.kind == "conv":
-            return self.norm(halve_map(self.reduction, x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+            return self.norm(convolve(self.reduction, x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
         x = split_sides(x, 2)  # B, H/2, row offset, W/2, column offset, C
         x = x.permute(0, 1, 3, 4, 2, 5).flatten(3)  # B, H/2, W/2, 4C: column offset, row offset, C
         return self.reduction(self.norm(x))  # B, H/2, W/2, 2C

@@ -89,16 +89,18 @@ def pad_to_even(x):
     return functional.pad(x, (0, 0, 0, width % 2, 0, height % 2))
 
 
-def halve_map(convolution, x):
-    """A convolution of stride 2 on maps (B, C, H, W): (B, C', H/2, W/2), sides rounded up.
+def convolve(convolution, x):
+    """A convolution with a stride on maps (B, C, H, W): (B, C', H/stride, W/stride), sides rounded up.
 
-    In bfloat16 on processors with AMX, PyTorch 2.14 gives garbage for maps of one or two columns (oneDNN, 3x3
-    kernels). On the CPU, such maps get columns of zeros, and the result loses what comes of these.
+    In bfloat16 on processors with AMX, PyTorch 2.14 gives garbage, in the result or in the gradient of the
+    weight, for some maps that end as one column (oneDNN). On the CPU, such maps get columns of zeros, and the
+    result loses what comes of these.
     """
     (width,) = plain_sizes(x.shape[3])
-    if width > 2 or x.device.type != "cpu" or exporting():
+    stride = convolution.stride[1]
+    if width > stride or x.device.type != "cpu" or exporting():
         return convolution(x)
-    return convolution(functional.pad(x, (0, 4 - width)))[..., :1]
+    return convolution(functional.pad(x, (0, 2 * stride - width)))[..., :1]
 
 
 def resample_positions(positions, grid_size, extent):

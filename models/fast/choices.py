@@ -30,8 +30,8 @@ class Choices(NamedTuple):
 # Where nothing was measured.
 PYTORCH = Choices("pytorch", "pytorch", "pytorch", "pytorch", "sdpa", "sdpa", "sdpa", "layers", "pytorch")
 
-# By vendor and the widest instruction set. benchmarks/README.md has the figures: of single operations and
-# blocks for AMD without AVX-512 and for Intel with AMX, of whole models for AMD with AVX-512.
+# By vendor and the widest instruction set. benchmarks/README.md has the figures: of single operations for AMD
+# without AVX-512, of these and of blocks for Intel with AMX, of whole models for AMD with AVX-512.
 _OURS = Choices("onednn", "pytorch", "onednn", "onednn", "blocked", "sdpa", "blocked", "layers", "openvino")
 MEASURED = {
     ("AuthenticAMD", "avx2"): _OURS._replace(gelu="pytorch", compiled="pytorch"),

@@ -20,11 +20,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from .choices import CPUINFO, chosen
 from .fixed_weights import Fixed, are_plain
-from .mlp import is_fusible, is_hooked
+from .mlp import are_watched, is_fusible
 
 logger = logging.getLogger("msg_transformer")
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -83,7 +82,7 @@ def _is_usual(block):
         and attn.backend == "auto"
         and "forward" not in vars(attn)
         and is_fusible(mlp)
-        and not any(map(is_hooked, (*norms, attn, attn.qkv, attn.proj)))
+        and not are_watched((*norms, attn, attn.qkv, attn.proj))
         and are_plain(*block.parameters())
         and all(parameter.device.type == "cpu" for parameter in block.parameters())
     )
@@ -99,7 +98,8 @@ def _heads(attn):
 
 def _agrees(block, fused):
     """Whether both give the same for one window of random tokens."""
-    x = torch.randn(1, 1, fused.bias.shape[1], fused.channels, generator=torch.Generator().manual_seed(0))
+    sizes, generator = (1, 1, fused.bias.shape[1], fused.channels), torch.Generator().manual_seed(0)
+    x = torch.randn(sizes, generator=generator, dtype=torch.float32, device="cpu")
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         expected = type(block).forward(block, x.to(block.norm1.weight.dtype)).float()
     found = fused.mlp(fused.attend(x[0])[None], x)
@@ -135,15 +135,13 @@ class FusedBlock:
         self.bias, self.bias_alone = _pad_keys(bias, -torch.inf), _pad_keys(bias[:, :1, :1], -torch.inf)
         self.modules = list(block.modules())
         self.parts = [(held, dict(held)) for m in self.modules for held in (m._modules, m._parameters)]
-        self.hooks = [held for m in self.modules[1:] for held in (m._forward_hooks, m._forward_pre_hooks)]
 
     def is_current(self):
         """Whether the block still has its modules and parameters, and no hooks inside."""
         return not (
-            any(self.hooks)
+            are_watched(self.modules[1:])
             or any(module.training for module in self.modules)
             or any(held.get(key) is not value for held, parts in self.parts for key, value in parts.items())
-            or _has_any_global_hook()
         )
 
     def attend(self, x, hidden=None, queries=None):
@@ -155,7 +153,8 @@ class FusedBlock:
         """
         windows, tokens, channels = x.shape
         queries = queries or tokens
-        x, out = x.float().contiguous(), torch.empty(windows, queries, channels)
+        x = x.float().contiguous()
+        out = x.new_empty(windows, queries, channels)  # whatever the default dtype and device are
         hidden = None if hidden is None else _pad_keys(hidden, True)
         bias = self.bias if tokens == self.bias.shape[1] else self.bias_alone
         weight, shift, eps = self.norms[0]
@@ -187,7 +186,7 @@ class FusedBlock:
 
 def _weights(layer):
     """The weight and the bias of a linear layer, zeros for none."""
-    bias = torch.zeros(layer.out_features) if layer.bias is None else layer.bias
+    bias = layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias
     return layer.weight.detach(), bias.detach()
 
 

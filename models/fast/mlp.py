@@ -45,13 +45,16 @@ def is_fusible(mlp):
         [type(part) for part in parts] == kinds
         and mlp.act.approximate == "none"
         and all(is_onednn_layer(layer) and type(layer.weight) is nn.Parameter for layer in (mlp.fc1, mlp.fc2))
-        and not any(map(is_hooked, parts))
-        and not _has_any_global_hook()
+        and not are_watched(parts)
     )
 
 
-def is_hooked(module):
-    """Whether a module has hooks."""
+def are_watched(modules):
+    """Whether any of some modules has hooks, or there are hooks for all modules."""
+    return any(map(_is_hooked, modules)) or _has_any_global_hook()
+
+
+def _is_hooked(module):
     forward, backward = module._forward_hooks, module._backward_hooks
     return bool(forward or module._forward_pre_hooks or backward or module._backward_pre_hooks)
 

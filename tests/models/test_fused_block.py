@@ -108,6 +108,22 @@ def test_a_model_whose_weights_are_bfloat16_keeps_its_dtype(calls):
     assert calls and found.dtype == BFLOAT16 and (found - expected).norm() < 3e-2 * expected.norm()
 
 
+def test_neither_the_default_dtype_nor_the_default_device_changes_anything():
+    model, x = micro(), torch.randn(2, 17, 48)
+    use_onednn(model)
+    with inference(model):
+        fused = model.layers[0].blocks[0].fixed.kept[0]
+        expected = fused.mlp(fused.attend(x), x)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"), inference(model):
+            fused = model.layers[0].blocks[0].fixed.kept[0]
+            found = fused.mlp(fused.attend(x), x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+
+
 def test_threads_share_a_model(calls):
     model, images = micro(), golden_images(36).float()
     expected = computed(model, images)[0]
