@@ -26,12 +26,12 @@ from torch import nn
 from checkpoint.resize import fit_on_load
 
 from .geometry import fit_regions, known_window, require_size
-from .msg_transformer import MSGTransformer, PatchMerging, Stage
+from .msg_transformer import MSGTransformer, PatchEmbed, PatchMerging, Stage
 from .padding import pad_to_patches, resample_positions
 
 # torch.fx runs the model with stand-ins for tensors, which have no sizes. What depends on sizes is a single
 # step of its graph.
-for module in (Stage, PatchMerging):
+for module in (PatchEmbed, Stage, PatchMerging):
     register_notrace_module(module)
 for function in (pad_to_patches, resample_positions, require_size):
     register_notrace_function(function)
