@@ -284,7 +284,7 @@ def default_config():
     # cuda, mps (the GPU of a Mac, one process only) or cpu; empty takes cuda where there is one, else cpu.
     config.DEVICE = ""
     # O0 is float32; O1 is mixed precision; O2 existed only in apex and runs as O1. --throughput, and --eval
-    # with RUNTIME onnxruntime or openvino, compute in float32 unless this key or AMP_DTYPE is set.
+    # with RUNTIME openvino, compute in float32 unless this key or AMP_DTYPE is set.
     config.AMP_OPT_LEVEL = "O1"
     # Mixed-precision type on GPUs: float16 (with gradient scaling) or bfloat16. A CPU uses bfloat16, or
     # float32 if it does not compute in bfloat16 (x86 without AVX-512).
@@ -294,10 +294,9 @@ def default_config():
     config.AMP.FUSED_LAYERNORM = False
     # torch.compile for training and evaluation: minutes at the start, faster afterwards. Not for detection.
     config.COMPILE = False
-    # What computes the classifier's logits with --eval and --throughput: pytorch; onnxruntime or openvino, on
-    # the CPU, refused where it is not installed or disagrees with PyTorch on the first images; auto, which is
-    # openvino if it is installed and models/fast/choices.py says so for this CPU, else pytorch. Training and
-    # its evaluations are PyTorch's.
+    # What computes the classifier's logits with --eval and --throughput: pytorch; openvino, on the CPU, which
+    # is compared with PyTorch on the first images; or auto: openvino if it is installed and
+    # models/fast/choices.py says so for this CPU, else pytorch. Training always uses PyTorch.
     config.RUNTIME = "pytorch"
     # The same bits in every run of the same config on the same machine; slower on CUDA.
     config.DETERMINISTIC = False
@@ -430,7 +429,7 @@ def get_config(args, dataset=None):
     rules.check_config(config, sources)
     rules.check_version(config, sources)
     timed = config.THROUGHPUT_MODE and not config.EVAL_MODE  # in float32, as by the official code
-    handed_over = config.EVAL_MODE and config.RUNTIME in ("onnxruntime", "openvino")
+    handed_over = config.EVAL_MODE and config.RUNTIME == "openvino"
     if (timed or handed_over) and not {"AMP_OPT_LEVEL", "AMP_DTYPE"} & sources.keys():
         config.AMP_OPT_LEVEL = "O0"
     config.OUTPUT = os.path.join(config.OUTPUT, config.MODEL.NAME, config.TAG)
@@ -460,13 +459,14 @@ def parse_config(text, source):
     tree = rules.read_tree(text, source, values_as_text=True)
     tree.pop("BASE", None)
     for key, value in rules.leaves(tree):
-        # Training and logs do not decide what the model is, and earlier releases had other options for them.
-        if not key.startswith(("TRAIN.", "LOG.")) and key not in rules.GONE:
+        # Training, logs and what is of a machine do not decide what the model is, and earlier releases had
+        # other options for them.
+        if not key.startswith(("TRAIN.", "LOG.", "RUNTIME")) and key not in rules.GONE:
             rules.assign(config, key, value, source, sources)
     if config.DATA.DATASET == "coco":
         config.COMPILE, config.DATA.BACKEND = False, "pil"  # others were once allowed
     rules.check_config(config, sources)
-    config.DEVICE, config.RUNTIME, config.LOCAL_RANK = "", "pytorch", 0
+    config.DEVICE, config.LOCAL_RANK = "", 0
     config.freeze()
     return config
 

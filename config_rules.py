@@ -261,7 +261,7 @@ RULES = {
     "AMP_DTYPE": _one_of("float16", "bfloat16"),
     "AMP.FUSED_LAYERNORM": _BOOL,
     "COMPILE": _BOOL,
-    "RUNTIME": _one_of("pytorch", "onnxruntime", "openvino", "auto"),
+    "RUNTIME": _one_of("pytorch", "openvino", "auto"),
     "DETERMINISTIC": _BOOL,
     "DIST.TIMEOUT_SECONDS": _between(1, 10**6),
     "LOG.TRACKER": _one_of("", "wandb"),

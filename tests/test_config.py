@@ -309,7 +309,7 @@ def test_throughput_and_runtimes_compute_in_float32_unless_a_precision_is_asked_
     assert level() == level(**evaluation) == "O1" and level(**timing) == "O0"
     assert level("AMP_OPT_LEVEL: O1", **timing) == level(amp_opt_level="O1", **timing) == "O1"
     assert level("AMP_DTYPE: bfloat16", **timing) == level(opts=["AMP_DTYPE", "float16"], **timing) == "O1"
-    assert level("RUNTIME: openvino", **evaluation) == level("RUNTIME: onnxruntime", **evaluation) == "O0"
+    assert level("RUNTIME: openvino", **evaluation) == "O0"
     assert level("RUNTIME: openvino") == level("RUNTIME: auto", **evaluation) == "O1"
     assert level("{RUNTIME: openvino, AMP_DTYPE: bfloat16}", **evaluation) == "O1"
     assert level("{RUNTIME: openvino, COMPILE: True}") == "O1"
@@ -420,7 +420,6 @@ def test_choices_that_are_read_before_pytorch_are_those_of_the_models(monkeypatc
     import export
 
     assert CHOICES["MODEL.MSG.ATTENTION"] == BACKENDS
-    assert CHOICES["RUNTIME"] == ("pytorch", *deploy.RUNTIMES, "auto")
     assert list(deploy.FORMATS) == export.FORMAT_NAMES
 
 

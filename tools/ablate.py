@@ -1,6 +1,6 @@
 """Train configs with several seeds each and compare them, with error bars.
 
-python tools/ablate.py configs/ablations/digits/*.yaml --seeds 3 --data-path datasets/digits
+python tools/ablate.py configs/ablations/cues/*.yaml --baseline shuffled --seeds 3 --data-path datasets/cues
 
 Differences are to the baseline, the first config unless ``--baseline`` names another. Finished runs are used
 again, and interrupted ones go on where they were: the same command continues.

@@ -16,8 +16,7 @@ candidate has a process of its own and its best number of threads, and they take
   <name>:plain                as timm builds it, ours with eager attention
   <name>:onednn               with the linear layers that ours use on the CPU
   <name>:compile              under torch.compile
-  <name>:ort, :openvino       its ONNX file in ONNX Runtime or OpenVINO, once it gives what PyTorch gives
-                              (inference, CPU; ONNX Runtime in float32 alone)
+  <name>:openvino             its ONNX file in OpenVINO, once it gives what PyTorch gives (inference, CPU)
 
 Feature maps are those of timm's features_only; a training step minimises the sum of their mean squares.
 Models whose name has "swin" in it, and ours, are built for the size. The rates that a large product and a
@@ -41,9 +40,7 @@ from utils import check_environment
 
 CLASSES = 1000
 TRIAL = 0.3  # seconds of a turn that chooses the number of threads
-# Ways for any model: of computing with it, and of running a file made from it, by what runtime.
-WAYS = ("plain", "onednn", "compile")
-FILES = dict(ort="onnxruntime", openvino="openvino")
+WAYS = ("plain", "onednn", "compile", "openvino")  # for any model
 
 
 def parse_args():
@@ -87,7 +84,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.benchmark import Timer
 
 from models import inference, use_onednn
-from models.deploy.files import RUNTIMES, require_packages
+from models.deploy.files import OF_OPENVINO, require_packages
 from models.deploy.runtime import hand_over
 from models.fast.attention import BACKENDS
 from models.fast.attention_triton import triton_missing
@@ -102,28 +99,21 @@ def check(args):
         raise UserError("--memory on the CPU needs Linux")
     for name in args.models:
         base, _, variant = name.partition(":")
-        ways = (*WAYS, *FILES, *(BACKENDS if is_ours(base) else ()))
+        ways = (*WAYS, *(BACKENDS if is_ours(base) else ()))
         if not timm.is_model(base) or variant not in ("", *ways):
             known = " or ".join(f":{way}" for way in ways)
             raise UserError(f"{name}: a timm model name, or that and {known}")
         if variant == "triton" and triton_missing():
             raise UserError(f"{name}: {triton_missing()}")
-        if variant in FILES and (args.maps or args.device != "cpu" or args.modes != ["inference"]):
+        if variant == "openvino" and (args.maps or args.device != "cpu" or args.modes != ["inference"]):
             raise UserError(f"{name}: for the inference of classifiers on the CPU")
-    if not all(can_run(args.peer, getattr(torch, dtype)) for dtype in args.dtypes):
-        raise UserError(f"--peer {args.peer} does not run in all of --dtypes")
-    require_packages([FILES[variant_of(name)] for name in args.models if variant_of(name) in FILES])
+        if variant == "openvino":
+            require_packages(dict(openvino=OF_OPENVINO))
 
 
 def variant_of(name):
     """The way that a candidate's name chooses, "" for the usual one."""
     return name.partition(":")[2]
-
-
-def can_run(name, dtype):
-    """Whether a candidate runs in a dtype."""
-    variant = variant_of(name)
-    return variant not in FILES or dtype in RUNTIMES[FILES[variant]].dtypes
 
 
 def is_ours(name):
@@ -146,7 +136,7 @@ def build(name, sides=(224, 224), maps=False):
         kwargs["attention"] = "eager" if variant == "plain" else variant
     if ours or "swin" in name:
         kwargs["img_size"] = sides
-    fused = variant not in FILES  # timm's models take PyTorch's fused attention, which ONNX does not know
+    fused = variant != "openvino"  # timm's models take PyTorch's fused attention, which ONNX does not know
     set_fused_attn(fused, experimental=fused)
     try:
         model = timm.create_model(name, **kwargs)
@@ -189,8 +179,8 @@ class Candidate:
             self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
             if setting.dtype != torch.float32:
                 self.autocast = lambda: torch.autocast(setting.device, setting.dtype)
-        elif variant_of(name) in FILES:
-            self.run = hand_over(self.model, FILES[variant_of(name)], (3, *setting.sides), setting.dtype)
+        elif variant_of(name) == "openvino":
+            self.run = hand_over(self.model, (3, *setting.sides), setting.dtype)
         else:
             self.model.eval().to(setting.dtype)
             self.images = self.images.to(setting.dtype)
@@ -249,30 +239,29 @@ def ready(name, setting):
     """A :class:`Candidate`, whose weights are fixed for inference."""
     keep_freed_memory()  # as main.py does, for the peers too
     candidate = Candidate(name, setting)
-    fixed = setting.mode == "inference" and variant_of(name) not in ("plain", *FILES)
+    fixed = setting.mode == "inference" and variant_of(name) not in ("plain", "openvino")
     with inference(candidate.model) if fixed else contextlib.nullcontext():
         yield candidate
 
 
 def measure(args, setting):
-    """Time the candidates that run in the dtype of a setting in turn, each in a process of its own.
+    """Time the candidates in turn, each in a process of its own.
 
     Returns:
         A row for each: model, batch, threads, turns, and with ``--memory`` memory, in MiB.
     """
-    names = [name for name in args.models if can_run(name, setting.dtype)]
     with contextlib.ExitStack() as stack:
-        candidates = [benchmarking.Apart(name, ready, name, setting) for name in names]
+        candidates = [benchmarking.Apart(name, ready, name, setting) for name in args.models]
         for candidate in candidates:
             stack.callback(candidate.close)
         for candidate in candidates:  # all are built before anything is timed
             candidate.call("step")
         threads = [candidate.call("choose_threads") for candidate in candidates]
         take_turns = [partial(candidate.call, "turn") for candidate in candidates]
-        turns = benchmarking.time_in_turn(take_turns, args.rounds, names.index(args.peer))
+        turns = benchmarking.time_in_turn(take_turns, args.rounds, args.models.index(args.peer))
         rows = [
             dict(model=name, batch=setting.batch, threads=number, turns=taken)
-            for name, number, taken in zip(names, threads, turns)
+            for name, number, taken in zip(args.models, threads, turns)
         ]
         if args.memory:
             for row, candidate in zip(rows, candidates):

@@ -97,7 +97,7 @@ def paths_of(args):
 
 def main(args):
     """Write the files and print the table; ends with code 1 unless all of them agree with PyTorch."""
-    require_packages(args.formats)
+    require_packages({name: FORMATS[name].packages for name in args.formats})
     paths = paths_of(args)
     exportable, kept = build_exportable(args), []
     batches = [exportable.images(count) for count in BATCHES]

@@ -43,7 +43,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from utils import UserError
+from utils import UserError, telling_errors
 
 WINDOW = 8  # pixels on a side, as many as a digit has
 RED, BLUE = (220, 40, 40), (40, 80, 220)
@@ -105,7 +105,5 @@ def draw_examples(folder, path):
 
 
 if __name__ == "__main__":
-    try:
+    with telling_errors():
         main(ARGS)
-    except UserError as error:
-        sys.exit(f"error: {error}")

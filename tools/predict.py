@@ -46,7 +46,7 @@ def parse_args():
     workers = min(4, os.cpu_count() or 1)
     add("--workers", type=int, default=workers, help=f"processes that read images; default: {workers}")
     add("--device", choices=["cuda", "mps", "cpu"], help="default: cuda where there is one, else cpu")
-    runtime = "what computes a classifier; onnxruntime and openvino do so in float32; default: pytorch"
+    runtime = "what computes a classifier; openvino does so in float32; default: pytorch"
     add("--runtime", choices=CHOICES["RUNTIME"], help=runtime)
     add("--cfg", metavar="FILE", help="config of a checkpoint that holds none")
     add("--weights", choices=CHOICES["TEST.WEIGHTS"], default="auto", help="as TEST.WEIGHTS; default: auto")
@@ -76,7 +76,6 @@ from detection.pictures import annotate
 from distributed import build_compute
 from logger import ProgressBar
 from models import build_runtime, inference
-from models.deploy.files import RUNTIMES
 from models.from_checkpoint import build_ready, read_described
 from utils import UserError
 
@@ -91,7 +90,7 @@ def main(args):
     config.DEVICE, config.RUNTIME = args.device or "", args.runtime or config.RUNTIME
     if config.RUNTIME != "pytorch" and kind is Objects:
         raise UserError(f"--runtime is for classifiers, and {args.checkpoint} is of a detector: leave it out")
-    if config.RUNTIME in RUNTIMES:
+    if config.RUNTIME == "openvino":
         config.AMP_OPT_LEVEL = "O0"
     compute = build_compute(config)
     compute.prepare()

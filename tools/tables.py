@@ -323,7 +323,6 @@ PAGES = {
     "docs/ablations.md": dict(
         cues=lambda: ablation(read("ablation_cues/ablation.json"), "messengers"),
         blocks=lambda: blocks(read("ablation_cues/blocks.json")),
-        digits=lambda: ablation(read("ablation_digits/ablation.json"), "messengers"),
         cifar10=lambda: ablation(read("cifar10/ablation.json"), "messengers"),
         cost=lambda: by_epoch(
             "benchmarks/cifar10/cifar10_not_exchanged/seed*/metrics.jsonl",

@@ -48,16 +48,6 @@ class Format:
     packages: tuple = ()  # for pip install; the module names are the same
 
 
-@dataclass(frozen=True)
-class Runtime:
-    """What computes ONNX files on the CPU, on as many threads as PyTorch."""
-
-    title: str  # its name for people
-    load: Callable  # makes a function of float32 images from a path and a dtype
-    dtypes: tuple  # that it computes in
-    packages: tuple  # for pip install, to write a file and run it; the module names are the same
-
-
 @dataclass
 class Kept:
     """A file that agrees with PyTorch."""
@@ -67,13 +57,16 @@ class Kept:
     runs: dict = field(default_factory=dict)  # functions of images by runner
 
 
-def require_packages(names):
-    """Refuse formats and runtimes whose packages are missing, with the command that installs them."""
-    kinds = FORMATS | RUNTIMES
-    wanted = {package: name for name in names for package in kinds[name].packages}
-    missing = [package for package in wanted if importlib.util.find_spec(package) is None]
+def require_packages(wanted):
+    """Refuse what needs packages that are missing, with the command that installs them.
+
+    Args:
+        wanted: packages by the name of what needs them.
+    """
+    needs = {package: name for name, packages in wanted.items() for package in packages}
+    missing = [package for package in needs if importlib.util.find_spec(package) is None]
     if missing:
-        needy = dict.fromkeys(wanted[package] for package in missing)
+        needy = dict.fromkeys(needs[package] for package in missing)
         raise UserError(f"{', '.join(needy)}: missing packages: pip install {' '.join(missing)}")
 
 
@@ -188,7 +181,7 @@ def _write_onnx(exportable, path):
     program.save(path, external_data=False)
 
 
-def run_onnxruntime(path, dtype=torch.float32):
+def run_onnxruntime(path):
     """A function of images float32 that ONNX Runtime computes on the CPU in float32 from an ONNX file."""
     import onnxruntime
 
@@ -230,14 +223,8 @@ def run_openvino(path, dtype=torch.float32):
     return lambda images: torch.from_numpy(model(images.numpy())[0].copy())
 
 
-RUNTIMES = dict(
-    onnxruntime=Runtime(
-        "ONNX Runtime", run_onnxruntime, (torch.float32,), ("onnx", "onnxscript", "onnxruntime")
-    ),
-    openvino=Runtime(
-        "OpenVINO", run_openvino, (torch.float32, torch.bfloat16), ("onnx", "onnxscript", "openvino")
-    ),
-)
+# For pip install, to write a file and run it; the module names are the same.
+OF_OPENVINO = ("onnx", "onnxscript", "openvino")
 # By the ending of their files.
 FORMATS = dict(
     onnx=Format(

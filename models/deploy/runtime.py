@@ -1,4 +1,4 @@
-"""Evaluation by OpenVINO or ONNX Runtime in place of PyTorch."""
+"""Evaluation by OpenVINO in place of PyTorch."""
 
 import importlib.metadata
 import logging
@@ -9,14 +9,14 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from config import image_shape
+from config import CHOICES, image_shape
 from utils import UserError
 
 from ..fast.choices import chosen
 from .files import (
     CLOSE,
     FORMATS,
-    RUNTIMES,
+    OF_OPENVINO,
     Exportable,
     attempt,
     largest_error,
@@ -24,6 +24,7 @@ from .files import (
     openvino_has_bfloat16,
     require_near,
     require_packages,
+    run_openvino,
     write_checked,
 )
 
@@ -47,7 +48,7 @@ def build_runtime(config, model, compute):
         logger.info(f"RUNTIME auto: {name}, because {reason}")
     if name == "pytorch":
         return model
-    return hand_over(model, name, image_shape(config), compute.dtype or torch.float32)
+    return hand_over(model, image_shape(config), compute.dtype or torch.float32)
 
 
 def choose_runtime(name, compute):
@@ -56,74 +57,72 @@ def choose_runtime(name, compute):
     Raises:
         UserError: it is not installed, or not for the device or the precision of ``compute``.
     """
-    if name not in ("pytorch", "auto", *RUNTIMES):
-        raise UserError(f"RUNTIME {name!r} is none of pytorch, auto, {', '.join(RUNTIMES)}")
+    if name not in CHOICES["RUNTIME"]:
+        raise UserError(f"RUNTIME {name!r} is none of {', '.join(CHOICES['RUNTIME'])}")
+    problem = "" if name == "pytorch" else _obstacle(compute)
     if name == "auto":
-        if problem := _obstacle("openvino", compute):
-            return "pytorch", problem
-        if chosen().runtime == "openvino":
-            return "openvino", "it is the fastest that was measured on this processor"
-        return "pytorch", "nobody has measured a faster one on this processor"
-    if name != "pytorch" and (problem := _obstacle(name, compute)):
+        if problem or chosen().runtime != "openvino":
+            return "pytorch", problem or "nobody has measured a faster one on this processor"
+        return "openvino", "it is the fastest that was measured on this processor"
+    if problem:
         raise UserError(f"RUNTIME {problem}")
     return name, ""
 
 
-def _obstacle(name, compute):
-    """Why a runtime cannot evaluate as ``compute`` says, in words that begin with its name; or ""."""
+def _obstacle(compute):
+    """Why OpenVINO cannot evaluate as ``compute`` says, in words that begin with its name; or ""."""
     if compute.device.type != "cpu":
-        return f"{name} computes on the CPU: add --device cpu"
-    advice = "set AMP_OPT_LEVEL to O0 (--disable-amp)"
-    if compute.dtype not in (None, *RUNTIMES[name].dtypes):
-        return f"{name} does not compute in {str(compute.dtype).removeprefix('torch.')}: {advice}"
+        return "openvino computes on the CPU: add --device cpu"
     try:
-        require_packages([name])
+        require_packages(dict(openvino=OF_OPENVINO))
     except UserError as error:
         return str(error)
     if compute.dtype == torch.bfloat16 and not openvino_has_bfloat16():
-        return f"{name} does not compute in bfloat16 on this processor: {advice}"
+        return (
+            "openvino does not compute in bfloat16 on this processor: set AMP_OPT_LEVEL to O0 (--disable-amp)"
+        )
     return ""
 
 
-def hand_over(model, name, size, dtype=torch.float32):
-    """A classifier that a runtime computes.
+def hand_over(model, size, dtype=torch.float32):
+    """A classifier that OpenVINO computes.
 
     Args:
         model: on the CPU; its weights must stay as they are.
-        name, dtype: of ``RUNTIMES``, and what it computes in.
         size: (C, H, W) of its images.
+        dtype: float32 or bfloat16, to compute in.
 
     Raises:
-        UserError: a package is missing, or the runtime cannot compute this model.
+        UserError: a package is missing, or OpenVINO cannot compute this model.
     """
-    require_packages([name])
-    runtime, threads = RUNTIMES[name], torch.get_num_threads()
-    precision, version = str(dtype).removeprefix("torch."), importlib.metadata.version(name)
-    logger.info(f"RUNTIME {name}: {runtime.title} {version} in {precision}, {threads} threads")
+    require_packages(dict(openvino=OF_OPENVINO))
+    precision, version = str(dtype).removeprefix("torch."), importlib.metadata.version("openvino")
+    threads = torch.get_num_threads()
+    logger.info(f"RUNTIME openvino: OpenVINO {version} in {precision}, {threads} threads")
     exportable = Exportable(model.eval(), {}, tuple(size), {}, rebuild=None)
-    kind = replace(FORMATS["onnx"], runners={name: lambda path, _: runtime.load(path, dtype)}, optional=())
+    kind = replace(FORMATS["onnx"], runners=dict(OpenVINO=lambda path, _: run_openvino(path, dtype)))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         try:
             kept = write_checked(exportable, kind, os.path.join(folder, "model.onnx"), [])
         except UserError as error:
-            raise UserError(f"RUNTIME {name}: {error}: set RUNTIME pytorch") from error
-    return HandedOver(model, name, kept.runs[name], dtype).eval()
+            raise UserError(f"RUNTIME openvino: {error}: set RUNTIME pytorch") from error
+    return HandedOver(model, kept.runs["OpenVINO"], dtype).eval()
 
 
 class HandedOver(nn.Module):
-    """A classifier whose logits come from another runtime.
+    """A classifier whose logits come from OpenVINO.
 
     The first images that it is given are computed by PyTorch in float32 too, and compared.
 
     Args:
         model: in PyTorch.
-        name, dtype: of ``RUNTIMES``, and what it computes in.
         run: a function of images (B, C, H, W) float32.
+        dtype: what it computes in.
     """
 
-    def __init__(self, model, name, run, dtype):
+    def __init__(self, model, run, dtype):
         super().__init__()
-        self.model, self.name, self.run, self.dtype, self.compared = model, name, run, dtype, False
+        self.model, self.run, self.dtype, self.compared = model, run, dtype, False
 
     def forward(self, images):
         """Logits (B, classes) of images (B, C, H, W); a UserError if they are not those of PyTorch."""
@@ -134,7 +133,7 @@ class HandedOver(nn.Module):
 
     def _compare(self, batches):
         """Refuse what differs by more than rounding; one image alone is as a last batch may be."""
-        title = RUNTIMES[self.name].title
+        title = "OpenVINO"
         try:
             with torch.autocast("cpu", enabled=False):
                 expected = logits_of(self.model, batches)
@@ -145,5 +144,5 @@ class HandedOver(nn.Module):
             else:
                 error = f"{require_near(title, found, expected, ROUNDED):.1%} of the spread of the logits"
         except UserError as refusal:
-            raise UserError(f"RUNTIME {self.name}: {refusal}: set RUNTIME pytorch") from refusal
-        logger.info(f"RUNTIME {self.name}: {error} off PyTorch in float32, on {len(batches[-1])} images")
+            raise UserError(f"RUNTIME openvino: {refusal}: set RUNTIME pytorch") from refusal
+        logger.info(f"RUNTIME openvino: {error} off PyTorch in float32, on {len(batches[-1])} images")

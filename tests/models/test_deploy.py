@@ -17,6 +17,8 @@ import checkpoint as ckpt
 import models
 from config import dump_config
 from models.deploy.files import (
+    FORMATS,
+    OF_OPENVINO,
     Exportable,
     Format,
     largest_error,
@@ -181,8 +183,8 @@ def test_missing_packages_are_one_message_with_the_command(monkeypatch):
     with pytest.raises(
         UserError, match="^onnx, openvino: missing packages: pip install onnxruntime openvino$"
     ):
-        require_packages(["safetensors", "onnx", "openvino"])
-    require_packages(["safetensors"])
+        require_packages(dict(onnx=FORMATS["onnx"].packages, openvino=OF_OPENVINO))
+    require_packages(dict(safetensors=FORMATS["safetensors"].packages))
 
 
 def test_weights_come_back_from_a_safetensors_file(tmp_path, export):

@@ -1,11 +1,10 @@
-"""Evaluation by ONNX Runtime and OpenVINO: the numbers of PyTorch, or a refusal."""
+"""Evaluation by OpenVINO: the numbers of PyTorch, or a refusal."""
 
 import importlib.util
 import json
 import re
 from types import SimpleNamespace
 
-import onnxruntime
 import openvino
 import pytest
 import torch
@@ -16,7 +15,7 @@ import models
 from config import dump_config, parse_config
 from distributed import Compute
 from models.deploy import runtime as deploy_runtime
-from models.deploy.files import FORMATS, RUNTIMES, Exportable, run_onnxruntime, run_openvino
+from models.deploy.files import FORMATS, Exportable, run_openvino
 from models.deploy.runtime import HandedOver, build_runtime, choose_runtime
 from models.fast.choices import PYTORCH
 from utils import UserError
@@ -38,11 +37,11 @@ def written(tmp_path_factory):
 
 @pytest.fixture
 def handed_over(written):
-    """A function that gives the small model and the same in a runtime, not yet compared."""
+    """A function that gives the small model and the same in OpenVINO, not yet compared."""
 
-    def load(name, dtype=torch.float32):
+    def load(dtype=torch.float32):
         model = small()
-        return model, HandedOver(model, name, RUNTIMES[name].load(written, dtype), dtype)
+        return model, HandedOver(model, run_openvino(written, dtype), dtype)
 
     return load
 
@@ -55,26 +54,24 @@ def checkpoint(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("name", RUNTIMES)
-def test_a_runtime_gives_the_logits_of_pytorch_for_any_number_of_images(handed_over, name):
-    model, runtime = handed_over(name)
+def test_openvino_gives_the_logits_of_pytorch_for_any_number_of_images(handed_over):
+    model, runtime = handed_over()
     with logged() as lines, models.inference(runtime):
         for count in (4, 1, 7):
             found, expected = runtime(images(count)), model(images(count))
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
             assert torch.equal(found.argmax(1), expected.argmax(1)) and not torch.equal(found, expected)
     assert [re.sub(r"\de-\d+", "x", line) for line in lines] == [
-        f"RUNTIME {name}: x off PyTorch in float32, on 4 images"
+        "RUNTIME openvino: x off PyTorch in float32, on 4 images"
     ]
 
 
-@pytest.mark.parametrize("name", RUNTIMES)
-def test_a_runtime_that_computes_something_else_is_refused_at_the_first_images(handed_over, name):
-    model, runtime = handed_over(name)
+def test_a_runtime_that_computes_something_else_is_refused_at_the_first_images(handed_over):
+    model, runtime = handed_over()
     with torch.no_grad():
         model.head.bias[1] += 3e-3
     for _ in range(2):
-        words = f"^RUNTIME {name}: .* is up to 0.003 off PyTorch, more than 0.0.*: set RUNTIME pytorch$"
+        words = "^RUNTIME openvino: .* is up to 0.003 off PyTorch, more than 0.0.*: set RUNTIME pytorch$"
         with pytest.raises(UserError, match=words), models.inference(runtime):
             runtime(images(2))
     with torch.no_grad():
@@ -84,13 +81,13 @@ def test_a_runtime_that_computes_something_else_is_refused_at_the_first_images(h
 
 
 def test_a_runtime_that_fails_at_a_single_image_is_refused(handed_over):
-    _, runtime = handed_over("onnxruntime")
+    _, runtime = handed_over()
     run = runtime.run
     runtime.run = lambda x: run(x) if len(x) > 1 else torch.zeros(1, 3)
     with pytest.raises(UserError, match="off PyTorch"), models.inference(runtime):
         runtime(images(3))
     runtime.run = lambda x: run(x[:, :, :16])
-    with pytest.raises(UserError, match="^RUNTIME onnxruntime: it cannot be run: .*: set RUNTIME pytorch$"):
+    with pytest.raises(UserError, match="^RUNTIME openvino: it cannot be run: .*: set RUNTIME pytorch$"):
         runtime(images(3))
 
 
@@ -128,7 +125,7 @@ def test_bfloat16_is_refused_where_openvino_would_compute_in_float32_instead(mon
 
 
 def test_openvino_computes_in_bfloat16_to_within_its_rounding(handed_over, has_bfloat16):
-    model, runtime = handed_over("openvino", torch.bfloat16)
+    model, runtime = handed_over(torch.bfloat16)
     with torch.no_grad():
         expected = model(images(6))
     with logged() as lines, models.inference(runtime, torch.bfloat16), ROUNDED.autocast():
@@ -145,15 +142,13 @@ def test_openvino_computes_in_bfloat16_to_within_its_rounding(handed_over, has_b
 @pytest.mark.parametrize(
     "name, compute, words",
     [
-        ("onnxruntime", Compute(torch.device("cuda")), "onnxruntime computes on the CPU: add --device cpu"),
         ("openvino", Compute(torch.device("mps"), torch.float16), "openvino computes on the CPU: add --dev"),
-        ("onnxruntime", ROUNDED, "onnxruntime does not compute in bfloat16: set AMP_OPT_LEVEL to O0"),
         ("openvino", CPU, "openvino: missing packages: pip install onnxscript openvino$"),
-        ("tensorrt", CPU, "'tensorrt' is none of pytorch, auto, onnxruntime, openvino$"),
+        ("onnxruntime", CPU, "'onnxruntime' is none of pytorch, openvino, auto$"),
     ],
 )
 def test_a_runtime_that_cannot_be_used_is_refused(installed, name, compute, words):
-    installed("onnx", "onnxruntime")
+    installed("onnx")
     with pytest.raises(UserError, match=f"^RUNTIME {words}"):
         choose_runtime(name, compute)
 
@@ -177,16 +172,13 @@ def test_auto_is_openvino_where_it_is_installed_and_was_measured_to_be_faster(
     assert lines == ["RUNTIME auto: pytorch, because openvino: missing packages: pip install openvino"]
 
 
-@pytest.mark.parametrize(
-    "name, processes", [("onnxruntime", 2), pytest.param("openvino", 1, marks=pytest.mark.slow)]
-)
-def test_evaluation_by_a_runtime_gives_the_figures_of_pytorch(checkpoint, data, tmp_path, name, processes):
+def test_evaluation_by_openvino_gives_the_figures_of_pytorch(checkpoint, data, tmp_path):
     found = []
-    for runtime, count in (("pytorch", 1), (name, processes)):
+    for runtime, count in (("pytorch", 1), ("openvino", 2)):
         arguments = ["--cfg", "configs/digits.yaml", "--data-path", data, "--output", tmp_path, "--eval"]
         arguments += ["--resume", checkpoint, "--batch-size", 4, "--opts", *SMALL, "RUNTIME", runtime]
         printed = run_main(*arguments, processes=count).stdout
-        assert (f"RUNTIME {name}: " in printed) is (runtime == name)
+        assert ("RUNTIME openvino: " in printed) is (runtime == "openvino")
         found.append(json.loads((run_folder(tmp_path) / "eval.json").read_text()))
     expected, figures = found
     assert "off PyTorch in float32, on 4 images" in printed
@@ -204,9 +196,6 @@ def test_a_runtime_is_of_a_machine_and_not_of_a_checkpoint():
 def test_a_runtime_has_the_threads_of_pytorch(monkeypatch):
     found = []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda path, options, **_: found.append(options))
-    run_onnxruntime("x.onnx")
-    assert found[0].intra_op_num_threads == 3
     core = SimpleNamespace(compile_model=lambda path, device, settings: found.append(settings))
     core.get_property = lambda *_: ["BF16"]
     monkeypatch.setattr(openvino, "Core", lambda: core)
@@ -222,13 +211,13 @@ def test_a_runtime_is_given_the_images_and_the_precision_of_the_config(monkeypat
     config = digits_config("RUNTIME", "openvino", "MODEL.MSG.IN_CHANS", 1, "DATA.IMG_SIZE", "[40, 48]")
     for compute in (CPU, ROUNDED):
         build_runtime(config, None, compute)
-    assert found == [("openvino", (1, 40, 48), dtype) for dtype in (torch.float32, torch.bfloat16)]
+    assert found == [((1, 40, 48), dtype) for dtype in (torch.float32, torch.bfloat16)]
 
 
 def test_a_loaded_model_can_be_a_runtimes(checkpoint, monkeypatch):
     monkeypatch.setattr("models.deploy.runtime.hand_over", lambda *given: given)
-    model, _, names = models.load(checkpoint, runtime="onnxruntime")
+    model, _, names = models.load(checkpoint, runtime="openvino")
     assert names == [*"abc"] and not model[0].training
-    assert model[1:] == ("onnxruntime", (3, 32, 32), torch.float32)
+    assert model[1:] == ((3, 32, 32), torch.float32)
     with pytest.raises(UserError, match="^RUNTIME 'tensorrt' is none of"):
         models.load(checkpoint, runtime="tensorrt")

@@ -87,21 +87,17 @@ def test_a_candidate_gives_the_maps_or_classes_of_images_of_its_sides(tool, name
         assert all(same) if mode == "inference" else not any(same)
 
 
-def test_files_are_timed_in_the_types_that_they_compute_in(tool):
+def test_a_candidate_is_compiled_where_its_name_says_so(tool):
     tools = tool("benchmark")
-    ways = ("", ":compile", ":ort", ":openvino")
-    assert [tools.can_run(f"test_vit{way}", torch.float32) for way in ways] == [True] * 4
-    assert [tools.can_run(f"test_vit{way}", torch.bfloat16) for way in ways] == [True, True, False, True]
     setting = tools.Setting("inference", torch.float32, 1, "cpu", (160, 160))
-    plain, compiled = (tools.Candidate(f"test_vit{way}", setting).model for way in ways[:2])
+    plain, compiled = (tools.Candidate(f"test_vit{way}", setting).model for way in ("", ":compile"))
     assert plain._compiled_call_impl is None and compiled._compiled_call_impl is not None
 
 
 def test_a_runtime_computes_what_the_model_computes(tool):
     tools = tool("benchmark")
-    candidate = tools.Candidate(
-        "test_vit:ort", tools.Setting("inference", torch.float32, 2, "cpu", (160, 160))
-    )
+    setting = tools.Setting("inference", torch.float32, 2, "cpu", (160, 160))
+    candidate = tools.Candidate("test_vit:openvino", setting)
     with torch.inference_mode():
         found, expected = candidate.run(candidate.images), candidate.model(candidate.images)
     assert 0 < (found - expected).abs().max() < 1e-4
@@ -131,10 +127,9 @@ def test_what_cannot_be_made_apart_says_why(tool, monkeypatch):
         ("--models test_vit:sdpa", "test_vit:sdpa: a timm model name, or that and :plain or :onednn"),
         (
             "--models msg_tiny_p4_win7_224:fast",
-            ":compile or :ort or :openvino or :auto or :eager or :sdpa",
+            ":compile or :openvino or :auto or :eager or :sdpa",
         ),
-        ("--models test_vit test_vit:ort --modes train --dtypes float32", "for the inference of classifiers"),
-        ("--models test_vit test_vit:ort", "--peer test_vit:ort does not run in all of --dtypes"),
+        ("--models test_vit test_vit:openvino --modes train", "for the inference of classifiers"),
         ("--sizes 64x0", "--sizes: '64x0' is neither a side in pixels nor HEIGHTxWIDTH"),
         ("--models test_vit --peer swin", "--peer swin is not among --models"),
     ],

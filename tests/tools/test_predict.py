@@ -94,9 +94,9 @@ def test_a_runtime_is_asked_for_in_float32(checkpoint, data, tmp_path, monkeypat
 
     monkeypatch.setattr(predict, "build_runtime", build)
     monkeypatch.setattr(distributed, "cpu_has_bfloat16", lambda: True)
-    for name in ("pytorch", "onnxruntime"):
+    for name in ("pytorch", "openvino"):
         assert run(monkeypatch, tmp_path / "mixed.pth", data / "val" / "a", "--runtime", name) == 0
-    assert asked == [("pytorch", torch.bfloat16), ("onnxruntime", None)]
+    assert asked == [("pytorch", torch.bfloat16), ("openvino", None)]
 
 
 def test_what_cannot_be_read_is_listed_and_the_exit_code_says_so(
@@ -241,7 +241,7 @@ def test_a_detector_finds_what_its_evaluation_finds_and_writes_a_coco_file(tmp_p
     with pytest.raises(
         UserError, match="--runtime is for classifiers, and .* is of a detector: leave it out"
     ):
-        run(monkeypatch, path, tmp_path / "val", "--runtime", "onnxruntime")
+        run(monkeypatch, path, tmp_path / "val", "--runtime", "openvino")
     model, transform, loaded = detection.load(path)
     with models.inference(model):
         (direct,) = model(*transform(Image.open(tmp_path / "val" / "0.png").convert("RGB")))
