@@ -1,5 +1,8 @@
 """Attention inside windows: the formula, in plain operators. Faster ways to compute it: fast/attention.py.
 
+To try another formula, change :func:`eager` and set ``MODEL.MSG.ATTENTION`` to eager: the faster ways, which
+auto takes, know this formula and its gradients.
+
 Queries, keys and values stay where the qkv layer wrote them, and the result lies where the projection reads:
 
     qkv     (N, tokens, 3*heads*D), N windows; a token's queries of all heads, then its keys, then its values

@@ -2,7 +2,8 @@
 
 ``eager`` is the formula, ``sdpa`` is PyTorch's scaled_dot_product_attention, ``blocked`` is the formula for
 the CPU, a few windows at a time, and ``triton`` are the kernels of attention_kernels.py for GPUs, which never
-store the matrix of probabilities. :func:`windowed_attention` chooses among them.
+store the matrix of probabilities. :func:`windowed_attention` chooses among them. In inference with ``auto``,
+whole blocks may take fused_block.py instead.
 """
 
 import torch
