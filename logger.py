@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import threading
 
 from termcolor import colored
 from tqdm import tqdm
@@ -102,19 +103,48 @@ def log_progress(message, seconds):
 
 
 class ProgressBar(tqdm):
-    """tqdm's bar on a terminal; elsewhere it shows nothing. ``options`` are tqdm's."""
+    """tqdm's bar on a terminal, redrawn every second; elsewhere it shows nothing.
+
+    Its rate, and so the time left, do not count what comes before the first step is done: workers that start,
+    kernels that are compiled. ``options`` are tqdm's, such as ``initial``, the steps that are done already.
+    """
 
     monitor_interval = 0  # no thread of tqdm's own
 
     def __init__(self, what, total, **options):
         options = dict(dict(disable=not on_terminal(), file=sys.stdout, unit="batch", leave=False), **options)
         super().__init__(desc=what, total=total, miniters=1, dynamic_ncols=True, **options)
+        self.started, self.closing = False, threading.Event()
+        if not self.disable:
+            self.clock = threading.Thread(target=self._tick, daemon=True)
+            self.clock.start()
+
+    def _tick(self):
+        while not self.closing.wait(1):
+            self.refresh()
 
     def over(self, items):
         """Yield ``items``, each of which is a step, done when the next one is asked for."""
         for item in items:
             yield item
             self.update()
+
+    def update(self, n=1):
+        """Count ``n`` steps."""
+        if not self.started and not self.disable:
+            self.started, self.n = True, self.n + n
+            self.initial = self.last_print_n = self.n
+            self.start_t = self.last_print_t = self._time()
+            self.refresh()
+        else:
+            super().update(n)
+
+    def close(self):
+        """Remove the bar; nothing redraws it afterwards."""
+        if not self.disable:
+            self.closing.set()
+            self.clock.join(2)
+        super().close()
 
 
 def write_config(folder, name, text):

@@ -100,13 +100,18 @@ class Loader:
 
     def _report_epoch(self, sampler):
         if left := sampler.length % sampler.images_per_update:
-            many = left > LARGEST_SHARE_LEFT_OUT * sampler.length
+            level, advice = logging.INFO, ""
+            if left > (most := LARGEST_SHARE_LEFT_OUT * sampler.length):
+                per_image = sampler.images_per_update // sampler.batch_size
+                sizes = range(1, sampler.length // per_image + 1)
+                enough = [size for size in sizes if sampler.length % (size * per_image) <= most]
+                better = min(enough, key=lambda size: abs(size - sampler.batch_size), default=None)
+                advice = f"--batch-size {better}" if better else "a lower TRAIN.ACCUMULATION_STEPS"
+                level, advice = logging.WARNING, f": {advice} leaves out fewer"
             logger.log(
-                logging.WARNING if many else logging.INFO,
+                level,
                 f"{left:,} of these images, others each time, are left out of an epoch: they do not fill an "
-                f"update of {sampler.parts()}"
-                + ": a smaller --batch-size or TRAIN.ACCUMULATION_STEPS can leave out fewer"
-                * many,
+                f"update of {sampler.parts()}{advice}",
             )
 
     def _report(self, index):

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -136,7 +137,7 @@ def test_a_terminal_has_a_bar_and_the_log_file_the_lines(tmp_path, monkeypatch):
     shown = terminal.getvalue()
     assert "epoch 0:  10%" in shown and "line 1" not in shown
     assert re.search(r"\r +\r\S*WARNING\S* careful\n\repoch 0", shown), shown
-    assert re.search(r"\r +\r$", shown) and bar.disable
+    assert re.search(r"\r +\r$", shown) and bar.disable and not bar.clock.is_alive()
     assert re.findall(r"INFO line (\d)", log_of(tmp_path)) == ["0", "1", "2"]
 
 
@@ -148,6 +149,25 @@ def test_other_ranks_and_files_have_no_bar(rank, terminal, tmp_path, monkeypatch
         assert list(bar.over("abc")) == ["a", "b", "c"]
         log_progress("a line", 3600)
     assert terminal.getvalue() == ("a line\n" if rank == 0 else "")
+
+
+def test_the_rate_of_a_bar_does_not_count_the_start(monkeypatch):
+    bar = ProgressBar("epoch 0", 10, disable=False, file=io.StringIO(), initial=3)
+    begin = bar.start_t
+    with bar:
+        for seconds in (100, 102, 104):  # the first update waited for the workers
+            monkeypatch.setattr(bar, "_time", lambda seconds=seconds: begin + seconds)
+            bar.update()
+        assert bar.format_dict["n"] == 6 and bar.format_dict["rate"] == pytest.approx(0.5)
+        assert bar.format_dict["elapsed"] == pytest.approx(4)
+        assert "6/10 [00:04<00:08," in str(bar)
+
+
+def test_a_bar_shows_the_time_while_nothing_is_done():
+    screen = io.StringIO()
+    with ProgressBar("epoch 0", 10, disable=False, file=screen):
+        while "0/10 [00:01<" not in screen.getvalue():
+            time.sleep(0.01)
 
 
 HEAVY = {"torch", "torchvision", "timm", "matplotlib", "cv2", "sklearn"}
