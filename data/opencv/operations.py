@@ -1,6 +1,6 @@
 """What the recipe of transforms.py does to pixels, on OpenCV: arrays (H, W, 3), RGB, uint8, in and out.
 
-The operations of RandAugment take the arguments of timm's and change pixels as Pillow does, up to rounding.
+The warps of RandAugment take the arguments of timm's and change pixels as Pillow does, up to rounding.
 """
 
 import math
@@ -12,8 +12,6 @@ import torch
 from PIL import Image
 from timm.data import auto_augment
 from torch.nn import functional
-
-from ..transforms import posterize_from_0_bits
 
 _WARP = {
     Image.Resampling.NEAREST: cv2.INTER_NEAREST,
@@ -133,73 +131,7 @@ def _chosen(resample):
     return random.choice(resample) if isinstance(resample, (list, tuple)) else resample
 
 
-def sharpness(pixels, factor, **_):
-    """Blend towards (factor below 1) or away from (above 1) a smoothed image; the border pixels stay."""
-    kernel = np.full((3, 3), (1 - factor) / 13)
-    kernel[1, 1] = factor + (1 - factor) * 5 / 13
-    result = cv2.filter2D(pixels, -1, kernel)
-    for border in (np.s_[0], np.s_[-1], np.s_[:, 0], np.s_[:, -1]):
-        result[border] = pixels[border]
-    return result
-
-
-def auto_contrast(pixels, **_):
-    """Stretch every channel to the range 0 to 255."""
-    tables = []
-    for channel in cv2.split(pixels):
-        low, high = cv2.minMaxLoc(channel)[:2]
-        scale = 255 / max(high - low, 1)
-        tables.append((np.arange(256) * scale - low * scale).clip(0, 255) if high > low else np.arange(256))
-    return cv2.LUT(pixels, np.dstack(tables).astype(np.uint8))
-
-
-def invert(pixels, **_):
-    """255 minus every value."""
-    return cv2.bitwise_not(pixels)
-
-
-def solarize(pixels, thresh, **_):
-    """Invert the values at or above ``thresh``."""
-    values = np.arange(256)
-    return cv2.LUT(pixels, np.where(values < thresh, values, 255 - values).astype(np.uint8))
-
-
-def solarize_add(pixels, add, thresh=128, **_):
-    """Add to the values below ``thresh``."""
-    values = np.arange(256)
-    return cv2.LUT(pixels, np.where(values < thresh, np.minimum(values + add, 255), values).astype(np.uint8))
-
-
-def posterize(pixels, bits, **_):
-    """Keep the highest bits, 0 to 8 of them."""
-    return pixels & np.uint8(256 - 2 ** (8 - min(bits, 8)))
-
-
-def brightness(pixels, factor, **_):
-    """Multiply every value."""
-    return cv2.LUT(pixels, _blend(0, factor))
-
-
-def contrast(pixels, factor, **_):
-    """Scale every value's difference from the mean grey of the image."""
-    mean = cv2.mean(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY))[0]
-    return cv2.LUT(pixels, _blend(int(mean + 0.5), factor))
-
-
-def color(pixels, factor, **_):
-    """Scale every pixel's difference from its own grey."""
-    grey = cv2.cvtColor(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-    return cv2.addWeighted(pixels, factor, grey, 1 - factor, -0.49)  # Pillow truncates
-
-
-def _blend(other, factor):
-    """A lookup table (256,) that scales the difference of every value from ``other``."""
-    return np.clip(other + np.float32(factor) * (np.arange(256) - other), 0, 255).astype(np.uint8)
-
-
-# What replaces which of timm's operations, which work through Pillow and are slower: those of the same name.
-# Pillow's equalize is as fast as OpenCV's.
-COLOURS = (auto_contrast, invert, solarize, solarize_add, brightness, contrast, color, sharpness)
+# What replaces timm's warps of the same name, which work through Pillow and are slower. Its operations on
+# colours are as fast.
 WARPS = (shear_x, shear_y, translate_x_rel, translate_y_rel, rotate)
-FASTER = {getattr(auto_augment, function.__name__): function for function in (*COLOURS, *WARPS)}
-FASTER[posterize_from_0_bits] = posterize
+FASTER = {getattr(auto_augment, function.__name__): function for function in WARPS}
