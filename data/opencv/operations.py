@@ -74,12 +74,12 @@ def shear_y(pixels, factor, **options):
 
 def translate_x_rel(pixels, share, **options):
     """Shift to the left by a fraction of the width."""
-    return _shift(pixels, share * pixels.shape[1], 1, **options)
+    return _warp(pixels, (1, 0, share * pixels.shape[1], 0, 1, 0), **options)
 
 
 def translate_y_rel(pixels, share, **options):
     """Shift upwards by a fraction of the height."""
-    return _shift(pixels, share * pixels.shape[0], 0, **options)
+    return _warp(pixels, (1, 0, 0, 0, 1, share * pixels.shape[0]), **options)
 
 
 def rotate(pixels, degrees, **options):
@@ -91,44 +91,13 @@ def rotate(pixels, degrees, **options):
 
 def _warp(pixels, matrix, fillcolor, resample):
     """Result (x, y) is taken from (a x + b y + c, d x + e y + f); pixel corners are whole numbers."""
+    if isinstance(resample, (list, tuple)):  # timm passes either one filter or several to choose from
+        resample = random.choice(resample)
     a, b, c, d, e, f = matrix
     # In OpenCV, pixel centres are whole numbers.
     matrix = np.array([[a, b, c + (a + b - 1) / 2], [d, e, f + (d + e - 1) / 2]])
-    flags = _WARP[_chosen(resample)] | cv2.WARP_INVERSE_MAP
+    flags = _WARP[resample] | cv2.WARP_INVERSE_MAP
     return cv2.warpAffine(pixels, matrix, pixels.shape[1::-1], flags=flags, borderValue=fillcolor)
-
-
-def _shift(pixels, offset, axis, fillcolor, resample):
-    """Result (x) along an axis is taken from (x + offset), at a fifth of the cost of a warp."""
-    whole = math.floor(offset)
-    d = offset - whole
-    weights = {
-        Image.Resampling.NEAREST: (0, d < 0.5, d >= 0.5, 0),
-        Image.Resampling.BILINEAR: (0, 1 - d, d, 0),
-        # The filter of Pillow's warps, sharper than OpenCV's.
-        Image.Resampling.BICUBIC: (
-            -d * (1 - d) ** 2,
-            1 - 2 * d**2 + d**3,
-            d + d**2 - d**3,
-            -(d**2) * (1 - d),
-        ),
-    }[_chosen(resample)]
-    kernel, anchor = np.array([weights], np.float32), (1, 0)
-    if axis == 0:
-        kernel, anchor = kernel.T, (0, 1)
-    filtered = cv2.filter2D(pixels, -1, kernel, anchor=anchor, borderType=cv2.BORDER_REPLICATE)
-    result = np.empty_like(pixels)
-    result[:] = fillcolor
-    from_, to = (np.moveaxis(array, axis, 0) for array in (filtered, result))
-    length = len(to)
-    if abs(whole) < length:
-        to[max(0, -whole) : length - max(0, whole)] = from_[max(0, whole) : length - max(0, -whole)]
-    return result
-
-
-def _chosen(resample):
-    """timm passes either one filter or several to choose from."""
-    return random.choice(resample) if isinstance(resample, (list, tuple)) else resample
 
 
 # What replaces timm's warps of the same name, which work through Pillow and are slower. Its operations on
