@@ -261,12 +261,13 @@ def by_epoch(one, other, epochs):
 
 
 def blocks(found):
-    """Runs with a way of exchanging and a number of blocks, by their best epoch."""
+    """Runs with a way of exchanging, a distance and a number of blocks, by their best epoch."""
     rows = []
     for run in found["runs"]:
         scores = run["top1_by_epoch"]
-        rows.append([run["exchange"], f"{run['blocks']}", f"{max(scores):.1f}", f"{len(scores)}"])
-    return markdown(["exchange", "blocks", "best top-1", "epochs"], rows)
+        numbers = run["distance"], run["blocks"], f"{max(scores):.1f}", len(scores)
+        rows.append([run["exchange"], *map(str, numbers)])
+    return markdown(["exchange", "windows apart", "blocks", "best top-1", "epochs"], rows)
 
 
 def orders(found):

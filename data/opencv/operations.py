@@ -49,6 +49,8 @@ def to_tensor(pixels):
 
 def resize(pixels, height, width, interpolation):
     """Resize with antialiasing, as Pillow does: (H, W, 3) to (height, width, 3), both uint8."""
+    if pixels.shape[:2] == (height, width):  # which would give the same pixels
+        return pixels
     if interpolation in ("lanczos", "nearest"):
         mode = Image.Resampling[interpolation.upper()]
         return np.asarray(Image.fromarray(pixels).resize((width, height), mode))
