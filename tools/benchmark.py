@@ -105,10 +105,11 @@ def check(args):
             raise UserError(f"{name}: a timm model name, or that and {known}")
         if variant == "triton" and triton_missing():
             raise UserError(f"{name}: {triton_missing()}")
-        if variant == "openvino" and (args.maps or args.device != "cpu" or args.modes != ["inference"]):
-            raise UserError(f"{name}: for the inference of classifiers on the CPU")
         if variant == "openvino":
             require_packages(dict(openvino=OF_OPENVINO))
+            usual = args.device == "cpu" and args.modes == ["inference"] and not args.maps
+            if not usual or "float16" in args.dtypes:
+                raise UserError(f"{name}: for classifiers in inference on the CPU, in float32 or bfloat16")
 
 
 def variant_of(name):
