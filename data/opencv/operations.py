@@ -54,13 +54,8 @@ def resize(pixels, height, width, interpolation):
     if interpolation in ("lanczos", "nearest"):
         mode = Image.Resampling[interpolation.upper()]
         return np.asarray(Image.fromarray(pixels).resize((width, height), mode))
-    return interpolate(pixels, interpolation, size=(height, width))
-
-
-def interpolate(pixels, interpolation, **target):
-    """Resize (H, W, 3) with antialiasing; ``size`` or ``scale_factor`` is a pair for (height, width)."""
     images = torch.from_numpy(np.ascontiguousarray(pixels))[None].permute(0, 3, 1, 2)  # 1, 3, H, W
-    images = functional.interpolate(images, mode=interpolation, antialias=True, **target)
+    images = functional.interpolate(images, (height, width), mode=interpolation, antialias=True)
     return images[0].permute(1, 2, 0).numpy()
 
 

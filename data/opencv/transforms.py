@@ -1,10 +1,9 @@
-"""Images read by OpenCV: only the pixels that the crop needs are decoded, and only the crop is resized.
+"""Images read by OpenCV; large ones are decoded at a reduced size.
 
 The random choices are timm's own, drawn in the same order as for Pillow; only the work on pixels is done by
 others. Batches are normalised and erased on the device.
 """
 
-import math
 import random
 import re
 
@@ -18,7 +17,7 @@ from torchvision import transforms
 
 from ..datasets import MAX_PIXELS, decoding, in_8_bits, open_image, orientation_of
 from ..transforms import aspect_box, augment_operations, build_transform, covering_size, evaluation_sizes
-from .operations import FASTER, RandomFlip, ThroughPillow, interpolate, resize, to_tensor
+from .operations import FASTER, RandomFlip, ThroughPillow, resize, to_tensor
 
 # JPEG markers that have no place in a scan: all but restarts and the end. In a progressive file, tables,
 # scans and comments have a place there too.
@@ -120,7 +119,7 @@ class ResizeWhole:
 
 
 class ResizeAndCropCenter:
-    """The centre crop of a resized :class:`ImageFile`; what the crop leaves out is not resized.
+    """The centre crop of a resized :class:`ImageFile`.
 
     ``cover`` and ``size`` are (height, width): what the resized image covers, and the crop.
     """
@@ -131,37 +130,12 @@ class ResizeAndCropCenter:
     def __call__(self, file):
         left, top, width, height = aspect_box(*file.size, self.cover)
         scale = min(height / self.cover[0], width / self.cover[1])
-        pixels = file.crop(left, top, width, height, scale)
         resized = covering_size(width, height, self.cover)
-        if self.interpolation in ("lanczos", "nearest"):
-            pixels = resize(pixels, *resized, self.interpolation)
-            rows, columns = (
-                slice(start := round((side - size) / 2), start + size)
-                for side, size in zip(resized, self.size)
-            )
-            return pixels[rows, columns]
-        cuts = [_cut(*sides) for sides in zip(pixels.shape, resized, self.size)]
-        (rows, skipped_rows), (columns, skipped_columns) = cuts
-        factors = [target / side for side, target in zip(pixels.shape, resized)]
-        pixels = interpolate(pixels[rows, columns], self.interpolation, scale_factor=factors)
-        pixels = pixels[skipped_rows:, skipped_columns:]
-        return pixels[: self.size[0], : self.size[1]]
-
-
-def _cut(side, resized, size):
-    """The slice of an axis of ``side`` pixels that is resized for the ``size`` pixels of the crop.
-
-    The axis would become ``resized`` pixels. The slice must begin where an original and a resized pixel begin
-    at nearly the same place, or the crop would be shifted. Also returns how many of its resized pixels come
-    before the crop.
-    """
-    scale = side / resized
-    start = round((resized - size) / 2)
-    support = math.ceil(2 / min(1, scale)) + 1  # of the bicubic filter, in result pixels
-    before = range(start - support, 0, -1)
-    first = next((place for place in before if abs(place * scale - round(place * scale)) < 0.04), 0)
-    stop = math.ceil((start + size + support) * scale)
-    return slice(round(first * scale), min(side, stop)), start - first
+        pixels = resize(file.crop(left, top, width, height, scale), *resized, self.interpolation)
+        rows, columns = (
+            slice(start := round((side - size) / 2), start + size) for side, size in zip(resized, self.size)
+        )
+        return pixels[rows, columns]
 
 
 def build_opencv_transform(config, is_train):
