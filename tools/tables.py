@@ -270,6 +270,21 @@ def blocks(found):
     return markdown(["exchange", "windows apart", "blocks", "best top-1", "epochs"], rows)
 
 
+def candidates(found):
+    """Variants of an exchange, one run each, with what was predicted of them before."""
+    rows = []
+    for run in found["runs"]:
+        epochs = run["epochs"]
+        if isinstance(epochs, str):  # a file with the metrics of a run in benchmarks/
+            epochs = [json.loads(line) for line in (ROOT / epochs).read_text().splitlines()]
+        reached = ["-", "-"]
+        if epochs:
+            reached = [f"{epochs[-1]['train_loss']:.3f}", f"{max(row['acc1'] for row in epochs):.2f}"]
+        rows.append([run["cause"], run["variant"], run["prediction"], *reached])
+    columns = ["possible cause", "variant", "prediction if it is the cause"]
+    return markdown([*columns, "training loss", "best top-1"], rows)
+
+
 def orders(found):
     """Areas of the curves that :func:`~analysis.messenger_curves.summarize` found, and gains over random."""
     rows = []
@@ -330,6 +345,7 @@ PAGES = {
             "benchmarks/cifar10/cifar10_shuffled/seed*/metrics.jsonl",
             (2, 4, 8, 12),
         ),
+        candidates=lambda: candidates(read("cifar10/candidates.json")),
         longer=lambda: by_epoch(
             "benchmarks/cifar10/forty_epochs/not_exchanged/metrics.jsonl",
             "weights/msg_cifar10/metrics.jsonl",
