@@ -265,9 +265,8 @@ def blocks(found):
     rows = []
     for run in found["runs"]:
         scores = run["top1_by_epoch"]
-        numbers = run["distance"], run["blocks"], f"{max(scores):.1f}", len(scores)
-        rows.append([run["exchange"], *map(str, numbers)])
-    return markdown(["exchange", "windows apart", "blocks", "best top-1", "epochs"], rows)
+        rows.append([run["exchange"], f"{run['distance']}", f"{run['blocks']}", f"{max(scores):.1f}"])
+    return markdown(["exchange", "windows apart", "blocks", "best top-1"], rows)
 
 
 def candidates(found):
@@ -277,9 +276,7 @@ def candidates(found):
         epochs = run["epochs"]
         if isinstance(epochs, str):  # a file with the metrics of a run in benchmarks/
             epochs = [json.loads(line) for line in (ROOT / epochs).read_text().splitlines()]
-        reached = ["-", "-"]
-        if epochs:
-            reached = [f"{epochs[-1]['train_loss']:.3f}", f"{max(row['acc1'] for row in epochs):.2f}"]
+        reached = f"{epochs[-1]['train_loss']:.3f}", f"{max(row['acc1'] for row in epochs):.2f}"
         rows.append([run["cause"], run["variant"], run["prediction"], *reached])
     columns = ["possible cause", "variant", "prediction if it is the cause"]
     return markdown([*columns, "training loss", "best top-1"], rows)
