@@ -23,6 +23,7 @@ from config import ConfigError
 from data import DataError, build_loaders
 from data.datasets import load_image
 from data.loaders import ToDevice
+from data.opencv.operations import resize
 from data.opencv.transforms import ImageFile, build_opencv_transform
 from data.transforms import augment_operations, build_augmentation, build_transform
 from distributed import seeded
@@ -144,6 +145,15 @@ def test_every_recipe_gives_what_it_gives_with_pillow(tmp_path, opts):
         assert after[0] == after[1], seed
         differences.append((values(images[0]) - images[1]).abs().mean().item())
     assert np.mean(differences) < 1.5 and max(differences) < 8
+
+
+@pytest.mark.parametrize("sides", [(32, 32), (32, 48), (48, 32)])
+def test_images_are_resized_unless_both_sides_are_right(sides):
+    pixels = np.array(picture(size=sides))
+    found = resize(pixels, 32, 32, "bicubic")
+    expected = np.asarray(Image.fromarray(pixels).resize((32, 32), Image.Resampling.BICUBIC))
+    assert found.shape == expected.shape and abs(found.astype(int) - expected).max() <= 1
+    assert sides != (32, 32) or np.array_equal(found, pixels)
 
 
 WARPS = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")

@@ -191,6 +191,8 @@ def test_evaluation_by_openvino_gives_the_figures_of_pytorch(checkpoint, data, t
 def test_a_runtime_is_of_a_machine_and_not_of_a_checkpoint():
     text = dump_config(digits_config("RUNTIME", "openvino"))
     assert "RUNTIME: openvino" in text and parse_config(text, "a checkpoint").RUNTIME == "pytorch"
+    text = text.replace("openvino", "onnxruntime")  # of earlier releases
+    assert parse_config(text, "a checkpoint").RUNTIME == "pytorch"
 
 
 def test_a_runtime_has_the_threads_of_pytorch(monkeypatch):
