@@ -7,6 +7,7 @@ again, and interrupted ones go on where they were: the same command continues.
 """
 
 import argparse
+import itertools
 import json
 import os
 import shlex
@@ -114,8 +115,9 @@ def main(args):
     (folder / "ablation.json").write_text(json.dumps(result, indent=1) + "\n")
     (folder / "ablation.md").write_text(ablation_table(result))
     draw(result).savefig(folder / "ablation.png", dpi=150)
+    draw_minutes(runs).savefig(folder / "minutes.png", dpi=150)
     print(ablation_table(result))
-    print(f"written: {folder / 'ablation.md'}, ablation.json and ablation.png")
+    print(f"written: {folder / 'ablation.md'}, ablation.json, ablation.png and minutes.png")
     if failed:
         raise UserError("these runs failed: " + "; ".join(failed) + ". The same command tries them again")
 
@@ -226,7 +228,7 @@ def summarise(runs, args):
     for file in args.configs:
         of_file = [run for run in runs if run.file == file]
         done = {run.seed: run.rows() for run in of_file if len(run.rows()) == run.epochs}
-        scores = {seed: [row.get("ema_acc1", row["acc1"]) for row in epochs] for seed, epochs in done.items()}
+        scores = {seed: scores_of(epochs) for seed, epochs in done.items()}
         best = {seed: max(values) for seed, values in scores.items()}
         last = {seed: values[-1] for seed, values in scores.items()}
         baseline = baseline or dict(best=best, last=last)
@@ -247,6 +249,11 @@ def summarise(runs, args):
     command = shlex.join(["python", "tools/ablate.py", *sys.argv[1:]])
     epochs = sorted({run.epochs for run in runs})
     return dict(command=command, seeds=args.seeds, epochs=epochs, rows=rows)
+
+
+def scores_of(rows):
+    """Top-1 after each epoch, of the averaged weights where there are some."""
+    return [row.get("ema_acc1", row["acc1"]) for row in rows]
 
 
 def differences(values, baseline):
@@ -286,6 +293,23 @@ def draw(result):
     scores.margins(y=0.15)
     scores.set_xlabel("best top-1, percent: seeds, mean, 95% interval")
     gaps.set_xlabel(f"difference to {result['rows'][0]['name']}, same seeds")
+    return figure
+
+
+def draw_minutes(runs):
+    """A figure of top-1 against minutes of training: a line for each run, a colour for each config."""
+    figure = Figure((8, 4.5), layout="constrained")
+    axes, names = figure.subplots(), list(dict.fromkeys(run.name for run in runs))
+    for run in runs:
+        rows, place = run.rows(), names.index(run.name)
+        minutes = [seconds / 60 for seconds in itertools.accumulate(row["seconds"] for row in rows)]
+        label = run.name if run.seed == 0 else None
+        axes.plot(minutes, scores_of(rows), color=f"C{place}", lw=1.2, label=label)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, loc="lower right")
+    axes.set_xlabel("minutes of training, without evaluation")
+    axes.set_ylabel("top-1, percent")
     return figure
 
 

@@ -1,6 +1,7 @@
 """The comparison of configs over seeds: its runs, and its statistics against scipy's."""
 
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -47,6 +48,14 @@ def test_differences_are_of_the_same_seeds():
     assert ablate.differences({0: 5, 2: 9}, {0: 4, 1: 7, 2: 10}) == {0: 1, 2: -1}
 
 
+def test_minutes_add_up_and_averaged_weights_count_where_there_are_some():
+    ends = [dict(seconds=90, acc1=20.0, ema_acc1=30.0), dict(seconds=30, acc1=40.0)]
+    runs = [SimpleNamespace(name="a", seed=seed, rows=lambda: ends) for seed in (0, 1)]
+    (axes,) = ablate.draw_minutes([*runs, SimpleNamespace(name="b", seed=0, rows=list)]).axes
+    assert [line.get_xydata().tolist() for line in axes.lines] == [[[1.5, 30], [2, 40]]] * 2 + [[]]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b"]
+
+
 def test_runs_are_done_once_and_another_config_or_a_failure_is_told(run, tmp_path):
     for part in ("train", "val"):
         write_images(tmp_path / "data" / part, 4)
@@ -59,7 +68,7 @@ def test_runs_are_done_once_and_another_config_or_a_failure_is_told(run, tmp_pat
     told = run(*common)
     rows = [line for line in told.splitlines() if line.startswith(("| shuffled |", "| kept |"))]
     assert [row.split(" | ")[0] for row in rows] == ["| shuffled", "| kept"]
-    assert "not finished" not in told and (tmp_path / "runs" / "ablation.png").exists()
+    assert "not finished" not in told and len(list((tmp_path / "runs").glob("*.png"))) == 2
     weights = tmp_path / "runs" / "kept" / "seed0" / "best.pth"
     written = weights.stat().st_mtime_ns
     assert "2 runs, 2 of them finished" in run(*common) and weights.stat().st_mtime_ns == written
