@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torchvision
 from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from distributed import seeded
@@ -244,16 +244,21 @@ class TrainingSamples(Dataset):
 
     def __getitem__(self, key):
         epoch, index = key
-        failed, alone = [], get_worker_info() is None
+        failed = []
         while True:
             try:
-                with seeded("augmentation", self.seed, epoch, index, restore=alone):
+                with seeded("augmentation", self.seed, epoch, index, restore=False):
                     return *self.dataset[index], failed
             except DataError:
                 failed.append(index)
                 if not self.skip or len(failed) > 20:
                     raise
                 index = int(np.random.default_rng([self.seed, epoch, *failed]).integers(len(self)))
+
+    def __getitems__(self, keys):
+        """The items of a batch, after which the generators of this process are where they were."""
+        with seeded("augmentation", self.seed):
+            return [self[key] for key in keys]
 
 
 class EvaluationSamples(Dataset):

@@ -106,6 +106,19 @@ class CropResizedRandomly:
         return resize(pixels, target_rows, target_columns, interp_mode_to_str(mode))
 
 
+class CropPadded:
+    """torchvision's random crop with a black border, for arrays."""
+
+    def __init__(self, step):
+        self.padding, self.size = step.padding, step.size
+
+    def __call__(self, pixels):
+        pixels = cv2.copyMakeBorder(pixels, *[self.padding] * 4, cv2.BORDER_CONSTANT)
+        stand_in = torch.empty(1).expand(3, *pixels.shape[:2])  # torchvision looks only at its shape
+        top, left, rows, columns = transforms.RandomCrop.get_params(stand_in, self.size)
+        return pixels[top : top + rows, left : left + columns]
+
+
 class ResizeWhole:
     """An :class:`ImageFile` resized to ``size``, (height, width)."""
 
@@ -160,6 +173,8 @@ def _for_arrays(step):
         return CropResizedRandomly(step)
     if isinstance(step, transforms.Resize):
         return ResizeWhole(step.size, interp_mode_to_str(step.interpolation))
+    if isinstance(step, transforms.RandomCrop):
+        return CropPadded(step)
     if isinstance(step, transforms.RandomHorizontalFlip):
         return RandomFlip(step.p)
     if isinstance(step, (auto_augment.RandAugment, auto_augment.AutoAugment)):

@@ -27,7 +27,7 @@ from data.transforms import (
     normalization,
     posterize_from_0_bits,
 )
-from distributed import seeded
+from distributed import seed_everything, seeded
 
 FULL_RECIPE = ["AUG.AUTO_AUGMENT", "rand-m9-mstd0.5-inc1", "AUG.HFLIP", 0.5, "AUG.REPROB", 0.5]
 
@@ -50,6 +50,20 @@ def test_augmentation_is_the_same_for_any_number_of_workers(folder, backend):
     assert len(alone) == len(with_workers) == 6
     for (a, x), (b, y) in zip(alone, with_workers):
         assert torch.equal(a, b) and torch.equal(x, y) and a.dtype == torch.float32
+
+
+def test_loading_leaves_the_generators_of_the_training_process_where_they_are(folder):
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    config = digits_config("DATA.NUM_WORKERS", 0, *FULL_RECIPE, data_path=folder, batch_size=4)
+    loading = iter(build_loaders(config)[0])
+    next(loading)  # the first asks torch for a seed of workers
+    seed_everything("test", 0)
+    expected = draw()
+    seed_everything("test", 0)
+    next(loading)
+    assert draw() == expected
 
 
 def test_an_image_is_augmented_differently_in_other_epochs_and_for_other_seeds(folder):
