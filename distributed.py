@@ -95,7 +95,7 @@ def seeded(purpose, *numbers, restore=True):
     """Seed the CPU generators as :func:`seed_everything` for the length of a block, then put them back.
 
     Args:
-        restore: False leaves them where the block did, for processes that draw within such blocks only.
+        restore: False leaves them where the block did, for callers that put them back.
     """
     state = (random.getstate(), np.random.get_state(), torch.get_rng_state()) if restore else None
     torch.default_generator.manual_seed(_seed_cpu(purpose, numbers))

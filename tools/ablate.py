@@ -297,7 +297,10 @@ def draw(result):
 
 
 def draw_minutes(runs):
-    """A figure of top-1 against minutes of training: a line for each run, a colour for each config."""
+    """A figure of top-1 against minutes of training: a line for each run, a colour for each config.
+
+    Of an epoch that was interrupted, only the time after the resume is known.
+    """
     figure = Figure((8, 4.5), layout="constrained")
     axes, names = figure.subplots(), list(dict.fromkeys(run.name for run in runs))
     for run in runs:

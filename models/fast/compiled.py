@@ -14,7 +14,7 @@ def compile_model(model):
     from torch._dynamo.callback import on_compile_end, on_compile_start  # PyTorch tells this in no public way
 
     dynamo.recompile_limit = 1000  # of graphs: by default the ninth size is an error
-    # Split graphs let gradients travel during the backward pass. A CPU has no hands free for both.
+    # Split graphs let gradients travel during the backward pass. On a CPU both would take the same cores.
     dynamo.optimize_ddp = next(model.parameters()).device.type != "cpu"
     logger, begin = logging.getLogger("msg_transformer"), []
     on_compile_start(lambda *_: begin.append(time.monotonic()))
