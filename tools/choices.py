@@ -93,8 +93,7 @@ def blocks():
     for stage, (layer, (windows, *_)) in enumerate(zip(model.layers, STAGES), 1):
         block, count = layer.blocks[0], len(layer.blocks)
         x = torch.randn(BATCH, windows, TOKENS, block.attn.qkv.in_features)
-        for name, functions in load_library().items():
-            dtype = getattr(torch, name)
+        for dtype, functions in load_library().items():
             fused = FusedBlock(block, dtype, functions)
             for part in (block.attn, block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
                 if hasattr(part, "fix_weights"):
@@ -103,6 +102,7 @@ def blocks():
                 fused=functools.partial(fused_step, fused, x),
                 layers=functools.partial(layers_step, block, x, dtype),
             )
+            name = str(dtype).removeprefix("torch.")
             yield Operation("block", f"block {name}, stage {stage}", count, steps)
 
 

@@ -4,8 +4,8 @@
 //
 // Matrix products are PyTorch's own: its kernel for small blocks computes C = A B in float32, on AMX where
 // there is any. Weights come packed in panels of `width` columns, [columns / width][K / V][width][V], where V
-// is 2 in bfloat16 (pairs of rows are neighbours) and 1 in float32. T is uint16_t for bfloat16 (its bits) or
-// float.
+// is 2 in bfloat16 (pairs of rows are neighbours) and 1 in float32. T, which products read, is uint16_t for
+// bfloat16 (its bits) or float, and so is X, which tokens come and go in. Between the halves they are float.
 
 #include <immintrin.h>
 #include <omp.h>
@@ -47,6 +47,13 @@ void product(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, const fl
 void release(const bits*) { at::native::cpublas::brgemm_release(true); }
 void release(const float*) { at::native::cpublas::brgemm_release(false); }
 
+__m512 load(const float* from) { return _mm512_loadu_ps(from); }
+
+__m512 load(const bits* from) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+
 void store(float* to, __m512 x) { _mm512_storeu_ps(to, x); }
 
 void store(bits* to, __m512 x) {
@@ -71,9 +78,14 @@ __m512 exponential(__m512 x) {            // of x <= 0, with a relative error of
   return _mm512_scalef_ps(y, n);
 }
 
+__m512 reciprocal(__m512 x) {  // with a relative error of 2^-27, in less time than a division
+  __m512 y = _mm512_rcp14_ps(x);
+  return _mm512_mul_ps(y, _mm512_fnmadd_ps(x, y, constant(2.f)));
+}
+
 __m512 gelu(__m512 x) {  // exact GELU; erf by Abramowitz and Stegun, 7.1.26, with an error of 1.5e-7
   __m512 z = _mm512_mul_ps(_mm512_abs_ps(x), constant(0.70710678f));
-  __m512 t = _mm512_div_ps(constant(1.f), _mm512_fmadd_ps(z, constant(0.3275911f), constant(1.f)));
+  __m512 t = reciprocal(_mm512_fmadd_ps(z, constant(0.3275911f), constant(1.f)));
   __m512 y = constant(1.061405429f);
   for (float c : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f})
     y = _mm512_fmadd_ps(y, t, constant(c));
@@ -84,18 +96,18 @@ __m512 gelu(__m512 x) {  // exact GELU; erf by Abramowitz and Stegun, 7.1.26, wi
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ), positive, negative);
 }
 
-template <typename T>
-void layer_norm(const float* x, int64_t channels, const float* scale, const float* shift, float eps, T* out) {
+template <typename X, typename T>
+void layer_norm(const X* x, int64_t channels, const float* scale, const float* shift, float eps, T* out) {
   __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
-  for (int64_t c = 0; c < channels; c += 16) sum = _mm512_add_ps(sum, _mm512_loadu_ps(x + c));
+  for (int64_t c = 0; c < channels; c += 16) sum = _mm512_add_ps(sum, load(x + c));
   __m512 mean = constant(_mm512_reduce_add_ps(sum) / channels);
   for (int64_t c = 0; c < channels; c += 16) {
-    __m512 centred = _mm512_sub_ps(_mm512_loadu_ps(x + c), mean);
+    __m512 centred = _mm512_sub_ps(load(x + c), mean);
     squares = _mm512_fmadd_ps(centred, centred, squares);
   }
   __m512 factor = constant(1.f / std::sqrt(_mm512_reduce_add_ps(squares) / channels + eps));
   for (int64_t c = 0; c < channels; c += 16) {
-    __m512 normed = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(x + c), mean), factor);
+    __m512 normed = _mm512_mul_ps(_mm512_sub_ps(load(x + c), mean), factor);
     store(out + c, _mm512_fmadd_ps(normed, _mm512_loadu_ps(scale + c), _mm512_loadu_ps(shift + c)));
   }
 }
@@ -149,11 +161,14 @@ int64_t pack_values(const float*& v, int64_t lda, int64_t, int64_t, int64_t, flo
 
 int64_t pack_values(const bits*& v, int64_t lda, int64_t tokens, int64_t padded, int64_t channels,
                     bits* out) {
+  const auto load = [&](int64_t t, int64_t c) {
+    if (t >= tokens) return _mm512_setzero_si512();
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(v + t * lda + c)));
+  };
   for (int64_t t = 0; t < padded; t += 2)
-    for (int64_t c = 0; c < channels; c++) {
-      out[t * channels + 2 * c] = t < tokens ? v[t * lda + c] : 0;
-      out[t * channels + 2 * c + 1] = t + 1 < tokens ? v[(t + 1) * lda + c] : 0;
-    }
+    for (int64_t c = 0; c < channels; c += 16)
+      _mm512_storeu_si512(out + t * channels + 2 * c,
+                          _mm512_or_si512(load(t, c), _mm512_slli_epi32(load(t + 1, c), 16)));
   v = out;
   return channels;
 }
@@ -229,8 +244,8 @@ void run(int64_t chunks, int64_t groups, int64_t threads, First first, Second se
   }
 }
 
-template <typename T>
-void attend(const float* x, float* out, int64_t windows, int64_t tokens, int64_t queries, int64_t heads,
+template <typename X, typename T>
+void attend(const X* x, float* out, int64_t windows, int64_t tokens, int64_t queries, int64_t heads,
             float eps, float scale, const float* norm_scale, const float* norm_shift, Linear<T> qkv,
             Linear<T> proj, const float* bias, const uint8_t* hidden, int64_t threads) {
   const int64_t channels = qkv.in, dim = channels / heads, padded = (tokens + 15) / 16 * 16;
@@ -263,11 +278,11 @@ void attend(const float* x, float* out, int64_t windows, int64_t tokens, int64_t
     T* p = take<T>(left, tokens * padded);
     T* keys = take<T>(left, padded * dim);
     T* packed = take<T>(left, padded * dim);
-    const float* from = x + chunk * size * tokens * channels;
+    const X* from = x + chunk * size * tokens * channels;
     for (int64_t i = 0; i < rows; i++)
       layer_norm(from + i * channels, channels, norm_scale, norm_shift, eps, normed + i * channels);
     for (int64_t head = heads * group / groups; head < heads * (group + 1) / groups; head++) {
-      linear(qkv, 3 * head, 3 * head + 3, normed, channels, rows, c,
+      linear(qkv, head, head + 1, normed, channels, rows, c,
              [&](int64_t i, int64_t column, __m512 value) {
                store(of_head + i * stride + column - head * stride, value);
              });
@@ -293,16 +308,15 @@ void attend(const float* x, float* out, int64_t windows, int64_t tokens, int64_t
                   start = chunk * size * queries;  // all tokens, or the first of a window
     linear(proj, panels * group / groups, panels * (group + 1) / groups, slot(chunk), channels,
            count(chunk) * queries, (float*)memory(), [&](int64_t i, int64_t column, __m512 value) {
-             const float* from = x + (start + i) * each * channels + column;
-             _mm512_storeu_ps(out + (start + i) * channels + column,
-                              _mm512_add_ps(_mm512_loadu_ps(from), value));
+             store(out + (start + i) * channels + column,
+                   _mm512_add_ps(load(x + (start + i) * each * channels + column), value));
            });
   };
   run<T>(chunks, groups, threads, first, second);
 }
 
-template <typename T>
-void mlp(float* x, int64_t all, float eps, const float* norm_scale, const float* norm_shift, Linear<T> fc1,
+template <typename X, typename T>
+void mlp(const float* x, X* out, int64_t all, float eps, const float* norm_scale, const float* norm_shift, Linear<T> fc1,
          Linear<T> fc2, int64_t threads) {
   const int64_t channels = fc1.in, hidden = fc1.columns;
   int64_t size = std::max<int64_t>(ROWS, CACHE / ((channels + hidden) * (int64_t)sizeof(T)) / ROWS * ROWS);
@@ -333,8 +347,8 @@ void mlp(float* x, int64_t all, float eps, const float* norm_scale, const float*
   const auto second = [&](int64_t chunk, int64_t group) {
     linear(fc2, panels2 * group / groups, panels2 * (group + 1) / groups, slot(chunk), hidden, count(chunk),
            (float*)memory(), [&](int64_t i, int64_t column, __m512 value) {
-             float* to = x + (chunk * size + i) * channels + column;
-             _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), value));
+             const int64_t at = (chunk * size + i) * channels + column;
+             store(out + at, _mm512_add_ps(load(x + at), value));
            });
   };
   run<T>(chunks, groups, threads, first, second);
@@ -343,32 +357,35 @@ void mlp(float* x, int64_t all, float eps, const float* norm_scale, const float*
 }  // namespace
 
 // x + proj(attention(qkv(norm(x)))) of windows x (windows, tokens, C), for the first `queries` tokens of each
-// window (1 or all): out (windows, queries, C). Panels of qkv are as wide as a head. The bias is (heads,
-// tokens, padded) with -inf beyond the tokens, hidden is (windows, padded) or null; padded is tokens rounded
-// up to 16.
-#define ATTEND(name, T)                                                                                     \
-  extern "C" void name(const float* x, float* out, int64_t windows, int64_t tokens, int64_t queries,        \
-                       int64_t dim, int64_t heads, float eps, float scale, const float* norm_scale,         \
-                       const float* norm_shift, const T* qkv, const float* qkv_bias, const T* proj,         \
-                       const float* proj_bias, int64_t width, const float* bias, const uint8_t* hidden,     \
-                       int64_t threads) {                                                                   \
-    attend<T>(x, out, windows, tokens, queries, heads, eps, scale, norm_scale, norm_shift,                  \
-              {qkv, qkv_bias, dim, 3 * dim, dim / heads}, {proj, proj_bias, dim, dim, width}, bias, hidden, \
-              threads);                                                                                     \
+// window (1 or all): out (windows, queries, C). A panel of qkv has the queries, keys and values of a head. The
+// bias is (heads, tokens, padded) with -inf beyond the tokens, hidden is (windows, padded) or null; padded is
+// tokens rounded up to 16.
+#define ATTEND(name, X, T)                                                                                 \
+  extern "C" void name(const X* x, float* out, int64_t windows, int64_t tokens, int64_t queries,           \
+                       int64_t dim, int64_t heads, float eps, float scale, const float* norm_scale,        \
+                       const float* norm_shift, const T* qkv, const float* qkv_bias, const T* proj,        \
+                       const float* proj_bias, int64_t width, const float* bias, const uint8_t* hidden,    \
+                       int64_t threads) {                                                                  \
+    attend<X, T>(x, out, windows, tokens, queries, heads, eps, scale, norm_scale, norm_shift,              \
+                 {qkv, qkv_bias, dim, 3 * dim, 3 * dim / heads}, {proj, proj_bias, dim, dim, width}, bias, \
+                 hidden, threads);                                                                         \
   }
-ATTEND(attend_float32, float)
-ATTEND(attend_bfloat16, bits)
+ATTEND(attend_float32_float32, float, float)
+ATTEND(attend_bfloat16_float32, float, bits)
+ATTEND(attend_bfloat16_bfloat16, bits, bits)
 
-// x + fc2(gelu(fc1(norm(x)))) of tokens x (rows, C), in place.
-#define MLP(name, T)                                                                                        \
-  extern "C" void name(float* x, int64_t rows, int64_t dim, int64_t hidden, float eps,                      \
-                       const float* norm_scale, const float* norm_shift, const T* fc1, const float* bias1,  \
-                       int64_t width1, const T* fc2, const float* bias2, int64_t width2, int64_t threads) { \
-    mlp<T>(x, rows, eps, norm_scale, norm_shift, {fc1, bias1, dim, hidden, width1},                         \
-           {fc2, bias2, hidden, dim, width2}, threads);                                                     \
+// x + fc2(gelu(fc1(norm(x)))) of tokens x (rows, C): out (rows, C), which may be x.
+#define MLP(name, X, T)                                                                                   \
+  extern "C" void name(const float* x, X* out, int64_t rows, int64_t dim, int64_t hidden, float eps,      \
+                       const float* norm_scale, const float* norm_shift, const T* fc1,                    \
+                       const float* bias1, int64_t width1, const T* fc2, const float* bias2,              \
+                       int64_t width2, int64_t threads) {                                                 \
+    mlp<X, T>(x, out, rows, eps, norm_scale, norm_shift, {fc1, bias1, dim, hidden, width1},               \
+              {fc2, bias2, hidden, dim, width2}, threads);                                                \
   }
-MLP(mlp_float32, float)
-MLP(mlp_bfloat16, bits)
+MLP(mlp_float32_float32, float, float)
+MLP(mlp_bfloat16_float32, float, bits)
+MLP(mlp_bfloat16_bfloat16, bits, bits)
 
 // Whether PyTorch multiplies small blocks of a dtype on this processor, and as it is called here.
 template <typename T>

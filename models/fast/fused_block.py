@@ -8,6 +8,7 @@ layer as elsewhere.
 import ctypes
 import functools
 import hashlib
+import itertools
 import logging
 import os
 import shlex
@@ -65,7 +66,7 @@ def _pack(block, dtype):
     """Keep a :class:`FusedBlock` if it gives what the block gives; see :func:`models.inference`."""
     if chosen().block != "fused" or not _is_usual(block):
         return
-    if not (functions := load_library().get(str(dtype).removeprefix("torch."))):
+    if not (functions := load_library().get(dtype)):
         return
     fused = FusedBlock(block, dtype, functions)
     if _agrees(block, fused):
@@ -112,22 +113,22 @@ def _agrees(block, fused):
 
 
 class FusedBlock:
-    """A block with its weights in float32 or packed in the dtype it computes in; tokens stay in float32.
+    """A block with its weights in float32 or packed in the dtype it computes in.
 
     Args:
         block: a Block.
         dtype: float32 or bfloat16.
-        functions: of :func:`load_library`.
+        functions: for the dtype, of :func:`load_library`.
     """
 
     def __init__(self, block, dtype, functions):
         attn, mlp, heads = block.attn, block.mlp, _heads(block.attn)
         self.dtype, self.scale, self.heads, self.channels = dtype, attn.scale, heads, attn.qkv.in_features
-        self._attend, self._mlp = functions
+        self._functions = functions
         self.norms = [(n.weight.float(), n.bias.float(), n.eps) for n in (block.norm1, block.norm2)]
         # The rows of a weight are sorted by head: queries, keys and values of the first one, then the next.
         by_head = [x.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten(0, 2) for x in _weights(attn.qkv)]
-        self.qkv = _Packed(*by_head, dtype, self.channels // heads)
+        self.qkv = _Packed(*by_head, dtype, 3 * self.channels // heads)
         self.proj, self.fc1, self.fc2 = (
             _Packed(*_weights(layer), dtype) for layer in (attn.proj, mlp.fc1, mlp.fc2)
         )
@@ -145,7 +146,7 @@ class FusedBlock:
         )
 
     def attend(self, x, hidden=None, queries=None):
-        """The sum of windows x (windows, tokens, C) and their attention, float32 (windows, queries, C).
+        """The sum of windows x (windows, tokens, C) and their attention: float32 (windows, queries, C).
 
         Args:
             hidden: bool (windows, tokens), the tokens that nobody attends to, or None.
@@ -153,12 +154,12 @@ class FusedBlock:
         """
         windows, tokens, channels = x.shape
         queries = queries or tokens
-        x = x.float().contiguous()
-        out = x.new_empty(windows, queries, channels)  # whatever the default dtype and device are
+        x = x.contiguous() if x.dtype in self._functions["attend"] else x.float().contiguous()
+        out = x.new_empty((windows, queries, channels), dtype=torch.float32)  # on no default device
         hidden = None if hidden is None else _pad_keys(hidden, True)
         bias = self.bias if tokens == self.bias.shape[1] else self.bias_alone
         weight, shift, eps = self.norms[0]
-        self._attend(
+        self._functions["attend"][x.dtype](
             *(_address(x), _address(out), windows, tokens, queries, channels, self.heads, eps, self.scale),
             *(_address(weight), _address(shift), *self.qkv.arguments[:2], *self.proj.arguments),
             *(_address(bias), _address(hidden), torch.get_num_threads()),
@@ -170,18 +171,20 @@ class FusedBlock:
         return self.attend(x.flatten(0, 1)[:, None]).view(x.shape)
 
     def mlp(self, x, like):
-        """The sum of tokens x, float32 (..., C), and their MLP, written into x.
+        """The sum of tokens x, float32 (..., C), and their MLP; in float32, it is written into x.
 
         Args:
             like: tokens of the dtype that the result has, outside of autocast.
         """
         x, (weight, shift, eps) = x.contiguous(), self.norms[1]
         rows, hidden = x.numel() // self.channels, self.fc1.columns
-        self._mlp(
-            *(_address(x), rows, self.channels, hidden, eps, _address(weight), _address(shift)),
-            *(*self.fc1.arguments, *self.fc2.arguments, torch.get_num_threads()),
+        dtype = torch.float32 if torch.is_autocast_enabled("cpu") else like.dtype
+        out = torch.empty_like(x, dtype=dtype) if dtype in self._functions["mlp"] and dtype != x.dtype else x
+        self._functions["mlp"][out.dtype](
+            *(_address(x), _address(out), rows, self.channels, hidden, eps, _address(weight)),
+            *(_address(shift), *self.fc1.arguments, *self.fc2.arguments, torch.get_num_threads()),
         )
-        return x if torch.is_autocast_enabled("cpu") else x.to(like.dtype)
+        return out.to(dtype)
 
 
 def _weights(layer):
@@ -207,13 +210,17 @@ def _pad_keys(x, value):
     return F.pad(x, (0, -x.shape[-1] % LANES), value=value).contiguous()
 
 
+def _name(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
 def _address(x):
     return None if x is None else x.data_ptr()
 
 
 @functools.cache
 def load_library():
-    """The two functions of fused_block.cpp for each dtype that this processor computes in, by its name.
+    """What fused_block.cpp computes here: by dtype of products, by half of a block, by dtype of tokens.
 
     The file is compiled if it is not yet. The result is empty where that fails, and the log says why.
     """
@@ -235,15 +242,17 @@ def load_library():
     norm, layer = (pointer, pointer), (pointer, pointer, size)
     arguments = dict(
         attend=[*[pointer] * 2, *[size] * 5, *[number] * 2, *norm, *layer[:2], *layer, *[pointer] * 2, size],
-        mlp=[pointer, *[size] * 3, number, *norm, *layer, *layer, size],
+        mlp=[*[pointer] * 2, *[size] * 3, number, *norm, *layer, *layer, size],
     )
     found = {}
-    for dtype in ("float32", "bfloat16") if has_bfloat16 else ("float32",):
-        if not library[f"can_multiply_{dtype}"]():
+    for dtype in (torch.float32, torch.bfloat16) if has_bfloat16 else (torch.float32,):
+        if not library[f"can_multiply_{_name(dtype)}"]():
             continue
-        found[dtype] = [library[f"{name}_{dtype}"] for name in arguments]
-        for function, types in zip(found[dtype], arguments.values()):
+        found[dtype] = {half: {} for half in arguments}
+        for (half, types), tokens in itertools.product(arguments.items(), {torch.float32, dtype}):
+            function = library[f"{half}_{_name(dtype)}_{_name(tokens)}"]
             function.argtypes, function.restype = types, None
+            found[dtype][half][tokens] = function
     return found
 
 

@@ -38,7 +38,7 @@ def computed(model, images, dtype=FLOAT32, **arguments):
 
 
 def require_bfloat16(dtype):
-    if str(dtype).removeprefix("torch.") not in fused_block.load_library():
+    if dtype not in fused_block.load_library():
         pytest.skip("needs bfloat16 in the processor")
 
 
