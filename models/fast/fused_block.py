@@ -8,7 +8,6 @@ layer as elsewhere.
 import ctypes
 import functools
 import hashlib
-import itertools
 import logging
 import os
 import shlex
@@ -59,7 +58,8 @@ def fused_block(block, x):
         return None
     autocast = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
-    return fused if fused.dtype == dtype and fused.is_current() else None
+    suits = fused.dtype == dtype and x.dtype in fused.functions
+    return fused if suits and fused.is_current() else None
 
 
 def _pack(block, dtype):
@@ -124,7 +124,7 @@ class FusedBlock:
     def __init__(self, block, dtype, functions):
         attn, mlp, heads = block.attn, block.mlp, _heads(block.attn)
         self.dtype, self.scale, self.heads, self.channels = dtype, attn.scale, heads, attn.qkv.in_features
-        self._functions = functions
+        self.functions = functions
         self.norms = [(n.weight.float(), n.bias.float(), n.eps) for n in (block.norm1, block.norm2)]
         # The rows of a weight are sorted by head: queries, keys and values of the first one, then the next.
         by_head = [x.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten(0, 2) for x in _weights(attn.qkv)]
@@ -154,12 +154,12 @@ class FusedBlock:
         """
         windows, tokens, channels = x.shape
         queries = queries or tokens
-        x = x.contiguous() if x.dtype in self._functions["attend"] else x.float().contiguous()
+        x = x.contiguous()
         out = x.new_empty((windows, queries, channels), dtype=torch.float32)  # on no default device
         hidden = None if hidden is None else _pad_keys(hidden, True)
         bias = self.bias if tokens == self.bias.shape[1] else self.bias_alone
         weight, shift, eps = self.norms[0]
-        self._functions["attend"][x.dtype](
+        self.functions[x.dtype][0](
             *(_address(x), _address(out), windows, tokens, queries, channels, self.heads, eps, self.scale),
             *(_address(weight), _address(shift), *self.qkv.arguments[:2], *self.proj.arguments),
             *(_address(bias), _address(hidden), torch.get_num_threads()),
@@ -174,17 +174,16 @@ class FusedBlock:
         """The sum of tokens x, float32 (..., C), and their MLP; in float32, it is written into x.
 
         Args:
-            like: tokens of the dtype that the result has, outside of autocast.
+            like: tokens of the dtype that the result has.
         """
         x, (weight, shift, eps) = x.contiguous(), self.norms[1]
         rows, hidden = x.numel() // self.channels, self.fc1.columns
-        dtype = torch.float32 if torch.is_autocast_enabled("cpu") else like.dtype
-        out = torch.empty_like(x, dtype=dtype) if dtype in self._functions["mlp"] and dtype != x.dtype else x
-        self._functions["mlp"][out.dtype](
+        out = x if like.dtype == x.dtype else torch.empty_like(x, dtype=like.dtype)
+        self.functions[like.dtype][1](
             *(_address(x), _address(out), rows, self.channels, hidden, eps, _address(weight)),
             *(_address(shift), *self.fc1.arguments, *self.fc2.arguments, torch.get_num_threads()),
         )
-        return out.to(dtype)
+        return out
 
 
 def _weights(layer):
@@ -220,7 +219,7 @@ def _address(x):
 
 @functools.cache
 def load_library():
-    """What fused_block.cpp computes here: by dtype of products, by half of a block, by dtype of tokens.
+    """The two functions of fused_block.cpp, by the dtype of products and by that of tokens.
 
     The file is compiled if it is not yet. The result is empty where that fails, and the log says why.
     """
@@ -248,11 +247,12 @@ def load_library():
     for dtype in (torch.float32, torch.bfloat16) if has_bfloat16 else (torch.float32,):
         if not library[f"can_multiply_{_name(dtype)}"]():
             continue
-        found[dtype] = {half: {} for half in arguments}
-        for (half, types), tokens in itertools.product(arguments.items(), {torch.float32, dtype}):
-            function = library[f"{half}_{_name(dtype)}_{_name(tokens)}"]
-            function.argtypes, function.restype = types, None
-            found[dtype][half][tokens] = function
+        found[dtype] = {}
+        for tokens in {torch.float32, dtype}:
+            pair = [library[f"{half}_{_name(dtype)}_{_name(tokens)}"] for half in arguments]
+            for function, types in zip(pair, arguments.values()):
+                function.argtypes, function.restype = types, None
+            found[dtype][tokens] = pair
     return found
 
 
