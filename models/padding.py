@@ -94,8 +94,8 @@ def convolve(convolution, x):
 
     On the CPU, channels come last in memory, which took half of the time on an Intel Xeon. In bfloat16 on
     processors with AMX, PyTorch 2.14 gives garbage, in the result or in the gradient of the weight, for some
-    maps that end as one column (oneDNN). On the CPU, such maps get columns of zeros, and the result loses what
-    comes of these.
+    maps that end as one column (oneDNN). On the CPU, such maps get columns of zeros, and the result loses
+    what comes of these.
     """
     if x.device.type != "cpu" or exporting():
         return convolution(x)
