@@ -4,8 +4,8 @@
 //
 // Matrix products are PyTorch's own: its kernel for small blocks computes C = A B in float32, on AMX where
 // there is any. Weights come packed in panels of `width` columns, [columns / width][K / V][width][V], where V
-// is 2 in bfloat16 (pairs of rows are neighbours) and 1 in float32. T, which products read, is uint16_t for
-// bfloat16 (its bits) or float, and so is X, which tokens come and go in. Between the halves they are float.
+// is 2 in bfloat16 (pairs of rows are neighbours) and 1 in float32. Products read T, and tokens come and go as
+// X: uint16_t for bfloat16 (its bits) or float. Between the two halves, tokens are float.
 
 #include <immintrin.h>
 #include <omp.h>
@@ -161,14 +161,14 @@ int64_t pack_values(const float*& v, int64_t lda, int64_t, int64_t, int64_t, flo
 
 int64_t pack_values(const bits*& v, int64_t lda, int64_t tokens, int64_t padded, int64_t channels,
                     bits* out) {
-  const auto load = [&](int64_t t, int64_t c) {
+  const auto wide = [&](int64_t t, int64_t c) {
     if (t >= tokens) return _mm512_setzero_si512();
     return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(v + t * lda + c)));
   };
   for (int64_t t = 0; t < padded; t += 2)
     for (int64_t c = 0; c < channels; c += 16)
       _mm512_storeu_si512(out + t * channels + 2 * c,
-                          _mm512_or_si512(load(t, c), _mm512_slli_epi32(load(t + 1, c), 16)));
+                          _mm512_or_si512(wide(t, c), _mm512_slli_epi32(wide(t + 1, c), 16)));
   v = out;
   return channels;
 }
@@ -316,8 +316,8 @@ void attend(const X* x, float* out, int64_t windows, int64_t tokens, int64_t que
 }
 
 template <typename X, typename T>
-void mlp(const float* x, X* out, int64_t all, float eps, const float* norm_scale, const float* norm_shift, Linear<T> fc1,
-         Linear<T> fc2, int64_t threads) {
+void mlp(const float* x, X* out, int64_t all, float eps, const float* norm_scale, const float* norm_shift,
+         Linear<T> fc1, Linear<T> fc2, int64_t threads) {
   const int64_t channels = fc1.in, hidden = fc1.columns;
   int64_t size = std::max<int64_t>(ROWS, CACHE / ((channels + hidden) * (int64_t)sizeof(T)) / ROWS * ROWS);
   size = std::min(size, std::max(ROWS, ((all + threads - 1) / threads + 15) / 16 * 16));  // rows of a chunk

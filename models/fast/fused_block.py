@@ -155,7 +155,7 @@ class FusedBlock:
         windows, tokens, channels = x.shape
         queries = queries or tokens
         x = x.contiguous()
-        out = x.new_empty((windows, queries, channels), dtype=torch.float32)  # on no default device
+        out = x.new_empty((windows, queries, channels), dtype=torch.float32)  # not the default one
         hidden = None if hidden is None else _pad_keys(hidden, True)
         bias = self.bias if tokens == self.bias.shape[1] else self.bias_alone
         weight, shift, eps = self.norms[0]
