@@ -4,8 +4,8 @@
 //
 // Matrix products are PyTorch's own: its kernel for small blocks computes C = A B in float32, on AMX where
 // there is any. Weights come packed in panels of `width` columns, [columns / width][K / V][width][V], where V
-// is 2 in bfloat16 (pairs of rows are neighbours) and 1 in float32. Products read T, and tokens come and go as
-// X: uint16_t for bfloat16 (its bits) or float. Between the two halves, tokens are float.
+// is 2 in bfloat16 (pairs of rows are neighbours) and 1 in float32. Products read T, and tokens come and go
+// as X: uint16_t for bfloat16 (its bits) or float. Between the two halves, tokens are float.
 
 #include <immintrin.h>
 #include <omp.h>
@@ -357,9 +357,9 @@ void mlp(const float* x, X* out, int64_t all, float eps, const float* norm_scale
 }  // namespace
 
 // x + proj(attention(qkv(norm(x)))) of windows x (windows, tokens, C), for the first `queries` tokens of each
-// window (1 or all): out (windows, queries, C). A panel of qkv has the queries, keys and values of a head. The
-// bias is (heads, tokens, padded) with -inf beyond the tokens, hidden is (windows, padded) or null; padded is
-// tokens rounded up to 16.
+// window (1 or all): out (windows, queries, C). A panel of qkv has the queries, keys and values of a head.
+// The bias is (heads, tokens, padded) with -inf beyond the tokens, hidden is (windows, padded) or null; padded
+// is tokens rounded up to 16.
 #define ATTEND(name, X, T)                                                                                 \
   extern "C" void name(const X* x, float* out, int64_t windows, int64_t tokens, int64_t queries,           \
                        int64_t dim, int64_t heads, float eps, float scale, const float* norm_scale,        \
