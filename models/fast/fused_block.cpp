@@ -358,8 +358,8 @@ void mlp(const float* x, X* out, int64_t all, float eps, const float* norm_scale
 
 // x + proj(attention(qkv(norm(x)))) of windows x (windows, tokens, C), for the first `queries` tokens of each
 // window (1 or all): out (windows, queries, C). A panel of qkv has the queries, keys and values of a head.
-// The bias is (heads, tokens, padded) with -inf beyond the tokens, hidden is (windows, padded) or null; padded
-// is tokens rounded up to 16.
+// The bias is (heads, tokens, padded) with -inf beyond the tokens, hidden is (windows, padded) or null;
+// padded is tokens rounded up to 16.
 #define ATTEND(name, X, T)                                                                                 \
   extern "C" void name(const X* x, float* out, int64_t windows, int64_t tokens, int64_t queries,           \
                        int64_t dim, int64_t heads, float eps, float scale, const float* norm_scale,        \
