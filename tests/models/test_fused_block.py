@@ -46,7 +46,7 @@ def require_bfloat16(dtype):
 @pytest.mark.parametrize("size", [(32, 32), (36, 32), (41, 27), (8, 8)])
 @pytest.mark.parametrize(
     "changes",
-    [{}, dict(tokens=False), dict(manip_type="mean"), dict(manip_type="none", **CVPR22)]
+    [{}, dict(tokens=False, patch_norm=False), dict(manip_type="mean"), dict(manip_type="none", **CVPR22)]
     + [dict(qkv_bias=False, qk_scale=0.3, mlp_ratio=3.0), dict(window_size=2, num_heads=(1, 2, 3), ape=True)],
 )
 def test_logits_of_any_size_are_those_of_the_formula(choose, calls, changes, size, dtype):
